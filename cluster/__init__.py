@@ -1,0 +1,1 @@
+"""Replicas on machines: Ray workers, routing, batch jobs and the command line."""

@@ -1,0 +1,1 @@
+"""The CPU tier: C++ sources, compiled once per machine, whose results depend on a row's own inputs alone."""

@@ -1,0 +1,1 @@
+"""The same maths over several ranks: process groups, collectives, sharded linears and expert dispatch."""
