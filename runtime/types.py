@@ -56,7 +56,9 @@ class SamplingParams:
         if len(stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(_integer("stop_token_ids", i, 0) for i in self.stop_token_ids or ()))
+        object.__setattr__(
+            self, "stop_token_ids", tuple(_integer("stop_token_ids", i, 0) for i in self.stop_token_ids or ())
+        )
         _integer("n", self.n, 1, MAX_N)
         _number("temperature", self.temperature, 0.0, 100.0)
         _number("top_p", self.top_p, 0.0, 1.0)
@@ -83,7 +85,10 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.logit_bias is not None:
-            bias = {_integer("logit_bias key", int(k), 0): _number("logit_bias", v, -100.0, 100.0) for k, v in self.logit_bias.items()}
+            bias = {
+                _integer("logit_bias key", int(k), 0): _number("logit_bias", v, -100.0, 100.0)
+                for k, v in self.logit_bias.items()
+            }
             object.__setattr__(self, "logit_bias", dict(sorted(bias.items())))
 
     @property
@@ -182,5 +187,7 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> int
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'between {low} and {high}'}, got {value}")
+        raise ValueError(
+            f"{name} must be {f'at least {low}' if high is None else f'between {low} and {high}'}, got {value}"
+        )
     return value

@@ -1,0 +1,251 @@
+"""One rank of a replica: requests in, tokens out. All ranks of the replica call `step` in lockstep."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.numerics import pin_floating_point
+from shoal.kernels.registry import current_backend, is_invariant, set_backend
+from shoal.parallel.groups import ParallelGroups
+
+from .batch import EMPTY_BATCH, Batch, ScheduledSequence
+from .block_manager import BlockManager
+from .engine_config import EngineConfig
+from .kv_cache import KVCache, RecordSpec, bytes_per_block
+from .loader import Checkpoint
+from .memory import available_memory
+from .model_runner import ModelRunner
+from .models.config import ModelConfig
+from .models.deepseek import DeepseekModel, expected_tensors, record_specs
+from .output_processor import Completion, OutputProcessor, RequestState
+from .sampler import Sampler, prompt_logprobs, resolve_seed
+from .scheduler import Scheduler, SchedulerConfig
+from .sequence import Sequence
+from .tokenizer import Tokenizer
+from .types import Request, RequestOutput
+from .validation import RequestLimits, check_request, max_output_tokens
+
+KV_MEMORY_FRACTION = 0.5
+"""Of the memory that is free once the weights are there, what the cache may take when its size is not given."""
+
+OnPhase = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced on this rank."""
+
+    outputs: list[RequestOutput]
+    """Finished requests, and streaming ones that have new tokens."""
+    idle: bool
+    """Nobody in the replica had work: nothing was computed."""
+    stopped: bool
+    """Some rank asked to stop: every rank sees it in the same step and must not call `step` again."""
+
+
+class Engine:
+    """Schedules, runs, samples and updates. Only leaders (tp rank 0) hold requests; the others follow their batches."""
+
+    def __init__(
+        self, model_dir: str | Path, config: EngineConfig, groups: ParallelGroups, *, on_phase: OnPhase = lambda _: None
+    ) -> None:
+        """Loads this rank's part of the weights; raises ValueError for a checkpoint or a setting that cannot work."""
+        if config.kernel_backend != "auto":
+            set_backend(config.kernel_backend)
+        if config.invariance == "strict" and not is_invariant(current_backend()):
+            raise ValueError(
+                f"kernels {current_backend()!r} do not promise that a row's result is independent of its batch; "
+                f"choose others or set invariance to relaxed"
+            )
+        self.float_settings = pin_floating_point()
+        self.groups = groups
+        self.model_config = ModelConfig.from_pretrained(model_dir)
+        check_layout(self.model_config, groups.config.tensor_parallel_size)
+        dtype = self.model_config.torch_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        specs = record_specs(self.model_config)
+        wanted_len = config.max_model_len or self.model_config.max_position_embeddings
+        if wanted_len > self.model_config.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len {wanted_len} is above the model's max_position_embeddings "
+                f"({self.model_config.max_position_embeddings})"
+            )
+        with Checkpoint(model_dir) as checkpoint:
+            checkpoint.check_names(expected_tensors(self.model_config))
+            if mtp := checkpoint.mtp_names(self.model_config):
+                on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
+            fingerprint = checkpoint.fingerprint
+            model = DeepseekModel(self.model_config, checkpoint, groups, dtype=dtype, max_model_len=wanted_len)
+        num_blocks = self._num_kv_blocks(config, specs, dtype, wanted_len)
+        self.max_model_len = min(wanted_len, num_blocks * config.block_size)
+        if config.max_model_len is not None and self.max_model_len < wanted_len:
+            raise ValueError(
+                f"the cache holds {num_blocks} blocks of {config.block_size} tokens, which is less than "
+                f"max_model_len = {wanted_len}; lower max_model_len or raise num_kv_blocks"
+            )
+        if self.max_model_len < wanted_len:
+            on_phase(f"notice: max_model_len is {self.max_model_len}, which is what the cache can hold")
+
+        cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=groups.device)
+        self.runner = ModelRunner(model, cache, groups.device)
+        self.block_manager = BlockManager(
+            num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            fingerprint=hashlib.sha256(f"{fingerprint}/{dtype}/{current_backend()}".encode()).digest(),
+        )
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_chunk_size=config.max_chunk_size,
+            ),
+            self.block_manager,
+        )
+        self.sampler = Sampler(self.model_config.vocab_size)
+        tokenizer = Tokenizer.from_pretrained(model_dir)
+        self.eos_token_ids = self.model_config.eos_token_ids
+        self.processor = OutputProcessor(tokenizer, self.eos_token_ids)
+        self.limits = RequestLimits(vocab_size=self.model_config.vocab_size, max_model_len=self.max_model_len)
+        self.seed = config.seed
+        self._requests: dict[str, RequestState] = {}
+        self._running: dict[int, tuple[RequestState, Completion]] = {}
+        self._next_seq_id = 0
+        self._stop_requested = False
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_leader(self) -> bool:
+        return self.groups.is_leader
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request (leaders only); ValueError when it cannot be answered or its id is in use."""
+        assert self.is_leader, "requests go to the leader of an attention group"
+        if request.request_id in self._requests:
+            raise ValueError(f"request id {request.request_id!r} is already running")
+        if (error := check_request(request, self.limits)) is not None:
+            raise ValueError(error.message)
+        seed = resolve_seed(request.params.seed, self.seed, request.index)
+        max_tokens = max_output_tokens(request, self.max_model_len)
+        state = self.processor.start(request, seed=seed, max_tokens=max_tokens)
+        self._requests[request.request_id] = state
+        for completion in state.completions:
+            seq = Sequence(
+                seq_id=self._next_seq_id,
+                prompt_token_ids=list(request.prompt_token_ids),
+                max_tokens=max_tokens,
+                needs_prompt_logits=state.prompt_logprobs is not None and completion.output.index == 0,
+            )
+            self._next_seq_id += 1
+            self._running[seq.seq_id] = (state, completion)
+            self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks; unknown ids are ignored, as it may just have finished."""
+        state = self._requests.pop(request_id, None)
+        if state is None:
+            return
+        for seq_id in [i for i, (s, _) in self._running.items() if s is state]:
+            self.scheduler.abort(seq_id)
+            del self._running[seq_id]
+
+    def request_stop(self) -> None:
+        """Make every rank of the replica leave its loop at the next step."""
+        self._stop_requested = True
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepResult:
+        """One round: schedule, agree, run, sample, update."""
+        self.groups.begin_step()
+        batch = self.scheduler.schedule() if self.is_leader else EMPTY_BATCH
+        batch, any_work, stopped = self._agree(batch)
+        if stopped or not any_work:
+            return StepResult([], idle=not any_work, stopped=stopped)
+        logits = self.runner.run(batch, self._take_prompt_logits if self.is_leader else None)
+        if not self.is_leader:
+            return StepResult([], idle=False, stopped=False)
+        return StepResult(self._update(batch, logits), idle=False, stopped=False)
+
+    def _agree(self, batch: Batch) -> tuple[Batch, bool, bool]:
+        """All ranks learn whether anybody has work or wants to stop; followers receive their leader's batch."""
+        world, tp = self.groups.world, self.groups.tp
+        if world.size == 1:
+            return batch, batch.num_tokens > 0, self._stop_requested
+        packed = batch.pack() if batch.num_tokens else b""
+        rows = world.all_gather_ints([len(packed), int(self._stop_requested)], layer=-1, op="engine.agree")
+        stopped = any(row[1] for row in rows)
+        num_bytes = rows[self.groups.leader_rank][0]
+        if num_bytes and tp.size > 1 and not stopped:
+            received = tp.broadcast_bytes(packed or None, num_bytes, 0, layer=-1, op="engine.batch")
+            batch = batch if self.is_leader else Batch.unpack(received)
+        return batch, any(row[0] for row in rows), stopped
+
+    def _update(self, batch: Batch, logits: Tensor) -> list[RequestOutput]:
+        """Sample the sequences that reached their last token, tell the scheduler, and collect what there is to show."""
+        sampling = [s.seq_id for s in batch.sequences if s.num_logits]
+        sampled = self.sampler.sample(logits, [self._running[i][1].row for i in sampling])
+        failed = {i for i, token in zip(sampling, sampled, strict=True) if token.error is not None}
+        tokens = {i: token.token_id for i, token in zip(sampling, sampled, strict=True) if i not in failed}
+        self.scheduler.update(batch, tokens)
+        touched: dict[str, RequestState] = {}
+        for seq_id, token in zip(sampling, sampled, strict=True):
+            state, completion = self._running[seq_id]
+            self.processor.append(completion, token)
+            touched[state.request.request_id] = state
+            if completion.finished:
+                self.scheduler.finish(seq_id, discard=seq_id in failed)
+                del self._running[seq_id]
+        for seq in batch.sequences:
+            pass
+        outputs = []
+        for request_id, state in touched.items():
+            if state.finished:
+                del self._requests[request_id]
+            if state.finished or state.request.stream:
+                outputs.append(self.processor.output(state))
+        return outputs
+
+    def _take_prompt_logits(self, seq: ScheduledSequence, position: int, logits: Tensor) -> None:
+        """Logits of prompt positions `position..` give the log-probabilities of the tokens after them."""
+        state, _ = self._running[seq.seq_id]
+        prompt, k = state.request.prompt_token_ids, state.request.params.prompt_logprobs
+        assert k is not None
+        assert state.prompt_logprobs is not None
+        following = prompt[position + 1 : position + 1 + logits.shape[0]]
+        rows = prompt_logprobs(logits[: len(following)], following, k)
+        state.prompt_logprobs.extend(self.processor.decoded(row) for row in rows)
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    def _num_kv_blocks(self, config: EngineConfig, specs: list[RecordSpec], dtype: torch.dtype, max_len: int) -> int:
+        """Blocks of this attention group: as asked for, or what its sequences can use and its memory can hold."""
+        if config.num_kv_blocks is not None:
+            return config.num_kv_blocks
+        per_sequence = -(-max_len // config.block_size)
+        budget = available_memory(self.groups.device) * KV_MEMORY_FRACTION / self.groups.ranks_on_node
+        fits = int(budget // bytes_per_block(specs, config.block_size, dtype))
+        wanted = max(1, min(per_sequence * config.max_num_seqs, fits))
+        agreed = self.groups.tp.all_gather_ints([wanted], layer=-1, op="engine.num_kv_blocks")
+        return min(row[0] for row in agreed)
+
+
+def check_layout(config: ModelConfig, tensor_parallel_size: int) -> None:
+    """ValueError, naming the size that does not divide, when the model cannot be split over that many ranks."""
+    for name in ("num_attention_heads", "hidden_size", "intermediate_size", "vocab_size"):
+        value = getattr(config, name)
+        if value % tensor_parallel_size:
+            raise ValueError(
+                f"{name} = {value} cannot be split over tensor_parallel_size = {tensor_parallel_size}; "
+                f"choose a divisor of it, or use data_parallel_size"
+            )

@@ -1,0 +1,56 @@
+"""How one replica runs a model: everything that is not the model and not the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16"]
+Invariance = Literal["strict", "relaxed"]
+KernelBackend = Literal["auto", "cpu", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Settings of an engine; None means: derived from the model and the memory at hand when the engine is built."""
+
+    dtype: DType = "auto"
+    """Compute and cache dtype; auto takes the checkpoint's `torch_dtype` (bfloat16 where it names neither)."""
+    max_model_len: int | None = None
+    """Longest prompt plus output; None: what the model was made for, or less if the cache cannot hold that."""
+    max_num_seqs: int = 64
+    """Sequences that one attention group runs at a time."""
+    max_num_batched_tokens: int = 2048
+    """Tokens that one attention group computes in a step."""
+    max_chunk_size: int | None = None
+    """Most tokens of one sequence in a step."""
+    block_size: int = 64
+    """Tokens per cache block."""
+    num_kv_blocks: int | None = None
+    """Cache blocks of one attention group."""
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    """With a request's index, the seed of requests that bring none."""
+    kernel_backend: KernelBackend = "auto"
+    invariance: Invariance = "strict"
+    """strict refuses kernels whose results depend on the batch."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            _positive(name, getattr(self, name))
+        for name in ("max_model_len", "max_chunk_size", "num_kv_blocks"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _one_of("kernel_backend", self.kernel_backend, ("auto", "cpu", "reference"))
+        _one_of("invariance", self.invariance, ("strict", "relaxed"))
+
+
+def _positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

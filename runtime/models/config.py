@@ -1,0 +1,389 @@
+"""What a checkpoint's config.json says about the model, checked once, under the names Hugging Face gave the fields."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from shoal.kernels.rope import YarnConfig, yarn_mscale
+
+IndexerType = Literal["full", "shared"]
+
+SUPPORTED_MODEL_TYPES = ("deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa")
+INDEXED_MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
+
+LATENT_NORM_EPS = 1e-6
+"""Epsilon of q_a_layernorm and kv_a_layernorm; `rms_norm_eps` never reaches them."""
+INDEX_NORM_EPS = 1e-6
+"""Epsilon of the indexer's k_norm, the one true LayerNorm of the family."""
+
+_MAX_CONFIG_BYTES = 16 << 20
+_WEIGHT_BLOCK_SIZE = (128, 128)
+_TORCH_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """One model of the DeepSeek-V3 family; built by `from_dict` or `from_pretrained`, which check every value."""
+
+    model_type: str
+    torch_dtype: str
+    """The dtype the checkpoint was saved in: bfloat16, float16 or float32."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    first_k_dense_replace: int
+    moe_layer_freq: int
+    num_attention_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    topk_method: str
+    scoring_func: str
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    hidden_act: str
+    rms_norm_eps: float
+    rope_theta: float
+    yarn: YarnConfig | None
+    """From `rope_scaling` or `rope_parameters`; None is plain RoPE."""
+    rope_interleave: bool
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    num_nextn_predict_layers: int
+    """MTP layers the model was trained with; the checkpoint may still leave them out."""
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    indexer_types: tuple[IndexerType, ...]
+    """Per layer: "full" runs its own indexer, "shared" reuses the selection of the last full layer before it."""
+    indexer_rope_interleave: bool
+    weight_block_size: tuple[int, int] | None
+    """Rows and columns that share one scale in an FP8 checkpoint; None for an unquantised one."""
+
+    @property
+    def has_index(self) -> bool:
+        """Whether attention is sparse (DSA): every layer then attends to at most `index_topk` positions."""
+        return bool(self.indexer_types)
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on q.k in attention: qk_head_dim^-0.5, times mscale(factor, mscale_all_dim)^2 under YaRN."""
+        scale = self.qk_head_dim**-0.5
+        if self.yarn is None:
+            return scale
+        return scale * yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
+
+    @property
+    def lm_head_name(self) -> str:
+        """The checkpoint tensor that produces the logits."""
+        return "model.embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether `layer` (counted from 0) has routed experts instead of one dense MLP."""
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    @classmethod
+    def from_pretrained(cls, model_dir: str | Path) -> ModelConfig:
+        """Read `config.json` of a model directory. ValueError names the file; code in the directory is never run."""
+        path = Path(model_dir) / "config.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{path} does not exist; give the directory that holds config.json and the *.safetensors files"
+            )
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise ValueError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes, which no model configuration is")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Build from the contents of a config.json. Fields that the forward pass does not use (`auto_map` too) are ignored."""
+        if not isinstance(values, Mapping):
+            raise ValueError("the model configuration must be a JSON object")
+        model_type = values.get("model_type")
+        _check_model_type(model_type)
+        assert isinstance(model_type, str)
+        _check_unsupported(values)
+        read = _Reader(values)
+        num_layers = read.integer("num_hidden_layers")
+        indexed = model_type in INDEXED_MODEL_TYPES
+        rope_theta, yarn = _rope(values)
+        config = cls(
+            model_type=model_type,
+            torch_dtype=_torch_dtype(values),
+            vocab_size=read.integer("vocab_size"),
+            hidden_size=read.integer("hidden_size"),
+            intermediate_size=read.integer("intermediate_size"),
+            moe_intermediate_size=read.integer("moe_intermediate_size"),
+            num_hidden_layers=num_layers,
+            first_k_dense_replace=_first_k_dense_replace(values, num_layers),
+            moe_layer_freq=read.integer("moe_layer_freq", default=1),
+            num_attention_heads=read.integer("num_attention_heads"),
+            q_lora_rank=read.integer("q_lora_rank"),
+            kv_lora_rank=read.integer("kv_lora_rank"),
+            qk_nope_head_dim=read.integer("qk_nope_head_dim"),
+            qk_rope_head_dim=read.integer("qk_rope_head_dim"),
+            v_head_dim=read.integer("v_head_dim"),
+            n_routed_experts=read.integer("n_routed_experts"),
+            n_shared_experts=read.integer("n_shared_experts", low=0, null=0),
+            num_experts_per_tok=read.integer("num_experts_per_tok"),
+            n_group=read.integer("n_group", null=1),
+            topk_group=read.integer("topk_group", null=1),
+            topk_method=read.choice("topk_method", "noaux_tc"),
+            scoring_func=read.choice("scoring_func", "sigmoid"),
+            norm_topk_prob=read.boolean("norm_topk_prob"),
+            routed_scaling_factor=read.positive("routed_scaling_factor"),
+            hidden_act=read.choice("hidden_act", "silu"),
+            rms_norm_eps=read.positive("rms_norm_eps"),
+            rope_theta=rope_theta,
+            yarn=yarn,
+            rope_interleave=read.boolean("rope_interleave", default=True),
+            max_position_embeddings=read.integer("max_position_embeddings"),
+            tie_word_embeddings=read.boolean("tie_word_embeddings", default=False),
+            num_nextn_predict_layers=read.integer(
+                # transformers writes the same number as num_mtp_layers
+                "num_nextn_predict_layers" if "num_nextn_predict_layers" in values else "num_mtp_layers",
+                low=0,
+                default=0,
+                null=0,
+            ),
+            bos_token_id=None if values.get("bos_token_id") is None else read.integer("bos_token_id", low=0),
+            eos_token_ids=_eos_token_ids(values),
+            index_n_heads=read.integer("index_n_heads") if indexed else 0,
+            index_head_dim=read.integer("index_head_dim") if indexed else 0,
+            index_topk=read.integer("index_topk") if indexed else 0,
+            indexer_types=_indexer_types(values, num_layers) if indexed else (),
+            indexer_rope_interleave=read.boolean("indexer_rope_interleave", default=model_type == "glm_moe_dsa"),
+            weight_block_size=_weight_block_size(values.get("quantization_config")),
+        )
+        config._check_together(values)
+        return config
+
+    def _check_together(self, values: Mapping[str, Any]) -> None:
+        """Refuse values that are each fine but do not fit each other."""
+        if values.get("num_key_value_heads") not in (None, self.num_attention_heads):
+            raise ValueError(
+                f"num_key_value_heads must equal num_attention_heads ({self.num_attention_heads}) with latent attention, "
+                f"got {values['num_key_value_heads']!r}"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
+        if self.has_index and self.index_head_dim < self.qk_rope_head_dim:
+            raise ValueError(
+                f"index_head_dim ({self.index_head_dim}) must be at least qk_rope_head_dim ({self.qk_rope_head_dim}): "
+                "the rotated part is the head of every index key"
+            )
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(f"n_group ({self.n_group}) must divide n_routed_experts ({self.n_routed_experts})")
+        group_size = self.n_routed_experts // self.n_group
+        if self.n_group > 1 and group_size < 2:
+            raise ValueError(
+                f"n_group ({self.n_group}) leaves one expert per group; a group is scored by its two best experts"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group ({self.topk_group}) must be at most n_group ({self.n_group})")
+        if self.num_experts_per_tok > self.topk_group * group_size:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than the {self.topk_group * group_size} experts "
+                f"in topk_group ({self.topk_group}) groups"
+            )
+        for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
+            if token >= self.vocab_size:
+                raise ValueError(
+                    f"bos_token_id and eos_token_id must be below vocab_size ({self.vocab_size}), got {token}"
+                )
+
+
+class _Reader:
+    """Typed access to the fields of a config.json; every error names the field and its value."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def get(self, name: str, default: object = None) -> object:
+        if name in self._values:
+            return self._values[name]
+        if default is None:
+            raise ValueError(f"the field {name} is missing")
+        return default
+
+    def integer(self, name: str, *, low: int = 1, default: int | None = None, null: int | None = None) -> int:
+        """`default` stands in for a missing field, `null` for one that is present and null."""
+        value = self.get(name, default)
+        if value is None and null is not None:
+            return null
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
+            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        return value
+
+    def positive(self, name: str) -> float:
+        value = self.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+        return float(value)
+
+    def boolean(self, name: str, *, default: bool | None = None) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+        return value
+
+    def choice(self, name: str, only: str) -> str:
+        """A field with one supported value, which is also what its absence means."""
+        value = self.get(name, only)
+        if value != only:
+            raise ValueError(f"{name} {value!r} is not supported, only {only!r} is")
+        return only
+
+
+def _check_model_type(model_type: object) -> None:
+    if model_type in SUPPORTED_MODEL_TYPES:
+        return
+    supported = f"supported model types are {', '.join(SUPPORTED_MODEL_TYPES)}"
+    if model_type is None:
+        raise ValueError(f"the field model_type is missing; {supported}")
+    if model_type == "deepseek_v2":
+        raise ValueError(f"model_type deepseek_v2 routes with softmax scores, which is not supported; {supported}")
+    raise ValueError(f"model_type {model_type!r} is not supported; {supported}")
+
+
+def _check_unsupported(values: Mapping[str, Any]) -> None:
+    """Refuse, with the reason, the variants of these architectures that the model code does not compute."""
+    if "q_lora_rank" in values and values["q_lora_rank"] is None:
+        raise ValueError("q_lora_rank null (queries without a low-rank projection) is not supported")
+    for name in ("attention_bias", "mlp_bias"):
+        if values.get(name, False) not in (False, None):
+            raise ValueError(
+                f"{name} {values[name]!r} is not supported: no released model of the family has these biases"
+            )
+    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise ValueError("partial_rotary_factor is not supported: qk_rope_head_dim says how much of a head is rotated")
+
+
+def _torch_dtype(values: Mapping[str, Any]) -> str:
+    value = values.get("torch_dtype") or values.get("dtype") or "bfloat16"
+    if value not in _TORCH_DTYPES:
+        raise ValueError(f"torch_dtype must be one of {', '.join(_TORCH_DTYPES)}, got {value!r}")
+    return str(value)
+
+
+def _first_k_dense_replace(values: Mapping[str, Any], num_layers: int) -> int:
+    """Leading dense layers; `mlp_layer_types`, where present, decides as it does in transformers."""
+    layer_types = values.get("mlp_layer_types")
+    if layer_types is None:
+        return _Reader(values).integer("first_k_dense_replace", low=0)
+    num_dense = layer_types.count("dense") if isinstance(layer_types, list) else 0
+    if layer_types != ["dense"] * num_dense + ["sparse"] * (num_layers - num_dense):
+        raise ValueError(
+            f'mlp_layer_types must list "dense" for leading layers and "sparse" for the others, {num_layers} in all, '
+            f"got {layer_types!r}"
+        )
+    return num_dense
+
+
+def _eos_token_ids(values: Mapping[str, Any]) -> tuple[int, ...]:
+    value = values.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise ValueError(f"eos_token_id must be a token id or a list of token ids, got {value!r}")
+    return tuple(ids)
+
+
+def _indexer_types(values: Mapping[str, Any], num_layers: int) -> tuple[IndexerType, ...]:
+    """`indexer_types`, else `index_topk_pattern` ("FSSF"), else the schedule of GLM-5.2.
+
+    The schedule: layer i is full when max(i - index_skip_topk_offset + 1, 0) is a multiple of index_topk_freq.
+    """
+    types = values.get("indexer_types")
+    name = "indexer_types" if types is not None else "index_topk_pattern"
+    if types is None:
+        types = values.get("index_topk_pattern")
+    if isinstance(types, str):
+        types = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in types]
+    if types is None:
+        read = _Reader(values)
+        freq = max(read.integer("index_topk_freq", low=0, default=1, null=1), 1)
+        offset = read.integer("index_skip_topk_offset", low=0, default=2, null=2)
+        name = "index_topk_freq"
+        types = ["full" if max(i - offset + 1, 0) % freq == 0 else "shared" for i in range(num_layers)]
+    if not isinstance(types, list) or len(types) != num_layers or any(t not in get_args(IndexerType) for t in types):
+        raise ValueError(f'{name} must give "full" or "shared" for each of the {num_layers} layers, got {types!r}')
+    if types[0] != "full":
+        raise ValueError(f"{name} makes layer 0 a shared layer, which has no layer before it to share with")
+    return tuple(types)
+
+
+def _rope(values: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
+    """`rope_theta` and YaRN from `rope_scaling` ("type" or "rope_type") or from the merged `rope_parameters`."""
+    merged: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        part = values.get(name) or {}
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{name} must be a JSON object or null, got {part!r}")
+        merged |= part
+    rope = {"rope_theta": values["rope_theta"], **merged} if "rope_theta" in values else merged
+    read = _Reader(rope)
+    theta = read.positive("rope_theta")
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise ValueError("partial_rotary_factor is not supported: qk_rope_head_dim says how much of a head is rotated")
+    if rope_type == "default":
+        return theta, None
+    if rope_type != "yarn":
+        raise ValueError(f"rope type {rope_type!r} is not supported, only 'default' and 'yarn' are")
+    if rope.get("attention_factor") is not None or rope.get("truncate", True) is not True:
+        raise ValueError(
+            "yarn with attention_factor or truncate is not supported; no released model of the family uses them"
+        )
+    if not (factor := read.positive("factor")) >= 1.0:
+        raise ValueError(f"yarn factor must be at least 1, got {factor}")
+    yarn = YarnConfig(
+        factor=factor,
+        original_max_position_embeddings=read.integer("original_max_position_embeddings"),
+        beta_fast=read.positive("beta_fast") if rope.get("beta_fast") else 32.0,
+        beta_slow=read.positive("beta_slow") if rope.get("beta_slow") else 1.0,
+        mscale=read.positive("mscale") if rope.get("mscale") else 1.0,
+        mscale_all_dim=read.positive("mscale_all_dim") if rope.get("mscale_all_dim") else 0.0,
+    )
+    return theta, yarn
+
+
+def _weight_block_size(quantization: object) -> tuple[int, int] | None:
+    if quantization is None:
+        return None
+    if not isinstance(quantization, Mapping):
+        raise ValueError(f"quantization_config must be a JSON object or null, got {quantization!r}")
+    method, fmt = quantization.get("quant_method"), quantization.get("fmt", "e4m3")
+    block = quantization.get("weight_block_size")
+    if method != "fp8" or fmt != "e4m3" or not isinstance(block, list) or tuple(block) != _WEIGHT_BLOCK_SIZE:
+        raise ValueError(
+            f"quantization_config with quant_method {method!r}, fmt {fmt!r}, weight_block_size {block!r} is not supported; "
+            f"only fp8 e4m3 with weight_block_size {list(_WEIGHT_BLOCK_SIZE)} is (or an unquantised checkpoint)"
+        )
+    return _WEIGHT_BLOCK_SIZE

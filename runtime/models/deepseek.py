@@ -1,0 +1,187 @@
+"""The DeepSeek-V3 family: V3, R1, V3.1, V3.2, Kimi-K2 and GLM-5 are one decoder with different numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.linear import linear, pack_weight
+from shoal.kernels.norm import add_rms_norm, rms_norm
+from shoal.kernels.rope import cos_sin_table, inv_freq
+from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
+from shoal.parallel.groups import ParallelGroups
+from shoal.parallel.linear import gather_last_dim, shard
+from shoal.parallel.placement import ExpertPlacement
+from shoal.runtime.kv_cache import KVCache, RecordSpec
+from shoal.runtime.loader import Checkpoint
+
+from .attention import MLAttention
+from .config import ModelConfig
+from .forward import AttentionMetadata
+from .moe import DenseMLP, MoE
+from .weights import LayerWeights
+
+
+class DecoderLayer:
+    """h += attention(norm(h)); h += feed_forward(norm(h))."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: LayerWeights,
+        groups: ParallelGroups,
+        dispatcher: TokenDispatcher,
+        placement: ExpertPlacement,
+        *,
+        layer: int,
+    ) -> None:
+        self.layer = layer
+        self.eps = config.rms_norm_eps
+        self.input_norm = weights.read("input_layernorm.weight")
+        self.post_attention_norm = weights.read("post_attention_layernorm.weight")
+        self.attention = MLAttention(config, weights.under("self_attn"), groups, layer=layer)
+        self.mlp: DenseMLP | MoE
+        if config.is_moe_layer(layer):
+            local_experts = placement.local_experts(groups.rank)
+            self.mlp = MoE(config, weights.under("mlp"), groups, dispatcher, layer=layer, local_experts=local_experts)
+        else:
+            self.mlp = DenseMLP(config, weights.under("mlp"), groups, layer=layer)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        rope_table: Tensor,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        selected: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(what the last block added [T, H], residual stream before it) -> the same after this layer, and its selection."""
+        if residual is None:
+            x, residual = rms_norm(hidden, self.input_norm, self.eps), hidden
+        else:
+            x, residual = add_rms_norm(hidden, residual, self.input_norm, self.eps)
+        metadata.emit(self.layer, "residual", residual)
+        attended, selected = self.attention.forward(x, rope_table, cache, metadata, selected)
+        metadata.emit(self.layer, "attention", attended)
+        x, residual = add_rms_norm(attended, residual, self.post_attention_norm, self.eps)
+        out = self.mlp.forward(x, metadata)
+        metadata.emit(self.layer, "mlp", out)
+        return out, residual, selected
+
+
+class DeepseekModel:
+    """One rank's part of the model: its attention heads, its experts, its slice of the vocabulary."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        groups: ParallelGroups,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int,
+        placement: ExpertPlacement | None = None,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.tp = groups.tp
+        placement = placement or ExpertPlacement.contiguous(config.n_routed_experts, groups.world.size)
+        dispatcher: TokenDispatcher
+        if groups.world.size == 1:
+            dispatcher = LocalTokenDispatcher(placement)
+        else:
+            dispatcher = AllToAllTokenDispatcher(placement, groups.world)
+        frequencies = inv_freq(config.qk_rope_head_dim, config.rope_theta, config.yarn)
+        self.rope_table = cos_sin_table(frequencies, max_model_len, config.rope_cos_sin_scale).to(groups.device)
+
+        weights = LayerWeights(checkpoint, "model", dtype)
+        hidden = shard(config.hidden_size, groups.tp_rank, self.tp.size)
+        self.embed_tokens = checkpoint.read("model.embed_tokens.weight", cols=hidden, dtype=dtype)
+        self.layers = [
+            DecoderLayer(config, weights.under(f"layers.{i}"), groups, dispatcher, placement, layer=i)
+            for i in range(config.num_hidden_layers)
+        ]
+        self.final_norm = weights.read("norm.weight")
+        vocab = shard(config.vocab_size, groups.tp_rank, self.tp.size)
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        self.lm_head = pack_weight(checkpoint.read(head, rows=vocab, dtype=dtype))
+
+    def record_specs(self) -> list[RecordSpec]:
+        """What each layer keeps per token."""
+        return record_specs(self.config)
+
+    def forward(self, input_ids: Tensor, cache: KVCache, metadata: AttentionMetadata) -> Tensor:
+        """input_ids [T] int64 -> hidden states after the final norm [T, H].
+
+        T may be 0: a rank without tokens still takes part in the exchange of the others' tokens.
+        """
+        embedded = self.embed_tokens[input_ids]
+        hidden = gather_last_dim(embedded, self.tp, layer=-1, op="embed_tokens")
+        residual: Tensor | None = None
+        selected: Tensor | None = None
+        for layer in self.layers:
+            hidden, residual, selected = layer.forward(hidden, residual, self.rope_table, cache, metadata, selected)
+        assert residual is not None
+        out, _ = add_rms_norm(hidden, residual, self.final_norm, self.config.rms_norm_eps)
+        metadata.emit(-1, "final_norm", out)
+        return out
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] -> logits [N, vocab_size] fp32: accumulated in fp32 and not rounded to the compute dtype."""
+        return gather_last_dim(linear(hidden, self.lm_head, out_dtype=torch.float32), self.tp, layer=-1, op="lm_head")
+
+
+def record_specs(config: ModelConfig) -> list[RecordSpec]:
+    """The cache record of every layer; layers that share a selection keep no index keys."""
+    specs = []
+    for layer in range(config.num_hidden_layers):
+        fields = [("latent", config.kv_lora_rank), ("rope_key", config.qk_rope_head_dim)]
+        if config.has_indexer(layer):
+            fields.append(("index_key", config.index_head_dim))
+        specs.append(RecordSpec(tuple(fields)))
+    return specs
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this configuration must have."""
+    c = config
+    hidden, heads = c.hidden_size, c.num_attention_heads
+    out: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (c.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not c.tie_word_embeddings:
+        out["lm_head.weight"] = (c.vocab_size, hidden)
+
+    def mlp(prefix: str, inner: int) -> None:
+        out[f"{prefix}.gate_proj.weight"] = out[f"{prefix}.up_proj.weight"] = (inner, hidden)
+        out[f"{prefix}.down_proj.weight"] = (hidden, inner)
+
+    for i in range(c.num_hidden_layers):
+        prefix = f"model.layers.{i}"
+        attn = f"{prefix}.self_attn"
+        out[f"{prefix}.input_layernorm.weight"] = out[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        out[f"{attn}.q_a_proj.weight"] = (c.q_lora_rank, hidden)
+        out[f"{attn}.q_a_layernorm.weight"] = (c.q_lora_rank,)
+        out[f"{attn}.q_b_proj.weight"] = (heads * c.qk_head_dim, c.q_lora_rank)
+        out[f"{attn}.kv_a_proj_with_mqa.weight"] = (c.kv_lora_rank + c.qk_rope_head_dim, hidden)
+        out[f"{attn}.kv_a_layernorm.weight"] = (c.kv_lora_rank,)
+        out[f"{attn}.kv_b_proj.weight"] = (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
+        out[f"{attn}.o_proj.weight"] = (hidden, heads * c.v_head_dim)
+        if c.has_indexer(i):
+            index = f"{attn}.indexer"
+            out[f"{index}.wq_b.weight"] = (c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+            out[f"{index}.wk.weight"] = (c.index_head_dim, hidden)
+            out[f"{index}.k_norm.weight"] = out[f"{index}.k_norm.bias"] = (c.index_head_dim,)
+            out[f"{index}.weights_proj.weight"] = (c.index_n_heads, hidden)
+        if not c.is_moe_layer(i):
+            mlp(f"{prefix}.mlp", c.intermediate_size)
+            continue
+        out[f"{prefix}.mlp.gate.weight"] = (c.n_routed_experts, hidden)
+        out[f"{prefix}.mlp.gate.e_score_correction_bias"] = (c.n_routed_experts,)
+        for expert in range(c.n_routed_experts):
+            mlp(f"{prefix}.mlp.experts.{expert}", c.moe_intermediate_size)
+        if c.n_shared_experts:
+            mlp(f"{prefix}.mlp.shared_experts", c.moe_intermediate_size * c.n_shared_experts)
+    return out

@@ -1,0 +1,112 @@
+"""Feed-forward layers: the dense MLP and the mixture of experts.
+
+T tokens, H = hidden_size, I = intermediate size of one expert (or of this rank's part of a dense MLP), K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.experts import experts_mlp, swiglu
+from shoal.kernels.linear import PackedWeight, empty_packed, linear, pack_into, pack_weight
+from shoal.kernels.router import route
+from shoal.parallel.dispatcher import TokenDispatcher
+from shoal.parallel.groups import ParallelGroups
+from shoal.parallel.linear import column_parallel, gather_last_dim, gather_tokens, shard, split_tokens
+
+from .config import ModelConfig
+from .forward import AttentionMetadata
+from .weights import LayerWeights
+
+
+class DenseMLP:
+    """down(silu(gate(x)) * up(x)), split over the outputs of each product in the tp group."""
+
+    def __init__(self, config: ModelConfig, weights: LayerWeights, groups: ParallelGroups, *, layer: int) -> None:
+        self.layer = layer
+        self.tp = groups.tp
+        inner = shard(config.intermediate_size, groups.tp_rank, self.tp.size)
+        self.gate_up = pack_weight(_gate_up(weights, inner))
+        self.down = pack_weight(
+            weights.read("down_proj.weight", rows=shard(config.hidden_size, groups.tp_rank, self.tp.size))
+        )
+
+    def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        inner = swiglu(linear(x, self.gate_up))
+        inner = gather_last_dim(inner, self.tp, layer=self.layer, op="mlp.inner")
+        return column_parallel(inner, self.down, self.tp, layer=self.layer, op="mlp.down")
+
+
+class MoE:
+    """Route, dispatch, experts, combine; the shared expert sees every token.
+
+    The ranks of a tp group hold the same tokens, so each takes its share of them through the experts.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: LayerWeights,
+        groups: ParallelGroups,
+        dispatcher: TokenDispatcher,
+        *,
+        layer: int,
+        local_experts: list[int],
+    ) -> None:
+        self.layer = layer
+        self.tp = groups.tp
+        self.dispatcher = dispatcher
+        self.config = config
+        self.gate = pack_weight(weights.read("gate.weight", dtype=torch.float32))
+        self.bias = weights.read("gate.e_score_correction_bias", dtype=torch.float32)
+        self.gate_up, self.down = _load_experts(config, weights, local_experts)
+        self.shared: tuple[PackedWeight, PackedWeight] | None = None
+        if config.n_shared_experts:
+            shared = weights.under("shared_experts")
+            self.shared = (pack_weight(_gate_up(shared, None)), pack_weight(shared.read("down_proj.weight")))
+
+    def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """x [T, H] -> [T, H]: the routed experts in slot order plus the shared expert, summed in fp32, rounded once."""
+        mine = split_tokens(x, self.tp)
+        topk_idx, topk_weights = self._route(mine)
+        metadata.emit(self.layer, "moe.topk_idx", topk_idx)
+        tokens, handle = self.dispatcher.dispatch(mine, topk_idx, topk_weights, layer=self.layer)
+        y = experts_mlp(tokens.x, tokens.num_tokens_per_expert, self.gate_up, self.down)
+        out = self.dispatcher.combine(y, handle, layer=self.layer)
+        if self.shared is not None:
+            gate_up, down = self.shared
+            out += linear(swiglu(linear(mine, gate_up)), down).float()
+        return gather_tokens(out.to(x.dtype), x.shape[0], self.tp, layer=self.layer, op="moe.gather")
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return route(
+            linear(x.float(), self.gate),
+            self.bias,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            top_k=config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
+
+
+def _gate_up(weights: LayerWeights, rows: slice | None) -> Tensor:
+    """gate over up: [2I, H]."""
+    return torch.cat([weights.read("gate_proj.weight", rows=rows), weights.read("up_proj.weight", rows=rows)])
+
+
+def _load_experts(
+    config: ModelConfig, weights: LayerWeights, local_experts: list[int]
+) -> tuple[PackedWeight, PackedWeight]:
+    """This rank's experts, packed one at a time so that no second copy of them all is ever held."""
+    hidden, inner, count = config.hidden_size, config.moe_intermediate_size, len(local_experts)
+    gate_up = empty_packed(count, 2 * inner, hidden, weights.dtype)
+    down = empty_packed(count, hidden, inner, weights.dtype)
+    for slot, expert in enumerate(local_experts):
+        one = weights.under(f"experts.{expert}")
+        pack_into(gate_up, slot, _gate_up(one, None))
+        pack_into(down, slot, one.read("down_proj.weight"))
+    return gate_up, down
