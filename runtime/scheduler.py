@@ -1,0 +1,253 @@
+"""Decides which tokens every step computes: continuous batching with chunked prefill, preemption and prefix reuse.
+
+Plain Python and a function of the calls made on it alone: no tensors, clock, I/O or randomness, so that every rank
+and the planner reach the same decisions.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+
+from .batch import Batch, ScheduledSequence
+from .block_manager import BlockManager
+from .sequence import Sequence, SequenceStatus
+
+_by_arrival = attrgetter("arrival")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step."""
+
+    max_num_seqs: int
+    """Most sequences that run, and so own blocks, at a time."""
+    max_num_batched_tokens: int
+    """Token budget of one step."""
+    enable_chunked_prefill: bool = True
+    """False: the known tokens of a waiting sequence are scheduled in one step or not at all."""
+    max_chunk_size: int | None = None
+    """Most tokens of one sequence in one step; None leaves only the budget."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.max_chunk_size is not None and not self.enable_chunked_prefill:
+            raise ValueError(
+                f"max_chunk_size={self.max_chunk_size} splits prompts: enable chunked prefill or leave it out"
+            )
+
+
+class Scheduler:
+    """Waiting and running sequences, both in order of arrival, over the blocks of one `BlockManager`.
+
+    A step is `batch = schedule()`, running the batch, and `update(batch, sampled)`. Between the two, a sequence may be
+    finished, aborted or preempted; its part of the batch then counts for nothing.
+
+    Every added sequence finishes: the oldest running one comes first in the budget and is never preempted for another,
+    and alone it fits, because `add` refuses it otherwise.
+    """
+
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+        self.config = config
+        self.block_manager = block_manager
+        self.num_preemptions = 0
+        self.prefix_cache_queries = 0
+        """Tokens of admitted sequences that were looked up in the prefix cache."""
+        self.prefix_cache_hits = 0
+        """Those of them that were found."""
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._num_added = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence behind all others; one that could never be finished is a ValueError with the numbers."""
+        self._check_feasible(seq)
+        seq.arrival = self._num_added
+        self._num_added += 1
+        self._sequences[seq.seq_id] = seq
+        self._waiting.append(seq)
+
+    def schedule(self) -> Batch:
+        """Choose the tokens of the next step; empty only when nothing is unfinished.
+
+        Running sequences come first, in order of arrival, then waiting ones as long as the next of them fits.
+        """
+        scheduled: list[ScheduledSequence] = []
+        budget = self.config.max_num_batched_tokens
+        num_preemptions = self.num_preemptions
+        index = 0
+        while index < len(self._running) and budget > 0:
+            seq = self._running[index]
+            num_new = self._chunk_size(seq.num_tokens - seq.num_computed_tokens, budget)
+            end = seq.num_computed_tokens + num_new
+            assert end <= seq.max_positions, f"sequence {seq.seq_id} has its max_tokens={seq.max_tokens}: finish it"
+            self._make_room(seq, end)
+            if seq.status is not SequenceStatus.RUNNING:
+                break
+            self.block_manager.allocate(seq, end)
+            scheduled.append(_scheduled(seq, end))
+            budget -= num_new
+            index += 1
+        if self.num_preemptions == num_preemptions:
+            self._admit(scheduled, budget)
+        return Batch(scheduled)
+
+    def update(self, batch: Batch, sampled: Mapping[int, int]) -> None:
+        """Account for a batch that ran; `sampled` has the next token of each sequence whose last known token was in it.
+
+        A sequence without a usable token (broken logits, say) must be finished before this call.
+        """
+        for part in batch.sequences:
+            seq = self._sequences.get(part.seq_id)
+            if seq is None or seq.status is not SequenceStatus.RUNNING:
+                continue
+            assert seq.num_computed_tokens == part.start, f"sequence {seq.seq_id} was updated with an old batch"
+            end = part.start + len(part.token_ids)
+            self.block_manager.mark_computed(seq, end)
+            if seq.prompt_logits_pending:
+                covered = max(seq.num_delivered_prompt_logits, min(end, seq.num_prompt_tokens))
+                seq.num_delivered_prompt_logits = covered
+            if end == seq.num_tokens:
+                seq.output_token_ids.append(sampled[seq.seq_id])
+
+    def finish(self, seq_id: int, *, discard: bool = False) -> None:
+        """Let go of a sequence; `discard=True` also takes its tokens out of the prefix cache, after broken results."""
+        seq = self._sequences.pop(seq_id)
+        if seq.status is SequenceStatus.WAITING:
+            self._waiting.remove(seq)
+        else:
+            self._remove_running(seq)
+        self.block_manager.free(seq, discard=discard)
+        seq.status = SequenceStatus.FINISHED
+
+    def abort(self, seq_id: int) -> bool:
+        """Finish a sequence on its user's wish; False when it is unknown or already finished."""
+        if seq_id not in self._sequences:
+            return False
+        self.finish(seq_id)
+        return True
+
+    def preempt(self, seq_id: int) -> None:
+        """Take the blocks of a running sequence; it waits in its place by arrival and is recomputed."""
+        seq = self._sequences[seq_id]
+        assert seq.status is SequenceStatus.RUNNING, f"sequence {seq_id} is {seq.status.value} and cannot be preempted"
+        self._remove_running(seq)
+        self.block_manager.free(seq)
+        seq.status = SequenceStatus.WAITING
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        # Only sequences that were preempted as well can be older, and those are all in front.
+        place = 0
+        while place < len(self._waiting) and self._waiting[place].arrival < seq.arrival:
+            place += 1
+        self._waiting.insert(place, seq)
+
+    def _check_feasible(self, seq: Sequence) -> None:
+        name = f"sequence {seq.seq_id}"
+        if seq.seq_id in self._sequences:
+            raise ValueError(f"{name} is already scheduled; give every sequence its own id")
+        if not seq.prompt_token_ids:
+            raise ValueError(f"{name} has an empty prompt; it needs at least one token")
+        if seq.max_tokens <= seq.num_output_tokens:
+            raise ValueError(
+                f"{name} has nothing to generate: it starts with {seq.num_output_tokens} generated tokens and "
+                f"max_tokens={seq.max_tokens}"
+            )
+        size = f"{seq.num_prompt_tokens} prompt tokens and max_tokens={seq.max_tokens}"
+        needed = self.block_manager.num_blocks_for(seq.max_positions)
+        if needed > self.block_manager.num_blocks:
+            raise ValueError(
+                f"{name} can never fit: {size} need {needed} blocks of {self.block_manager.block_size} tokens, "
+                f"the cache has {self.block_manager.num_blocks}; shorten it or enlarge the cache"
+            )
+        budget = self.config.max_num_batched_tokens
+        if not self.config.enable_chunked_prefill and seq.max_positions > budget:
+            raise ValueError(
+                f"{name} can never be scheduled whole: {size} are up to {seq.max_positions} tokens at once, "
+                f"max_num_batched_tokens is {budget}; raise it or enable chunked prefill"
+            )
+
+    def _chunk_size(self, num_remaining: int, budget: int) -> int:
+        return min(num_remaining, budget, self.config.max_chunk_size or budget)
+
+    def _make_room(self, seq: Sequence, end: int) -> None:
+        """Preempt the latest arrivals, `seq` itself at last, until `seq` can hold positions `[0, end)`."""
+        manager = self.block_manager
+        num_new = manager.num_blocks_for(end) - len(seq.block_table)
+        while num_new > manager.num_free_blocks and seq.status is SequenceStatus.RUNNING:
+            self.preempt(self._running[-1].seq_id)
+
+    def _admit(self, scheduled: list[ScheduledSequence], budget: int) -> None:
+        """Start waiting sequences, strictly in order, while tokens, places and blocks last.
+
+        One is started only if all running sequences could go on to one token more than they know, so that work is not
+        begun only to be preempted in the next step.
+        """
+        manager = self.block_manager
+        if not self._waiting or budget == 0 or len(self._running) == self.config.max_num_seqs:
+            return
+        room = manager.num_free_blocks - sum(self._num_blocks_ahead(seq) for seq in self._running)
+        while self._waiting and budget > 0 and room > 0 and len(self._running) < self.config.max_num_seqs:
+            seq = self._waiting[0]
+            prefix_blocks = manager.match_prefix(seq)
+            num_cached = len(prefix_blocks) * manager.block_size
+            num_new = self._chunk_size(seq.num_tokens - num_cached, budget)
+            if not self.config.enable_chunked_prefill and num_cached + num_new < seq.num_tokens:
+                break
+            taken = self._num_blocks_ahead(seq) - len(prefix_blocks) + manager.num_idle(prefix_blocks)
+            if taken > room:
+                break
+            room -= taken
+            budget -= num_new
+            self._waiting.popleft()
+            seq.status = SequenceStatus.RUNNING
+            insort(self._running, seq, key=_by_arrival)
+            self._count_hits(seq, num_cached)
+            manager.allocate(seq, num_cached + num_new, prefix_blocks)
+            scheduled.append(_scheduled(seq, num_cached + num_new))
+
+    def _num_blocks_ahead(self, seq: Sequence) -> int:
+        """Blocks that `seq` lacks for its known tokens and one more, if it can have one more."""
+        num_positions = min(seq.num_tokens + 1, seq.max_positions)
+        return self.block_manager.num_blocks_for(num_positions) - len(seq.block_table)
+
+    def _count_hits(self, seq: Sequence, num_cached: int) -> None:
+        if self.block_manager.enable_prefix_caching and not seq.prompt_logits_pending:
+            self.prefix_cache_queries += seq.num_tokens
+            self.prefix_cache_hits += num_cached
+        if seq.num_preemptions == 0:
+            seq.num_cached_tokens = min(num_cached, seq.num_prompt_tokens)
+
+    def _remove_running(self, seq: Sequence) -> None:
+        index = bisect_left(self._running, seq.arrival, key=_by_arrival)
+        assert self._running[index] is seq, f"sequence {seq.seq_id} is not where its arrival puts it"
+        del self._running[index]
+
+
+def _scheduled(seq: Sequence, end: int) -> ScheduledSequence:
+    """Positions `[num_computed_tokens, end)` of `seq`, whose blocks are allocated."""
+    start = seq.num_computed_tokens
+    if seq.prompt_logits_pending:
+        num_logits = max(0, end - max(start, seq.num_delivered_prompt_logits))
+    else:
+        num_logits = int(end == seq.num_tokens)
+    return ScheduledSequence(seq.seq_id, start, seq.slice(start, end), list(seq.block_table), num_logits)
