@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from shoal.kernels.rope import YarnConfig, yarn_mscale
 
 IndexerType = Literal["full", "shared"]
@@ -16,14 +18,9 @@ IndexerType = Literal["full", "shared"]
 SUPPORTED_MODEL_TYPES = ("deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa")
 INDEXED_MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
 
-LATENT_NORM_EPS = 1e-6
-"""Epsilon of q_a_layernorm and kv_a_layernorm; `rms_norm_eps` never reaches them."""
-INDEX_NORM_EPS = 1e-6
-"""Epsilon of the indexer's k_norm, the one true LayerNorm of the family."""
-
 _MAX_CONFIG_BYTES = 16 << 20
 _WEIGHT_BLOCK_SIZE = (128, 128)
-_TORCH_DTYPES = ("bfloat16", "float16", "float32")
+_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +28,8 @@ class ModelConfig:
     """One model of the DeepSeek-V3 family; built by `from_dict` or `from_pretrained`, which check every value."""
 
     model_type: str
-    torch_dtype: str
-    """The dtype the checkpoint was saved in: bfloat16, float16 or float32."""
+    torch_dtype: torch.dtype
+    """The dtype the model was saved in: bfloat16, float16 or float32."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -94,9 +91,15 @@ class ModelConfig:
         return scale * yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
 
     @property
-    def lm_head_name(self) -> str:
-        """The checkpoint tensor that produces the logits."""
-        return "model.embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+    def rope_cos_sin_scale(self) -> float:
+        """Factor on cos and sin: mscale(factor, mscale) / mscale(factor, mscale_all_dim) under YaRN, else 1."""
+        if self.yarn is None:
+            return 1.0
+        return yarn_mscale(self.yarn.factor, self.yarn.mscale) / yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim)
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether `layer` (counted from 0) selects positions itself; other layers of a sparse model reuse them."""
+        return self.has_index and self.indexer_types[layer] == "full"
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether `layer` (counted from 0) has routed experts instead of one dense MLP."""
@@ -123,7 +126,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Build from the contents of a config.json. Fields that the forward pass does not use (`auto_map` too) are ignored."""
+        """Build from the contents of a config.json; fields that the forward pass does not use are ignored."""
         if not isinstance(values, Mapping):
             raise ValueError("the model configuration must be a JSON object")
         model_type = values.get("model_type")
@@ -189,8 +192,8 @@ class ModelConfig:
         """Refuse values that are each fine but do not fit each other."""
         if values.get("num_key_value_heads") not in (None, self.num_attention_heads):
             raise ValueError(
-                f"num_key_value_heads must equal num_attention_heads ({self.num_attention_heads}) with latent attention, "
-                f"got {values['num_key_value_heads']!r}"
+                f"num_key_value_heads must equal num_attention_heads ({self.num_attention_heads}) in latent "
+                f"attention, got {values['num_key_value_heads']!r}"
             )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
@@ -210,8 +213,8 @@ class ModelConfig:
             raise ValueError(f"topk_group ({self.topk_group}) must be at most n_group ({self.n_group})")
         if self.num_experts_per_tok > self.topk_group * group_size:
             raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than the {self.topk_group * group_size} experts "
-                f"in topk_group ({self.topk_group}) groups"
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than the {self.topk_group * group_size} "
+                f"experts in topk_group ({self.topk_group}) groups"
             )
         for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if token >= self.vocab_size:
@@ -286,11 +289,11 @@ def _check_unsupported(values: Mapping[str, Any]) -> None:
         raise ValueError("partial_rotary_factor is not supported: qk_rope_head_dim says how much of a head is rotated")
 
 
-def _torch_dtype(values: Mapping[str, Any]) -> str:
+def _torch_dtype(values: Mapping[str, Any]) -> torch.dtype:
     value = values.get("torch_dtype") or values.get("dtype") or "bfloat16"
     if value not in _TORCH_DTYPES:
         raise ValueError(f"torch_dtype must be one of {', '.join(_TORCH_DTYPES)}, got {value!r}")
-    return str(value)
+    return _TORCH_DTYPES[value]
 
 
 def _first_k_dense_replace(values: Mapping[str, Any], num_layers: int) -> int:
@@ -340,14 +343,11 @@ def _indexer_types(values: Mapping[str, Any], num_layers: int) -> tuple[IndexerT
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
-    """`rope_theta` and YaRN from `rope_scaling` ("type" or "rope_type") or from the merged `rope_parameters`."""
-    merged: dict[str, Any] = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        part = values.get(name) or {}
-        if not isinstance(part, Mapping):
-            raise ValueError(f"{name} must be a JSON object or null, got {part!r}")
-        merged |= part
-    rope = {"rope_theta": values["rope_theta"], **merged} if "rope_theta" in values else merged
+    """`rope_theta` and YaRN from `rope_scaling` ("type" or "rope_type"), else from the merged `rope_parameters`."""
+    part = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(part, Mapping):
+        raise ValueError(f"rope_scaling and rope_parameters must be JSON objects or null, got {part!r}")
+    rope = {"rope_theta": values["rope_theta"], **part} if "rope_theta" in values else part
     read = _Reader(rope)
     theta = read.positive("rope_theta")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -383,7 +383,7 @@ def _weight_block_size(quantization: object) -> tuple[int, int] | None:
     block = quantization.get("weight_block_size")
     if method != "fp8" or fmt != "e4m3" or not isinstance(block, list) or tuple(block) != _WEIGHT_BLOCK_SIZE:
         raise ValueError(
-            f"quantization_config with quant_method {method!r}, fmt {fmt!r}, weight_block_size {block!r} is not supported; "
-            f"only fp8 e4m3 with weight_block_size {list(_WEIGHT_BLOCK_SIZE)} is (or an unquantised checkpoint)"
+            f"quantization_config with quant_method {method!r}, fmt {fmt!r}, weight_block_size {block!r} is not "
+            f"supported; only fp8 e4m3 with weight_block_size {list(_WEIGHT_BLOCK_SIZE)} is, or no quantization"
         )
     return _WEIGHT_BLOCK_SIZE
