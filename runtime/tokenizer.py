@@ -1,0 +1,215 @@
+"""Text to token ids and back, from a model directory's `tokenizer.json`; no code and no template from there is run.
+
+Users cannot write special tokens: their text goes through a second tokenizer that does not know any added token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+THINK_START = "<think>"
+THINK_END = "</think>"
+TOOL_CALLS_BEGIN = "<｜tool▁calls▁begin｜>"
+TOOL_CALLS_END = "<｜tool▁calls▁end｜>"
+TOOL_CALL_BEGIN = "<｜tool▁call▁begin｜>"
+TOOL_CALL_END = "<｜tool▁call▁end｜>"
+TOOL_OUTPUTS_BEGIN = "<｜tool▁outputs▁begin｜>"
+TOOL_OUTPUTS_END = "<｜tool▁outputs▁end｜>"
+TOOL_OUTPUT_BEGIN = "<｜tool▁output▁begin｜>"
+TOOL_OUTPUT_END = "<｜tool▁output▁end｜>"
+TOOL_SEP = "<｜tool▁sep｜>"
+
+_SENTENCE_TOKENS = (BOS, EOS, PAD)
+# DeepSeek adds these with special=false, so that decoding keeps them.
+_MARKUP_TOKENS = (
+    *(THINK_START, THINK_END, USER, ASSISTANT),
+    *(TOOL_CALLS_BEGIN, TOOL_CALLS_END, TOOL_CALL_BEGIN, TOOL_CALL_END),
+    *(TOOL_OUTPUTS_BEGIN, TOOL_OUTPUTS_END, TOOL_OUTPUT_BEGIN, TOOL_OUTPUT_END, TOOL_SEP),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """One added token of a rendered prompt; plain strings beside it are text, whatever they spell."""
+
+    text: str
+
+
+Part = str | Special
+
+
+class Tokenizer:
+    """A byte-level BPE or a word-level tokenizer (`tokenizers` library); immutable, so threads may share it."""
+
+    def __init__(self, spec: dict[str, Any], eos_token_ids: Sequence[int] = ()) -> None:
+        """`spec` is the content of a tokenizer.json; other kinds of tokenizer are a ValueError."""
+        model, decoder = (spec.get("model") or {}).get("type"), spec.get("decoder")
+        if model not in ("BPE", "WordLevel") or (decoder and decoder["type"] != "ByteLevel"):
+            raise ValueError(
+                f"tokenizer.json has model {model} and decoder {decoder and decoder['type']}; supported are BPE and "
+                "WordLevel with a ByteLevel decoder or none"
+            )
+        self._full = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._text = tokenizers.Tokenizer.from_str(json.dumps(_without_added_tokens(spec)))
+        added = spec.get("added_tokens") or []
+        ids = self._full.get_vocab(with_added_tokens=True)
+        self._added_ids = {t["content"]: ids[t["content"]] for t in added}
+        self._skipped_ids = frozenset(self._added_ids[t["content"]] for t in added if t["special"])
+        self._byte_of_char = {c: b for b, c in enumerate(_byte_alphabet())} if decoder else None
+        self.vocab_size = 1 + max(ids.values())
+        """One more than the largest id; a model may have more rows."""
+        self.eos_token_ids: tuple[int, ...] = tuple(sorted(set(eos_token_ids)))
+        self.separator: bytes = b"" if decoder else b" "
+        """What `decode` puts between two tokens."""
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Tokenizer | None:
+        """Read `tokenizer.json` and the end-of-sequence ids of a model directory; None if it has no tokenizer.json."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        spec = _read_json(path)
+        if spec is None:
+            return None
+        eos = (_read_json(directory / "tokenizer_config.json") or {}).get("eos_token")
+        eos_text = eos["content"] if isinstance(eos, dict) else eos
+        try:
+            eos_ids = [t["id"] for t in spec.get("added_tokens") or [] if t["content"] == eos_text]
+            return cls(spec, [*read_eos_token_ids(directory), *eos_ids])
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{path} cannot be used: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text: `<｜User｜>` or `</think>` in it become ordinary tokens; no first token is added.
+
+        The only added token that can come out is the unknown-word token of a word-level vocabulary. A lone surrogate is
+        a ValueError.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which no "
+                "Unicode text contains; repair or drop it"
+            ) from error
+        ids: list[int] = self._text.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_rendered(self, parts: Sequence[Part]) -> list[int]:
+        """Token ids of a rendered prompt, adjacent texts as one; a `Special` the tokenizer lacks is a ValueError."""
+        ids: list[int] = []
+        text = ""
+        for part in parts:
+            if isinstance(part, str):
+                text += part
+                continue
+            special = self.special_id(part.text)
+            if special is None:
+                raise ValueError(f"this tokenizer has no token {part.text}, which the prompt needs")
+            ids += [*self.encode(text), special]
+            text = ""
+        return ids + self.encode(text)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Bytes that are no UTF-8 become U+FFFD; ids that have no token are left out.
+
+        `skip_special_tokens` leaves out those marked special=true; DeepSeek's `<｜User｜>`, `</think>`, ... are not.
+        """
+        text: str = self._full.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes | None:
+        """What one token adds to the text, or None for nothing.
+
+        `decode(ids)` is the UTF-8 of these joined by `separator`, with U+FFFD for what is no UTF-8.
+        """
+        token = self._full.id_to_token(token_id)
+        if token is None or (skip_special_tokens and token_id in self._skipped_ids):
+            return None
+        if self._byte_of_char is not None and all(c in self._byte_of_char for c in token):
+            return bytes(self._byte_of_char[c] for c in token)
+        return str(token).encode()
+
+    def special_id(self, text: str) -> int | None:
+        """The id of an added token, or None if there is none that is spelt so."""
+        return self._added_ids.get(text)
+
+
+def read_eos_token_ids(directory: str | Path) -> tuple[int, ...]:
+    """The end-of-sequence ids of `generation_config.json`, or else of `config.json`; empty if neither names one."""
+    for name in ("generation_config.json", "config.json"):
+        value = (_read_json(Path(directory) / name) or {}).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise ValueError(f"{Path(directory) / name}: eos_token_id must be an id or a list of ids, got {value!r}")
+        if ids:
+            return tuple(sorted(set(ids)))
+    return ()
+
+
+def write_byte_tokenizer(path: str | Path) -> int:
+    """Write a tokenizer.json of single bytes and DeepSeek's special tokens; returns the vocabulary's size.
+
+    Ids: sentence and pad tokens 0-2 as in DeepSeek's, byte b at 3 + b, then the think, chat and tool tokens.
+    """
+    vocab = [*_SENTENCE_TOKENS, *_byte_alphabet()]
+    contents = [*_SENTENCE_TOKENS, *_MARKUP_TOKENS]
+    ids = [*range(len(_SENTENCE_TOKENS)), *range(len(vocab), len(vocab) + len(_MARKUP_TOKENS))]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    added = [
+        {"id": i, "content": t, **flags, "normalized": t in _MARKUP_TOKENS, "special": t in _SENTENCE_TOKENS}
+        for i, t in zip(ids, contents, strict=True)
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocab)}, "merges": []}
+    spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
+    Path(path).write_text(json.dumps(spec, ensure_ascii=False, indent=1), encoding="utf-8")
+    assert len(vocab) + len(_MARKUP_TOKENS) == 272, "a multiple of 16, as kernels want it"
+    return len(vocab) + len(_MARKUP_TOKENS)
+
+
+def _without_added_tokens(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer with no way to an added token: none to match, none in the vocabulary, no merge to one."""
+    added = spec.get("added_tokens") or []
+    contents, ids = {t["content"] for t in added}, {t["id"] for t in added}
+    model = dict(spec["model"])
+    unknown = model.get("unk_token")
+    removed = {t for t, i in model["vocab"].items() if (t in contents or i in ids) and t != unknown}
+    model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in removed}
+    if "merges" in model and removed:
+        model["merges"] = [m for m in model["merges"] if removed.isdisjoint(_merge_tokens(m))]
+    return {**spec, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None, "model": model}
+
+
+def _merge_tokens(merge: str | list[str]) -> tuple[str, str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right, left + right
+
+
+def _byte_alphabet() -> list[str]:
+    """The character by which byte-level vocabularies write each byte: itself if printable, else U+0100 onwards."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
