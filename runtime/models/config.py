@@ -19,6 +19,9 @@ SUPPORTED_MODEL_TYPES = ("deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa"
 INDEXED_MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
 
 _MAX_CONFIG_BYTES = 16 << 20
+_MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 10_000
+_MAX_EXPERTS = 100_000
 _WEIGHT_BLOCK_SIZE = (128, 128)
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -134,7 +137,7 @@ class ModelConfig:
         assert isinstance(model_type, str)
         _check_unsupported(values)
         read = _Reader(values)
-        num_layers = read.integer("num_hidden_layers")
+        num_layers = read.integer("num_hidden_layers", high=_MAX_LAYERS)
         indexed = model_type in INDEXED_MODEL_TYPES
         rope_theta, yarn = _rope(values)
         config = cls(
@@ -153,7 +156,7 @@ class ModelConfig:
             qk_nope_head_dim=read.integer("qk_nope_head_dim"),
             qk_rope_head_dim=read.integer("qk_rope_head_dim"),
             v_head_dim=read.integer("v_head_dim"),
-            n_routed_experts=read.integer("n_routed_experts"),
+            n_routed_experts=read.integer("n_routed_experts", high=_MAX_EXPERTS),
             n_shared_experts=read.integer("n_shared_experts", low=0, null=0),
             num_experts_per_tok=read.integer("num_experts_per_tok"),
             n_group=read.integer("n_group", null=1),
@@ -173,6 +176,7 @@ class ModelConfig:
                 # transformers writes the same number as num_mtp_layers
                 "num_nextn_predict_layers" if "num_nextn_predict_layers" in values else "num_mtp_layers",
                 low=0,
+                high=_MAX_LAYERS,
                 default=0,
                 null=0,
             ),
@@ -236,13 +240,15 @@ class _Reader:
             raise ValueError(f"the field {name} is missing")
         return default
 
-    def integer(self, name: str, *, low: int = 1, default: int | None = None, null: int | None = None) -> int:
+    def integer(
+        self, name: str, *, low: int = 1, high: int = _MAX_SIZE, default: int | None = None, null: int | None = None
+    ) -> int:
         """`default` stands in for a missing field, `null` for one that is present and null."""
         value = self.get(name, default)
         if value is None and null is not None:
             return null
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
         return value
 
     def positive(self, name: str) -> float:
@@ -291,7 +297,7 @@ def _check_unsupported(values: Mapping[str, Any]) -> None:
 
 def _torch_dtype(values: Mapping[str, Any]) -> torch.dtype:
     value = values.get("torch_dtype") or values.get("dtype") or "bfloat16"
-    if value not in _TORCH_DTYPES:
+    if not isinstance(value, str) or value not in _TORCH_DTYPES:
         raise ValueError(f"torch_dtype must be one of {', '.join(_TORCH_DTYPES)}, got {value!r}")
     return _TORCH_DTYPES[value]
 
