@@ -230,8 +230,8 @@ void gemm_row_tile(int64_t rows, const float* a, int64_t lda, Panels<T> b, int64
 
 // C[m][16 * b.count] = A[m][k] * B, or C += A * B when `accumulate`.
 //
-// a: fp32 rows, `lda` floats apart; nothing is read past term k. b: packed panels; packed.data may point into a panel at a
-// step, to multiply part of a chain. c: fp32 rows, `ldc` floats apart; all 16 * b.count columns are written, padding too.
+// a: fp32 rows, `lda` floats apart; nothing is read past term k. b: packed panels; b.data may point into a panel at a step,
+// to multiply part of a chain. c: fp32 rows, `ldc` floats apart; all 16 * b.count columns are written, padding too.
 template <typename T>
 void gemm_panels(const float* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, float* c, int64_t ldc,
                  bool accumulate = false) {

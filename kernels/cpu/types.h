@@ -7,8 +7,25 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
 
 namespace shoal {
+
+// Round to nearest and keep subnormal numbers while it lives, whatever mode the thread inherited.
+class IeeeMode {
+#if defined(__SSE__)
+ public:
+  IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~IeeeMode() { _mm_setcsr(saved_); }
+  IeeeMode(const IeeeMode&) = delete;
+  IeeeMode& operator=(const IeeeMode&) = delete;
+
+ private:
+  unsigned saved_;
+#endif
+};
 
 struct bf16 {
   uint16_t bits;

@@ -1,0 +1,256 @@
+// Linear layers, experts and the weighted sum of their outputs. The order of operations is gemm.h's; everything here only
+// decides which thread computes which elements.
+#include "gemm.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace shoal {
+namespace {
+
+constexpr int64_t kRowBlock = 64;
+
+// Panels per task: a multiple of the register tile that `rows` rows use.
+int64_t panels_per_task(int64_t rows) { return rows > kMaxRows ? 6 : 2 * max_panels(int(rows)); }
+
+// A thread's fp32 copy of a block of input rows; fp32 input is read in place.
+template <typename T>
+struct RowBlock {
+  std::vector<float> copy;
+  int64_t loaded = -1;
+  const float* data = nullptr;
+  int64_t stride = 0;
+
+  // `id` names the block within this product, so that consecutive tasks on one block convert it once.
+  void load(int64_t id, const T* rows, int64_t ld, int64_t count, int64_t k) {
+    if (id == loaded) return;
+    loaded = id;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      data = rows;
+      stride = ld;
+    } else {
+      copy.resize(size_t(kRowBlock * k));
+      for (int64_t r = 0; r < count; ++r) to_floats(rows + r * ld, k, copy.data() + r * k);
+      data = copy.data();
+      stride = k;
+    }
+  }
+};
+
+// One tile of a product: rows of an input block times `count` panels.
+template <typename W, typename X>
+void multiply(const RowBlock<X>& a, int64_t rows, const W* w, int64_t first_panel, int64_t count, int64_t k,
+              std::vector<float>& tile) {
+  tile.resize(size_t(rows * count * kPanel));
+  gemm_panels<W>(a.data, a.stride, rows, {w + first_panel * panel_size<W>(k), count, panel_size<W>(k)}, k, tile.data(),
+                 count * kPanel);
+}
+
+template <typename Out>
+void store_tile(const std::vector<float>& tile, int64_t rows, int64_t ldc, int64_t columns, Out* out, int64_t ldo) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < columns; ++j) out[r * ldo + j] = from_float<Out>(tile[size_t(r * ldc + j)]);
+}
+
+template <typename T>
+void pack_weight(const T* w, int64_t batch_stride, int64_t stride, T* out, int64_t batch, int64_t n, int64_t k,
+                 int threads) {
+  const int64_t panels = num_panels(n);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < batch * panels; ++i) {
+    const int64_t first = i % panels * kPanel;
+    pack_rows(w + i / panels * batch_stride + first * stride, stride, std::min(kPanel, n - first), k,
+              out + i * panel_size<T>(k));
+  }
+}
+
+// out[b][i][j] = x[b][i] . w[b][j]; strides in elements, the last dimensions contiguous.
+template <typename T, typename Out>
+void linear(const T* x, int64_t x_batch, int64_t x_row, const T* w, Out* out, int64_t out_batch, int64_t out_row,
+            int64_t batch, int64_t m, int64_t n, int64_t k, int threads) {
+  const int64_t panels = num_panels(n), row_blocks = (m + kRowBlock - 1) / kRowBlock;
+  const int64_t group = panels_per_task(m), groups = (panels + group - 1) / group;
+#pragma omp parallel num_threads(threads)
+  {
+    const IeeeMode mode;
+    RowBlock<T> a;
+    std::vector<float> tile;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < batch * row_blocks * groups; ++task) {
+      const int64_t b = task / groups / row_blocks, row = task / groups % row_blocks * kRowBlock;
+      const int64_t rows = std::min(kRowBlock, m - row);
+      const int64_t panel = task % groups * group, count = std::min(group, panels - panel);
+      a.load(task / groups, x + b * x_batch + row * x_row, x_row, rows, k);
+      multiply(a, rows, w + b * packed_size<T>(n, k), panel, count, k, tile);
+      store_tile(tile, rows, count * kPanel, std::min(count * kPanel, n - panel * kPanel),
+                 out + b * out_batch + row * out_row + panel * kPanel, out_row);
+    }
+  }
+}
+
+// silu(gate) * up in fp32, with silu(g) = g / (1 + e^-g), rounded once.
+template <typename T>
+T swiglu_one(T gate, T up) {
+  const float g = to_float(gate);
+  return from_float<T>(g / (1.0f + exp_fixed(-g)) * to_float(up));
+}
+
+template <typename T>
+void swiglu(const T* gate_up, int64_t row_stride, T* out, int64_t rows, int64_t intermediate, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const IeeeMode mode;
+#pragma omp for
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* gate = gate_up + r * row_stride;
+      for (int64_t j = 0; j < intermediate; ++j)
+        out[r * intermediate + j] = swiglu_one(gate[j], gate[intermediate + j]);
+    }
+  }
+}
+
+// One tile of an expert's work: rows [row, row + rows) of the grouped input, panels [panel, panel + count) of the output.
+struct ExpertTask {
+  int64_t expert, row, rows, panel, count;
+};
+
+// Expert-major, then row blocks, then panels: an expert's weights stay in cache while all its rows pass over them.
+std::vector<ExpertTask> expert_tasks(const int64_t* num_tokens, int64_t experts, int64_t panels) {
+  std::vector<ExpertTask> tasks;
+  int64_t begin = 0;
+  for (int64_t e = 0; e < experts; begin += num_tokens[e++]) {
+    const int64_t end = begin + num_tokens[e], group = panels_per_task(num_tokens[e]);
+    for (int64_t row = begin; row < end; row += kRowBlock)
+      for (int64_t panel = 0; panel < panels; panel += group)
+        tasks.push_back({e, row, std::min(kRowBlock, end - row), panel, std::min(group, panels - panel)});
+  }
+  return tasks;
+}
+
+// hidden = swiglu(x gate_up), out = hidden down, per expert; the same bits as linear, swiglu, linear.
+template <typename T>
+void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t experts, const T* gate_up, const T* down,
+                 T* hidden, T* out, int64_t h, int64_t intermediate, int threads) {
+  const auto first = expert_tasks(num_tokens, experts, num_panels(intermediate));
+  const auto second = expert_tasks(num_tokens, experts, num_panels(h));
+#pragma omp parallel num_threads(threads)
+  {
+    const IeeeMode mode;
+    RowBlock<T> a;
+    std::vector<float> gate, up;
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < first.size(); ++i) {
+      const ExpertTask t = first[i];
+      const T* w = gate_up + t.expert * packed_size<T>(2 * intermediate, h);
+      const int64_t column = t.panel * kPanel, columns = std::min(t.count * kPanel, intermediate - column);
+      // The up half starts at column `intermediate`, which may lie inside a panel.
+      const int64_t up_panel = (intermediate + column) / kPanel, shift = (intermediate + column) % kPanel;
+      const int64_t up_count = num_panels(shift + columns);
+      a.load(t.row, x + t.row * x_row, x_row, t.rows, h);
+      multiply(a, t.rows, w, t.panel, t.count, h, gate);
+      multiply(a, t.rows, w, up_panel, up_count, h, up);
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const float* g = gate.data() + r * t.count * kPanel;
+        const float* u = up.data() + r * up_count * kPanel + shift;
+        T* row = hidden + (t.row + r) * intermediate + column;
+        for (int64_t j = 0; j < columns; ++j) row[j] = swiglu_one(from_float<T>(g[j]), from_float<T>(u[j]));
+      }
+    }
+    // The barrier at the end of the loop above completes `hidden`.
+    RowBlock<T> b;
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < second.size(); ++i) {
+      const ExpertTask t = second[i];
+      b.load(t.row, hidden + t.row * intermediate, intermediate, t.rows, intermediate);
+      multiply(b, t.rows, down + t.expert * packed_size<T>(h, intermediate), t.panel, t.count, intermediate, gate);
+      store_tile(gate, t.rows, t.count * kPanel, std::min(t.count * kPanel, h - t.panel * kPanel),
+                 out + t.row * h + t.panel * kPanel, h);
+    }
+  }
+}
+
+// out[t] = sum over slots k ascending of weights[t][k] * y[row_of[t][k]], product and sum each rounded; -1 adds nothing.
+template <typename T>
+void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float* weights, float* out, int64_t tokens,
+                  int64_t top_k, int64_t h, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    const IeeeMode mode;
+#pragma omp for
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* acc = out + t * h;
+      std::fill(acc, acc + h, 0.0f);
+      for (int64_t k = 0; k < top_k; ++k) {
+        const int64_t row = row_of[t * top_k + k];
+        if (row < 0) continue;
+        const float weight = weights[t * top_k + k];
+        for (int64_t j = 0; j < h; ++j) acc[j] = acc[j] + weight * to_float(y[row * y_row + j]);
+      }
+    }
+  }
+}
+
+// Calls f with a value of the element type that `code` names.
+template <typename F>
+void with_dtype(int64_t code, F f) {
+  code == kBFloat16 ? f(bf16{}) : f(float{});
+}
+
+}  // namespace
+}  // namespace shoal
+
+using namespace shoal;
+
+extern "C" {
+
+int64_t shoal_packed_size(int64_t dtype, int64_t n, int64_t k) {
+  return dtype == kBFloat16 ? packed_size<bf16>(n, k) : packed_size<float>(n, k);
+}
+
+void shoal_pack_weight(int64_t dtype, const void* w, int64_t batch_stride, int64_t stride, void* out, int64_t batch,
+                       int64_t n, int64_t k, int64_t threads) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    pack_weight((const T*)w, batch_stride, stride, (T*)out, batch, n, k, int(threads));
+  });
+}
+
+void shoal_linear(int64_t dtype, int64_t out_dtype, const void* x, int64_t x_batch, int64_t x_row, const void* w,
+                  void* out, int64_t out_batch, int64_t out_row, int64_t batch, int64_t m, int64_t n, int64_t k,
+                  int64_t threads) {
+  with_dtype(dtype, [&](auto t) {
+    with_dtype(out_dtype, [&](auto o) {
+      using T = decltype(t);
+      using Out = decltype(o);
+      linear((const T*)x, x_batch, x_row, (const T*)w, (Out*)out, out_batch, out_row, batch, m, n, k, int(threads));
+    });
+  });
+}
+
+void shoal_swiglu(int64_t dtype, const void* gate_up, int64_t row_stride, void* out, int64_t rows, int64_t intermediate,
+                  int64_t threads) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    swiglu((const T*)gate_up, row_stride, (T*)out, rows, intermediate, int(threads));
+  });
+}
+
+void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_t* num_tokens, int64_t experts,
+                       const void* gate_up, const void* down, void* hidden, void* out, int64_t h, int64_t intermediate,
+                       int64_t threads) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    experts_mlp((const T*)x, x_row, num_tokens, experts, (const T*)gate_up, (const T*)down, (T*)hidden, (T*)out, h,
+                intermediate, int(threads));
+  });
+}
+
+void shoal_combine_topk(int64_t dtype, const void* y, int64_t y_row, const int64_t* row_of, const float* weights,
+                        float* out, int64_t tokens, int64_t top_k, int64_t h, int64_t threads) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    combine_topk((const T*)y, y_row, row_of, weights, out, tokens, top_k, h, int(threads));
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,153 @@
+"""The experts of one MoE layer, and the weighted sum of their outputs."""
+
+from __future__ import annotations
+
+from ctypes import c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from .build import c_function, num_threads
+from .linear import DTYPE_CODES, PackedWeight, check_input
+from .registry import implementation, register
+
+_SWIGLU = ("shoal_swiglu", c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3)
+_EXPERTS = ("shoal_experts_mlp", c_int64, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3)
+_COMBINE = ("shoal_combine_topk", c_int64, c_void_p, c_int64, *[c_void_p] * 3, *[c_int64] * 4)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: [T, 2I] = [gate | up] in float32 or bfloat16 -> [T, I] in the same dtype.
+
+    fp32 per element, silu(g) = g / (1 + e^-g) with an e^x that is the same wherever the element sits, one rounding.
+    """
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.dtype not in DTYPE_CODES:
+        raise ValueError(f"swiglu needs [T, 2I] in float32 or bfloat16, got {list(gate_up.shape)} in {gate_up.dtype}")
+    y: Tensor = implementation("swiglu")(gate_up)
+    return y
+
+
+def experts_mlp(x: Tensor, num_tokens_per_expert: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+    """y = linear(swiglu(linear(x, gate_up[e])), down[e]) for the rows of each expert e, with exactly those bits.
+
+    x: [R, H], rows grouped by expert, ascending. num_tokens_per_expert: [E] int64 on the CPU, summing to R.
+    gate_up: E weights [2I, H]. down: E weights [H, I]. Returns [R, H] in x's dtype.
+    """
+    check_input("experts_mlp", x, gate_up)
+    experts, hidden, intermediate = gate_up.num_matrices, gate_up.in_features, down.in_features
+    expected = (experts, hidden, gate_up.dtype, gate_up.backend)
+    if (down.num_matrices, down.out_features, down.dtype, down.backend) != expected or (
+        gate_up.out_features != 2 * intermediate
+    ):
+        raise ValueError("experts_mlp needs gate_up [E, 2I, H] and down [E, H, I] of one dtype and backend")
+    counts = num_tokens_per_expert
+    if counts.dtype != torch.int64 or not counts.is_cpu or counts.shape != (experts,):
+        raise ValueError(f"num_tokens_per_expert must be [{experts}] int64 on the CPU, got {list(counts.shape)}")
+    if x.dim() != 2 or bool((counts < 0).any()) or int(counts.sum()) != x.shape[0]:
+        raise ValueError(
+            f"x is {list(x.shape)} but num_tokens_per_expert is {counts.tolist()}: it must sum to x's rows"
+        )
+    y: Tensor = implementation("experts_mlp", gate_up.backend)(x, counts, gate_up, down)
+    return y
+
+
+def combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
+    """out[t] = sum over slots k = 0..K-1 of topk_weights[t, k] * y[row_of[t, k]], in that order.
+
+    y: [R, H] float32 or bfloat16. row_of: [T, K] int64, -1 for a slot that adds nothing. topk_weights: [T, K] float32.
+    Returns [T, H] float32: acc = acc + w * y from 0, product and sum each rounded to fp32.
+    """
+    if row_of.dim() != 2 or row_of.dtype != torch.int64 or topk_weights.dtype != torch.float32:
+        raise ValueError(f"combine_topk needs row_of [T, K] int64 and float32 weights, got {row_of.dtype}")
+    if topk_weights.shape != row_of.shape or y.dim() != 2 or y.dtype not in DTYPE_CODES:
+        raise ValueError(
+            f"combine_topk: y {list(y.shape)}, row_of {list(row_of.shape)}, weights {list(topk_weights.shape)}"
+        )
+    if row_of.numel() and not -1 <= int(row_of.min()) <= int(row_of.max()) < y.shape[0]:
+        raise ValueError(f"combine_topk: row_of must lie in [-1, {y.shape[0]}), the rows of y")
+    out: Tensor = implementation("combine_topk")(y, row_of, topk_weights)
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@register("swiglu", "cpu")
+def _swiglu_cpu(gate_up: Tensor) -> Tensor:
+    gate_up = _rows(gate_up)
+    rows, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
+    y = gate_up.new_empty(rows, intermediate)
+    threads = num_threads(16 * y.numel())
+    c_function(*_SWIGLU)(
+        DTYPE_CODES[y.dtype], gate_up.data_ptr(), gate_up.stride(0), y.data_ptr(), rows, intermediate, threads
+    )
+    return y
+
+
+@register("experts_mlp", "cpu")
+def _experts_mlp_cpu(x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+    x, counts = _rows(x), counts.contiguous()
+    rows, h = x.shape
+    hidden = x.new_empty(rows, down.in_features)
+    y = x.new_empty(rows, h)
+    c_function(*_EXPERTS)(
+        DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        x.stride(0),
+        counts.data_ptr(),
+        gate_up.num_matrices,
+        gate_up.data.data_ptr(),
+        down.data.data_ptr(),
+        hidden.data_ptr(),
+        y.data_ptr(),
+        h,
+        down.in_features,
+        num_threads(3 * hidden.numel() * h),
+    )
+    return y
+
+
+@register("combine_topk", "cpu")
+def _combine_topk_cpu(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
+    y, row_of, topk_weights = _rows(y), row_of.contiguous(), topk_weights.contiguous()
+    tokens, top_k = row_of.shape
+    out = y.new_empty(tokens, y.shape[1], dtype=torch.float32)
+    c_function(*_COMBINE)(
+        DTYPE_CODES[y.dtype],
+        y.data_ptr(),
+        y.stride(0),
+        row_of.data_ptr(),
+        topk_weights.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        top_k,
+        y.shape[1],
+        num_threads(top_k * out.numel()),
+    )
+    return out
+
+
+@register("swiglu", "reference")
+def _swiglu_reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+@register("experts_mlp", "reference")
+def _experts_mlp_reference(x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+    outputs = []
+    for e, rows in enumerate(torch.split(x, counts.tolist())):
+        hidden = _swiglu_reference((rows.float() @ gate_up.data[e].float().T).to(x.dtype))
+        outputs.append((hidden.float() @ down.data[e].float().T).to(x.dtype))
+    return torch.cat(outputs) if outputs else x.new_empty(x.shape)
+
+
+@register("combine_topk", "reference")
+def _combine_topk_reference(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
+    out = torch.zeros(row_of.shape[0], y.shape[1], dtype=torch.float32, device=y.device)
+    for k in range(row_of.shape[1]):
+        rows = row_of[:, k]
+        present = rows >= 0
+        out[present] += topk_weights[present, k, None] * y[rows[present]].float()
+    return out

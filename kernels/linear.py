@@ -1,0 +1,142 @@
+"""Linear layers whose bits depend only on the input row and the weight row.
+
+Contract: y[i, j] is one fp32 chain over k ascending, `acc = fma(x[i, k], w[j, k], acc)` from 0, with bf16 operands
+widened to fp32 (exact), and one rounding to the output dtype (to nearest, ties to even). So neither the number of rows
+or columns, nor a split of the output, nor the number of threads changes a bit. The reference backend keeps the same
+dtypes and roundings in torch, in whatever order torch sums.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .build import c_function, num_threads
+from .registry import Backend, current_backend, implementation, register
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+PANEL = 16
+
+_PACK = ("shoal_pack_weight", c_int64, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4)
+_LINEAR = ("shoal_linear", c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 7)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """`num_matrices` weights [out_features, in_features] in the layout that `backend` multiplies by.
+
+    cpu: [num_matrices, ceil(N / 16), ceil(K / width), 16, width], width 1 for fp32 and 2 for bf16, padded with zeros.
+    reference: [num_matrices, N, K].
+    """
+
+    data: Tensor
+    num_matrices: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    backend: Backend
+
+
+def pack_weight(w: Tensor) -> PackedWeight:
+    """Pack a weight [N, K] or weights [B, N, K] (fp32 or bf16, any strides) for the backend in force."""
+    if w.dim() not in (2, 3) or w.dtype not in DTYPE_CODES:
+        raise ValueError(
+            f"a weight must be [N, K] or [B, N, K] in float32 or bfloat16, got {list(w.shape)} in {w.dtype}: "
+            "convert it first"
+        )
+    stacked = w if w.dim() == 3 else w.unsqueeze(0)
+    backend = current_backend()
+    data: Tensor = implementation("pack_weight", backend)(stacked)
+    batch, n, k = stacked.shape
+    return PackedWeight(data, batch, n, k, w.dtype, backend)
+
+
+def linear(x: Tensor, w: PackedWeight, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    """y = x w^T: x [..., K] in the weight's dtype -> [..., N] in `out_dtype` (float32 or bfloat16, by default x's)."""
+    if w.num_matrices != 1:
+        raise ValueError(f"linear takes one weight matrix, this one holds {w.num_matrices}: use batched_linear")
+    check_input("linear", x, w)
+    out_dtype = out_dtype or x.dtype
+    if out_dtype not in DTYPE_CODES:
+        raise ValueError(f"linear returns float32 or bfloat16, not {out_dtype}")
+    y: Tensor = implementation("linear", w.backend)(x.reshape(-1, 1, w.in_features), w, out_dtype)
+    return y.view(*x.shape[:-1], w.out_features)
+
+
+def batched_linear(x: Tensor, w: PackedWeight) -> Tensor:
+    """y[:, b] = x[:, b] w[b]^T: x [T, B, K], last dimension contiguous -> [T, B, N] in x's dtype."""
+    check_input("batched_linear", x, w)
+    if x.dim() != 3 or x.shape[1] != w.num_matrices:
+        raise ValueError(f"batched_linear needs x [T, {w.num_matrices}, {w.in_features}], got {list(x.shape)}")
+    y: Tensor = implementation("linear", w.backend)(x, w, x.dtype)
+    return y
+
+
+def check_input(op: str, x: Tensor, w: PackedWeight) -> None:
+    """ValueError unless x [..., K] fits the weight."""
+    if x.dim() == 0 or x.shape[-1] != w.in_features or x.dtype != w.dtype:
+        raise ValueError(f"{op} needs x [..., {w.in_features}] in {w.dtype}, got {list(x.shape)} in {x.dtype}")
+    if w.backend == "cpu" and not x.is_cpu:
+        raise ValueError(f"{op}: the weight is packed for the CPU and x is on {x.device}: move x to the CPU")
+
+
+@register("pack_weight", "cpu")
+def _pack_weight_cpu(w: Tensor) -> Tensor:
+    if not w.is_cpu:
+        raise ValueError(f"the CPU kernels cannot pack a weight on {w.device}: move it to the CPU")
+    if w.stride(2) != 1:
+        w = w.contiguous()
+    batch, n, k = w.shape
+    width = 2 if w.dtype == torch.bfloat16 else 1
+    data = w.new_empty(batch, -(-n // PANEL), -(-k // width), PANEL, width)
+    c_function(*_PACK)(
+        DTYPE_CODES[w.dtype],
+        w.data_ptr(),
+        w.stride(0),
+        w.stride(1),
+        data.data_ptr(),
+        batch,
+        n,
+        k,
+        num_threads(w.numel()),
+    )
+    return data
+
+
+@register("linear", "cpu")
+def _linear_cpu(x: Tensor, w: PackedWeight, out_dtype: torch.dtype) -> Tensor:
+    if x.stride(2) != 1:
+        x = x.contiguous()
+    rows, batch, k = x.shape
+    n = w.out_features
+    y = x.new_empty(rows, batch, n, dtype=out_dtype)
+    c_function(*_LINEAR)(
+        DTYPE_CODES[x.dtype],
+        DTYPE_CODES[out_dtype],
+        x.data_ptr(),
+        x.stride(1),
+        x.stride(0),
+        w.data.data_ptr(),
+        y.data_ptr(),
+        n,
+        batch * n,
+        batch,
+        rows,
+        n,
+        k,
+        num_threads(rows * batch * n * k),
+    )
+    return y
+
+
+@register("pack_weight", "reference")
+def _pack_weight_reference(w: Tensor) -> Tensor:
+    return w.contiguous()
+
+
+@register("linear", "reference")
+def _linear_reference(x: Tensor, w: PackedWeight, out_dtype: torch.dtype) -> Tensor:
+    return torch.einsum("tbk,bnk->tbn", x.float(), w.data.float()).to(out_dtype)
