@@ -16,8 +16,10 @@ class ScheduledSequence:
     token_ids: list[int]
     block_table: list[int]
     """Blocks that hold positions `[0, start + len(token_ids))`, in order."""
-    num_logits: int
-    """How many of the last scheduled tokens need logits: 0 in the middle of a prompt, 1 to sample, more for prompt logprobs."""
+    sample: bool
+    """Whether the last scheduled token is the last known one, so that its logits give the next."""
+    num_prompt_logits: int = 0
+    """How many of the last scheduled tokens are prompt tokens whose logits were asked for (`prompt_logprobs`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Batch:
 
     def pack(self) -> bytes:
         """To msgpack bytes; `unpack` is the inverse."""
-        rows = [(s.seq_id, s.start, s.token_ids, s.block_table, s.num_logits) for s in self.sequences]
+        rows = [(s.seq_id, s.start, s.token_ids, s.block_table, s.sample, s.num_prompt_logits) for s in self.sequences]
         packed = msgpack.packb(rows)
         assert isinstance(packed, bytes)
         return packed

@@ -24,7 +24,7 @@ from .model_runner import ModelRunner
 from .models.config import ModelConfig
 from .models.deepseek import DeepseekModel, expected_tensors, record_specs
 from .output_processor import Completion, OutputProcessor, RequestState
-from .sampler import Sampler, prompt_logprobs, resolve_seed
+from .sampler import Sampler, resolve_seed
 from .scheduler import Scheduler, SchedulerConfig
 from .sequence import Sequence
 from .tokenizer import Tokenizer
@@ -35,6 +35,15 @@ KV_MEMORY_FRACTION = 0.5
 """Of the memory that is free once the weights are there, what the cache may take when its size is not given."""
 
 OnPhase = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A sequence that is being generated, and what it belongs to."""
+
+    seq: Sequence
+    state: RequestState
+    completion: Completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ class Engine:
         self.groups = groups
         self.model_config = ModelConfig.from_pretrained(model_dir)
         check_layout(self.model_config, groups.config.tensor_parallel_size)
-        dtype = self.model_config.torch_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        dtype = _compute_dtype(self.model_config) if config.dtype == "auto" else getattr(torch, config.dtype)
         specs = record_specs(self.model_config)
         wanted_len = config.max_model_len or self.model_config.max_position_embeddings
         if wanted_len > self.model_config.max_position_embeddings:
@@ -114,8 +123,9 @@ class Engine:
         self.limits = RequestLimits(vocab_size=self.model_config.vocab_size, max_model_len=self.max_model_len)
         self.seed = config.seed
         self._requests: dict[str, RequestState] = {}
-        self._running: dict[int, tuple[RequestState, Completion]] = {}
+        self._running: dict[int, Running] = {}
         self._next_seq_id = 0
+        self._num_steps = 0
         self._stop_requested = False
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -147,7 +157,7 @@ class Engine:
                 needs_prompt_logits=state.prompt_logprobs is not None and completion.output.index == 0,
             )
             self._next_seq_id += 1
-            self._running[seq.seq_id] = (state, completion)
+            self._running[seq.seq_id] = Running(seq, state, completion)
             self.scheduler.add(seq)
 
     def abort(self, request_id: str) -> None:
@@ -155,7 +165,7 @@ class Engine:
         state = self._requests.pop(request_id, None)
         if state is None:
             return
-        for seq_id in [i for i, (s, _) in self._running.items() if s is state]:
+        for seq_id in [i for i, r in self._running.items() if r.state is state]:
             self.scheduler.abort(seq_id)
             del self._running[seq_id]
 
@@ -167,7 +177,8 @@ class Engine:
 
     def step(self) -> StepResult:
         """One round: schedule, agree, run, sample, update."""
-        self.groups.begin_step()
+        self._num_steps += 1
+        self.groups.set_step(self._num_steps)
         batch = self.scheduler.schedule() if self.is_leader else EMPTY_BATCH
         batch, any_work, stopped = self._agree(batch)
         if stopped or not any_work:
@@ -193,21 +204,25 @@ class Engine:
 
     def _update(self, batch: Batch, logits: Tensor) -> list[RequestOutput]:
         """Sample the sequences that reached their last token, tell the scheduler, and collect what there is to show."""
-        sampling = [s.seq_id for s in batch.sequences if s.num_logits]
-        sampled = self.sampler.sample(logits, [self._running[i][1].row for i in sampling])
-        failed = {i for i, token in zip(sampling, sampled, strict=True) if token.error is not None}
-        tokens = {i: token.token_id for i, token in zip(sampling, sampled, strict=True) if i not in failed}
-        self.scheduler.update(batch, tokens)
+        sampling = [s.seq_id for s in batch.sequences if s.sample]
+        sampled = self.sampler.sample(logits, [self._running[i].completion.row for i in sampling])
+        tokens = dict(zip(sampling, sampled, strict=True))
+        for seq_id, token in tokens.items():
+            if token.error is not None:
+                self.scheduler.finish(seq_id, discard=True)
+        self.scheduler.update(batch, {i: token.token_id for i, token in tokens.items()})
         touched: dict[str, RequestState] = {}
-        for seq_id, token in zip(sampling, sampled, strict=True):
-            state, completion = self._running[seq_id]
+        for seq_id, token in tokens.items():
+            running = self._running[seq_id]
+            state, completion = running.state, running.completion
             self.processor.append(completion, token)
             touched[state.request.request_id] = state
+            if completion.output.index == 0:
+                state.num_cached_tokens = running.seq.num_cached_tokens
             if completion.finished:
-                self.scheduler.finish(seq_id, discard=seq_id in failed)
+                if token.error is None:
+                    self.scheduler.finish(seq_id)
                 del self._running[seq_id]
-        for seq in batch.sequences:
-            pass
         outputs = []
         for request_id, state in touched.items():
             if state.finished:
@@ -218,13 +233,13 @@ class Engine:
 
     def _take_prompt_logits(self, seq: ScheduledSequence, position: int, logits: Tensor) -> None:
         """Logits of prompt positions `position..` give the log-probabilities of the tokens after them."""
-        state, _ = self._running[seq.seq_id]
+        state = self._running[seq.seq_id].state
         prompt, k = state.request.prompt_token_ids, state.request.params.prompt_logprobs
         assert k is not None
         assert state.prompt_logprobs is not None
         following = prompt[position + 1 : position + 1 + logits.shape[0]]
-        rows = prompt_logprobs(logits[: len(following)], following, k)
-        state.prompt_logprobs.extend(self.processor.decoded(row) for row in rows)
+        scored = self.sampler.prompt_logprobs(logits[: len(following)], following, k)
+        state.prompt_logprobs.extend(self.processor.decoded(token.logprobs or {}) for token in scored)
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -238,6 +253,11 @@ class Engine:
         wanted = max(1, min(per_sequence * config.max_num_seqs, fits))
         agreed = self.groups.tp.all_gather_ints([wanted], layer=-1, op="engine.num_kv_blocks")
         return min(row[0] for row in agreed)
+
+
+def _compute_dtype(config: ModelConfig) -> torch.dtype:
+    """The checkpoint's own dtype where it is one that is computed in."""
+    return torch.float32 if config.torch_dtype is torch.float32 else torch.bfloat16
 
 
 def check_layout(config: ModelConfig, tensor_parallel_size: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
@@ -19,7 +21,7 @@ PROMPT_LOGITS_ROWS = 128
 """Prompt logits are made and consumed this many rows at a time, so that they never exist all at once."""
 
 OnPromptLogits = Callable[[ScheduledSequence, int, Tensor], None]
-"""(sequence, position of the first row, logits [n, V]) of prompt positions whose next token is known."""
+"""(sequence, position of the first row, logits [n, V]) of prompt positions."""
 
 
 class ModelRunner:
@@ -35,13 +37,13 @@ class ModelRunner:
     def run(self, batch: Batch, on_prompt_logits: OnPromptLogits | None = None) -> Tensor:
         """Computes every scheduled token and writes its cache record.
 
-        Returns logits [N, vocab_size] fp32, one row per sequence whose `num_logits` is not 0, in batch order.
+        Returns logits [N, vocab_size] fp32, one row per sequence with `sample`, in batch order.
         """
         input_ids, metadata = self._prepare(batch)
         hidden = self.model.forward(input_ids, self.cache, metadata)
         self._prompt_logits(batch, hidden, on_prompt_logits)
         ends = np.cumsum([len(s.token_ids) for s in batch.sequences])
-        last = [int(end) - 1 for s, end in zip(batch.sequences, ends, strict=True) if s.num_logits]
+        last = [int(end) - 1 for s, end in zip(batch.sequences, ends, strict=True) if s.sample]
         if not last:
             return torch.empty(0, self.model.config.vocab_size)
         return self.model.compute_logits(hidden[torch.tensor(last, device=self.device)])
@@ -70,17 +72,16 @@ class ModelRunner:
         return self._tensor(input_ids), AttentionMetadata(layout=layout, slot_mapping=self._tensor(slots), tap=self.tap)
 
     def _prompt_logits(self, batch: Batch, hidden: Tensor, on_prompt_logits: OnPromptLogits | None) -> None:
-        """Logits of the scheduled tokens that precede a known prompt token, in slices that all ranks agree on."""
+        """Show the prompt logits that were asked for, in slices that are the same on every rank of the tp group."""
         offset = 0
         for s in batch.sequences:
-            if s.num_logits > 1:
-                # The last scheduled token is followed by a token that this step does not know: it is sampled or comes next.
-                for first in range(0, len(s.token_ids), PROMPT_LOGITS_ROWS):
-                    rows = hidden[offset + first : offset + min(first + PROMPT_LOGITS_ROWS, len(s.token_ids))]
-                    logits = self.model.compute_logits(rows)
-                    if on_prompt_logits is not None:
-                        on_prompt_logits(s, s.start + first, logits)
-            offset += len(s.token_ids)
+            length = len(s.token_ids)
+            for first in range(length - s.num_prompt_logits, length, PROMPT_LOGITS_ROWS):
+                rows = hidden[offset + first : offset + min(first + PROMPT_LOGITS_ROWS, length)]
+                logits = self.model.compute_logits(rows)
+                if on_prompt_logits is not None:
+                    on_prompt_logits(s, s.start + first, logits)
+            offset += length
 
-    def _tensor(self, array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+    def _tensor(self, array: NDArray[np.integer[Any]]) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .detokenizer import IncrementalDetokenizer
 from .sampler import SampledToken, SamplingRow
@@ -32,8 +32,6 @@ class RequestState:
     completions: list[Completion]
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     num_cached_tokens: int = 0
-    unsent: bool = field(default=False)
-    """Whether a streaming request has tokens that no output has shown yet."""
 
     @property
     def finished(self) -> bool:
@@ -50,8 +48,6 @@ class OutputProcessor:
     def start(self, request: Request, *, seed: int, max_tokens: int) -> RequestState:
         """The state of a new request, without any token."""
         params = request.params
-        if params.stop_strings and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and the model directory has no tokenizer.json")
         completions = []
         for index in range(params.n):
             token_ids: list[int] = []
@@ -76,6 +72,7 @@ class OutputProcessor:
                 stop=params.stop_strings,
                 include_stop_str_in_output=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
+                min_tokens=params.min_tokens,
             )
             completions.append(Completion(row, detokenizer, output, max_tokens))
         wants_prompt = params.prompt_logprobs is not None
@@ -88,9 +85,10 @@ class OutputProcessor:
             output.finish_reason, output.error = "error", sampled.error
             return
         output.token_ids.append(sampled.token_id)
-        if output.logprobs is not None:
+        if sampled.logprobs is not None:
+            assert output.logprobs is not None
             assert output.cumulative_logprob is not None
-            output.cumulative_logprob += sampled.logprob
+            output.cumulative_logprob += sampled.logprobs[sampled.token_id].logprob
             output.logprobs.append(self.decoded(sampled.logprobs))
         reached_min = len(output.token_ids) >= params.min_tokens
         if reached_min and sampled.token_id in self.eos_token_ids and not params.ignore_eos:
@@ -98,7 +96,7 @@ class OutputProcessor:
         elif reached_min and sampled.token_id in (params.stop_token_ids or ()):
             self._finish(completion, "stop", sampled.token_id)
         else:
-            matched = completion.detokenizer.append(sampled.token_id, may_stop=reached_min)
+            matched = completion.detokenizer.append(sampled.token_id)
             if matched is not None:
                 self._finish(completion, "stop", matched)
             elif len(output.token_ids) >= completion.max_tokens:

@@ -246,8 +246,12 @@ class Scheduler:
 def _scheduled(seq: Sequence, end: int) -> ScheduledSequence:
     """Positions `[num_computed_tokens, end)` of `seq`, whose blocks are allocated."""
     start = seq.num_computed_tokens
-    if seq.prompt_logits_pending:
-        num_logits = max(0, end - max(start, seq.num_delivered_prompt_logits))
-    else:
-        num_logits = int(end == seq.num_tokens)
-    return ScheduledSequence(seq.seq_id, start, seq.slice(start, end), list(seq.block_table), num_logits)
+    pending = end - max(start, seq.num_delivered_prompt_logits) if seq.prompt_logits_pending else 0
+    return ScheduledSequence(
+        seq.seq_id,
+        start,
+        seq.slice(start, end),
+        list(seq.block_table),
+        sample=end == seq.num_tokens,
+        num_prompt_logits=max(0, pending),
+    )

@@ -136,9 +136,10 @@ class Tokenizer:
         token = self._full.id_to_token(token_id)
         if token is None or (skip_special_tokens and token_id in self._skipped_ids):
             return None
-        if self._byte_of_char is not None and all(c in self._byte_of_char for c in token):
-            return bytes(self._byte_of_char[c] for c in token)
-        return str(token).encode()
+        byte_of_char = self._byte_of_char
+        if byte_of_char is None or not byte_of_char.keys() >= set(token):
+            return str(token).encode()
+        return bytes(map(byte_of_char.__getitem__, token))
 
     def special_id(self, text: str) -> int | None:
         """The id of an added token, or None if there is none that is spelt so."""
@@ -188,7 +189,7 @@ def _without_added_tokens(spec: dict[str, Any]) -> dict[str, Any]:
     model["vocab"] = {t: i for t, i in model["vocab"].items() if t not in removed}
     if "merges" in model and removed:
         model["merges"] = [m for m in model["merges"] if removed.isdisjoint(_merge_tokens(m))]
-    return {**spec, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None, "model": model}
+    return {**spec, "added_tokens": [], "truncation": None, "padding": None, "model": model}
 
 
 def _merge_tokens(merge: str | list[str]) -> tuple[str, str, str]:

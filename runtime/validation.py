@@ -45,8 +45,8 @@ def check_request(request: Request, limits: RequestLimits) -> RowError | None:
     if cells > MAX_LOGPROB_CELLS:
         return RowError(
             code="request_too_large",
-            message=f"n x max_tokens x (logprobs + 1) plus the prompt's logprobs is {cells}, at most {MAX_LOGPROB_CELLS} "
-            f"are allowed; lower n, max_tokens or logprobs",
+            message=f"n x max_tokens x (logprobs + 1) plus the prompt's logprobs is {cells}, at most "
+            f"{MAX_LOGPROB_CELLS} are allowed; lower n, max_tokens or logprobs",
         )
     return None
 

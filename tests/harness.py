@@ -57,7 +57,7 @@ def logits_in_chunks(
             token_ids=token_ids[start:end],
             block_table=table[: -(-end // block_size)],
             sample=False,
-            prompt_logits=True,
+            num_prompt_logits=size,
         )
         runner.run(Batch([scheduled]), keep)
         start = end

@@ -15,8 +15,8 @@ from shoal.kernels.norm import layer_norm, rms_norm
 from shoal.kernels.rope import apply_rope
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, shard
-from shoal.runtime.kv_cache import KVCache
 
+from ..kv_cache import KVCache
 from .config import ModelConfig
 from .forward import AttentionMetadata
 from .weights import LayerWeights
@@ -96,16 +96,16 @@ class MLAttention:
     def forward(
         self, x: Tensor, rope_table: Tensor, cache: KVCache, metadata: AttentionMetadata, selected: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """x [T, H] after the input norm -> (its attention output [T, H], the selection that the next layer may share)."""
+        """x [T, H] after the input norm -> (attention output [T, H], the selection that the next layer may share)."""
         positions, records = metadata.positions, cache.records[self.layer]
         q_latent = rms_norm(linear(x, self.q_a_proj), self.q_a_norm, LATENT_NORM_EPS)
         q = linear(q_latent, self.q_b_proj).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
         q_rope = apply_rope(q[..., self.nope_dim :], rope_table, positions, interleaved=self.interleaved)
         q_absorbed = batched_linear(q[..., : self.nope_dim], self.w_uk)
 
-        latent, k_rope = linear(x, self.kv_a_proj).split([self.latent_dim, self.rope_dim], dim=-1)
-        latent = rms_norm(latent, self.kv_a_norm, LATENT_NORM_EPS)
-        k_rope = apply_rope(k_rope.unsqueeze(1), rope_table, positions, interleaved=self.interleaved).squeeze(1)
+        kv_a = linear(x, self.kv_a_proj)  # latent | rope key
+        latent = rms_norm(kv_a[:, : self.latent_dim], self.kv_a_norm, LATENT_NORM_EPS)
+        k_rope = apply_rope(kv_a[:, None, self.latent_dim :], rope_table, positions, interleaved=self.interleaved).squeeze(1)
         record = [latent, k_rope]
         if self.indexer is not None:
             record.append(self.indexer.key(x, rope_table, positions))

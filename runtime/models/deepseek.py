@@ -12,9 +12,9 @@ from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatc
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import gather_last_dim, shard
 from shoal.parallel.placement import ExpertPlacement
-from shoal.runtime.kv_cache import KVCache, RecordSpec
-from shoal.runtime.loader import Checkpoint
 
+from ..kv_cache import KVCache, RecordSpec
+from ..loader import Checkpoint
 from .attention import MLAttention
 from .config import ModelConfig
 from .forward import AttentionMetadata
@@ -56,7 +56,7 @@ class DecoderLayer:
         metadata: AttentionMetadata,
         selected: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(what the last block added [T, H], residual stream before it) -> the same after this layer, and its selection."""
+        """(what the last block added [T, H], residual stream before it) -> the same after this layer; its selection."""
         if residual is None:
             x, residual = rms_norm(hidden, self.input_norm, self.eps), hidden
         else:
@@ -104,8 +104,7 @@ class DeepseekModel:
         ]
         self.final_norm = weights.read("norm.weight")
         vocab = shard(config.vocab_size, groups.tp_rank, self.tp.size)
-        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        self.lm_head = pack_weight(checkpoint.read(head, rows=vocab, dtype=dtype))
+        self.lm_head = pack_weight(checkpoint.read(_lm_head_name(config), rows=vocab, dtype=dtype))
 
     def record_specs(self) -> list[RecordSpec]:
         """What each layer keeps per token."""
@@ -151,8 +150,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "model.embed_tokens.weight": (c.vocab_size, hidden),
         "model.norm.weight": (hidden,),
     }
-    if not c.tie_word_embeddings:
-        out["lm_head.weight"] = (c.vocab_size, hidden)
+    out[_lm_head_name(c)] = (c.vocab_size, hidden)
 
     def mlp(prefix: str, inner: int) -> None:
         out[f"{prefix}.gate_proj.weight"] = out[f"{prefix}.up_proj.weight"] = (inner, hidden)
@@ -185,3 +183,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if c.n_shared_experts:
             mlp(f"{prefix}.mlp.shared_experts", c.moe_intermediate_size * c.n_shared_experts)
     return out
+
+
+def _lm_head_name(config: ModelConfig) -> str:
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"

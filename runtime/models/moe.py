@@ -1,6 +1,7 @@
 """Feed-forward layers: the dense MLP and the mixture of experts.
 
-T tokens, H = hidden_size, I = intermediate size of one expert (or of this rank's part of a dense MLP), K experts per token.
+T tokens, H = hidden_size, I = intermediate size of one expert (or of this rank's part of a dense MLP), K experts of
+a token.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shoal.runtime.loader import Checkpoint
+from ..loader import Checkpoint
+
 
 
 @dataclass(frozen=True, slots=True)

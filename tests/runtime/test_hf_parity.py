@@ -1,6 +1,6 @@
 """Logits and selections against transformers, on random small models of every architecture.
 
-transformers computes the unabsorbed, unpaged, unchunked form, so everything that this engine does differently is tested.
+transformers computes the unabsorbed, unpaged, unchunked form: all that this engine does differently is tested.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ CASES = [
     Case("deepseek_v32", 7, {"index_topk": 16, "index_n_heads": 3}),
     Case("deepseek_v32", 100, {"index_topk": 16, "first_k_dense_replace": 2, "rope_scaling": YARN}),
     Case("glm_moe_dsa", 64, {"index_topk": 8}),
-    Case("glm_moe_dsa", 72, {"index_topk": 16, "indexer_types": ["full", "shared", "full", "shared"], "num_hidden_layers": 4}),
+    Case(
+        "glm_moe_dsa",
+        72,
+        {"index_topk": 16, "indexer_types": ["full", "shared", "full", "shared"], "num_hidden_layers": 4},
+    ),
     Case("glm_moe_dsa", 1, {"index_topk": 4}),
 ]
 

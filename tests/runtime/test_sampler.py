@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.kernels.philox import uniform
-from shoal.runtime.sampler import SampledToken, Sampler, SamplingRow, resolve_seed
+from shoal.runtime.sampler import SampledToken, Sampler, SamplingRow, _draw, resolve_seed
 from shoal.runtime.types import SamplingParams
 
 
@@ -150,8 +150,8 @@ def test_logprobs_match_a_float64_log_softmax_and_more_than_the_vocabulary_gives
 def test_repetition_penalty_covers_prompt_and_output() -> None:
     # 2.0 / 2 = 1.0 and -0.5 * 2 = -1.0; token 2 keeps 1.5 and wins.
     assert sample_one([2.0, -0.5, 1.5], row([0, 0], [1], temperature=0.0, repetition_penalty=2.0)).token_id == 2
-    # Every token was seen: -1.0 * 2 = -2.0 and -0.5 * 2 = -1.0: the multiplication keeps the order.
-    assert sample_one([-1.0, -0.5], row([0], [1], temperature=0.0, repetition_penalty=2.0)).token_id == 1
+    # A negative logit is multiplied: -1.0 * 2 = -2.0.
+    assert sample_one([-1.0, -1.5], row([0], [], temperature=0.0, repetition_penalty=2.0)).token_id == 1
     # A penalty below 1 helps what was seen: 1.0 / 0.5 = 2.0.
     assert sample_one([1.0, 1.5], row([0], temperature=0.0, repetition_penalty=0.5)).token_id == 0
 
@@ -212,6 +212,12 @@ def test_inversion_runs_in_order_of_token_id() -> None:
         u = uniform(seed, 3, 1)
         expected = next(i for i, edge in enumerate(edges) if u < edge)
         assert sample_one(logs(0.2, 0.3, 0.1, 0.4), row([], [9, 9, 9], seed=seed, index=1)).token_id == expected
+
+
+def test_a_draw_on_an_edge_belongs_to_the_next_token_with_a_weight() -> None:
+    logits = np.array([-math.inf, 0.0, -math.inf, 0.0], dtype=np.float32)
+    drawn = [_draw(logits, np.float32(0.0), SamplingParams(), draw) for draw in (0.0, 0.5 - 2**-53, 0.5, 1 - 2**-53)]
+    assert drawn == [1, 1, 3, 3]
 
 
 def test_top_p_includes_the_token_that_crosses() -> None:

@@ -48,7 +48,7 @@ def make_seq(
 
 def shape(batch: Batch) -> list[tuple[int, int, int, int]]:
     """(sequence, start, number of tokens, number of logits) of every part."""
-    return [(s.seq_id, s.start, len(s.token_ids), s.num_logits) for s in batch.sequences]
+    return [(s.seq_id, s.start, len(s.token_ids), s.num_prompt_logits or int(s.sample)) for s in batch.sequences]
 
 
 def step(scheduler: Scheduler, token: int = 7) -> list[tuple[int, int, int, int]]:

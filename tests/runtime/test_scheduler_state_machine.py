@@ -163,7 +163,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for part in batch.sequences:
             seq = self.lives[part.seq_id].seq
             end = part.start + len(part.token_ids)
-            self.check_chunk(self.lives[part.seq_id], part.start, end, part.num_logits)
+            self.check_chunk(self.lives[part.seq_id], part.start, end, part.num_prompt_logits or int(part.sample))
             assert part.token_ids == seq.token_ids[part.start : end]
             assert part.block_table == seq.block_table
             assert len(part.block_table) == self.manager.num_blocks_for(end)

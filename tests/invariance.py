@@ -1,0 +1,164 @@
+"""The same rows through many layouts, schedules and histories: every token and log-probability has the same bits."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import Store
+
+from shoal.parallel.config import ParallelConfig
+from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
+from shoal.runtime.engine import Engine
+from shoal.runtime.engine_config import EngineConfig
+from shoal.runtime.types import Logprob, Request, RequestOutput, SamplingParams
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to run the rows."""
+
+    name: str
+    tp: int = 1
+    dp: int = 1
+    replicas: int = 1
+    engine: dict[str, Any] = field(default_factory=dict)
+    order: str = "forward"
+    """forward, reversed, or alone: one row at a time."""
+    warm: bool = False
+    """Run the rows twice on one engine; the second time finds its prompts in the prefix cache."""
+    preempt_every: int = 0
+    """Preempt the longest running sequence every that many steps."""
+    threads: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.dp
+
+
+BASE_ENGINE = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "block_size": 8,
+    "num_kv_blocks": 64,
+    "max_model_len": 128,
+}
+
+
+def rows(vocab_size: int) -> list[Request]:
+    """Prompts of many lengths, two of them with a common beginning, and every kind of sampling."""
+    generator = torch.Generator().manual_seed(7)
+
+    def prompt(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, vocab_size, (length,), generator=generator).tolist())
+
+    shared = prompt(24)
+    cases = [
+        (prompt(1), SamplingParams(temperature=0.0, max_tokens=10, logprobs=4)),
+        (prompt(5), SamplingParams(temperature=1.0, seed=5, max_tokens=12, logprobs=2)),
+        (shared + prompt(3), SamplingParams(temperature=0.0, max_tokens=9, logprobs=1, prompt_logprobs=1)),
+        (shared + prompt(14), SamplingParams(temperature=0.8, top_p=0.9, top_k=20, max_tokens=12, logprobs=0)),
+        (prompt(33), SamplingParams(temperature=1.2, min_p=0.05, n=2, max_tokens=8, logprobs=1)),
+        (
+            prompt(61),
+            SamplingParams(temperature=0.0, max_tokens=14, logprobs=0, presence_penalty=0.5, frequency_penalty=0.3),
+        ),
+        (
+            prompt(70),
+            SamplingParams(temperature=1.0, repetition_penalty=1.3, max_tokens=6, logprobs=0, ignore_eos=True),
+        ),
+    ]
+    return [
+        Request(request_id=str(i), prompt_token_ids=tokens, params=params, index=i)
+        for i, (tokens, params) in enumerate(cases)
+    ]
+
+
+def bits(output: RequestOutput) -> tuple[Any, ...]:
+    """Everything that the contract fixes about a row, floats as their bytes."""
+
+    def logprob_bits(entries: Iterable[dict[int, Logprob] | None] | None) -> list[Any] | None:
+        if entries is None:
+            return None
+        return [e and [(t, struct.pack("<d", p.logprob), p.rank) for t, p in e.items()] for e in entries]
+
+    completions = [
+        (o.index, tuple(o.token_ids), o.finish_reason, o.stop_reason, str(logprob_bits(o.logprobs)))
+        for o in output.outputs
+    ]
+    return (*completions, str(logprob_bits(output.prompt_logprobs)))
+
+
+def run_rows(engine: Engine, point: Point, requests: list[Request]) -> dict[int, tuple[Any, ...]]:
+    """Drive one rank's engine until nobody in the replica has work; returns this rank's rows."""
+    results: dict[int, tuple[Any, ...]] = {}
+    steps = 0
+    while True:
+        if point.preempt_every and engine.is_leader and steps % point.preempt_every == point.preempt_every - 1:
+            running = engine.scheduler.running
+            if running:
+                engine.scheduler.preempt(max(running, key=lambda s: (s.num_tokens, s.seq_id)).seq_id)
+        if requests and (point.order != "alone" or not engine.has_unfinished):
+            batch = requests[:1] if point.order == "alone" else list(requests)
+            del requests[: len(batch)]
+            for request in batch:
+                engine.add_request(request)
+        result = engine.step()
+        steps += 1
+        assert steps < 5000, "the engine does not finish"
+        for output in result.outputs:
+            results[int(output.request_id)] = bits(output)
+        if result.idle and not requests:
+            engine.block_manager.check_integrity()
+            return results
+
+
+def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups) -> dict[int, tuple[Any, ...]]:
+    """This rank's rows of a point."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(point.threads)
+    try:
+        config = EngineConfig(**{**BASE_ENGINE, "dtype": dtype, **point.engine})
+        merged: dict[int, tuple[Any, ...]] = {}
+        for replica in range(point.replicas):
+            engine = Engine(model_dir, config, groups)
+            mine = [
+                r
+                for r in rows(engine.model_config.vocab_size)
+                if engine.is_leader
+                and r.index % point.replicas == replica
+                and r.index // point.replicas % point.dp == groups.dp_rank
+            ]
+            if point.order == "reversed":
+                mine.reverse()
+            if point.warm:
+                run_rows(engine, point, list(mine))
+            merged |= run_rows(engine, point, mine)
+            if point.warm and config.enable_prefix_caching and engine.is_leader:
+                assert engine.scheduler.num_prefix_hit_tokens > 0 or not merged, "the second pass found nothing"
+        return merged
+    finally:
+        torch.set_num_threads(previous)
+
+
+def run_points_on_rank(
+    rank: int, store: Store, points: list[Point], model_dir: Path, dtype: str
+) -> list[dict[int, tuple[Any, ...]]]:
+    """Every point in turn on this rank; a rank that a point has no use for skips it."""
+    results = []
+    for epoch, point in enumerate(points):
+        if rank >= point.world_size:
+            results.append({})
+            continue
+        layout = ParallelConfig(tensor_parallel_size=point.tp, data_parallel_size=point.dp)
+        groups = (
+            init_groups(layout, rank, store, epoch=epoch, timeout_s=60.0)
+            if point.world_size > 1
+            else single_process_groups()
+        )
+        results.append(run_point(point, model_dir, dtype, groups))
+    return results
