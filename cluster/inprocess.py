@@ -1,0 +1,86 @@
+"""One engine in this process, without Ray: the reference that clusters are compared with, and the quickest start."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from shoal.runtime.types import Request, RequestOutput
+from shoal.runtime.validation import RequestLimits
+
+from .engine_args import EngineArgs
+from .ray_cluster import num_cores
+from .replica import OnPhase, Phase
+from .router import read_model_config
+from .worker import BUILD_ENGINE, StartReport, WorkerSpec, admit, resolve_factory
+
+
+class InProcessEngine:
+    """The interface of `Router`; the engine works while `poll` runs, on the thread that calls it."""
+
+    def __init__(
+        self, args: EngineArgs, *, on_phase: OnPhase | None = None, engine_factory: str = BUILD_ENGINE
+    ) -> None:
+        """Loads the model; ValueError for a layout of more than one worker."""
+        if args.num_workers != 1:
+            raise ValueError(
+                f"the in-process executor runs one worker, but the layout has {args.num_workers} "
+                f"(tensor_parallel_size x data_parallel_size x replicas); use the ray executor"
+            )
+        _ = read_model_config(args)
+        start = time.monotonic()
+        num_threads = args.num_threads_per_worker or num_cores()
+        torch.set_num_threads(num_threads)
+        spec = WorkerSpec(
+            args=args, rank=0, store_host="", store_port=0, num_threads=num_threads, engine_factory=engine_factory
+        )
+        report = StartReport()
+        self._engine = resolve_factory(engine_factory)(spec, report)
+        self._capacity = 2 * args.max_num_seqs
+        self._in_flight: set[str] = set()
+        self._outputs: list[RequestOutput] = []
+        if on_phase is not None:
+            on_phase(Phase("ready", time.monotonic() - start, "; ".join(report.notices)))
+
+    @property
+    def limits(self) -> RequestLimits:
+        return self._engine.limits
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.request_id in self._in_flight:
+                raise ValueError(f"request id {request.request_id!r} is already in flight")
+            self._in_flight.add(request.request_id)
+            if (refused := admit(self._engine, request)) is not None:
+                self._outputs.append(refused)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._in_flight.discard(request_id)
+            self._engine.abort(request_id)
+
+    def poll(self, timeout_s: float) -> list[RequestOutput]:
+        """Step until there are outputs or `timeout_s` has passed; at once when nothing is in flight."""
+        deadline = time.monotonic() + timeout_s
+        while not self._outputs and self._in_flight:
+            self._outputs += self._engine.step().outputs
+            if time.monotonic() >= deadline:
+                break
+        outputs = [output for output in self._outputs if output.request_id in self._in_flight]
+        self._outputs = []
+        self._in_flight.difference_update(output.request_id for output in outputs if output.finished)
+        return outputs
+
+    def close(self) -> None:
+        """Drop what is in flight."""
+        self.abort(sorted(self._in_flight))

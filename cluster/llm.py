@@ -1,0 +1,228 @@
+"""`LLM`: the Python front door."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import operator
+import queue
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Literal, Self
+
+from shoal.runtime.tokenizer import Tokenizer
+from shoal.runtime.types import Request, RequestOutput, SamplingParams
+from shoal.runtime.validation import check_request
+
+from .engine_args import EngineArgs
+from .engine_thread import Engines, EngineThread
+from .inprocess import InProcessEngine
+from .prompts import ModelPrompts
+from .replica import OnPhase
+from .router import start_engines
+from .worker import BUILD_ENGINE
+
+Executor = Literal["auto", "ray", "inprocess"]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+Conversation = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model that answers prompts; what it answers does not depend on the layout it runs in.
+
+    `LLM(model="dir", tensor_parallel_size=2, ...)` takes every field of `EngineArgs`. The executor "inprocess" runs one
+    engine on a thread of this process, "ray" runs workers on a Ray cluster; "auto" is "ray" for more than one worker or
+    a given `ray_address`, else "inprocess". Methods may be called from several threads at a time. A context manager.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        executor: Executor = "auto",
+        on_phase: OnPhase | None = None,
+        engine_factory: str = BUILD_ENGINE,
+        **engine_args: Any,
+    ) -> None:
+        """ValueError for an unknown or bad argument, LayoutDoesNotFit for a cluster that is too small.
+
+        `on_phase` is told of every part of the start-up; `engine_factory` puts a stub in the engine's place.
+        """
+        args = EngineArgs.from_dict({"model": str(model), **engine_args})
+        if executor not in ("auto", "ray", "inprocess"):
+            raise ValueError(f"executor must be one of auto, ray, inprocess, got {executor!r}")
+        if executor == "auto":
+            executor = "ray" if args.num_workers > 1 or args.ray_address is not None else "inprocess"
+
+        def start() -> Engines:
+            if executor == "ray":
+                return start_engines(args, on_phase=on_phase, engine_factory=engine_factory)
+            return InProcessEngine(args, on_phase=on_phase, engine_factory=engine_factory)
+
+        self.args = args
+        self.tokenizer = Tokenizer.from_pretrained(args.model)
+        self._prompts = None if self.tokenizer is None else ModelPrompts(self.tokenizer)
+        self._engines = EngineThread(start)
+        self._indices = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """One output per prompt, in order. One `sampling_params` serves all prompts; None is `SamplingParams()`.
+
+        ValueError for a bad prompt, naming its position, before any of them is run. A prompt without a seed gets one
+        from the engine's seed and its number among all prompts that this object was given.
+        """
+        return self._run(self._requests(prompt_list(prompts), sampling_params, stream=False))
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        thinking: bool = False,
+    ) -> list[RequestOutput]:
+        """Like `generate`, for one conversation (a list of {"role", "content"}) or a list of them."""
+        several: list[Any] = list(messages)
+        conversations = [several] if several and isinstance(several[0], Mapping) else several
+        if self._prompts is None:
+            raise ValueError(
+                f"{self.args.model} has no tokenizer.json, so there is no chat; use generate with prompt_token_ids"
+            )
+        prompts: list[Prompt] = []
+        for i, conversation in enumerate(conversations):
+            try:
+                prompts.append(self._prompts.encode_messages(conversation, thinking))
+            except ValueError as error:
+                raise ValueError(f"conversation {i}: {error}") from error
+        return self._run(self._requests(prompts, sampling_params, stream=False))
+
+    async def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs as they grow, each with everything its prompt produced so far; `request_id`s ascend with the prompts.
+
+        Leaving the loop early aborts what is not finished.
+        """
+        requests = self._requests(prompt_list(prompts), sampling_params, stream=True)
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
+
+        def deliver(item: RequestOutput | BaseException) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop may have been closed before its last outputs came
+                loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        texts = {request.request_id: text for request, text in requests}
+        unfinished = set(texts)
+        self._engines.submit([request for request, _ in requests], deliver)
+        try:
+            while unfinished:
+                item = await arrived.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item.finished:
+                    unfinished.discard(item.request_id)
+                item.prompt = texts[item.request_id]
+                yield item
+        finally:
+            self._engines.abort(sorted(unfinished))
+
+    def close(self) -> None:
+        """End the engines; requests of other threads fail. Closing twice is allowed."""
+        self._engines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, *, stream: bool
+    ) -> list[tuple[Request, str | None]]:
+        """Checked requests with the texts of their prompts, where those were texts."""
+        per_prompt = params_list(params, len(prompts))
+        requests = []
+        for i, (prompt, own) in enumerate(zip(prompts, per_prompt, strict=True)):
+            try:
+                text, token_ids = self._tokens(prompt)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from error
+            request = Request(request_id="", prompt_token_ids=token_ids, params=own, stream=stream)
+            if (refused := check_request(request, self._engines.limits)) is not None:
+                raise ValueError(f"prompt {i}: {refused.message}")
+            requests.append((request, text))
+        return [(self._numbered(request), text) for request, text in requests]
+
+    def _numbered(self, request: Request) -> Request:
+        index = next(self._indices)
+        return dataclasses.replace(request, request_id=str(index), index=index)
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+        if isinstance(prompt, Mapping):
+            if set(prompt) not in ({"prompt"}, {"prompt_token_ids"}):
+                raise ValueError(f'must have either "prompt" or "prompt_token_ids", got {sorted(map(str, prompt))}')
+            (name, value), *_ = prompt.items()
+            if isinstance(value, str) != (name == "prompt"):
+                raise ValueError(f"{name} must be {'text' if name == 'prompt' else 'a list of token ids'}")
+            prompt = value
+        if not isinstance(prompt, str):
+            return None, token_id_tuple(prompt)
+        if self._prompts is None:
+            raise ValueError(f"{self.args.model} has no tokenizer.json; give prompt_token_ids instead of text")
+        return prompt, tuple(self._prompts.encode_text(prompt))
+
+    def _run(self, requests: Sequence[tuple[Request, str | None]]) -> list[RequestOutput]:
+        arrived: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
+        outputs: dict[str, RequestOutput] = {}
+        self._engines.submit([request for request, _ in requests], arrived.put)
+        try:
+            while len(outputs) < len(requests):
+                item = arrived.get()
+                if isinstance(item, BaseException):
+                    raise item
+                outputs[item.request_id] = item
+        finally:
+            self._engines.abort([r.request_id for r, _ in requests if r.request_id not in outputs])
+        for request, text in requests:
+            outputs[request.request_id].prompt = text
+        return [outputs[request.request_id] for request, _ in requests]
+
+
+def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as many: a list that starts with a number is one prompt of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    many: list[Any] = list(prompts)
+    if not many or isinstance(many[0], str | Mapping | Sequence):
+        return many
+    return [token_id_tuple(many)]
+
+
+def params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """One for each of `count` prompts."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(
+            f"there are {count} prompts and {len(params)} sampling_params; give one for all or one for each"
+        )
+    if not all(isinstance(p, SamplingParams) for p in params):
+        raise ValueError("sampling_params must be SamplingParams or a list of them")
+    return list(params)
+
+
+def token_id_tuple(values: Any) -> tuple[int, ...]:
+    """Token ids as plain integers (numpy's too); ValueError for anything else."""
+    try:
+        if any(isinstance(v, bool | str) for v in values):
+            raise TypeError
+        return tuple(operator.index(v) for v in values)
+    except TypeError as error:
+        raise ValueError("a prompt must be text or a list of token ids (whole numbers)") from error

@@ -1,0 +1,26 @@
+"""Text and conversations to token ids, for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.runtime.chat import encode_chat
+from shoal.runtime.tokenizer import BOS, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPrompts:
+    """A model's tokenizer and prompt format; both methods raise ValueError for what they cannot encode."""
+
+    tokenizer: Tokenizer
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a completion prompt: begin-of-sentence, if the tokenizer has it, then plain text."""
+        bos = self.tokenizer.special_id(BOS)
+        return [*(() if bos is None else (bos,)), *self.tokenizer.encode(text)]
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]], thinking: bool) -> list[int]:
+        """The token ids of a conversation, up to and including the header of the answer."""
+        return self.tokenizer.encode_rendered(encode_chat(messages, thinking=thinking, tokenizer=self.tokenizer))

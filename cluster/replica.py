@@ -1,0 +1,334 @@
+"""One copy of the model on a cluster, seen from the driver: its workers, their requests and their end."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from shoal.runtime.types import Request, RequestOutput
+from shoal.runtime.validation import RequestLimits, max_output_tokens
+
+from .engine_args import EngineArgs
+from .ray_cluster import Layout, Placement
+from .wire import pack_request, unpack_output
+from .worker import BUILD_ENGINE, StartReport, Worker, WorkerFailure, WorkerSpec
+
+POLL_WAIT_S = 1.0
+"""How long a worker holds a poll that has nothing to say."""
+STOP_TIMEOUT_S = 5.0
+BLAME_WAIT_S = 0.5
+"""How long a failure waits for those of other ranks, so that the cause is named and not the rank that missed it."""
+
+ActorHandle = Any
+ObjectRef = Any
+
+
+class EngineFailed(RuntimeError):  # noqa: N818
+    """A replica cannot go on: which rank is the cause, and why. What was in flight can be submitted elsewhere."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank}: {reason}")
+        self.rank = rank
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A finished part of the start-up."""
+
+    name: str
+    seconds: float
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.seconds:.1f} s" + (f" ({self.detail})" if self.detail else "")
+
+
+OnPhase = Callable[[Phase], None]
+
+
+@dataclass(slots=True)
+class _Leader:
+    """A worker that takes requests: tp rank 0 of an attention group."""
+
+    rank: int
+    worker: ActorHandle
+    in_flight: dict[str, int] = field(default_factory=dict)
+    """Request id -> tokens that it may still take."""
+    poll: ObjectRef | None = None
+    num_steps: int = -1
+    progress_at: float = 0.0
+
+    @property
+    def outstanding_tokens(self) -> int:
+        return sum(self.in_flight.values())
+
+    def take(self, outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
+        """Outputs of requests that were not aborted; finished ones are no longer in flight."""
+        wanted = [output for output in outputs if output.request_id in self.in_flight]
+        for output in wanted:
+            if output.finished:
+                del self.in_flight[output.request_id]
+        return wanted
+
+
+def listen(host: str) -> TCPStore:
+    """The rendezvous of a replica's ranks, on a free port of one address (by itself, a store takes all of them)."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((host, 0))
+    listener.listen(1024)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=60),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+class Replica:
+    """Workers of one placement. Built at once, in use after `wait_ready`; one thread at a time may use it."""
+
+    def __init__(
+        self,
+        args: EngineArgs,
+        layout: Layout,
+        placement: Placement,
+        *,
+        num_threads: Sequence[int],
+        host: str,
+        engine_factory: str = BUILD_ENGINE,
+    ) -> None:
+        """Starts the workers and lets them build their engines; `host` is this node's own address."""
+        self._parallel = args.parallel_config
+        self._stall_s = POLL_WAIT_S + args.collective_timeout_s
+        self._max_num_seqs = args.max_num_seqs
+        self._placement = placement
+        self._store = listen(host)
+        self._failure: EngineFailed | None = None
+        self._limits: RequestLimits | None = None
+        self._workers = [
+            _create_worker(
+                WorkerSpec(
+                    args=args,
+                    rank=rank,
+                    store_host=host,
+                    store_port=self._store.port,
+                    num_threads=num_threads[rank],
+                    engine_factory=engine_factory,
+                ),
+                layout,
+                placement,
+            )
+            for rank in range(self._parallel.world_size)
+        ]
+        tp = self._parallel.tensor_parallel_size
+        self._leaders = [_Leader(rank, self._workers[rank]) for rank in range(0, len(self._workers), tp)]
+        self._starts: dict[ObjectRef, int] = {w.start.remote(): rank for rank, w in enumerate(self._workers)}
+        self._runs: dict[ObjectRef, int] = {}
+
+    def wait_ready(self, timeout_s: float) -> list[StartReport]:
+        """Per rank, once all can serve. EngineFailed, or ValueError for what a user can mend, when one cannot."""
+        deadline = time.monotonic() + timeout_s
+        reports: dict[int, StartReport] = {}
+        while len(reports) < len(self._starts):
+            pending = [ref for ref, rank in self._starts.items() if rank not in reports]
+            ready, _ = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = sorted(self._starts[ref] for ref in pending)
+                self._fail(late[0], f"ranks {late} were not ready after {timeout_s:g} s (startup_timeout_s)")
+            rank = self._starts[ready[0]]
+            try:
+                reports[rank] = ray.get(ready[0])
+            except RayError as error:
+                self._fail(rank, f"its process died during start-up: {error}")
+            if (failure := reports[rank].failure) is not None:
+                if failure.kind == "value":
+                    self.close()
+                    raise ValueError(failure.message.removeprefix("ValueError: "))
+                self._fail(rank, f"{failure.message}\n{failure.traceback}")
+        self._limits = _tightest(reports.values())
+        self._runs = {worker.run.remote(): rank for rank, worker in enumerate(self._workers)}
+        return [reports[rank] for rank in range(len(reports))]
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What every attention group can take."""
+        assert self._limits is not None, "limits are known after wait_ready"
+        return self._limits
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(len(leader.in_flight) for leader in self._leaders)
+
+    @property
+    def capacity(self) -> int:
+        """Requests that keep every attention group busy, with as many waiting as running."""
+        return 2 * self._max_num_seqs * len(self._leaders)
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Prompt and output tokens of the requests in flight, at most."""
+        return sum(leader.outstanding_tokens for leader in self._leaders)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Each request to the attention group with the fewest outstanding tokens, ties to the lowest rank."""
+        self._check_alive()
+        messages: dict[int, list[bytes]] = {}
+        for request in requests:
+            if any(request.request_id in leader.in_flight for leader in self._leaders):
+                raise ValueError(f"request id {request.request_id!r} is already in flight")
+            message = pack_request(request)
+            position = min(range(len(self._leaders)), key=lambda i: (self._leaders[i].outstanding_tokens, i))
+            leader = self._leaders[position]
+            if not leader.in_flight:
+                leader.progress_at = time.monotonic()  # until now nobody asked whether it made progress
+            leader.in_flight[request.request_id] = num_tokens_at_most(request, self.limits)
+            messages.setdefault(position, []).append(message)
+        for position, packed in messages.items():
+            self._leaders[position].worker.submit.remote(packed)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
+        for leader in self._leaders:
+            mine = [i for i in request_ids if leader.in_flight.pop(i, None) is not None]
+            if mine:
+                leader.worker.abort.remote(mine)
+
+    def poll(self, timeout_s: float) -> list[RequestOutput]:
+        """Outputs, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight."""
+        return poll_replicas([self], timeout_s)
+
+    def refs(self) -> list[ObjectRef]:
+        """What to wait for: the polls of leaders with requests in flight, and the end of any rank's loop."""
+        self._check_alive()
+        for leader in self._leaders:
+            if leader.poll is None and leader.in_flight:
+                leader.poll = leader.worker.poll.remote(POLL_WAIT_S)
+        return [leader.poll for leader in self._leaders if leader.poll is not None] + list(self._runs)
+
+    def collect(self, ready: set[ObjectRef]) -> list[RequestOutput]:
+        """Outputs of the polls that are `ready`; EngineFailed only when there are none, so that none gets lost."""
+        outputs: list[RequestOutput] = []
+        died: dict[int, str] = {}
+        for leader in self._leaders:
+            poll = leader.poll
+            if poll is not None and poll in ready:
+                leader.poll = None
+                try:
+                    num_steps, messages = ray.get(poll)
+                except RayError as error:
+                    died[leader.rank] = str(error)
+                    continue
+                if num_steps != leader.num_steps:
+                    leader.num_steps, leader.progress_at = num_steps, time.monotonic()
+                outputs += leader.take(map(unpack_output, messages))
+        if outputs:
+            return outputs
+        if died or any(ref in ready for ref in self._runs):
+            self._fail_with_cause(died)
+        for leader in self._leaders:
+            if leader.poll is not None and time.monotonic() - leader.progress_at > self._stall_s:
+                self._fail(leader.rank, f"no step ended in {self._stall_s:g} s (collective_timeout_s): frozen or stuck")
+        return []
+
+    def close(self) -> None:
+        """Stop the loops in the same step, then end the processes and give the place back. Closing twice is allowed."""
+        if self._failure is None and self._runs:
+            for worker in self._workers:
+                worker.stop.remote()
+            ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
+        self._kill()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            ray.kill(worker)
+        if self._workers:
+            self._placement.remove()
+        self._workers, self._runs = [], {}
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        assert self._workers, "the replica is closed"
+
+    def _fail(self, rank: int, reason: str) -> None:
+        self._failure = EngineFailed(rank, reason)
+        self._kill()
+        raise self._failure
+
+    def _fail_with_cause(self, died: dict[int, str]) -> None:
+        """One rank's end makes others fail in their collectives: blame a dead process, then an error, then those."""
+        ended, _ = ray.wait(list(self._runs), num_returns=len(self._runs), timeout=BLAME_WAIT_S)
+        failures: list[WorkerFailure] = []
+        for ref in ended:
+            try:
+                failure = ray.get(ref)
+            except RayError as error:
+                died[self._runs[ref]] = str(error)
+            else:
+                failures += [failure] if failure is not None else []
+        if died:
+            rank = min(died)
+            self._fail(rank, f"its process died: {died[rank]}")
+        if not failures:
+            self._fail(self._runs[ended[0]], "its loop ended although nobody asked it to")
+        cause = min(failures, key=lambda f: (f.kind == "collective", f.rank))
+        self._fail(cause.rank, f"{cause.message}\n{cause.traceback}")
+
+
+def poll_replicas(replicas: Sequence[Replica], timeout_s: float) -> list[RequestOutput]:
+    """Outputs of any replica, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight.
+
+    EngineFailed when a worker died, failed, or finished no step for `collective_timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        refs = [ref for replica in replicas for ref in replica.refs()]
+        waiting = any(replica.num_in_flight for replica in replicas)
+        left = max(0.0, deadline - time.monotonic()) if waiting else 0.0
+        ready, _ = ray.wait(refs, timeout=min(left, POLL_WAIT_S))
+        if ready:
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        outputs = [output for replica in replicas for output in replica.collect(set(ready))]
+        if outputs or not waiting or time.monotonic() >= deadline:
+            return outputs
+
+
+def num_tokens_at_most(request: Request, limits: RequestLimits) -> int:
+    """What a request can cost: its prompt and all the tokens it may generate."""
+    return len(request.prompt_token_ids) + request.params.n * max(0, max_output_tokens(request, limits.max_model_len))
+
+
+def _tightest(reports: Iterable[StartReport]) -> RequestLimits:
+    limits = [report.limits for report in reports if report.limits is not None]
+    return RequestLimits(
+        vocab_size=min(x.vocab_size for x in limits),
+        max_model_len=min(x.max_model_len for x in limits),
+    )
+
+
+def _create_worker(spec: WorkerSpec, layout: Layout, placement: Placement) -> ActorHandle:
+    # OpenMP reads its thread count once, when its library is loaded: before the worker's first line of Python.
+    env = {"OMP_NUM_THREADS": str(spec.num_threads), "MKL_NUM_THREADS": str(spec.num_threads)}
+    actor = ray.remote(Worker).options(
+        num_cpus=layout.num_cpus_per_worker,
+        num_gpus=layout.num_gpus_per_worker,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, spec.rank),
+        concurrency_groups={"engine": 1, "io": 4},
+        runtime_env={"env_vars": env},
+        max_restarts=0,
+        max_task_retries=0,
+    )
+    return actor.remote(spec)

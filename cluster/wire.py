@@ -1,0 +1,138 @@
+"""Requests and outputs as bytes: a fixed header, then msgpack.
+
+    magic (4 bytes) | payload length (4 bytes, big endian) | payload
+
+Values round-trip exactly: floats as their 64 bits, None as None, integer keys as integers, text with lone surrogates.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import msgpack
+
+from shoal.runtime.types import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams
+
+MAX_MESSAGE_BYTES = 1 << 30
+"""Upper bound of one message; a request within its limits stays far below."""
+
+_HEADER = struct.Struct(">4sI")
+_REQUEST = b"SRQ1"
+_OUTPUT = b"SRO1"
+_PARAMS = tuple(f.name for f in fields(SamplingParams))
+
+T = TypeVar("T", Request, RequestOutput)
+
+
+class WireError(ValueError):
+    """Bytes that are not a message of the expected kind, or a value that no message can hold."""
+
+
+def pack_request(request: Request) -> bytes:
+    """To bytes; WireError for a value that does not fit (an integer above 64 bits, a message above the size limit)."""
+    params = [getattr(request.params, name) for name in _PARAMS]
+    row = [request.request_id, request.prompt_token_ids, params, request.index, request.stream]
+    return _pack(_REQUEST, row, request.request_id)
+
+
+def unpack_request(message: bytes) -> Request:
+    """The inverse of `pack_request`; WireError for anything else."""
+    request_id, prompt_token_ids, params, index, stream = _unpack(_REQUEST, message, 5)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt_token_ids),
+        params=SamplingParams(**dict(zip(_PARAMS, params, strict=True))),
+        index=index,
+        stream=stream,
+    )
+
+
+def pack_output(output: RequestOutput) -> bytes:
+    """To bytes; WireError for a message above the size limit."""
+    row = [
+        output.request_id,
+        output.prompt_token_ids,
+        [_completion_row(o) for o in output.outputs],
+        output.finished,
+        output.prompt,
+        None if output.prompt_logprobs is None else [p and _logprob_rows(p) for p in output.prompt_logprobs],
+        output.num_cached_tokens,
+    ]
+    return _pack(_OUTPUT, row, output.request_id)
+
+
+def unpack_output(message: bytes) -> RequestOutput:
+    """The inverse of `pack_output`; WireError for anything else."""
+    request_id, prompt_token_ids, outputs, finished, prompt, prompt_logprobs, num_cached = _unpack(_OUTPUT, message, 7)
+    return RequestOutput(
+        request_id=request_id,
+        prompt_token_ids=prompt_token_ids,
+        outputs=[_completion(row) for row in outputs],
+        finished=finished,
+        prompt=prompt,
+        prompt_logprobs=None
+        if prompt_logprobs is None
+        else [p if p is None else _logprobs(p) for p in prompt_logprobs],
+        num_cached_tokens=num_cached,
+    )
+
+
+def _completion_row(o: CompletionOutput) -> list[Any]:
+    logprobs = None if o.logprobs is None else [_logprob_rows(p) for p in o.logprobs]
+    return [o.index, o.text, o.token_ids, o.cumulative_logprob, logprobs, o.finish_reason, o.stop_reason, o.error]
+
+
+def _completion(row: list[Any]) -> CompletionOutput:
+    index, text, token_ids, cumulative_logprob, logprobs, finish_reason, stop_reason, error = row
+    return CompletionOutput(
+        index=index,
+        text=text,
+        token_ids=token_ids,
+        cumulative_logprob=cumulative_logprob,
+        logprobs=None if logprobs is None else [_logprobs(p) for p in logprobs],
+        finish_reason=finish_reason,
+        stop_reason=stop_reason,
+        error=error,
+    )
+
+
+def _logprob_rows(position: dict[int, Logprob]) -> dict[int, list[Any]]:
+    return {token: [p.logprob, p.rank, p.decoded_token] for token, p in position.items()}
+
+
+def _logprobs(rows: dict[int, list[Any]]) -> dict[int, Logprob]:
+    return {token: Logprob(*row) for token, row in rows.items()}
+
+
+def _pack(magic: bytes, row: list[Any], request_id: str) -> bytes:
+    try:
+        payload = msgpack.packb(row, unicode_errors="surrogatepass")
+    except OverflowError as error:
+        raise WireError(f"request {request_id}: an integer does not fit in 64 bits") from error
+    assert isinstance(payload, bytes)
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise WireError(
+            f"request {request_id}: a message of {len(payload)} bytes is above the limit of {MAX_MESSAGE_BYTES}"
+        )
+    return _HEADER.pack(magic, len(payload)) + payload
+
+
+def _unpack(magic: bytes, message: bytes, num_fields: int) -> list[Any]:
+    if len(message) < _HEADER.size or len(message) > _HEADER.size + MAX_MESSAGE_BYTES:
+        raise WireError(
+            f"a message has {len(message)} bytes, expected {_HEADER.size} to {_HEADER.size + MAX_MESSAGE_BYTES}"
+        )
+    found, size = _HEADER.unpack_from(message)
+    if found != magic:
+        raise WireError(f"a message starts with {found!r}, expected {magic!r}")
+    if size != len(message) - _HEADER.size:
+        raise WireError(f"a message announces {size} bytes and has {len(message) - _HEADER.size}")
+    try:
+        row = msgpack.unpackb(message[_HEADER.size :], strict_map_key=False, unicode_errors="surrogatepass")
+    except (ValueError, msgpack.UnpackException) as error:
+        raise WireError(f"a message is not msgpack: {error}") from error
+    if not isinstance(row, list) or len(row) != num_fields:
+        raise WireError(f"a message must hold {num_fields} fields")
+    return row

@@ -1,0 +1,267 @@
+"""The Ray actor of one rank: one device, one engine, one loop that never leaves it.
+
+Two groups of threads: `engine` (one thread: builds the engine and runs its loop, so that it owns every tensor) and `io`
+(takes requests in, hands outputs out). Ray carries requests and outputs, never the tokens of a step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib import import_module
+from typing import Literal, Protocol
+
+import ray
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from shoal.parallel.collectives import CollectiveError
+from shoal.runtime.types import CompletionOutput, Request, RequestOutput
+from shoal.runtime.validation import RequestLimits
+
+from .engine_args import EngineArgs
+from .ray_cluster import node_address
+from .wire import WireError, pack_output, unpack_request
+
+BUILD_ENGINE = "shoal.cluster.worker:build_engine"
+IDLE_WAIT_S = 0.01
+"""How long an idle rank waits for a request before it asks the others again; bounds the delay of a first token."""
+MAX_POLL_BYTES = 32 << 20
+"""A poll returns at most this much, and at least one output."""
+
+
+class StepResult(Protocol):
+    """What a step says to the loop around it."""
+
+    @property
+    def outputs(self) -> list[RequestOutput]: ...
+    @property
+    def idle(self) -> bool: ...
+    @property
+    def stopped(self) -> bool: ...
+
+
+class EngineLike(Protocol):
+    """The engine as its loop sees it. All ranks of a replica call `step` together and see `stopped` in the same one."""
+
+    @property
+    def limits(self) -> RequestLimits: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> StepResult: ...
+    def request_stop(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSpec:
+    """All that a rank needs to build its engine."""
+
+    args: EngineArgs
+    rank: int
+    store_host: str
+    store_port: int
+    num_threads: int
+    engine_factory: str
+    """`module:function` with the signature of `build_engine`, resolved inside the worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailure:
+    """Why a rank cannot go on."""
+
+    rank: int
+    kind: Literal["value", "collective", "error"]
+    """value: what the user asked for cannot work; collective: another rank did not answer, the likelier cause."""
+    message: str
+    traceback: str
+
+
+@dataclass(slots=True)
+class StartReport:
+    """How a rank started; filled while it does."""
+
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds, in order."""
+    notices: list[str] = field(default_factory=list)
+    """What a user should know although nothing is wrong."""
+    limits: RequestLimits | None = None
+    failure: WorkerFailure | None = None
+
+
+EngineFactory = Callable[[WorkerSpec, StartReport], EngineLike]
+
+
+def build_engine(spec: WorkerSpec, report: StartReport) -> EngineLike:
+    """Join the other ranks, then load this rank's part of the model; reports the seconds of both."""
+    from shoal.parallel.groups import init_groups, single_process_groups
+    from shoal.runtime.engine import Engine  # here, so that a stub needs no model code
+
+    args, parallel = spec.args, spec.args.parallel_config
+    start = time.monotonic()
+    if parallel.world_size == 1 and args.device == "cpu":
+        groups = single_process_groups()
+    else:
+        timeout = timedelta(seconds=args.collective_timeout_s)
+        store = TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timeout, wait_for_workers=False)
+        device = torch.device(args.device)
+        groups = init_groups(
+            parallel, spec.rank, store, device=device, timeout_s=args.collective_timeout_s, hostname=node_address()
+        )
+    report.phases["groups"] = time.monotonic() - start
+    start = time.monotonic()
+    engine = Engine(args.model, args.to_engine_config(), groups, on_phase=report.notices.append)
+    report.phases["weights"] = time.monotonic() - start
+    return engine
+
+
+def resolve_factory(path: str) -> EngineFactory:
+    """The function that `module:function` names."""
+    module, _, name = path.partition(":")
+    factory: EngineFactory = getattr(import_module(module), name)
+    return factory
+
+
+def admit(engine: EngineLike, request: Request) -> RequestOutput | None:
+    """Add a request; one that the engine refuses is answered at once, with finish reason "error"."""
+    try:
+        engine.add_request(request)
+    except ValueError as error:
+        return error_output(request.request_id, list(request.prompt_token_ids), str(error))
+    return None
+
+
+def error_output(request_id: str, prompt_token_ids: list[int], message: str) -> RequestOutput:
+    """The finished output of a request that cannot be answered."""
+    completion = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error", error=message)
+    return RequestOutput(request_id=request_id, prompt_token_ids=prompt_token_ids, outputs=[completion], finished=True)
+
+
+class Worker:
+    """One rank. `start`, then `run`, which returns once all ranks agreed to stop or this one failed."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._changed = threading.Condition()
+        self._requests: deque[Request] = deque()
+        self._aborts: deque[str] = deque()
+        self._outbox: deque[bytes] = deque()
+        self._num_steps = 0
+        self._stop_requested = False
+        self._ended = False
+        self._engine: EngineLike | None = None
+
+    @ray.method(concurrency_group="engine")
+    def start(self) -> StartReport:
+        """Build the engine; a failure is returned, not raised, so that it needs no class on the other side."""
+        report = StartReport()
+        try:
+            torch.set_num_threads(self._spec.num_threads)
+            self._engine = resolve_factory(self._spec.engine_factory)(self._spec, report)
+            report.limits = self._engine.limits
+        except Exception as error:
+            report.failure = failure_of(self._spec.rank, error)
+        return report
+
+    @ray.method(concurrency_group="engine")
+    def run(self) -> WorkerFailure | None:
+        """The loop: take requests in, step, hand outputs out."""
+        assert self._engine is not None, "run before start"
+        try:
+            self._loop(self._engine)
+        except Exception as error:
+            return failure_of(self._spec.rank, error)
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+        return None
+
+    def _loop(self, engine: EngineLike) -> None:
+        while True:
+            self._take_in(engine)
+            result = engine.step()
+            self._hand_out(result.outputs)
+            if result.stopped:
+                return
+            if result.idle:
+                with self._changed:
+                    self._changed.wait_for(self._has_news, timeout=IDLE_WAIT_S)
+
+    def _has_news(self) -> bool:
+        return bool(self._requests or self._aborts or self._stop_requested)
+
+    def _take_in(self, engine: EngineLike) -> None:
+        with self._changed:
+            requests, aborts, stop = list(self._requests), list(self._aborts), self._stop_requested
+            self._requests.clear()
+            self._aborts.clear()
+        self._hand_out([refused for r in requests if (refused := admit(engine, r)) is not None])
+        for request_id in aborts:
+            engine.abort(request_id)
+        if stop:
+            engine.request_stop()
+
+    def _hand_out(self, outputs: Sequence[RequestOutput]) -> None:
+        messages = [
+            _message(output) for output in outputs
+        ]  # packed here: a snapshot of what the engine may still change
+        with self._changed:
+            self._num_steps += 1
+            self._outbox.extend(messages)
+            self._changed.notify_all()
+
+    @ray.method(concurrency_group="io")
+    def submit(self, messages: list[bytes]) -> None:
+        """Queue packed requests."""
+        requests = [unpack_request(message) for message in messages]
+        with self._changed:
+            self._requests.extend(requests)
+            self._changed.notify_all()
+
+    @ray.method(concurrency_group="io")
+    def poll(self, max_wait_s: float) -> tuple[int, list[bytes]]:
+        """Packed outputs, at once or within `max_wait_s`; before them, a number that grows while the loop lives."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._outbox or self._ended, timeout=max_wait_s)
+            messages: list[bytes] = []
+            num_bytes = 0
+            while self._outbox and (not messages or num_bytes + len(self._outbox[0]) <= MAX_POLL_BYTES):
+                num_bytes += len(self._outbox[0])
+                messages.append(self._outbox.popleft())
+            return self._num_steps, messages
+
+    @ray.method(concurrency_group="io")
+    def abort(self, request_ids: list[str]) -> None:
+        """Stop working on requests; unknown ids are none of this rank's."""
+        with self._changed:
+            self._aborts.extend(request_ids)
+            self._changed.notify_all()
+
+    @ray.method(concurrency_group="io")
+    def stop(self) -> None:
+        """Ask all ranks to leave their loops after the same step; unfinished requests are dropped."""
+        with self._changed:
+            self._stop_requested = True
+            self._changed.notify_all()
+
+
+def failure_of(rank: int, error: Exception) -> WorkerFailure:
+    """The exception as plain data; call it while the exception is being handled."""
+    kind: Literal["value", "collective", "error"] = "error"
+    if isinstance(error, CollectiveError):
+        kind = "collective"
+    elif isinstance(error, ValueError):
+        kind = "value"
+    return WorkerFailure(rank, kind, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _message(output: RequestOutput) -> bytes:
+    try:
+        return pack_output(output)
+    except WireError as error:
+        return pack_output(error_output(output.request_id, output.prompt_token_ids, str(error)))

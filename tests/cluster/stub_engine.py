@@ -1,0 +1,116 @@
+"""An engine without a model for tests of what is around it; special prompts make it fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from shoal.cluster.worker import StartReport, WorkerSpec
+from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
+from shoal.runtime.types import CompletionOutput, Request, RequestOutput
+from shoal.runtime.validation import RequestLimits
+
+STUB = f"{__name__}:build"
+BAD_VALUE = f"{__name__}:build_bad_value"
+LATE = f"{__name__}:build_late"
+DEAD = f"{__name__}:build_dead"
+
+REFUSED, RAISES, KILLED, FROZEN = 900, 901, 902, 903
+"""First prompt tokens with a meaning; REFUSED is not taken in, the others act in the next step."""
+
+
+@dataclass(slots=True)
+class Result:
+    outputs: list[RequestOutput] = field(default_factory=list)
+    idle: bool = False
+    stopped: bool = False
+
+
+class StubEngine:
+    """Token i of a request is the sum of its prompt plus i plus 1000 x the attention group's number."""
+
+    def __init__(self, groups: ParallelGroups, *, max_model_len: int = 128) -> None:
+        self.groups = groups
+        self.limits = RequestLimits(vocab_size=1000, max_model_len=max_model_len)
+        self.requests: dict[str, tuple[Request, list[int]]] = {}
+        self.aborted: list[str] = []
+        self.stop = False
+
+    def add_request(self, request: Request) -> None:
+        if request.prompt_token_ids[0] == REFUSED:
+            raise ValueError("refused by the stub")
+        self.requests[request.request_id] = (request, [])
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        self.requests.pop(request_id, None)
+
+    def request_stop(self) -> None:
+        self.stop = True
+
+    def step(self) -> Result:
+        for request, _ in self.requests.values():
+            misbehave(request.prompt_token_ids[0])
+        agreed = self.groups.world.all_gather_ints([len(self.requests), int(self.stop)], layer=-1, op="stub")
+        if any(row[1] for row in agreed):
+            return Result(stopped=True)
+        outputs = [o for request, tokens in list(self.requests.values()) if (o := self.advance(request, tokens))]
+        return Result(outputs, idle=not any(row[0] for row in agreed))
+
+    def advance(self, request: Request, tokens: list[int]) -> RequestOutput | None:
+        tokens.append(sum(request.prompt_token_ids) + len(tokens) + 1000 * self.groups.dp_rank)
+        finished = len(tokens) == request.params.max_tokens
+        if finished:
+            del self.requests[request.request_id]
+        if not finished and not request.stream:
+            return None
+        completion = CompletionOutput(
+            index=0, text="x" * len(tokens), token_ids=tokens, finish_reason="length" if finished else None
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt_token_ids=list(request.prompt_token_ids),
+            outputs=[completion],
+            finished=finished,
+        )
+
+
+def misbehave(token: int) -> None:
+    if token == RAISES:
+        raise RuntimeError("the stub broke")
+    if token == KILLED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if token == FROZEN:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def build(spec: WorkerSpec, report: StartReport) -> StubEngine:
+    report.phases["groups"] = 0.25
+    report.notices.append("this is a stub")
+    if spec.args.parallel_config.world_size == 1:
+        return StubEngine(single_process_groups())
+    store = TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timedelta(seconds=30))
+    timeout_s = spec.args.collective_timeout_s
+    return StubEngine(init_groups(spec.args.parallel_config, spec.rank, store, timeout_s=timeout_s))
+
+
+def build_bad_value(spec: WorkerSpec, report: StartReport) -> StubEngine:
+    if spec.rank == 1:
+        raise ValueError("the stub's model is not there")
+    time.sleep(3600)  # what a rank does whose peers never come
+    raise AssertionError
+
+
+def build_late(spec: WorkerSpec, report: StartReport) -> StubEngine:
+    if spec.rank == 1:
+        time.sleep(3600)
+    return StubEngine(single_process_groups())
+
+
+def build_dead(spec: WorkerSpec, report: StartReport) -> StubEngine:
+    os._exit(3)

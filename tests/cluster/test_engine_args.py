@@ -1,0 +1,94 @@
+"""Engine arguments: what is accepted, what is refused and with which words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.cluster.engine_args import EngineArgs, read_model_config
+from shoal.runtime.engine_config import EngineConfig
+from tests.checkpoints import tiny_config
+
+
+def test_the_engine_gets_its_part() -> None:
+    args = EngineArgs(
+        model="m",
+        tensor_parallel_size=2,
+        data_parallel_size=3,
+        replicas=4,
+        dtype="float32",
+        max_model_len=100,
+        max_num_seqs=5,
+        max_num_batched_tokens=50,
+        max_chunk_size=7,
+        block_size=8,
+        num_kv_blocks=9,
+        enable_prefix_caching=False,
+        seed=11,
+        kernel_backend="reference",
+        invariance="relaxed",
+    )
+    config = args.to_engine_config()
+    assert type(config) is EngineConfig
+    assert [getattr(config, f.name) for f in fields(EngineConfig)] == [
+        getattr(args, f.name) for f in fields(EngineConfig)
+    ]
+    assert (config.dtype, config.max_chunk_size, config.seed) == ("float32", 7, 11)
+    assert args.parallel_config.world_size == 6
+    assert args.num_workers == 24
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"model": ""}, "model"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be a whole number of at least 1, got 0"),
+        ({"data_parallel_size": 1.5}, "data_parallel_size"),
+        ({"replicas": 0}, "replicas"),
+        ({"replicas": None}, "replicas"),
+        ({"num_threads_per_worker": 0}, "num_threads_per_worker"),
+        ({"startup_timeout_s": 0}, "startup_timeout_s"),
+        ({"collective_timeout_s": float("inf")}, "collective_timeout_s"),
+        ({"device": "tpu"}, "device must be one of cpu, cuda"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"invariance": "loose"}, "invariance must be one of"),
+        ({"block_size": True}, "block_size"),
+        (
+            {"tensor_paralel_size": 2},
+            "unknown engine argument 'tensor_paralel_size'; did you mean tensor_parallel_size",
+        ),
+        ({"zzz": 2}, "unknown engine argument 'zzz'; known are .*replicas"),
+    ],
+)
+def test_bad_values_are_named(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        EngineArgs.from_dict({"model": "m", **values})
+
+
+def test_the_model_is_required() -> None:
+    with pytest.raises(ValueError, match="model is missing"):
+        EngineArgs.from_dict({"tensor_parallel_size": 2})
+
+
+def write_config(path: Path, **overrides: Any) -> str:
+    (path / "config.json").write_text(json.dumps(tiny_config("deepseek_v3", overrides)))
+    return str(path)
+
+
+def test_a_layout_that_cannot_split_the_model_is_refused(tmp_path: Path) -> None:
+    model = write_config(tmp_path)
+    assert read_model_config(EngineArgs(model=model, tensor_parallel_size=4)).num_attention_heads == 4
+    with pytest.raises(ValueError, match="num_attention_heads.* 4 .*tensor_parallel_size = 3"):
+        read_model_config(EngineArgs(model=model, tensor_parallel_size=3))
+    assert read_model_config(EngineArgs(model=model, data_parallel_size=3)).hidden_size == 96
+
+
+def test_a_context_longer_than_the_models_is_refused(tmp_path: Path) -> None:
+    model = write_config(tmp_path, max_position_embeddings=100)
+    assert read_model_config(EngineArgs(model=model, max_model_len=100)).max_position_embeddings == 100
+    with pytest.raises(ValueError, match="max_model_len 101 is above .*100"):
+        read_model_config(EngineArgs(model=model, max_model_len=101))
