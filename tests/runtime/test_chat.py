@@ -84,6 +84,14 @@ CALLS = assistant(None, tool_calls=[call("f", '{"x": 1}'), call("g", "{}")])
             "<｜begin▁of▁sentence｜><｜User｜>one\ntwo<｜Assistant｜></think>",
         ),
         (
+            [assistant("a"), assistant("b"), user("q")],
+            False,
+            (
+                "<｜begin▁of▁sentence｜><｜Assistant｜></think>a<｜end▁of▁sentence｜>"
+                "<｜Assistant｜></think>b<｜end▁of▁sentence｜><｜User｜>q<｜Assistant｜></think>"
+            ),
+        ),
+        (
             [user("q"), assistant("The answer", prefix=True)],
             False,
             "<｜begin▁of▁sentence｜><｜User｜>q<｜Assistant｜></think>The answer",

@@ -131,6 +131,12 @@ def test_the_sampled_token_is_not_repeated_and_ties_rank_by_id() -> None:
     assert [(i, v.rank) for i, v in out.logprobs.items()] == [(4, 5)]
 
 
+def test_many_equal_logits_rank_by_id() -> None:
+    out = sample_one([0.0, 1.0] * 2000, row(temperature=0.0, logprobs=900))
+    assert out.logprobs is not None
+    assert [(i, v.rank) for i, v in out.logprobs.items()] == [(2 * i + 1, i + 1) for i in range(900)]
+
+
 def test_no_logprobs_unless_asked() -> None:
     out = sample_one([1.0, 2.0], row(temperature=0.0))
     assert (out.logprobs, out.logprob, out.rank) == (None, None, None)
