@@ -203,10 +203,6 @@ using namespace shoal;
 
 extern "C" {
 
-int64_t shoal_packed_size(int64_t dtype, int64_t n, int64_t k) {
-  return dtype == kBFloat16 ? packed_size<bf16>(n, k) : packed_size<float>(n, k);
-}
-
 void shoal_pack_weight(int64_t dtype, const void* w, int64_t batch_stride, int64_t stride, void* out, int64_t batch,
                        int64_t n, int64_t k, int64_t threads) {
   with_dtype(dtype, [&](auto t) {

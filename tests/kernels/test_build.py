@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from ctypes import CDLL
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.kernels import build
+
+SOURCE = 'extern "C" long answer() { return VALUE; }\n'
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SHOAL_CACHE_DIR", str(tmp_path / "cache"))
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "answer.cpp").write_text('#include "value.h"\n' + SOURCE)
+    (folder / "value.h").write_text("#define VALUE 42\n")
+    return folder
+
+
+def test_the_library_is_built_once_and_again_when_a_header_changes(sources: Path) -> None:
+    first = build.build_library(sources)
+    assert CDLL(str(first)).answer() == 42
+    built_at = first.stat().st_mtime_ns
+    assert build.build_library(sources) == first
+    assert first.stat().st_mtime_ns == built_at
+    (sources / "value.h").write_text("#define VALUE 43\n")
+    second = build.build_library(sources)
+    assert second != first
+    assert CDLL(str(second)).answer() == 43
+    assert sorted(p.name for p in first.parent.iterdir()) == sorted(["build.lock", first.name, second.name])
+
+
+def test_many_processes_may_build_at_once(sources: Path) -> None:
+    program = (
+        "import ctypes, sys; from pathlib import Path; from shoal.kernels.build import build_library; "
+        "assert ctypes.CDLL(str(build_library(Path(sys.argv[1])))).answer() == 42"
+    )
+    racing = [subprocess.Popen([sys.executable, "-c", program, str(sources)]) for _ in range(3)]
+    try:
+        assert [process.wait(timeout=120) for process in racing] == [0, 0, 0]
+    finally:
+        for process in racing:
+            process.kill()
+    assert len(list(build.cache_dir().glob("*.so"))) == 1
+
+
+def test_a_failed_compile_shows_the_compiler_s_output(sources: Path) -> None:
+    (sources / "answer.cpp").write_text("int broken = no_such_name;\n")
+    with pytest.raises(RuntimeError, match="no_such_name"):
+        build.build_library(sources)
+    assert [p.name for p in build.cache_dir().iterdir()] == ["build.lock"]
+
+
+def test_a_slow_compiler_is_stopped(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = tmp_path / "slow-g++"
+    slow.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\nexec sleep 60\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    with pytest.raises(RuntimeError, match=r"took more than 0\.5 s"):
+        build.build_library(sources, timeout_s=0.5)
+
+
+def test_no_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r'Install g\+\+, set CXX, or choose the "reference" kernels'):
+        build.find_compiler()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match="CXX=no-such-compiler"):
+        build.find_compiler()
+
+
+def test_a_cache_that_cannot_be_written_names_the_setting(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_CACHE_DIR", str(sources / "value.h"))
+    with pytest.raises(RuntimeError, match="Set SHOAL_CACHE_DIR"):
+        build.build_library(sources)
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_CACHE_DIR", "/a")
+    assert build.cache_dir() == Path("/a")
+    monkeypatch.delenv("SHOAL_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert build.cache_dir() == Path("/b/shoal")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert build.cache_dir() == Path.home() / ".cache" / "shoal"
+
+
+def test_small_work_takes_one_thread_and_large_work_torch_s_setting() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert build.num_threads(build.MIN_PARALLEL_WORK - 1) == 1
+        assert build.num_threads(build.MIN_PARALLEL_WORK) == 2
+        torch.set_num_threads(1)
+        assert build.num_threads(build.MIN_PARALLEL_WORK) == 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the loaded libraries from /proc")
+def test_the_process_has_one_openmp_runtime_that_follows_torch() -> None:
+    program = """
+import os, torch
+torch.set_num_threads(1)
+from shoal.kernels.linear import linear, pack_weight
+linear(torch.ones(64, 256), pack_weight(torch.ones(256, 256)))
+print(len(os.listdir("/proc/self/task")))
+torch.set_num_threads(2)
+linear(torch.ones(64, 256), pack_weight(torch.ones(256, 256)))
+print(len(os.listdir("/proc/self/task")))
+print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True, env=environment
+    )
+    alone, two, runtimes = (int(word) for word in result.stdout.split())
+    assert two == alone + 1
+    assert runtimes == 1

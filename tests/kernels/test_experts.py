@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.kernels.experts import combine_topk, experts_mlp, swiglu
+from shoal.kernels.linear import linear, pack_weight
+from shoal.kernels.registry import use_backend
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_swiglu_is_close_to_the_exact_value() -> None:
+    gate = torch.cat([torch.linspace(-110, 110, 5001), randn(5001)])
+    up = torch.ones_like(gate)
+    y = swiglu(torch.stack([gate, up], dim=1))
+    exact = torch.tensor([g / (1 + math.exp(-g)) for g in gate.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(y.flatten().double(), exact, rtol=5e-7, atol=1e-36)  # e^-g overflows below -88.7
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_special_gates(dtype: torch.dtype) -> None:
+    gate = torch.tensor([0.0, -1e30, 1e30, float("inf"), float("nan")], dtype=dtype)
+    y = swiglu(torch.stack([gate, torch.full_like(gate, 2.0)], dim=1)).flatten()
+    assert y[:4].tolist() == [0.0, 0.0, 2 * gate[2].item(), float("inf")]
+    assert y[4].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_does_not_depend_on_position(dtype: torch.dtype) -> None:
+    gate_up = randn(70, 2 * 37, dtype=dtype) * 10
+    y = swiglu(gate_up)
+    for j in range(37):
+        assert torch.equal(swiglu(gate_up[:, [j, 37 + j]])[:, 0], y[:, j])
+    assert torch.equal(swiglu(gate_up.T.contiguous().T), y)
+    wide = randn(70, 100, dtype=dtype)
+    assert torch.equal(swiglu(wide[:, 5:45]), swiglu(wide[:, 5:45].contiguous()))
+    with use_backend("reference"):
+        expected = swiglu(gate_up)
+    torch.testing.assert_close(y, expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+# Widths that fill panels, and widths where the up half starts inside a panel.
+@pytest.mark.parametrize(("h", "intermediate"), [(64, 48), (33, 21), (50, 200)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_mlp_equals_linear_swiglu_linear(dtype: torch.dtype, h: int, intermediate: int) -> None:
+    counts = [0, 1, 3, 0, 7, 130, 16, 0]
+    x = randn(sum(counts), h, dtype=dtype)
+    gate_up = randn(len(counts), 2 * intermediate, h, dtype=dtype, seed=1)
+    down = randn(len(counts), h, intermediate, dtype=dtype, seed=2)
+    y = experts_mlp(x, torch.tensor(counts), pack_weight(gate_up), pack_weight(down))
+    expected = [
+        linear(swiglu(linear(rows, pack_weight(gate_up[e]))), pack_weight(down[e]))
+        for e, rows in enumerate(torch.split(x, counts))
+    ]
+    assert y.dtype == dtype
+    assert torch.equal(y, torch.cat(expected))
+    with use_backend("reference"):
+        reference = experts_mlp(x, torch.tensor(counts), pack_weight(gate_up), pack_weight(down))
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(y, reference, rtol=tolerance, atol=tolerance * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_expert_s_rows_do_not_depend_on_other_experts_or_threads(dtype: torch.dtype) -> None:
+    counts = [5, 64, 20]
+    x = randn(sum(counts), 96, dtype=dtype)
+    gate_up, down = randn(3, 160, 96, dtype=dtype, seed=1), randn(3, 96, 80, dtype=dtype, seed=2)
+    packed = pack_weight(gate_up), pack_weight(down)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        y = experts_mlp(x, torch.tensor(counts), *packed)
+        torch.set_num_threads(2)
+        assert torch.equal(experts_mlp(x, torch.tensor(counts), *packed), y)
+    finally:
+        torch.set_num_threads(threads)
+    for row in (0, 4, 5, 68, 69, 88):
+        expert = 0 if row < 5 else 1 if row < 69 else 2
+        alone = [int(e == expert) for e in range(3)]
+        assert torch.equal(experts_mlp(x[row : row + 1], torch.tensor(alone), *packed), y[row : row + 1])
+    only_middle = experts_mlp(x[5:69], torch.tensor([64]), pack_weight(gate_up[1:2]), pack_weight(down[1:2]))
+    assert torch.equal(only_middle, y[5:69])
+    wide = torch.cat([x, x], dim=1)
+    assert torch.equal(experts_mlp(wide[:, 96:], torch.tensor(counts), *packed), y)
+
+
+def test_experts_mlp_with_nothing_to_do() -> None:
+    for experts in (0, 2):
+        gate_up, down = pack_weight(torch.ones(experts, 8, 6)), pack_weight(torch.ones(experts, 6, 4))
+        counts = torch.zeros(experts, dtype=torch.int64)
+        assert experts_mlp(torch.empty(0, 6), counts, gate_up, down).shape == (0, 6)
+
+
+def test_experts_mlp_refuses_what_does_not_fit() -> None:
+    gate_up, down = pack_weight(torch.ones(2, 8, 6)), pack_weight(torch.ones(2, 6, 4))
+    with pytest.raises(ValueError, match="must sum to x's rows"):
+        experts_mlp(torch.ones(3, 6), torch.tensor([1, 1]), gate_up, down)
+    with pytest.raises(ValueError, match="must sum to x's rows"):
+        experts_mlp(torch.ones(3, 6), torch.tensor([4, -1]), gate_up, down)
+    with pytest.raises(ValueError, match=r"must be \[2\] int64"):
+        experts_mlp(torch.ones(3, 6), torch.tensor([3]), gate_up, down)
+    with pytest.raises(ValueError, match=r"gate_up \[E, 2I, H\]"):
+        experts_mlp(torch.ones(3, 6), torch.tensor([1, 2]), gate_up, pack_weight(torch.ones(2, 6, 5)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combine_topk_sums_in_slot_order(dtype: torch.dtype) -> None:
+    y = torch.tensor([[1.0, 2.0**24], [1.0, 1.0], [4.0, 1.0]], dtype=dtype)
+    rows = torch.tensor([[0, 1, 2], [1, 2, 0], [-1, 2, -1], [-1, -1, -1]])
+    weights = torch.tensor([[1.0, 2.0, 0.5], [1.0, 1.0, 1.0], [9.0, 3.0, 9.0], [9.0, 9.0, 9.0]])
+    # 2^24 + 2 + 0.5 keeps the 2 and loses the half; 1 + 1 + 2^24 keeps both ones.
+    assert combine_topk(y, rows, weights).tolist() == [[5.0, 2.0**24 + 2], [6.0, 2.0**24 + 2], [12.0, 3.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combine_topk_equals_the_reference_bit_for_bit(dtype: torch.dtype) -> None:
+    y, weights = randn(40, 67, dtype=dtype), randn(25, 8, seed=1)
+    rows = torch.randint(-1, 40, (25, 8), generator=torch.Generator().manual_seed(2))
+    out = combine_topk(y, rows, weights)
+    with use_backend("reference"):
+        assert torch.equal(combine_topk(y, rows, weights), out)
+    assert torch.equal(combine_topk(torch.cat([y, y], dim=1)[:, 67:], rows, weights), out)
+    # An absent row is skipped, not multiplied by something: NaN elsewhere cannot leak in.
+    y[0] = float("nan")
+    assert not combine_topk(y, torch.full((1, 8), -1), weights[:1]).isnan().any()
+
+
+def test_combine_topk_refuses_rows_outside_y() -> None:
+    for bad in (3, -2):
+        with pytest.raises(ValueError, match=r"\[-1, 3\)"):
+            combine_topk(torch.ones(3, 4), torch.tensor([[bad]]), torch.ones(1, 1))
