@@ -1,0 +1,401 @@
+"""Collectives of one group of ranks: each message says which collective it belongs to, and each wait has a deadline.
+
+A collective is one exchange: every rank sends a frame to each peer and receives one from it. All frames have one size:
+a header (epoch, step, layer, op, sequence number, dtype, payload size) and, where it fits, the payload.
+
+    frame   [ header | payload of up to EAGER_BYTES ]
+    message [ payload above EAGER_BYTES ]               beside the frame, under a tag made from its size
+
+So ranks that are in different collectives find that out from the header. Without it, gloo ends the process when a
+message is longer than the buffer that waits for it, and mixes the bytes when it is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import Store, Work  # type: ignore[attr-defined]
+
+_SENDER = struct.Struct("<8sqq")  # magic, rank, payload bytes
+_COMMON = struct.Struct(
+    "<qqqq16s64s"
+)  # epoch, step, layer, sequence, dtype, op: the same on every rank of a collective
+_MAGIC = b"shoal-c1"
+HEADER_BYTES = _SENDER.size + _COMMON.size
+FRAME_BYTES = 4096
+EAGER_BYTES = FRAME_BYTES - HEADER_BYTES
+REPORT_WAIT_S = 2.0  # after a timeout
+LOST_REPORT_WAIT_S = 0.05  # after a lost connection: recovery waits for it
+_TAG_BITS = 30
+_CLOSE_TAG = (1 << 31) - 1
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed; the message names this rank, the layer, the op and what is known of every other rank.
+
+    The group is unusable afterwards: all ranks leave it and form a new one.
+    """
+
+
+class CollectiveTimeout(CollectiveError):  # noqa: N818
+    """A collective did not complete before its deadline."""
+
+
+class CollectiveMismatch(CollectiveError):  # noqa: N818
+    """Two ranks were in different collectives, or disagreed on the number of bytes."""
+
+
+class GlooBackend(Protocol):
+    """What is used of ProcessGroupGloo: messages between two ranks, matched by tag."""
+
+    def send(self, tensors: list[Tensor], dst: int, tag: int, /) -> Work: ...
+    def recv(self, tensors: list[Tensor], src: int, tag: int, /) -> Work: ...
+
+
+class NcclBackend(Protocol):
+    """What is used of ProcessGroupNCCL."""
+
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], /) -> Work: ...
+    def abort(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One collective as this rank sees it: what goes to each peer, and how many bytes each peer should send."""
+
+    common: bytes
+    sends: Sequence[Tensor]
+    expected: Sequence[int] | None
+    """None: the peers' headers say it."""
+    peers: Sequence[int]
+
+    def __str__(self) -> str:
+        return _describe(self.common)
+
+
+class Communicator:
+    """The ranks of one group. All ranks call the same collectives in the same order; one thread at a time.
+
+    `epoch` and `step` (set by the engine) go into every header with the caller's `layer` (-1: none) and `op`.
+    A group of one rank does nothing and needs no process group. `abort` may be called from another thread.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        name: str = "world",
+        epoch: int = 0,
+        timeout_s: float = 60.0,
+        gloo: GlooBackend | None = None,
+        nccl: NcclBackend | None = None,
+        store: Store | None = None,
+        store_ranks: Sequence[int] | None = None,
+    ) -> None:
+        """`gloo` carries headers and CPU tensors, `nccl` (present when tensors are on a GPU) the bytes of tensors.
+
+        After a failure ranks tell each other through `store` where they were, each under its `store_ranks` entry.
+        """
+        assert 0 <= rank < size
+        assert size == 1 or gloo is not None
+        self.rank, self.size, self.name, self.epoch, self.step = rank, size, name, epoch, 0
+        self.timeout_s = timeout_s
+        self._gloo, self._nccl, self._store = gloo, nccl, store
+        self._store_ranks = list(range(size)) if store_ranks is None else list(store_ranks)
+        self._sequence = 0
+        self._closed: str | None = None
+        self._peers = [(rank + k) % size for k in range(1, size)]
+        self._send_frames = list(torch.zeros(size, FRAME_BYTES, dtype=torch.uint8))
+        self._recv_frames = list(torch.zeros(size, FRAME_BYTES, dtype=torch.uint8))
+        self._send_headers = [memoryview(frame.numpy())[:HEADER_BYTES] for frame in self._send_frames]
+        self._recv_headers = [memoryview(frame.numpy())[:HEADER_BYTES] for frame in self._recv_frames]
+        self._close_sink = torch.empty(1, dtype=torch.uint8)
+
+    def all_gather(self, x: Tensor, *, dim: int, layer: int, op: str) -> Tensor:
+        """Concatenate the ranks' tensors (one shape, one dtype) along `dim` in rank order."""
+        if self.size == 1:
+            return x
+        own = _as_bytes(x)
+        out = x.new_empty((self.size, *x.shape))
+        recvs = list(torch.split(_as_bytes(out), own.numel())) if own.numel() else [own] * self.size
+        self._transfer("all_gather", [own] * self.size, recvs, dtype=x.dtype, layer=layer, op=op)
+        dim %= x.dim()
+        return out.flatten(0, 1) if dim == 0 else torch.cat(list(out), dim=dim)
+
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], *, layer: int, op: str
+    ) -> Tensor:
+        """Send `send_counts[r]` consecutive rows of `x` to rank r; return the rows received, in rank order.
+
+        x [sum(send_counts), ...]; returns [sum(recv_counts), ...]. `recv_counts[r]` is what rank r sends here.
+        """
+        assert len(send_counts) == len(recv_counts) == self.size
+        assert sum(send_counts) == x.shape[0]
+        if self.size == 1:
+            return x
+        row_bytes = prod(x.shape[1:]) * x.element_size()
+        out = x.new_empty((sum(recv_counts), *x.shape[1:]))
+        sends = list(torch.split(_as_bytes(x), [n * row_bytes for n in send_counts]))
+        recvs = list(torch.split(_as_bytes(out), [n * row_bytes for n in recv_counts]))
+        self._transfer("all_to_all", sends, recvs, dtype=x.dtype, layer=layer, op=op)
+        return out
+
+    def all_to_all_bytes(self, segments: Sequence[Tensor], *, layer: int, op: str) -> list[Tensor]:
+        """Send `segments[r]` (uint8, one dimension, any length) to rank r; return what each rank sent here.
+
+        The lengths need not be known: the frames carry them, so this is still one exchange.
+        """
+        assert len(segments) == self.size
+        if self.size == 1:
+            return list(segments)
+        return self._transfer("all_to_all_bytes", segments, None, dtype=torch.uint8, layer=layer, op=op)
+
+    def all_gather_ints(self, values: list[int], *, layer: int, op: str) -> list[list[int]]:
+        """Every rank's list (64-bit values; lengths may differ), in rank order. Host memory only."""
+        if self.size == 1:
+            return [list(values)]
+        own = _as_bytes(torch.tensor(values, dtype=torch.int64))
+        received = self._exchange(self._call("all_gather_ints", layer, op, torch.int64, [own] * self.size, None), None)
+        return [segment.view(torch.int64).tolist() for segment in received]
+
+    def broadcast_bytes(self, data: bytes | None, num_bytes: int, root: int, *, layer: int, op: str) -> bytes:
+        """The `num_bytes` bytes of `data` on rank `root` of this group; `data` is None elsewhere. Host memory only."""
+        if self.rank == root:
+            assert data is not None
+            assert len(data) == num_bytes
+            if self.size == 1:
+                return data
+        peers = self._peers if self.rank == root else [root]
+        none = torch.empty(0, dtype=torch.uint8)
+        payload = none if data is None else torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else none
+        recvs = [none] * self.size
+        if self.rank != root:
+            recvs[root] = torch.empty(num_bytes, dtype=torch.uint8)
+        kind = f"broadcast_bytes from rank {root}"
+        call = self._call(kind, layer, op, torch.uint8, [payload] * self.size, [t.numel() for t in recvs], peers)
+        self._exchange(call, recvs)
+        return data if data is not None else recvs[root].numpy().tobytes()
+
+    def abort(self, reason: str) -> None:
+        """Leave the group: the collective that runs here, now and on every peer, fails at once. Any thread may call."""
+        if self._closed is None:
+            self._closed = reason
+            self._close_connections()
+
+    def _call(
+        self,
+        kind: str,
+        layer: int,
+        op: str,
+        dtype: torch.dtype,
+        sends: Sequence[Tensor],
+        expected: Sequence[int] | None,
+        peers: Sequence[int] | None = None,
+    ) -> _Call:
+        text = f"{kind} '{op}'".encode()
+        assert len(text) <= 64, f"{text!r} is longer than the header's field"
+        self._sequence += 1
+        dtype_name = str(dtype).removeprefix("torch.").encode()[:16]
+        common = _COMMON.pack(self.epoch, self.step, layer, self._sequence, dtype_name, text)
+        return _Call(common, sends, expected, self._peers if peers is None else peers)
+
+    def _transfer(
+        self, kind: str, sends: Sequence[Tensor], recvs: list[Tensor] | None, *, dtype: torch.dtype, layer: int, op: str
+    ) -> list[Tensor]:
+        """Byte tensors to and from every rank, on the tensors' own device; fills `recvs` where given."""
+        expected = None if recvs is None else [t.numel() for t in recvs]
+        if self._nccl is None:
+            return self._exchange(self._call(kind, layer, op, dtype, sends, expected), recvs)
+        # On a GPU the frames carry the sizes, which are compared before any byte moves.
+        sizes = [_as_bytes(torch.tensor([t.numel()])) for t in sends]
+        call = self._call(kind, layer, op, dtype, sizes, None)
+        announced = [int(t.view(torch.int64)) for t in self._exchange(call, None)]
+        if expected is not None and announced != expected:
+            message = f"{self._who()} expected {expected} bytes from the ranks in {call}, they announced {announced}"
+            self._give_up(message)
+            raise CollectiveMismatch(message)
+        recvs = [sends[0].new_empty(n) for n in announced] if recvs is None else recvs
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            self._wait_nccl(self._nccl.alltoall(recvs, list(sends)), deadline)
+        except RuntimeError as error:
+            raise self._diagnose(call, error, late=time.monotonic() >= deadline) from error
+        return recvs
+
+    def _wait_nccl(self, work: Work, deadline: float) -> None:
+        pause_s = 0.0
+        while not work.is_completed():
+            if self._closed is not None or time.monotonic() >= deadline:
+                raise RuntimeError("NCCL did not complete")
+            time.sleep(pause_s)
+            pause_s = min(pause_s + 5e-6, 1e-4)
+        work.wait()  # complete: only orders the current stream after NCCL's
+
+    def _exchange(self, call: _Call, recvs: list[Tensor] | None) -> list[Tensor]:
+        """One exchange in host memory. Returns what each rank sent (own entry: what this rank sends itself)."""
+        if self._closed is not None:
+            raise CollectiveError(f"{self._who()} cannot run {call}: the group ended before: {self._closed}")
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            return self._send_and_receive(call, recvs, deadline)
+        except CollectiveMismatch as error:
+            self._give_up(str(error))
+            raise
+        except RuntimeError as error:
+            raise self._diagnose(call, error, late=time.monotonic() >= deadline) from error
+
+    def _send_and_receive(self, call: _Call, recvs: list[Tensor] | None, deadline: float) -> list[Tensor]:
+        gloo = self._gloo
+        assert gloo is not None
+        frame_tag = self._sequence % (1 << _TAG_BITS)
+        frames: dict[int, Work] = {}
+        messages: list[Work] = []
+        received = [call.sends[self.rank]] * self.size if recvs is None else recvs
+        for peer in call.peers:
+            frames[peer] = gloo.recv([self._recv_frames[peer]], peer, frame_tag)
+            if call.expected is not None and call.expected[peer] > EAGER_BYTES:
+                messages.append(gloo.recv([received[peer]], peer, self._message_tag(call.expected[peer])))
+        sent: list[Work] = []
+        for peer in call.peers:
+            payload, frame = call.sends[peer], self._send_frames[peer]
+            num_bytes = payload.numel()
+            _SENDER.pack_into(self._send_headers[peer], 0, _MAGIC, self.rank, num_bytes)
+            self._send_headers[peer][_SENDER.size :] = call.common
+            if 0 < num_bytes <= EAGER_BYTES:
+                frame[HEADER_BYTES : HEADER_BYTES + num_bytes].copy_(payload)
+            sent.append(gloo.send([frame], peer, frame_tag))
+            if num_bytes > EAGER_BYTES:
+                sent.append(gloo.send([payload], peer, self._message_tag(num_bytes)))
+        if recvs is not None and recvs[self.rank].numel():
+            recvs[self.rank].copy_(call.sends[self.rank])
+        for peer, work in frames.items():
+            _wait(work, deadline)
+            num_bytes = self._check_header(call, peer)
+            payload = self._recv_frames[peer][HEADER_BYTES : HEADER_BYTES + min(num_bytes, EAGER_BYTES)]
+            if call.expected is None and num_bytes > EAGER_BYTES:
+                received[peer] = torch.empty(num_bytes, dtype=torch.uint8)
+                messages.append(gloo.recv([received[peer]], peer, self._message_tag(num_bytes)))
+            elif call.expected is None:
+                received[peer] = payload.clone()
+            elif 0 < num_bytes <= EAGER_BYTES:
+                received[peer].copy_(payload)
+        for work in (*messages, *sent):
+            _wait(work, deadline)
+        return received
+
+    def _message_tag(self, num_bytes: int) -> int:
+        return (1 << _TAG_BITS) | zlib.crc32(struct.pack("<qq", self._sequence, num_bytes)) % (1 << _TAG_BITS)
+
+    def _check_header(self, call: _Call, peer: int) -> int:
+        """The number of bytes `peer` sends; CollectiveMismatch if its frame belongs to another collective."""
+        header = self._recv_headers[peer]
+        sent: tuple[bytes, int, int] = _SENDER.unpack_from(header)
+        magic, sender, num_bytes = sent
+        assert (magic, sender) == (_MAGIC, peer), f"not a frame of rank {peer}: {bytes(header[: _SENDER.size])!r}"
+        same_size = call.expected is None or call.expected[peer] == num_bytes
+        if same_size and header[_SENDER.size :] == call.common:
+            return num_bytes
+        expected = "any number of" if call.expected is None else call.expected[peer]
+        raise CollectiveMismatch(
+            f"{self._who()} is in {call}, sends {call.sends[peer].numel()} bytes to rank {peer} and expects {expected}"
+            f" bytes from it; rank {peer} is in {_describe(header[_SENDER.size :])} and sends {num_bytes} bytes here"
+        )
+
+    def _who(self) -> str:
+        return f"rank {self.rank} of {self.size} in group '{self.name}'"
+
+    def _diagnose(self, call: _Call, error: RuntimeError, *, late: bool) -> CollectiveError:
+        """What went wrong in `call`, as far as frames and store tell; ends the group."""
+        if self._closed is not None:
+            return CollectiveError(f"{self._who()} left {call}: {self._closed}")
+        entered = [peer for peer in call.peers if self._heard(peer) == self._sequence]
+        for peer in entered:
+            try:
+                self._check_header(call, peer)
+            except CollectiveMismatch as mismatch:
+                self._give_up(str(mismatch))
+                return mismatch
+        what = f"waited {self.timeout_s:g} s in" if late else "lost a connection in"
+        expected = "what the headers say" if call.expected is None else f"{list(call.expected)} bytes"
+        message = f"{self._who()} {what} {call}; sends {[t.numel() for t in call.sends]} bytes, expects {expected}"
+        reports = self._give_up(message, wait_s=REPORT_WAIT_S if late else LOST_REPORT_WAIT_S)
+        for peer in self._peers:
+            message += f"; rank {peer} "
+            if peer in entered:
+                message += "entered it"
+            elif self._heard(peer):
+                message += f"did not send here, last heard in {_describe(self._recv_headers[peer][_SENDER.size :])}"
+            else:
+                message += "did not send here and was never heard"
+            message += f" and reports: <{reports[peer]}>" if peer in reports else " and reports nothing"
+        return CollectiveTimeout(message) if late else CollectiveError(f"{message}; cause: {error}")
+
+    def _heard(self, peer: int) -> int:
+        """The sequence number of the newest frame of `peer`; 0 before the first."""
+        sequence: int = _COMMON.unpack_from(self._recv_headers[peer], _SENDER.size)[3]
+        return sequence
+
+    def _give_up(self, message: str, wait_s: float = 0.0) -> dict[int, str]:
+        """End the group, telling the other ranks why; returns what they tell within `wait_s`."""
+        reports: dict[int, str] = {}
+        if self._store is not None:
+            # A daemon thread, because a call to a frozen store has no deadline.
+            asking = threading.Thread(
+                target=self._share_report, args=(self._store, message, wait_s, reports), daemon=True
+            )
+            asking.start()
+            asking.join(wait_s + 0.5)
+        self._closed = message
+        self._close_connections()
+        return dict(reports)
+
+    def _share_report(self, store: Store, message: str, wait_s: float, reports: dict[int, str]) -> None:
+        deadline = time.monotonic() + wait_s
+        keys = {peer: f"left/{self._store_ranks[peer]}" for peer in self._peers}
+        try:
+            store.set(f"left/{self._store_ranks[self.rank]}", message.split("; rank ")[0])
+            while True:
+                for peer in [peer for peer in keys if store.check([keys[peer]])]:
+                    reports[peer] = store.get(keys.pop(peer)).decode()
+                if not keys or time.monotonic() >= deadline:
+                    return
+                time.sleep(0.02)
+        except RuntimeError as error:
+            for peer in keys:
+                reports[peer] = f"the store did not answer: {error}"
+
+    def _close_connections(self) -> None:
+        """A wait that times out makes gloo close the whole group, which frees whoever waits, here and on the peers."""
+        if self._gloo is not None:
+            with contextlib.suppress(RuntimeError):
+                self._gloo.recv([self._close_sink], self._peers[0], _CLOSE_TAG).wait(timedelta(milliseconds=1))
+        if self._nccl is not None:
+            self._nccl.abort()
+
+
+def _wait(work: Work, deadline: float) -> None:
+    """Wait for a gloo send or receive; RuntimeError when the deadline passes or the connection closes."""
+    if not work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001))):
+        raise RuntimeError("gloo stopped the wait")
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().flatten().view(torch.uint8)
+
+
+def _describe(common: bytes | memoryview) -> str:
+    epoch, step, layer, _, dtype, text = _COMMON.unpack(common)
+    where = f"epoch {epoch}, step {step}, layer {layer}, {dtype.rstrip(bytes(1)).decode()}"
+    return f"{text.rstrip(bytes(1)).decode()} ({where})"

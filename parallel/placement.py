@@ -1,0 +1,69 @@
+"""Which rank holds which expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ExpertPlacement:
+    """Physical expert slots per rank, each holding one logical expert.
+
+    `slots[r][s]` is the logical expert in local slot s of rank r. Ranks may hold different numbers of slots, none
+    included, and an expert may have several copies, also on one rank. All copies have the same weights, so which one
+    computes a token never changes the token's bits. ValueError if an expert is unknown or has no slot.
+    """
+
+    num_experts: int
+    slots: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.slots:
+            raise ValueError("an expert placement needs at least one rank")
+        held = {expert for rank_slots in self.slots for expert in rank_slots}
+        if unknown := sorted(held - set(range(self.num_experts))):
+            raise ValueError(
+                f"the placement names experts {unknown}, the model has experts 0 to {self.num_experts - 1}"
+            )
+        if missing := sorted(set(range(self.num_experts)) - held):
+            raise ValueError(f"experts {missing} have no slot; every expert needs one on some rank")
+
+    @classmethod
+    def contiguous(cls, num_experts: int, num_ranks: int) -> ExpertPlacement:
+        """One copy each, in order; the first `num_experts % num_ranks` ranks hold one more than the others.
+
+        5 experts, 3 ranks:  rank 0: e0 e1 | rank 1: e2 e3 | rank 2: e4
+        """
+        share, extra = divmod(num_experts, num_ranks)
+        starts = [rank * share + min(rank, extra) for rank in range(num_ranks + 1)]
+        return cls(num_experts, tuple(tuple(range(starts[rank], starts[rank + 1])) for rank in range(num_ranks)))
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.slots)
+
+    def local_experts(self, rank: int) -> list[int]:
+        """The logical expert in each local slot of `rank`."""
+        return list(self.slots[rank])
+
+    @cached_property
+    def copies(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Per logical expert, the (rank, local slot) of its copies in ascending order."""
+        found: list[list[tuple[int, int]]] = [[] for _ in range(self.num_experts)]
+        for rank, rank_slots in enumerate(self.slots):
+            for slot, expert in enumerate(rank_slots):
+                found[expert].append((rank, slot))
+        return tuple(tuple(places) for places in found)
+
+    def lookup(self, source_rank: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Where tokens of `source_rank` find each expert: (rank [num_experts], local slot [num_experts]), int64.
+
+        Copy number `source_rank % number of copies` serves it: the load is spread, and nothing but the rank decides.
+        """
+        chosen = [places[source_rank % len(places)] for places in self.copies]
+        table = torch.tensor(chosen, dtype=torch.int64, device=device).reshape(self.num_experts, 2)
+        return table[:, 0].contiguous(), table[:, 1].contiguous()
