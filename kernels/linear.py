@@ -8,8 +8,9 @@ dtypes and roundings in torch, in whatever order torch sums.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from ctypes import c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +53,18 @@ def pack_weight(w: Tensor) -> PackedWeight:
     data: Tensor = implementation("pack_weight", backend)(stacked)
     batch, n, k = stacked.shape
     return PackedWeight(data, batch, n, k, w.dtype, backend)
+
+
+def pack_each(weights: Iterable[Tensor], num_matrices: int, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
+    """`pack_weight` of `num_matrices` weights [N, K] = `shape`, stacked, but taking them one at a time.
+
+    With a generator no more than one of them exists unpacked; `num_matrices` may be 0.
+    """
+    empty = pack_weight(torch.empty(0, *shape, dtype=dtype))
+    data = empty.data.new_empty(num_matrices, *empty.data.shape[1:])
+    for index, weight in enumerate(weights):
+        data[index] = pack_weight(weight).data[0]
+    return replace(empty, data=data, num_matrices=num_matrices)
 
 
 def linear(x: Tensor, w: PackedWeight, *, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -105,7 +105,8 @@ class MLAttention:
 
         kv_a = linear(x, self.kv_a_proj)  # latent | rope key
         latent = rms_norm(kv_a[:, : self.latent_dim], self.kv_a_norm, LATENT_NORM_EPS)
-        k_rope = apply_rope(kv_a[:, None, self.latent_dim :], rope_table, positions, interleaved=self.interleaved).squeeze(1)
+        k_rope = kv_a[:, None, self.latent_dim :]
+        k_rope = apply_rope(k_rope, rope_table, positions, interleaved=self.interleaved).squeeze(1)
         record = [latent, k_rope]
         if self.indexer is not None:
             record.append(self.indexer.key(x, rope_table, positions))

@@ -88,7 +88,7 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """Factor on q.k in attention: qk_head_dim^-0.5, times mscale(factor, mscale_all_dim)^2 under YaRN."""
-        scale = self.qk_head_dim**-0.5
+        scale = math.pow(self.qk_head_dim, -0.5)
         if self.yarn is None:
             return scale
         return scale * yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.experts import experts_mlp, swiglu
-from shoal.kernels.linear import PackedWeight, empty_packed, linear, pack_into, pack_weight
+from shoal.kernels.linear import PackedWeight, linear, pack_each, pack_weight
 from shoal.kernels.router import route
 from shoal.parallel.dispatcher import TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
@@ -99,15 +99,10 @@ def _gate_up(weights: LayerWeights, rows: slice | None) -> Tensor:
     return torch.cat([weights.read("gate_proj.weight", rows=rows), weights.read("up_proj.weight", rows=rows)])
 
 
-def _load_experts(
-    config: ModelConfig, weights: LayerWeights, local_experts: list[int]
-) -> tuple[PackedWeight, PackedWeight]:
-    """This rank's experts, packed one at a time so that no second copy of them all is ever held."""
-    hidden, inner, count = config.hidden_size, config.moe_intermediate_size, len(local_experts)
-    gate_up = empty_packed(count, 2 * inner, hidden, weights.dtype)
-    down = empty_packed(count, hidden, inner, weights.dtype)
-    for slot, expert in enumerate(local_experts):
-        one = weights.under(f"experts.{expert}")
-        pack_into(gate_up, slot, _gate_up(one, None))
-        pack_into(down, slot, one.read("down_proj.weight"))
+def _load_experts(config: ModelConfig, weights: LayerWeights, local: list[int]) -> tuple[PackedWeight, PackedWeight]:
+    """This rank's experts, read and packed one at a time."""
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    experts = [weights.under(f"experts.{expert}") for expert in local]
+    gate_up = pack_each((_gate_up(e, None) for e in experts), len(local), (2 * inner, hidden), weights.dtype)
+    down = pack_each((e.read("down_proj.weight") for e in experts), len(local), (hidden, inner), weights.dtype)
     return gate_up, down

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..loader import Checkpoint
 
 
-
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
     """A view of a checkpoint below a prefix such as `model.layers.3.self_attn`."""
