@@ -73,7 +73,8 @@ _BASE: dict[str, Any] = {
     "bos_token_id": 256,
     "eos_token_id": 257,
 }
-_INDEX = {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 8}
+# With few heads many keys score exactly 0 (no head's product is positive), and ties are selected differently elsewhere.
+_INDEX = {"index_n_heads": 16, "index_head_dim": 32, "index_topk": 8}
 _DIFFERENCES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {},
     "kimi_k2": {
