@@ -1,0 +1,218 @@
+"""The lightning indexer of DeepSeek sparse attention: score every earlier position, keep the best.
+
+T tokens, Hi index heads of dimension D, S keys.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int64, c_void_p
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .attention import PagedLayout, slot_error
+from .build import c_function, num_threads
+from .linear import DTYPE_CODES
+from .registry import implementation, register
+
+_INDEX_TOPK = (
+    "shoal_index_topk",
+    c_int64,
+    c_void_p,
+    *[c_int64] * 2,
+    c_void_p,
+    *[c_int64] * 3,
+    c_void_p,
+    *[c_int64] * 3,
+    c_void_p,
+    *[c_int64] * 2,
+    c_void_p,
+    c_int64,
+    c_void_p,
+    c_int64,
+    c_void_p,
+    c_int64,
+    c_void_p,
+)
+_INDEX_SCORES = (
+    "shoal_index_scores",
+    c_int64,
+    c_void_p,
+    c_void_p,
+    *[c_int64] * 3,
+    c_void_p,
+    c_int64,
+    c_void_p,
+    c_int64,
+)
+_TOPK_POSITIONS = ("shoal_topk_positions", c_void_p, c_int64, c_void_p, *[c_int64] * 2, c_void_p, c_int64)
+
+
+def index_topk(q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int) -> Tensor:
+    """The `topk` positions of each token's context that score best -> [T, topk] int32, ascending, then -1.
+
+    q: [T, Hi, D], weights: [T, Hi] fp32, records: [num_slots, W] in q's dtype with the index key in columns
+    [key_offset, key_offset + D). A context (positions 0..positions[t]) of at most topk positions is returned whole,
+    unscored. Otherwise scores are those of `index_scores`, the selection that of `topk_positions`: both depend on the
+    token and its context only. ValueError when a context reaches outside the block table or the records.
+    """
+    _check_queries("index_topk", q, weights, topk)
+    if records.dim() != 2 or records.dtype != q.dtype or not 0 <= key_offset <= records.shape[1] - q.shape[2]:
+        raise ValueError(
+            f"index_topk needs records [num_slots, W] in {q.dtype} with columns [{key_offset}, "
+            f"{key_offset + q.shape[2]}), got {list(records.shape)} in {records.dtype}"
+        )
+    layout.check("index_topk", q.shape[0])
+    selected: Tensor = implementation("index_topk")(q, weights, records, key_offset, layout, topk)
+    return selected
+
+
+def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """score[t, s] = sum over heads h ascending of weights[t, h] * relu(q[t, h] . keys[s]) -> [T, S] fp32.
+
+    q: [T, Hi, D] and keys: [S, D], both fp32 or both bf16; weights: [T, Hi] fp32, of any sign.
+    bf16 is widened to fp32; a dot is one fma chain from 0 over ascending columns; products and sums over heads round.
+    """
+    _check_queries("index_scores", q, weights, 1)
+    if keys.dim() != 2 or keys.dtype != q.dtype or keys.shape[1] != q.shape[2]:
+        raise ValueError(
+            f"index_scores needs keys [S, {q.shape[2]}] in {q.dtype}, got {list(keys.shape)} in {keys.dtype}"
+        )
+    scores: Tensor = implementation("index_scores")(q, weights, keys)
+    return scores
+
+
+def topk_positions(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
+    """Of each row's first lengths[t] scores the best `topk` -> [T, topk] int32: ascending positions, then -1.
+
+    scores: [T, S] fp32, lengths: [T] int64. Best is (score descending, position ascending), -0 equal to 0, NaN below
+    -infinity, so the selection is one definite set.
+    """
+    if scores.dim() != 2 or scores.dtype != torch.float32 or lengths.shape != scores.shape[:1] or topk < 1:
+        raise ValueError(f"topk_positions needs scores [T, S] in float32, lengths [T] and topk >= 1, got topk={topk}")
+    if lengths.dtype != torch.int64 or bool((lengths < 0).any()) or bool((lengths > scores.shape[1]).any()):
+        raise ValueError(f"topk_positions: lengths must be int64 in [0, {scores.shape[1]}]")
+    selected: Tensor = implementation("topk_positions")(scores, lengths, topk)
+    return selected
+
+
+def _check_queries(op: str, q: Tensor, weights: Tensor, topk: int) -> None:
+    if q.dim() != 3 or q.dtype not in DTYPE_CODES or weights.shape != q.shape[:2] or weights.dtype != torch.float32:
+        raise ValueError(
+            f"{op} needs q [T, Hi, D] in float32 or bfloat16 and weights [T, Hi] in float32, got {list(q.shape)} in "
+            f"{q.dtype} and {list(weights.shape)} in {weights.dtype}"
+        )
+    if topk < 1:
+        raise ValueError(f"{op} needs topk >= 1, got {topk}")
+
+
+@register("index_topk", "cpu")
+def _index_topk_cpu(
+    q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int
+) -> Tensor:
+    q, records = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, records))
+    weights = weights.contiguous()
+    out = torch.empty(q.shape[0], topk, dtype=torch.int32)
+    status = torch.zeros(1, dtype=torch.int64)
+    c_function(*_INDEX_TOPK)(
+        DTYPE_CODES[q.dtype],
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        weights.data_ptr(),
+        *q.shape,
+        records.data_ptr(),
+        records.stride(0),
+        records.shape[0],
+        key_offset,
+        layout.block_tables.data_ptr(),
+        layout.block_tables.shape[1],
+        layout.block_size,
+        layout.cu_seqlens_q.data_ptr(),
+        layout.block_tables.shape[0],
+        layout.positions.data_ptr(),
+        topk,
+        out.data_ptr(),
+        num_threads(q.numel() * topk),
+        status.data_ptr(),
+    )
+    if status.item():
+        raise slot_error("index_topk")
+    return out
+
+
+@register("index_scores", "cpu")
+def _index_scores_cpu(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    q, weights, keys = q.contiguous(), weights.contiguous(), keys.contiguous()
+    out = torch.empty(q.shape[0], keys.shape[0])
+    c_function(*_INDEX_SCORES)(
+        DTYPE_CODES[q.dtype],
+        q.data_ptr(),
+        weights.data_ptr(),
+        *q.shape,
+        keys.data_ptr(),
+        keys.shape[0],
+        out.data_ptr(),
+        num_threads(q.numel() * keys.shape[0]),
+    )
+    return out
+
+
+@register("topk_positions", "cpu")
+def _topk_positions_cpu(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
+    if scores.stride(1) != 1:
+        scores = scores.contiguous()
+    lengths = lengths.contiguous()
+    out = torch.empty(scores.shape[0], topk, dtype=torch.int32)
+    c_function(*_TOPK_POSITIONS)(
+        scores.data_ptr(),
+        scores.stride(0),
+        lengths.data_ptr(),
+        scores.shape[0],
+        topk,
+        out.data_ptr(),
+        num_threads(8 * scores.numel()),
+    )
+    return out
+
+
+@register("index_topk", "reference")
+def _index_topk_reference(
+    q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int
+) -> Tensor:
+    out = torch.full((q.shape[0], topk), -1, dtype=torch.int32)
+    bounds = layout.cu_seqlens_q.tolist()
+    for sequence, (first, last) in enumerate(pairwise(bounds)):
+        for t in range(first, last):
+            context = int(layout.positions[t]) + 1
+            if context <= topk:
+                out[t, :context] = torch.arange(context, dtype=torch.int32)
+                continue
+            try:
+                keys = records[layout.slots(sequence, torch.arange(context)), key_offset : key_offset + q.shape[2]]
+            except IndexError as error:
+                raise slot_error("index_topk") from error
+            scores = _index_scores_reference(q[t : t + 1], weights[t : t + 1], keys)
+            out[t] = _topk_positions_reference(scores, torch.tensor([context]), topk)[0]
+    return out
+
+
+@register("index_scores", "reference")
+def _index_scores_reference(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    scores = torch.zeros(q.shape[0], keys.shape[0])
+    for head in range(q.shape[1]):
+        dots = q[:, head].float() @ keys.float().T
+        scores = scores + weights[:, head, None] * torch.relu(dots)
+    return scores
+
+
+@register("topk_positions", "reference")
+def _topk_positions_reference(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
+    out = torch.full((scores.shape[0], topk), -1, dtype=torch.int32)
+    for t, length in enumerate(lengths.tolist()):
+        row = scores[t, :length].tolist()
+        best = sorted(range(length), key=lambda s: (row[s] != row[s], -row[s] if row[s] == row[s] else 0.0, s))
+        chosen = sorted(best[:topk])
+        out[t, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return out
