@@ -35,7 +35,7 @@ _MAGIC = b"shoal-c1"
 HEADER_BYTES = _SENDER.size + _COMMON.size
 FRAME_BYTES = 4096
 EAGER_BYTES = FRAME_BYTES - HEADER_BYTES
-REPORT_WAIT_S = 2.0  # after a timeout
+REPORT_WAIT_S = 2.0  # after a timeout or a mismatch
 LOST_REPORT_WAIT_S = 0.05  # after a lost connection: recovery waits for it
 _TAG_BITS = 30
 _CLOSE_TAG = (1 << 31) - 1
@@ -330,7 +330,7 @@ class Communicator:
         what = f"waited {self.timeout_s:g} s in" if late else "lost a connection in"
         expected = "what the headers say" if call.expected is None else f"{list(call.expected)} bytes"
         message = f"{self._who()} {what} {call}; sends {[t.numel() for t in call.sends]} bytes, expects {expected}"
-        reports = self._give_up(message, wait_s=REPORT_WAIT_S if late else LOST_REPORT_WAIT_S)
+        reports = self._give_up(message, REPORT_WAIT_S if late else LOST_REPORT_WAIT_S)
         for peer in self._peers:
             message += f"; rank {peer} "
             if peer in entered:
@@ -347,8 +347,11 @@ class Communicator:
         sequence: int = _COMMON.unpack_from(self._recv_headers[peer], _SENDER.size)[3]
         return sequence
 
-    def _give_up(self, message: str, wait_s: float = 0.0) -> dict[int, str]:
-        """End the group, telling the other ranks why; returns what they tell within `wait_s`."""
+    def _give_up(self, message: str, wait_s: float = REPORT_WAIT_S) -> dict[int, str]:
+        """Tell the other ranks why this one leaves, wait until all tell or `wait_s` passed, and end the group.
+
+        Connections stay open meanwhile, so that in a mismatch the other side finds it in this rank's frame too.
+        """
         reports: dict[int, str] = {}
         if self._store is not None:
             # A daemon thread, because a call to a frozen store has no deadline.

@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, Store  # type: igno
 from .collectives import CollectiveError, Communicator, GlooBackend, NcclBackend
 from .config import ParallelConfig
 
-CREATION_TIMEOUT_S = 30.0
+MIN_CREATION_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def init_groups(
 
     `store` must outlive the ranks; keys are kept under the epoch and the group's name, so an epoch is used once.
     `hostname` is the address that this rank listens on and that its peers reach, 127.0.0.1 by default.
-    `timeout_s` bounds one collective; forming a group is bounded by CREATION_TIMEOUT_S.
+    `timeout_s` bounds one collective, and forming a group where it is above MIN_CREATION_TIMEOUT_S.
     Raises CollectiveError when the peers do not come.
     """
     if not 0 <= rank < config.world_size:
@@ -94,7 +94,7 @@ def init_groups(
         if len(ranks) == 1:
             return Communicator(name=name, epoch=epoch, timeout_s=timeout_s)
         try:
-            gloo, nccl = _create_backends(PrefixStore(name, epoch_store), own, len(ranks), device, hostname)
+            gloo, nccl = _create_backends(PrefixStore(name, epoch_store), own, len(ranks), device, hostname, timeout_s)
         except RuntimeError as error:
             raise CollectiveError(
                 f"rank {rank} could not form group '{name}' of ranks {ranks} in epoch {epoch}: {error}"
@@ -111,7 +111,7 @@ def init_groups(
             store_ranks=ranks,
         )
 
-    world = connect("world", range(config.world_size))
+    world = connect("world", list(range(config.world_size)))
     if config.tensor_parallel_size == config.world_size:
         tp = world
     else:
@@ -122,11 +122,12 @@ def init_groups(
 
 
 def _create_backends(
-    store: Store, rank: int, size: int, device: torch.device, hostname: str
+    store: Store, rank: int, size: int, device: torch.device, hostname: str, timeout_s: float
 ) -> tuple[GlooBackend, NcclBackend | None]:
     """The one place that chooses backends: gloo for headers and host memory, with NCCL for tensors on a GPU."""
+    timeout = timedelta(seconds=max(MIN_CREATION_TIMEOUT_S, timeout_s))
     options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = timedelta(seconds=CREATION_TIMEOUT_S)
+    options._timeout = timeout
     options._devices = [ProcessGroupGloo.create_device(hostname=hostname)]
     gloo: Any = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, options)
     if device.type != "cuda":
@@ -134,7 +135,7 @@ def _create_backends(
     from torch.distributed import ProcessGroupNCCL  # absent from builds of torch without CUDA
 
     nccl_options = ProcessGroupNCCL.Options()
-    nccl_options._timeout = timedelta(seconds=CREATION_TIMEOUT_S)
+    nccl_options._timeout = timeout
     with torch.cuda.device(device):
         nccl: Any = ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, nccl_options)
     return gloo, nccl

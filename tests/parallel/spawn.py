@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -65,6 +65,13 @@ def run_ranks(
     return results
 
 
+def barrier(store: Store, name: str, num_ranks: int, timeout_s: float = 120.0) -> None:
+    """Wait until `num_ranks` ranks have come to the barrier of this name, which is used once."""
+    if store.add(f"barrier/{name}", 1) == num_ranks:
+        store.set(f"barrier/{name}/open", "")
+    store.wait([f"barrier/{name}/open"], timedelta(seconds=timeout_s))
+
+
 def _result(rank: int, end: Connection, process: multiprocessing.process.BaseProcess, may_die: bool) -> Any:
     try:
         result, error = end.recv()
@@ -83,5 +90,5 @@ def _run(fn: Callable[..., Any], rank: int, port: int, args: tuple[Any, ...], en
     try:
         store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
         end.send((fn(rank, store, *args), None))
-    except Exception:
+    except BaseException:  # pytest's own failures are no Exception
         end.send((None, traceback.format_exc()))

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
+
+from shoal.parallel import groups as groups_module
+from shoal.parallel.collectives import CollectiveError
+from shoal.parallel.config import ParallelConfig
+from shoal.parallel.groups import init_groups, single_process_groups
+from tests.parallel.spawn import run_ranks
+
+LAYOUTS = [(2, 2), (4, 1), (1, 4), (2, 2), (1, 2), (2, 1)]
+
+
+def join_layouts(rank: int, store: Store) -> list[Any]:
+    """Every layout, in a new epoch of one store: what this rank is and whom it hears; None where it has no part."""
+    found: list[Any] = []
+    for epoch, (tp, dp) in enumerate(LAYOUTS):
+        if rank >= tp * dp:
+            found.append(None)
+            continue
+        config = ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp)
+        groups = init_groups(config, rank, store, epoch=epoch, hostname="127.0.0.1")
+        groups.set_step(9)
+        assert groups.world.step == groups.tp.step == 9
+        assert groups.world.epoch == groups.tp.epoch == epoch
+        in_tp = [row[0] for row in groups.tp.all_gather_ints([rank], layer=-1, op="hello")]
+        in_world = [row[0] for row in groups.world.all_gather_ints([rank], layer=-1, op="hello")]
+        sizes = (groups.tp.rank, groups.tp.size, groups.world.rank, groups.world.size, groups.ranks_on_node)
+        found.append((groups.dp_rank, groups.tp_rank, groups.is_leader, groups.leader_rank, in_tp, in_world, sizes))
+    return found
+
+
+def test_ranks_find_their_groups_in_every_epoch() -> None:
+    results = run_ranks(join_layouts, 4, timeout_s=120)
+    for index, (tp, dp) in enumerate(LAYOUTS):
+        world = list(range(tp * dp))
+        for rank in range(4):
+            leader = rank // tp * tp
+            expected = (
+                rank // tp,
+                rank % tp,
+                rank % tp == 0,
+                leader,
+                list(range(leader, leader + tp)),
+                world,
+                (rank % tp, tp, rank, tp * dp, tp * dp),
+            )
+            assert results[rank][index] == (expected if rank < tp * dp else None)
+
+
+def test_single_process_groups() -> None:
+    groups = single_process_groups()
+    assert (groups.rank, groups.dp_rank, groups.tp_rank, groups.is_leader, groups.ranks_on_node) == (0, 0, 0, True, 1)
+    assert groups.world.size == groups.tp.size == 1
+    assert groups.device == torch.device("cpu")
+    assert groups.tp.all_gather_ints([3], layer=-1, op="x") == [[3]]
+
+
+def test_a_layout_of_one_rank_needs_no_peers() -> None:
+    groups = init_groups(ParallelConfig(), 0, HashStore(), epoch=3)
+    assert groups.world.size == groups.tp.size == 1
+    assert groups.world.epoch == 3
+
+
+def test_a_rank_outside_the_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank 2 is not in a layout of 2 ranks; use 0 to 1"):
+        init_groups(ParallelConfig(data_parallel_size=2), 2, HashStore())
+
+
+def test_peers_that_do_not_come_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups_module, "MIN_CREATION_TIMEOUT_S", 0.3)
+    with pytest.raises(CollectiveError, match=r"rank 0 could not form group 'world' of ranks \[0, 1\] in epoch 7"):
+        init_groups(ParallelConfig(data_parallel_size=2), 0, HashStore(), epoch=7, timeout_s=0.1)
