@@ -27,7 +27,7 @@ from .output_processor import Completion, OutputProcessor, RequestState
 from .sampler import Sampler, resolve_seed
 from .scheduler import Scheduler, SchedulerConfig
 from .sequence import Sequence
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, read_eos_token_ids
 from .types import Request, RequestOutput
 from .validation import RequestLimits, check_request, max_output_tokens
 
@@ -85,9 +85,12 @@ class Engine:
                 f"({self.model_config.max_position_embeddings})"
             )
         with Checkpoint(model_dir) as checkpoint:
-            checkpoint.check_names(expected_tensors(self.model_config))
-            if mtp := checkpoint.mtp_names(self.model_config):
+            unused = set(checkpoint.check_names(expected_tensors(self.model_config)))
+            mtp = set(checkpoint.mtp_names(self.model_config))
+            if mtp:
                 on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
+            if unused := sorted(unused - mtp):
+                on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
             fingerprint = checkpoint.fingerprint
             model = DeepseekModel(self.model_config, checkpoint, groups, dtype=dtype, max_model_len=wanted_len)
         num_blocks = self._num_kv_blocks(config, specs, dtype, wanted_len)
@@ -118,7 +121,7 @@ class Engine:
         )
         self.sampler = Sampler(self.model_config.vocab_size)
         tokenizer = Tokenizer.from_pretrained(model_dir)
-        self.eos_token_ids = self.model_config.eos_token_ids
+        self.eos_token_ids = read_eos_token_ids(model_dir) or self.model_config.eos_token_ids
         self.processor = OutputProcessor(tokenizer, self.eos_token_ids)
         self.limits = RequestLimits(vocab_size=self.model_config.vocab_size, max_model_len=self.max_model_len)
         self.seed = config.seed

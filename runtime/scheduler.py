@@ -71,6 +71,11 @@ class Scheduler:
         return bool(self._sequences)
 
     @property
+    def running(self) -> tuple[Sequence, ...]:
+        """The running sequences, oldest first."""
+        return tuple(self._running)
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 

@@ -139,7 +139,7 @@ def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups)
                 run_rows(engine, point, list(mine))
             merged |= run_rows(engine, point, mine)
             if point.warm and config.enable_prefix_caching and engine.is_leader:
-                assert engine.scheduler.num_prefix_hit_tokens > 0 or not merged, "the second pass found nothing"
+                assert engine.scheduler.prefix_cache_hits > 0 or not merged, "the second pass found nothing"
         return merged
     finally:
         torch.set_num_threads(previous)
