@@ -75,8 +75,8 @@ def linear(x: Tensor, w: PackedWeight, *, out_dtype: torch.dtype | None = None) 
     out_dtype = out_dtype or x.dtype
     if out_dtype not in DTYPE_CODES:
         raise ValueError(f"linear returns float32 or bfloat16, not {out_dtype}")
-    y: Tensor = implementation("linear", w.backend)(x.reshape(-1, 1, w.in_features), w, out_dtype)
-    return y.view(*x.shape[:-1], w.out_features)
+    y: Tensor = implementation("linear", w.backend)(x, w, out_dtype)
+    return y
 
 
 def batched_linear(x: Tensor, w: PackedWeight) -> Tensor:
@@ -84,7 +84,7 @@ def batched_linear(x: Tensor, w: PackedWeight) -> Tensor:
     check_input("batched_linear", x, w)
     if x.dim() != 3 or x.shape[1] != w.num_matrices:
         raise ValueError(f"batched_linear needs x [T, {w.num_matrices}, {w.in_features}], got {list(x.shape)}")
-    y: Tensor = implementation("linear", w.backend)(x, w, x.dtype)
+    y: Tensor = implementation("batched_linear", w.backend)(x, w)
     return y
 
 
@@ -121,28 +121,40 @@ def _pack_weight_cpu(w: Tensor) -> Tensor:
 
 @register("linear", "cpu")
 def _linear_cpu(x: Tensor, w: PackedWeight, out_dtype: torch.dtype) -> Tensor:
+    rows = x if x.dim() == 2 else x.reshape(-1, w.in_features)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    y = x.new_empty(*x.shape[:-1], w.out_features, dtype=out_dtype)
+    _multiply(rows, (0, rows.stride(0)), w, y, (0, w.out_features))
+    return y
+
+
+@register("batched_linear", "cpu")
+def _batched_linear_cpu(x: Tensor, w: PackedWeight) -> Tensor:
     if x.stride(2) != 1:
         x = x.contiguous()
-    rows, batch, k = x.shape
     n = w.out_features
-    y = x.new_empty(rows, batch, n, dtype=out_dtype)
+    y = x.new_empty(x.shape[0], w.num_matrices, n)
+    _multiply(x, (x.stride(1), x.stride(0)), w, y, (n, w.num_matrices * n))
+    return y
+
+
+def _multiply(x: Tensor, x_strides: tuple[int, int], w: PackedWeight, y: Tensor, y_strides: tuple[int, int]) -> None:
+    """y[b, i] = x[b, i] w[b]^T for all matrices b and rows i; strides are those of b and i."""
     c_function(*_LINEAR)(
         DTYPE_CODES[x.dtype],
-        DTYPE_CODES[out_dtype],
+        DTYPE_CODES[y.dtype],
         x.data_ptr(),
-        x.stride(1),
-        x.stride(0),
+        *x_strides,
         w.data.data_ptr(),
         y.data_ptr(),
-        n,
-        batch * n,
-        batch,
-        rows,
-        n,
-        k,
-        num_threads(rows * batch * n * k),
+        *y_strides,
+        w.num_matrices,
+        x.shape[0],
+        w.out_features,
+        w.in_features,
+        num_threads(y.numel() * w.in_features),
     )
-    return y
 
 
 @register("pack_weight", "reference")
@@ -152,4 +164,9 @@ def _pack_weight_reference(w: Tensor) -> Tensor:
 
 @register("linear", "reference")
 def _linear_reference(x: Tensor, w: PackedWeight, out_dtype: torch.dtype) -> Tensor:
-    return torch.einsum("tbk,bnk->tbn", x.float(), w.data.float()).to(out_dtype)
+    return (x.float() @ w.data[0].float().T).to(out_dtype)
+
+
+@register("batched_linear", "reference")
+def _batched_linear_reference(x: Tensor, w: PackedWeight) -> Tensor:
+    return torch.einsum("tbk,bnk->tbn", x.float(), w.data.float()).to(x.dtype)
