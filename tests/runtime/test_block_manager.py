@@ -160,6 +160,7 @@ def test_salt_and_fingerprint_separate() -> None:
     assert manager.match_prefix(make_seq(2, [1] * 5, salt=b"b")) == []
     assert manager.match_prefix(make_seq(3, [1] * 5)) == []
     assert root_hash(b"model", b"") != root_hash(b"other", b"")
+    assert root_hash(b"model", b"a") != root_hash(b"model", b"b")
     assert root_hash(b"ab", b"c") != root_hash(b"a", b"bc")
 
 

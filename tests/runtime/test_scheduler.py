@@ -323,7 +323,7 @@ def test_a_sequence_that_fills_the_cache_exactly_is_accepted_and_finishes() -> N
 
 def test_sequences_that_could_never_finish_are_refused_with_numbers() -> None:
     scheduler = make_scheduler(num_blocks=3)
-    with pytest.raises(ValueError, match="11 prompt tokens and max_tokens=3 need 4 blocks of 4 .* has 3"):
+    with pytest.raises(ValueError, match=r"11 prompt tokens and max_tokens=3 need 4 blocks of 4 .* has 3"):
         scheduler.add(make_seq(0, 11, max_tokens=3))
     with pytest.raises(ValueError, match="empty prompt"):
         scheduler.add(make_seq(0, 0))

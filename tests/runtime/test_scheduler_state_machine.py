@@ -133,7 +133,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        # Without interruptions the oldest running sequence is never preempted and computes at least one position a step.
+        # Without interruptions the oldest running sequence is never preempted and computes a position or more a step.
         num_steps = sum(life.seq.max_positions for life in self.lives.values())
         for _ in range(num_steps):
             self.step()
