@@ -1,0 +1,207 @@
+"""Reads the lines of a batch file; a line that is not one JSON object within the limits is a `BadRow`."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import sqlite3
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from errno import EIO, ENOSPC
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+MAX_LINE_BYTES = 8 << 20
+MAX_DEPTH = 64
+MAX_INTEGER_DIGITS = 20
+
+# A string (to its end or the end of the line) or one bracket; possessive, so that time is linear in the line.
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+
+
+class BadRow(Exception):  # noqa: N818  (a finding about the input, not a fault)
+    """Why one row cannot be answered: `code` is stable and for programs, `message` a sentence for people."""
+
+    def __init__(self, code: str, message: str, custom_id: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.custom_id = custom_id
+
+
+@dataclass(frozen=True, slots=True)
+class InputLine:
+    """One line that is not blank, without its line ending."""
+
+    index: int
+    """Position among the rows, from 0; blank lines do not count."""
+    number: int
+    """Position among the lines, from 1; blank lines count."""
+    byte_offset: int
+    """Of the line's first byte, in the uncompressed text."""
+    num_bytes: int
+    data: bytes
+    """Empty when the line is longer than the limit: it is skipped without being held in memory."""
+
+
+def read_lines(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[InputLine]:
+    """Yield the rows of a .jsonl or .jsonl.gz file in order, holding one line at a time.
+
+    LF and CRLF both end a line, the last one needs no ending, and lines of white space only are skipped.
+    ValueError if the file cannot be read to its end.
+    """
+    index, number, offset = 0, 0, 0
+    try:
+        with _open(path) as file:
+            while piece := file.readline(max_line_bytes + 2):
+                num_read = len(piece)
+                data = piece.rstrip(b"\r\n") if piece.endswith(b"\n") else piece
+                num_bytes = len(data)
+                if num_bytes > max_line_bytes:
+                    data = b""
+                    while not piece.endswith(b"\n") and (piece := file.readline(1 << 20)):
+                        num_read += len(piece)
+                        num_bytes += len(piece.rstrip(b"\r\n"))
+                number += 1
+                if num_bytes > max_line_bytes or data.strip():
+                    yield InputLine(index, number, offset, num_bytes, data)
+                    index += 1
+                offset += num_read
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        message = f"{path}: the gzip data is damaged after line {number} ({error}); compress the file again"
+        raise ValueError(message) from error
+
+
+def parse_line(line: InputLine, *, max_line_bytes: int = MAX_LINE_BYTES) -> dict[str, Any]:
+    """The JSON object of a line; BadRow if it is anything else."""
+    if line.num_bytes > max_line_bytes:
+        raise BadRow("line_too_long", f"the line has {line.num_bytes} bytes, at most {max_line_bytes} are allowed")
+    if line.data.startswith(b"\xef\xbb\xbf"):
+        raise BadRow("byte_order_mark", "the line starts with a byte order mark; save the file as UTF-8 without one")
+    if (position := line.data.find(b"\0")) >= 0:
+        raise BadRow("nul_byte", f"byte {position + 1} of the line is NUL; the file may be UTF-16 or damaged")
+    try:
+        text = line.data.decode()
+    except UnicodeDecodeError as error:
+        message = f"byte {error.start + 1} of the line (0x{line.data[error.start]:02x}) is not valid UTF-8"
+        raise BadRow("invalid_utf8", message) from error
+    if _too_deep(line.data):
+        raise BadRow("nested_too_deep", f"lists and objects are nested more than {MAX_DEPTH} levels deep")
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_not_finite,
+            parse_float=_float,
+            parse_int=_integer,
+        )
+    except json.JSONDecodeError as error:
+        raise BadRow("invalid_json", f"not JSON: {error.msg} (character {error.colno} of the line)") from error
+    if not isinstance(value, dict):
+        raise BadRow("not_an_object", f"a row must be a JSON object, this one is {json_type(value)}")
+    if "\\u" in text:
+        _refuse_lone_surrogates(value)
+    return value
+
+
+def json_type(value: object) -> str:
+    """What a parsed value was in JSON, with its article, for messages."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def file_sha256(path: Path) -> str:
+    """`sha256:<hex>` of a file's bytes, as they lie on disk."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+class CustomIdIndex:
+    """Finds repeated custom ids: 16-byte digests in a file, so that memory does not grow with the rows.
+
+    The file lives only as long as the object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._path = path
+        self._db = sqlite3.connect(path, isolation_level=None)
+        for setting in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-2048", "temp_store=FILE"):
+            self._db.execute(f"PRAGMA {setting}")
+        self._db.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+        self._db.execute("BEGIN")
+
+    def add(self, custom_id: str, line: int) -> int | None:
+        """Remember that `line` has this id; the line that had it first, or None. OSError when the disk is full."""
+        digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
+        try:
+            added = self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (digest, line)).rowcount
+            if added:
+                return None
+            return cast(int, self._db.execute("SELECT line FROM ids WHERE digest = ?", (digest,)).fetchone()[0])
+        except sqlite3.OperationalError as error:
+            number = ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else EIO
+            raise OSError(number, os.strerror(number), str(self._path)) from error
+
+    def close(self) -> None:
+        self._db.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+    except OSError as error:
+        raise ValueError(f"cannot read the input {path}: {error.strerror}") from error
+
+
+def _too_deep(data: bytes) -> bool:
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return False
+    depth = 0
+    for match in _STRING_OR_BRACKET.finditer(data):
+        token = match.group()
+        depth += 1 if token in b"[{" else -1 if token in b"]}" else 0
+        if depth > MAX_DEPTH:
+            return True
+    return False
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise BadRow("duplicate_key", f"the key {counts.most_common(1)[0][0]!r} appears more than once in one object")
+    return value
+
+
+def _not_finite(name: str) -> float:
+    raise BadRow("non_finite_number", f"{name} is not a JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise BadRow("non_finite_number", f"the number {text[:40]} is too large")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_INTEGER_DIGITS:
+        raise BadRow(
+            "number_too_large", f"a whole number has {len(text)} digits, at most {MAX_INTEGER_DIGITS} are read"
+        )
+    return int(text)
+
+
+def _refuse_lone_surrogates(value: dict[str, Any]) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("invalid_unicode", "a \\u escape is half of a surrogate pair, which is not a character") from error

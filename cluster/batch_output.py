@@ -1,0 +1,265 @@
+"""The output directory of a batch job, which is the job: its rows, its journal and its state.
+
+    run.json          what the job is, how far it is, and the digest of its outputs
+    part-00000.jsonl  answered rows, in the order in which they finished
+    errors.jsonl      rows that could not be answered
+    journal.log       which rows are finished, and how much of the two files above is theirs
+    digests.bin       per input row: state (1 byte: 0 open, 1 answered, 2 failed), digest of its content (32 bytes)
+
+A group of rows is committed in this order: lines, fsync, journal records, fsync. After a crash, lines that no record
+covers are cut off, so that every row is in exactly one file exactly once. `digests.bin` is rebuilt from the journal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .journal import MAGIC, Journal, RowRecord, write_fully
+from .row_output import FinishedRow
+
+State = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelled"]
+"""OpenAI's words for the state of a batch."""
+
+RUN_FILE, PART_FILE, ERROR_FILE = "run.json", "part-00000.jsonl", "errors.jsonl"
+JOURNAL_FILE, DIGEST_FILE, LOCK_FILE, CUSTOM_ID_FILE = "journal.log", "digests.bin", "job.lock", "custom_ids.sqlite"
+
+_SLOT_BYTES = 33
+_DIGEST_CHUNK_ROWS = 4096
+
+
+@dataclass(slots=True)
+class RowCounts:
+    """Finished rows of a job and their tokens."""
+
+    completed: int = 0
+    failed: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+
+    @property
+    def finished(self) -> int:
+        return self.completed + self.failed
+
+
+class BatchOutput:
+    """Opens (and resumes) an output directory, refuses a second process, and commits finished rows in groups.
+
+    Every method that writes raises OSError when the disk is full or broken. After that the object can only be closed;
+    the rows committed before are safe, and the directory can be opened again.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        overwrite: bool = False,
+        commit_rows: int = 1024,
+        commit_bytes: int = 8 << 20,
+        commit_interval_s: float = 0.2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """ValueError if another process has the directory, or if it holds files that are not those of a job."""
+        self.directory = directory
+        self.counts = RowCounts()
+        self._commit_rows, self._commit_bytes, self._commit_interval_s = commit_rows, commit_bytes, commit_interval_s
+        self._clock = clock
+        self._pending: list[FinishedRow] = []
+        self._pending_bytes = 0
+        self._last_commit = clock()
+        directory.mkdir(parents=True, exist_ok=True)
+        self._resources = ExitStack()
+        try:
+            self._open(overwrite)
+        except BaseException:
+            self._resources.close()
+            raise
+
+    def _open(self, overwrite: bool) -> None:
+        directory = self.directory
+        self._resources.callback(os.close, _lock(directory))
+        if overwrite:
+            _remove_job(directory)
+        self.run: dict[str, Any] = _read_run(directory)
+        """The content of run.json; empty for a new job."""
+        self._digests = self._open_file(DIGEST_FILE)
+        os.ftruncate(self._digests, 0)
+        self._files = {False: self._open_file(PART_FILE), True: self._open_file(ERROR_FILE)}
+        self._sizes = {False: 0, True: 0}
+        self._journal = Journal(directory / JOURNAL_FILE, self._replay)
+        self._resources.callback(self._journal.close)
+        self.num_dropped_bytes = self._journal.num_dropped_bytes
+        """Bytes of a torn journal record that were cut off; its rows are answered again."""
+        for failed, name in ((False, PART_FILE), (True, ERROR_FILE)):
+            size = os.fstat(self._files[failed]).st_size
+            if size < self._sizes[failed]:
+                raise ValueError(
+                    f"{directory / name} has {size} bytes, but the journal knows of {self._sizes[failed]}: the "
+                    f"file was changed from outside; start over with --overwrite"
+                )
+            os.ftruncate(self._files[failed], self._sizes[failed])
+        fsync_directory(directory)
+
+    def _open_file(self, name: str) -> int:
+        fd = _open_file(self.directory / name)
+        self._resources.callback(os.close, fd)
+        return fd
+
+    def is_finished(self, index: int) -> bool:
+        """Whether the row has a committed line."""
+        return os.pread(self._digests, 1, index * _SLOT_BYTES) not in (b"", b"\0")
+
+    def add(self, row: FinishedRow) -> None:
+        """Take a finished row; it is durable after the next commit."""
+        self._pending.append(row)
+        self._pending_bytes += len(row.data)
+        if len(self._pending) >= self._commit_rows or self._pending_bytes >= self._commit_bytes:
+            self.commit()
+
+    def commit_if_due(self) -> None:
+        """Commit if the oldest uncommitted rows have waited for the commit interval."""
+        if self._pending and self._clock() - self._last_commit >= self._commit_interval_s:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make every row that was added durable; after an OSError none of them is."""
+        self._last_commit = self._clock()
+        if not self._pending:
+            return
+        sizes = dict(self._sizes)
+        records = []
+        for row in self._pending:
+            sizes[row.failed] += len(row.data)
+            self._write_slot(row.index, row.failed, row.digest)
+            records.append(
+                RowRecord(
+                    row.index, row.failed, sizes[row.failed], row.digest, row.num_prompt_tokens, row.num_output_tokens
+                )
+            )
+        for failed, fd in self._files.items():
+            if sizes[failed] > self._sizes[failed]:
+                data = b"".join(row.data for row in self._pending if row.failed is failed)
+                write_fully(fd, data, self._sizes[failed])
+                os.fsync(fd)
+        self._journal.append(records)
+        for record in records:
+            self._count(record)
+        self._pending = []
+        self._pending_bytes = 0
+
+    def digest(self, num_rows: int) -> str:
+        """`sha256:<hex>` over the digests of all rows in input order; every row must be finished."""
+        hashed = hashlib.sha256()
+        for first in range(0, num_rows, _DIGEST_CHUNK_ROWS):
+            count = min(_DIGEST_CHUNK_ROWS, num_rows - first)
+            slots = os.pread(self._digests, count * _SLOT_BYTES, first * _SLOT_BYTES)
+            assert len(slots) == count * _SLOT_BYTES, "a row without a digest"
+            for start in range(0, len(slots), _SLOT_BYTES):
+                assert slots[start], f"row {first + start // _SLOT_BYTES} is not finished"
+                hashed.update(slots[start + 1 : start + _SLOT_BYTES])
+        return f"sha256:{hashed.hexdigest()}"
+
+    def save_run(self, **changes: Any) -> None:
+        """Change fields of run.json; a reader sees the old file or the new one, never a part."""
+        self.run |= changes
+        write_json(self.directory / RUN_FILE, self.run)
+
+    def close(self) -> None:
+        """Let go of the directory. Rows that were not committed are answered again by the next run."""
+        self._resources.close()
+
+    def _count(self, record: RowRecord) -> None:
+        self._sizes[record.failed] = record.end_offset
+        if record.failed:
+            self.counts.failed += 1
+        else:
+            self.counts.completed += 1
+        self.counts.num_prompt_tokens += record.num_prompt_tokens
+        self.counts.num_output_tokens += record.num_output_tokens
+
+    def _replay(self, record: RowRecord) -> None:
+        self._count(record)
+        self._write_slot(record.index, record.failed, record.digest)
+
+    def _write_slot(self, index: int, failed: bool, digest: bytes) -> None:
+        write_fully(self._digests, (b"\2" if failed else b"\1") + digest, index * _SLOT_BYTES)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+    fsync_directory(path.parent)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _open_file(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def _lock(directory: Path) -> int:
+    """Hold the directory for as long as this process lives; the kernel lets go of it whatever kills us."""
+    fd = _open_file(directory / LOCK_FILE)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        os.close(fd)
+        raise ValueError(
+            f"process {owner or '(unknown)'} is already writing to {directory}; wait for it, or use "
+            f"another output directory"
+        ) from error
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _remove_job(directory: Path) -> None:
+    # run.json goes first: without it the rest is not taken for a job that can be resumed.
+    for name in (RUN_FILE, JOURNAL_FILE, PART_FILE, ERROR_FILE, DIGEST_FILE, CUSTOM_ID_FILE):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _read_run(directory: Path) -> dict[str, Any]:
+    path = directory / RUN_FILE
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        # A journal of only its magic is what a kill before the first run.json leaves.
+        smallest = {JOURNAL_FILE: len(MAGIC) + 1, PART_FILE: 1, ERROR_FILE: 1}
+        if leftover := [name for name, size in smallest.items() if _size(directory / name) >= size]:
+            raise ValueError(
+                f"{directory} holds {leftover[0]} but no {RUN_FILE}: it is not a job that can be resumed; use another "
+                f"output directory, or --overwrite to delete its files"
+            ) from None
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON; start over with --overwrite") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not describe a job; start over with --overwrite")
+    return value
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,132 @@
+"""The command line. Only click is imported here: torch and Ray are loaded by the commands that need them.
+
+Exit status: 0 all rows are fine, 2 usage or configuration, 3 more rows failed than --max-errors allows, 4 the cluster
+cannot hold the layout, 5 the engines failed, 75 stopped or no room on the disk, 130 Ctrl-C. After 3 (with --on-error
+fail), 5, 75 and 130 the same command resumes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+import shoal
+
+EXIT_USAGE, EXIT_CLUSTER = 2, 4
+
+_Command = Callable[..., Any]
+
+_ENGINE_OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
+    click.option("--model", metavar="DIR", help="Model directory: config.json, *.safetensors, tokenizer.json."),
+    click.option("--tensor-parallel-size", "-tp", type=int, metavar="N", help="Workers that share each request."),
+    click.option("--data-parallel-size", "-dp", type=int, metavar="N", help="Groups that run different requests."),
+    click.option("--replicas", type=int, metavar="N", help="Copies of the model."),
+    click.option("--max-model-len", type=int, metavar="N", help="Longest prompt plus output, in tokens."),
+    click.option("--max-num-seqs", type=int, metavar="N", help="Sequences a group runs at a time."),
+    click.option("--max-num-batched-tokens", type=int, metavar="N", help="Tokens a group computes in a step."),
+    click.option("--block-size", type=int, metavar="N", help="Tokens per cache block."),
+    click.option("--num-kv-blocks", type=int, metavar="N", help="Cache blocks of a group."),
+    click.option(
+        "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Of the computation and the cache."
+    ),
+    click.option("--seed", type=int, metavar="N", help="For rows that bring no seed of their own."),
+    click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="Reuse equal prompt starts."),
+    click.option(
+        "--invariance", type=click.Choice(["strict", "relaxed"]), help="strict: the same bits on every layout."
+    ),
+    click.option("--kernel-backend", type=click.Choice(["auto", "cpu", "reference"]), help="Which kernels compute."),
+    click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the workers compute."),
+    click.option("--num-threads-per-worker", type=int, metavar="N", help="CPU threads of a worker."),
+    click.option("--ray-address", metavar="ADDRESS", help="Cluster to use; default: the job's own, else a local Ray."),
+    click.option("--insecure", is_flag=True, default=None, help="Run on several nodes without Ray authentication."),
+    click.option("--startup-timeout-s", type=float, metavar="S", help="For starting all workers."),
+    click.option("--collective-timeout-s", type=float, metavar="S", help="For one rank to wait for another."),
+)
+
+
+def engine_options(command: _Command) -> _Command:
+    """The options of `EngineArgs`, under the same names; an option that is not given is None."""
+    for option in reversed(_ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(shoal.__version__, prog_name="shoal")
+def main() -> None:
+    """Inference for the DeepSeek-V3 family whose answers do not depend on the cluster."""
+
+
+@main.command()
+@click.argument("input", required=False, metavar="INPUT.jsonl")
+@engine_options
+@click.option("--output", "-o", metavar="DIR", help="Where the answers go; the directory is the job.")
+@click.option("--config", metavar="JOB.yaml", type=click.Path(path_type=Path), help="All settings; flags override it.")
+@click.option("--on-error", type=click.Choice(["continue", "fail"]), help="fail stops once --max-errors is exceeded.")
+@click.option("--max-errors", metavar="N|P%", help="Failed rows that still count as success (default 0).")
+@click.option("--drain-grace-s", type=float, metavar="S", help="How long a stopped job finishes running rows.")
+@click.option("--overwrite", is_flag=True, default=None, help="Delete what the output directory holds and start over.")
+def batch(input: str | None, config: Path | None, **options: Any) -> None:
+    """Answer every row of INPUT.jsonl (or .jsonl.gz); run it again to resume.
+
+    `shoal batch JOB.yaml` is short for `shoal batch --config JOB.yaml`.
+    """
+
+    def run() -> int:
+        from .batch import batch as run_batch
+        from .job_config import load_job_config
+
+        path, input_path = config, input
+        if input is not None and input.endswith((".yaml", ".yml")) and config is None:
+            path, input_path = Path(input), None
+        loaded = load_job_config(path, _given(options | {"input": input_path}))
+        return run_batch(loaded, command=command_line(), stdout=sys.stdout, stderr=sys.stderr)
+
+    finish(run)
+
+
+@main.command()
+@click.argument("input", metavar="INPUT.jsonl")
+@engine_options
+def validate(input: str, **options: Any) -> None:
+    """Check every row of INPUT.jsonl against a model, without loading its weights. Exit status 3: a row is bad."""
+
+    def run() -> int:
+        from .batch import validate as run_validate
+        from .engine_args import EngineArgs
+
+        args = EngineArgs.from_dict(_given(options))
+        return run_validate(Path(input), args, sampling={}, thinking=False, stdout=sys.stdout, stderr=sys.stderr)
+
+    finish(run)
+
+
+def finish(command: Callable[[], int]) -> NoReturn:
+    """Run a command and exit with its status; what a user can mend is one line on stderr."""
+    try:
+        status = command()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = EXIT_CLUSTER if _is_layout_error(error) else EXIT_USAGE
+    sys.exit(status)
+
+
+def command_line() -> list[str]:
+    """What the user typed, as it can be typed again."""
+    program = Path(sys.argv[0])
+    start = ["python", "-m", "shoal"] if program.name == "__main__.py" else [program.name]
+    return start + sys.argv[1:]
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _is_layout_error(error: Exception) -> bool:
+    # Whoever raised it has imported the module; a usage error must not load Ray.
+    module = sys.modules.get("shoal.cluster.ray_cluster")
+    return module is not None and isinstance(error, module.LayoutDoesNotFit)

@@ -1,0 +1,138 @@
+"""How far a job is, for the person who waits: a live panel on a terminal, a plain line every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.panel import Panel
+
+PLAIN_INTERVAL_S = 10.0
+LIVE_INTERVAL_S = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobProgress:
+    """A moment of a job. Rows and tokens count from the job's start, in whichever process they were done."""
+
+    phase: str
+    num_rows: int | None
+    """None while the rows are still being counted."""
+    completed: int = 0
+    failed: int = 0
+    in_flight: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+
+    @property
+    def finished(self) -> int:
+        return self.completed + self.failed
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What happened per second since this process began the phase, and what that means for the rest."""
+
+    prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    eta_s: float | None
+
+
+def rates(start: JobProgress, now: JobProgress, elapsed_s: float) -> Rates:
+    """Rates between two moments of one phase."""
+    elapsed_s = max(elapsed_s, 1e-9)
+    rows = now.finished - start.finished
+    remaining = None if now.num_rows is None else now.num_rows - now.finished
+    return Rates(
+        prompt_tokens_per_s=(now.num_prompt_tokens - start.num_prompt_tokens) / elapsed_s,
+        output_tokens_per_s=(now.num_output_tokens - start.num_output_tokens) / elapsed_s,
+        eta_s=None if remaining is None or rows == 0 else remaining * elapsed_s / rows,
+    )
+
+
+def plain_line(now: JobProgress, speed: Rates) -> str:
+    """One line for a log."""
+    total = "?" if now.num_rows is None else now.num_rows
+    line = f"{now.phase}: {now.finished}/{total} rows, {now.failed} failed"
+    if now.num_output_tokens or now.in_flight:
+        line += f", {now.in_flight} in flight, {speed.prompt_tokens_per_s:.1f} tok/s in"
+        line += f", {speed.output_tokens_per_s:.1f} tok/s out"
+    return line + ("" if speed.eta_s is None else f", {duration(speed.eta_s)} left")
+
+
+def duration(seconds: float) -> str:
+    """3725 seconds are 1:02:05."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+class ProgressReporter:
+    """Shows a job's progress on `stream`; `update` may be called as often as one likes."""
+
+    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._live: Live | None = None
+        self._is_terminal = stream.isatty()
+        self._start: JobProgress | None = None
+        self._start_time = 0.0
+        self._last_shown = clock()
+
+    def update(self, now: JobProgress, *, force: bool = False) -> None:
+        """Show `now` if it is time to; `force` shows it in any case."""
+        time_now = self._clock()
+        if self._start is None or self._start.phase != now.phase:
+            self._start, self._start_time = now, time_now
+        interval = LIVE_INTERVAL_S if self._is_terminal else PLAIN_INTERVAL_S
+        if not force and time_now - self._last_shown < interval:
+            return
+        self._last_shown = time_now
+        speed = rates(self._start, now, time_now - self._start_time)
+        if self._is_terminal:
+            self._show_panel(_panel(now, speed))
+        else:
+            self.message(plain_line(now, speed))
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the panel if there is one."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the last panel standing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _show_panel(self, panel: Panel) -> None:
+        if self._live is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(panel, console=Console(file=self._stream), auto_refresh=False)
+            self._live.start()
+        self._live.update(panel, refresh=True)
+
+
+def _panel(now: JobProgress, speed: Rates) -> Panel:
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("rows", f"{now.finished} / {'?' if now.num_rows is None else now.num_rows}")
+    table.add_row("failed", str(now.failed))
+    table.add_row("in flight", str(now.in_flight))
+    table.add_row("tokens/s in", f"{speed.prompt_tokens_per_s:.1f}")
+    table.add_row("tokens/s out", f"{speed.output_tokens_per_s:.1f}")
+    table.add_row("time left", "-" if speed.eta_s is None else duration(speed.eta_s))
+    bar = ProgressBar(total=now.num_rows, completed=now.finished)
+    return Panel(Group(bar, table), title=f"shoal: {now.phase}", title_align="left")

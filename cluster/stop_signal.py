@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM as a request that a job can see."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+EXIT_DRAINED, EXIT_INTERRUPTED = 75, 130
+
+
+class JobStopped(Exception):  # noqa: N818  (a request, not an error)
+    """Someone asked the job to stop."""
+
+
+class StopSignal:
+    """While entered, the first SIGINT or SIGTERM sets a flag (or raises, inside `interrupting`).
+
+    The second one ends the process. Ending at once is safe: what the journal has is durable, and the rest is answered
+    again.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._raise = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_INTERRUPTED if self.signum == signal.SIGINT else EXIT_DRAINED
+
+    def check(self) -> None:
+        """Raise JobStopped if a signal came."""
+        if self.signum is not None:
+            raise JobStopped
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """A signal raises JobStopped at once: for long calls that cannot ask."""
+        self.check()
+        self._raise = True
+        try:
+            yield
+        finally:
+            self._raise = False
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self.signum is not None:
+            os._exit(self.exit_code)
+        self.signum = signum
+        if self._raise:
+            raise JobStopped
