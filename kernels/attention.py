@@ -185,6 +185,8 @@ def _mla_attention_reference(
                 context = torch.arange(int(layout.positions[t]) + 1)
             else:
                 context = selected[t][(selected[t] < 0).cumsum(0) == 0].long()
+            if context.numel() == 0:
+                continue
             try:
                 keys = records[layout.slots(sequence, context), :key_dim].float()
             except IndexError as error:
@@ -199,6 +201,5 @@ def _mla_attention_reference(
                 total = total * rescale + weights.sum(dim=1)
                 output = output * rescale[:, None] + weights @ block[:, :latent_dim]
                 maximum = new_maximum
-            if context.numel():
-                out[t] = (output / total[:, None]).to(out.dtype)
+            out[t] = (output / total[:, None]).to(out.dtype)
     return out

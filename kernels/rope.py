@@ -142,7 +142,7 @@ def _apply_rope_reference(x: Tensor, table: Tensor, positions: Tensor, interleav
         raise _outside(table)
     cos, sin = table[positions].unsqueeze(1).chunk(2, dim=-1)
     if interleaved:
-        a, b = x.float().reshape(*x.shape[:2], -1, 2).unbind(-1)
+        a, b = x.float().reshape(*x.shape[:2], x.shape[2] // 2, 2).unbind(-1)
         return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,243 @@
+"""Paged latent attention: an unabsorbed float64 oracle, and bits that depend on a row's own context only."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.kernels.attention import PagedLayout, mla_attention
+from shoal.kernels.registry import Backend, use_backend
+
+BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Sequences:
+    """Latents and rotary keys of whole sequences, with queries for all their positions."""
+
+    def __init__(
+        self, lengths: list[int], dtype: torch.dtype, *, heads: int = 3, latent: int = 40, rope: int = 8, seed: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.lengths, self.latent, self.heads = lengths, latent, heads
+        self.keys = [torch.randn(n, latent + rope, generator=generator).to(dtype) for n in lengths]
+        self.queries = [torch.randn(n, heads, latent + rope, generator=generator).to(dtype) for n in lengths]
+
+    def run(
+        self, spans: list[tuple[int, int]], *, block_size: int = 16, seed: int = 0, selected: Tensor | None = None
+    ) -> Tensor:
+        """Attention of positions [start, stop) of each sequence, in one call; the cache is laid out by `seed`."""
+        generator = torch.Generator().manual_seed(seed)
+        max_blocks = max(-(-n // block_size) for n in self.lengths) + 1
+        num_blocks = len(self.lengths) * max_blocks
+        tables = torch.randperm(num_blocks, generator=generator).view(-1, max_blocks).int()
+        width = self.keys[0].shape[1]
+        # other fields, a wider row, and NaN wherever nothing was written
+        records = torch.full((num_blocks * block_size, width + 7), math.nan, dtype=self.keys[0].dtype)[:, : width + 3]
+        for b, keys in enumerate(self.keys):
+            written = torch.arange(spans[b][1])
+            blocks = tables[b].long()[written // block_size]
+            records[blocks * block_size + written % block_size, :width] = keys[: spans[b][1]]
+        q = torch.cat([x[start:stop] for x, (start, stop) in zip(self.queries, spans, strict=True)])
+        bounds = torch.tensor([0] + [stop - start for start, stop in spans]).cumsum(0).int()
+        positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
+        layout = PagedLayout(tables, bounds, positions, block_size)
+        return mla_attention(q[..., : self.latent], q[..., self.latent :], records, layout, 0.17, selected=selected)
+
+    def whole(self, b: int) -> Tensor:
+        """All positions of one sequence in one call, with nobody else."""
+        return self.only(b).run([(0, self.lengths[b])])
+
+    def only(self, b: int) -> Sequences:
+        alone = Sequences([], self.keys[b].dtype, heads=self.heads, latent=self.latent)
+        alone.lengths, alone.keys, alone.queries = [self.lengths[b]], [self.keys[b]], [self.queries[b]]
+        return alone
+
+
+def _full_matrix_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Plain multi-head attention in float64: queries and keys [n, h, d], values [n, h, dv], causal."""
+    scores = torch.einsum("thd,shd->hts", queries, keys) * scale
+    scores.masked_fill_(torch.ones(scores.shape[1:]).triu(1).bool(), -math.inf)
+    return torch.einsum("hts,shv->thv", scores.softmax(-1), values)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", [1, 3, 5, 16])
+def test_absorbed_equals_unabsorbed_attention(backend: Backend, heads: int) -> None:
+    torch.manual_seed(heads)
+    n, nope, rope, latent, v_dim, scale = 90, 12, 8, 32, 6, 0.2
+    q_nope, q_rope = torch.randn(n, heads, nope).double(), torch.randn(n, heads, rope).double()
+    c, k_rope = torch.randn(n, latent).double(), torch.randn(n, rope).double()
+    w_uk, w_uv = torch.randn(heads, nope, latent).double(), torch.randn(heads, v_dim, latent).double()
+    keys = torch.cat([torch.einsum("hdl,sl->shd", w_uk, c), k_rope[:, None].expand(n, heads, rope)], dim=-1)
+    values = torch.einsum("hvl,sl->shv", w_uv, c)
+    expected = _full_matrix_attention(torch.cat([q_nope, q_rope], dim=-1), keys, values, scale)
+
+    absorbed = torch.einsum("thd,hdl->thl", q_nope, w_uk).float()
+    layout = PagedLayout(torch.arange(6)[None].int(), torch.tensor([0, n]).int(), torch.arange(n), 16)
+    records = torch.zeros(96, latent + rope)
+    records[:n] = torch.cat([c, k_rope], dim=-1).float()
+    with use_backend(backend):
+        out = mla_attention(absorbed, q_rope.float(), records, layout, scale)
+    torch.testing.assert_close(torch.einsum("thl,hvl->thv", out.double(), w_uv), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [1, 3, 16])
+def test_several_sequences_match_float64_and_the_reference(dtype: torch.dtype, heads: int) -> None:
+    sequences = Sequences([70, 1, 130, 9], dtype, heads=heads)
+    spans = [(69, 70), (0, 1), (100, 130), (4, 4)]
+    out = sequences.run(spans)
+    with use_backend("reference"):
+        reference = sequences.run(spans)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    expected = []
+    for keys, queries, (start, stop) in zip(sequences.keys, sequences.queries, spans, strict=True):
+        shared = keys.double()[:, None].expand(-1, heads, -1)
+        whole = _full_matrix_attention(queries.double(), shared, shared[..., : sequences.latent], 0.17)
+        expected.append(whole[start:stop])
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), torch.cat(expected), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out, reference, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [1, 3, 5, 16])
+def test_any_chunking_gives_the_same_bits(dtype: torch.dtype, heads: int) -> None:
+    length = 203
+    sequences = Sequences([length], dtype, heads=heads)
+    whole = sequences.run([(0, length)])
+    assert not whole.isnan().any()
+    for step in (1, 7, 64, 100):
+        chunks = [sequences.run([(start, min(start + step, length))]) for start in range(0, length, step)]
+        assert torch.equal(torch.cat(chunks), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [65, 130])
+def test_many_heads_are_independent(dtype: torch.dtype, heads: int) -> None:
+    sequences = Sequences([67], dtype, heads=heads, latent=16, rope=2)
+    whole = sequences.run([(64, 67)])
+    one_head = Sequences([67], dtype, heads=1, latent=16, rope=2)
+    one_head.keys = sequences.keys
+    for head in (0, 17, heads - 1):
+        one_head.queries = [sequences.queries[0][:, head : head + 1].clone()]
+        assert torch.equal(one_head.run([(64, 67)])[:, 0], whole[:, head])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_company_block_size_placement_and_threads_change_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 0)
+    sequences = Sequences([70, 1, 130, 9, 64, 65], dtype)
+    expected = [sequences.whole(b) for b in range(6)]
+    spans = [(69, 70), (0, 1), (0, 130), (9, 9), (60, 64), (3, 65)]
+    threads = torch.get_num_threads()
+    for block_size in (1, 4, 16, 64):
+        try:
+            torch.set_num_threads(1 + block_size % 3)
+            out = sequences.run(spans, block_size=block_size, seed=block_size)
+        finally:
+            torch.set_num_threads(threads)
+        parts = torch.split(out, [stop - start for start, stop in spans])
+        for part, whole, (start, stop) in zip(parts, expected, spans, strict=True):
+            assert torch.equal(part, whole[start:stop])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_later_nan_key_stays_invisible(dtype: torch.dtype) -> None:
+    sequences = Sequences([80], dtype)
+    whole = sequences.run([(0, 80)])
+    sequences.keys[0][77:] = math.nan
+    poisoned = sequences.run([(0, 80)])
+    assert torch.equal(poisoned[:77], whole[:77])
+    assert poisoned[77:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_selecting_everything_is_dense_attention(dtype: torch.dtype) -> None:
+    sequences = Sequences([140], dtype)
+    every = torch.arange(150).expand(140, 150).int()
+    selected = every.where(every <= torch.arange(140)[:, None], -1)
+    assert torch.equal(sequences.run([(0, 140)], selected=selected), sequences.run([(0, 140)]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selected_positions_alone_are_attended(backend: Backend) -> None:
+    sequences = Sequences([100], torch.float32)
+    kept = torch.arange(1, 100, 3)
+    selected = torch.full((1, 40), -1, dtype=torch.int32)
+    selected[0, : len(kept)] = kept.int()
+    with use_backend(backend):
+        sparse = sequences.run([(99, 100)], selected=selected)
+        short = Sequences([len(kept)], torch.float32)
+        short.keys = [sequences.keys[0][kept]]
+        short.queries = [sequences.queries[0][kept]]
+        short.queries[0][-1] = sequences.queries[0][99]
+        dense = short.run([(len(kept) - 1, len(kept))])
+    assert torch.equal(sparse, dense)
+    if backend == "cpu":
+        assert torch.equal(sequences.run([(99, 100)], block_size=4, seed=5, selected=selected), sparse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_key_returns_its_latent_and_an_empty_list_zero(backend: Backend) -> None:
+    sequences = Sequences([5], torch.bfloat16)
+    selected = torch.tensor([[3, -1], [-1, -1]], dtype=torch.int32)
+    with use_backend(backend):
+        first = sequences.run([(0, 1)])
+        sparse = sequences.run([(3, 5)], selected=selected)
+    assert torch.equal(first[0], sequences.keys[0][0, :40].expand(3, 40))
+    assert torch.equal(sparse[0], sequences.keys[0][3, :40].expand(3, 40))
+    assert torch.equal(sparse[1], torch.zeros(3, 40, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens(backend: Backend) -> None:
+    with use_backend(backend):
+        assert Sequences([5, 6], torch.float32).run([(0, 0), (6, 6)]).shape == (0, 3, 40)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_huge_scores_do_not_overflow(backend: Backend) -> None:
+    sequences = Sequences([130], torch.float32)
+    sequences.queries[0] *= 1e4
+    with use_backend(backend):
+        out = sequences.run([(129, 130)])
+    scores = torch.einsum("hd,sd->hs", sequences.queries[0][129].double(), sequences.keys[0].double())
+    winner = sequences.keys[0][scores.argmax(1), :40]
+    torch.testing.assert_close(out[0], winner, rtol=1e-5, atol=1e-5)
+
+
+def _one_token(block_table: list[int], position: int, num_slots: int) -> Tensor:
+    layout = PagedLayout(torch.tensor([block_table]).int(), torch.tensor([0, 1]).int(), torch.tensor([position]), 4)
+    return mla_attention(torch.ones(1, 1, 8), torch.ones(1, 1, 2), torch.ones(num_slots, 10), layout, 1.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_context_outside_the_cache_is_an_error(backend: Backend) -> None:
+    with use_backend(backend):
+        with pytest.raises(ValueError, match="no slot"):
+            _one_token([0], 4, 8)
+        with pytest.raises(ValueError, match="no slot"):
+            _one_token([0, 2], 5, 8)
+        assert _one_token([1, 0], 7, 8).shape == (1, 1, 8)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    layout = PagedLayout(torch.tensor([[0]]).int(), torch.tensor([0, 1]).int(), torch.tensor([0]), 4)
+    q, r, records = torch.ones(1, 1, 8), torch.ones(1, 1, 2), torch.ones(4, 10)
+    with pytest.raises(ValueError, match="records"):
+        mla_attention(q, r, torch.ones(4, 9), layout, 1.0)
+    with pytest.raises(ValueError, match="all in float32 or all in bfloat16"):
+        mla_attention(q, r, records.bfloat16(), layout, 1.0)
+    with pytest.raises(ValueError, match="selected must be"):
+        mla_attention(q, r, records, layout, 1.0, selected=torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="cover the 2 query tokens"):
+        mla_attention(q.expand(2, 1, 8), r.expand(2, 1, 2), records, layout, 1.0)
+    with pytest.raises(ValueError, match="block_tables must be"):
+        mla_attention(q, r, records, PagedLayout(torch.tensor([[0]]), layout.cu_seqlens_q, layout.positions, 4), 1.0)
