@@ -1,5 +1,5 @@
-// Linear layers, experts and the weighted sum of their outputs. The order of operations is gemm.h's; everything here only
-// decides which thread computes which elements.
+// Linear layers, experts and the weighted sum of their outputs. The order of operations is gemm.h's; everything here
+// only decides which thread computes which elements.
 #include "gemm.h"
 
 #include <algorithm>
@@ -109,7 +109,7 @@ void swiglu(const T* gate_up, int64_t row_stride, T* out, int64_t rows, int64_t 
   }
 }
 
-// One tile of an expert's work: rows [row, row + rows) of the grouped input, panels [panel, panel + count) of the output.
+// One tile of an expert's work: rows [row, row + rows) of the grouped input, output panels [panel, panel + count).
 struct ExpertTask {
   int64_t expert, row, rows, panel, count;
 };
@@ -169,7 +169,7 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t e
   }
 }
 
-// out[t] = sum over slots k ascending of weights[t][k] * y[row_of[t][k]], product and sum each rounded; -1 adds nothing.
+// out[t] = sum over slots k ascending of weights[t][k] * y[row_of[t][k]], each operation rounded; row -1 adds nothing.
 template <typename T>
 void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float* weights, float* out, int64_t tokens,
                   int64_t top_k, int64_t h, int threads) {

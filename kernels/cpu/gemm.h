@@ -2,10 +2,10 @@
 //
 // Contract. C[i][j] is one fp32 chain over k ascending that starts at 0 (or at C[i][j] when accumulating):
 //   acc = fma(A[i][k], B[j][k], acc)        bf16 operands are widened to fp32, which is exact
-// So an element's bits never depend on how many rows or columns there are, on tiling, on threads, on the type B is stored
-// in, or on the instruction set. A product cut in two along k, the second part accumulating, equals the uncut product.
-// (vdpbf16ps is not used: it rounds in another way, exists on few CPUs, and measures half the speed of fp32 fma on
-// Sapphire Rapids.)
+// So an element's bits never depend on how many rows or columns there are, on tiling, on threads, on the type B is
+// stored in, or on the instruction set. A product cut in two along k, the second part accumulating, equals the
+// uncut one. (vdpbf16ps is not used: it rounds in another way, few CPUs have it, and on Sapphire Rapids it does 64
+// operations every other cycle where fma does 64 in each.)
 //
 // Packed layout. B has n output columns and k terms each. 16 columns form a panel; a step is 64 bytes:
 //   float [ceil(n/16)][k][16]              panel p, step k,   lane j      = B[16p + j][k]
@@ -181,7 +181,7 @@ void pack_columns(const Source* source, int64_t stride, int64_t n, int64_t k, T*
   }
 }
 
-// Where the panels of one product lie: `stride` elements apart, more than panel_size(k) when k is part of a longer chain.
+// The panels of one product, `stride` elements apart: more than panel_size(k) when k is part of a longer chain.
 template <typename T>
 struct Panels {
   const T* data;
@@ -242,8 +242,8 @@ void gemm_row_tile(int64_t rows, const float* a, int64_t lda, Panels<T> b, int64
 
 // C[m][16 * b.count] = A[m][k] * B, or C += A * B when `accumulate`.
 //
-// a: fp32 rows, `lda` floats apart; nothing is read past term k. b: packed panels; b.data may point into a panel at a step,
-// to multiply part of a chain. c: fp32 rows, `ldc` floats apart; all 16 * b.count columns are written, padding too.
+// a: fp32 rows, `lda` floats apart; nothing is read past term k. b: packed panels; b.data may point into a panel, at a
+// step, to multiply part of a chain. c: fp32 rows, `ldc` floats apart; all 16 * b.count columns are written.
 template <typename T>
 void gemm_panels(const float* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, float* c, int64_t ldc,
                  bool accumulate = false) {

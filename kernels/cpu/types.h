@@ -64,8 +64,8 @@ inline bf16 from_float<bf16>(float x) {
   return {uint16_t((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
 }
 
-// e^x in fp32: x = n ln2 + r with |r| <= ln2/2, a polynomial of degree 7 in r, scaled by 2^n. Within 2 ulp; 0 below -104,
-// infinity above 88.8, NaN for NaN.
+// e^x in fp32: x = n ln2 + r with |r| <= ln2/2, a polynomial of degree 7 in r, scaled by 2^n. Within 2 ulp; 0 below
+// -104, infinity above 88.8, NaN for NaN.
 inline float exp_fixed(float x) {
   const float round_shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   float y = x > 89.0f ? 89.0f : x;
