@@ -159,13 +159,19 @@ class _Run:
         try:
             return self.run_to_end(start_engines)
         except JobStopped:
-            output.commit()
-            _save_state(output, "cancelled" if self.stop.exit_code == EXIT_INTERRUPTED else "in_progress")
-            return _ended(output, self.stop.exit_code, "stopped by a signal")
+            return self.stopped()
         except EngineFailure as error:
+            if self.stop.signum is not None:
+                # Engines that are interrupted fail in ways of their own.
+                return self.stopped()
             output.commit()
             _save_state(output, "failed", error=str(error))
             return _ended(output, EXIT_ENGINE, str(error))
+
+    def stopped(self) -> JobResult:
+        self.output.commit()
+        _save_state(self.output, "cancelled" if self.stop.exit_code == EXIT_INTERRUPTED else "in_progress")
+        return _ended(self.output, self.stop.exit_code, "stopped by a signal")
 
     def run_to_end(self, start_engines: Callable[[], Engines]) -> JobResult:
         output = self.output
@@ -193,7 +199,6 @@ class _Run:
         _save_state(output, "finalizing")
         output.save_run(digest=output.digest(self.num_rows), finished_at=_now())
         _save_state(output, "completed")
-        self.show("completed", force=True)
         return _finished(self.spec, output)
 
     def validate(self) -> None:
@@ -260,8 +265,9 @@ class _Run:
                 self.output.add(answered_row(row, finished, self.spec.model_name))
             self.output.commit_if_due()
             self.save_counts()
-            self.show("answering")
+            self.show()
         self.output.commit()
+        self.show(force=True)
 
     def admit(self, rows: Iterator[BatchRow], engines: Engines) -> bool:
         """Submit rows up to the engines' capacity; whether the rows are exhausted."""
@@ -301,10 +307,10 @@ class _Run:
             self.last_saved = self.clock()
             _save_state(self.output, "in_progress")
 
-    def show(self, phase: str, *, force: bool = False) -> None:
+    def show(self, *, force: bool = False) -> None:
         counts = self.output.counts
         now = JobProgress(
-            phase=phase,
+            phase="answering",
             num_rows=self.num_rows,
             completed=counts.completed,
             failed=counts.failed,

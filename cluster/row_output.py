@@ -190,7 +190,10 @@ def _completion_logprobs(completion: CompletionOutput) -> dict[str, Any]:
 
 def _entry(token: int, entry: Logprob) -> dict[str, Any]:
     text = _text(token, entry)
-    return {"token": text, "token_id": token, "logprob": _finite(entry.logprob), "bytes": list(text.encode())}
+    # A token that holds part of a character was decoded to U+FFFD, which is not what it stands for.
+    known = entry.decoded_token is not None and "\ufffd" not in entry.decoded_token
+    encoded = list(text.encode()) if known else None
+    return {"token": text, "token_id": token, "logprob": _finite(entry.logprob), "bytes": encoded}
 
 
 def _text(token: int, entry: Logprob) -> str:

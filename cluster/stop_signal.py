@@ -29,8 +29,7 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._handle)
+        self._previous = self._install()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,13 +47,24 @@ class StopSignal:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """A signal raises JobStopped at once: for long calls that cannot ask."""
+        """A signal raises JobStopped at once: for long calls that cannot ask.
+
+        What is called may install handlers of its own, as `ray.init` does; afterwards ours are back.
+        """
         self.check()
         self._raise = True
         try:
             yield
+        except SystemExit as exit_request:
+            # Ray's handler of SIGTERM.
+            self.signum = signal.SIGTERM
+            raise JobStopped from exit_request
         finally:
             self._raise = False
+            self._install()
+
+    def _install(self) -> dict[int, Any]:
+        return {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self.signum is not None:

@@ -310,6 +310,37 @@ def test_a_signal_ends_a_start_that_takes_long(tmp_path: Path) -> None:
         assert run_job(spec, start, stop=stop, progress=ProgressReporter(io.StringIO())).exit_code == 75
 
 
+@pytest.mark.parametrize("how", ["handler", "failure"])
+def test_a_signal_that_the_engines_see_first_is_still_a_stop(tmp_path: Path, how: str) -> None:
+    spec = make_spec(write_input(tmp_path / "in.jsonl", 3), tmp_path / "out")
+
+    def start() -> Engines:
+        if how == "handler":
+            signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except JobStopped as stopped:
+            raise SystemError("returned a result with an exception set") from stopped
+        raise AssertionError
+
+    with StopSignal() as stop:
+        assert run_job(spec, start, stop=stop, progress=ProgressReporter(io.StringIO())).exit_code == 75
+
+
+def test_handlers_that_the_engines_installed_are_replaced(tmp_path: Path) -> None:
+    spec = make_spec(write_input(tmp_path / "in.jsonl", 60), tmp_path / "out")
+
+    def start() -> Engines:
+        signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
+        return StubEngines(on_poll=lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 1 else None)
+
+    with StopSignal() as stop:
+        assert run_job(spec, start, stop=stop, progress=ProgressReporter(io.StringIO())).exit_code == 75
+
+
 def test_interrupting_raises_for_a_signal_that_came_before() -> None:
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
