@@ -98,7 +98,6 @@ class Scheduler:
         """
         scheduled: list[ScheduledSequence] = []
         budget = self.config.max_num_batched_tokens
-        num_preemptions = self.num_preemptions
         index = 0
         while index < len(self._running) and budget > 0:
             seq = self._running[index]
@@ -112,8 +111,7 @@ class Scheduler:
             scheduled.append(_scheduled(seq, end))
             budget -= num_new
             index += 1
-        if self.num_preemptions == num_preemptions:
-            self._admit(scheduled, budget)
+        self._admit(scheduled, budget)
         return Batch(scheduled)
 
     def update(self, batch: Batch, sampled: Mapping[int, int]) -> None:

@@ -287,6 +287,17 @@ def test_discard_reaches_idle_copies_of_the_sequence() -> None:
     manager.check_integrity()
 
 
+def test_what_is_computed_again_after_its_eviction_is_found_again() -> None:
+    manager = make_manager(num_blocks=3)
+    seq, filler = make_seq(0, [1] * 9), make_seq(1, [2] * 12)
+    compute(manager, seq)
+    manager.free(seq)
+    manager.allocate(filler, 12)
+    manager.free(filler)
+    assert compute(manager, seq) == []
+    assert manager.match_prefix(make_seq(2, [1] * 9)) == seq.block_table[:2]
+
+
 def test_check_integrity_names_the_broken_block() -> None:
     manager = make_manager()
     seq = make_seq(0, [1] * 9)

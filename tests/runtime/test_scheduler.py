@@ -197,6 +197,30 @@ def test_a_sequence_preempts_itself_when_it_is_the_latest() -> None:
     assert step(scheduler) == [(0, 0, 9, 1)]
 
 
+def test_preempted_sequences_wait_by_arrival_in_whatever_order_they_were_preempted() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=12)
+    for seq_id in range(4):
+        scheduler.add(make_seq(seq_id, 3))
+    step(scheduler)
+    for seq_id in (2, 0, 1):
+        scheduler.preempt(seq_id)
+    assert step(scheduler) == [(3, 3, 1, 1), (0, 0, 4, 1), (1, 0, 4, 1), (2, 0, 3, 0)]
+    assert step(scheduler) == [(0, 4, 1, 1), (1, 4, 1, 1), (2, 3, 1, 1), (3, 4, 1, 1)]
+
+
+def test_hits_on_idle_blocks_count_as_room_that_is_taken() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.add(make_seq(0, 9, token=1))
+    step(scheduler)
+    scheduler.finish(0)
+    scheduler.add(make_seq(1, 5, max_tokens=2))
+    scheduler.add(make_seq(2, 9, max_tokens=1, token=1))
+    # Sequence 1 takes the two uncached blocks; the two idle ones are the prefix of sequence 2, which needs a third.
+    assert step(scheduler) == [(1, 0, 5, 1)]
+    scheduler.finish(1)
+    assert step(scheduler) == [(2, 8, 1, 1)]
+
+
 def test_a_preempted_sequence_recomputes_prompt_and_output_in_chunks_from_its_own_blocks() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=5)
     seq = make_seq(0, 6, max_tokens=20)
@@ -319,6 +343,9 @@ def test_a_sequence_that_fills_the_cache_exactly_is_accepted_and_finishes() -> N
     scheduler.add(seq)
     assert [step(scheduler) for _ in range(3)] == [[(0, 0, 10, 1)], [(0, 10, 1, 1)], [(0, 11, 1, 1)]]
     assert seq.num_output_tokens == 3
+    scheduler.finish(0)
+    scheduler.add(make_seq(1, 12, max_tokens=1))
+    assert step(scheduler) == [(1, 0, 12, 1)]
 
 
 def test_sequences_that_could_never_finish_are_refused_with_numbers() -> None:
