@@ -11,31 +11,26 @@ from typing import Protocol
 from shoal.runtime.types import Request, RequestOutput
 from shoal.runtime.validation import RequestLimits
 
+from .job import Engines
+
 POLL_S = 0.02
 """How long the engines may keep the thread from new requests."""
 
 Deliver = Callable[[RequestOutput | BaseException], None]
 
 
-class Engines(Protocol):
+class AbortableEngines(Engines, Protocol):
     """`Router` or `InProcessEngine`."""
 
-    @property
-    def limits(self) -> RequestLimits: ...
-    @property
-    def num_in_flight(self) -> int: ...
-    @property
-    def capacity(self) -> int: ...
-    def submit(self, requests: Sequence[Request]) -> None: ...
-    def abort(self, request_ids: Sequence[str]) -> None: ...
-    def poll(self, timeout_s: float) -> list[RequestOutput]: ...
-    def close(self) -> None: ...
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
+        ...
 
 
 class EngineThread:
     """Starts engines on a thread of its own and feeds them up to their capacity. Any thread may call its methods."""
 
-    def __init__(self, start: Callable[[], Engines]) -> None:
+    def __init__(self, start: Callable[[], AbortableEngines]) -> None:
         """Returns once `start` has; what it raises is raised here."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
@@ -67,7 +62,9 @@ class EngineThread:
         self._commands.put(None)
         self._thread.join()
 
-    def _main(self, start: Callable[[], Engines], started: queue.SimpleQueue[RequestLimits | BaseException]) -> None:
+    def _main(
+        self, start: Callable[[], AbortableEngines], started: queue.SimpleQueue[RequestLimits | BaseException]
+    ) -> None:
         try:
             self._engines = start()
         except BaseException as error:
@@ -91,6 +88,7 @@ class EngineThread:
         for deliver in self._deliver.values():
             deliver(end)
         self._engines.close()
+        del self._engines  # with the model's memory
 
     def _loop(self) -> None:
         while self._run_commands():

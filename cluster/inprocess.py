@@ -14,6 +14,7 @@ from .engine_args import EngineArgs
 from .ray_cluster import num_cores
 from .replica import OnPhase, Phase
 from .router import read_model_config
+from .wire import pack_output, unpack_output
 from .worker import BUILD_ENGINE, StartReport, WorkerSpec, admit, resolve_factory
 
 
@@ -73,7 +74,7 @@ class InProcessEngine:
         """Step until there are outputs or `timeout_s` has passed; at once when nothing is in flight."""
         deadline = time.monotonic() + timeout_s
         while not self._outputs and self._in_flight:
-            self._outputs += self._engine.step().outputs
+            self._outputs += [o if o.finished else _snapshot(o) for o in self._engine.step().outputs]
             if time.monotonic() >= deadline:
                 break
         outputs = [output for output in self._outputs if output.request_id in self._in_flight]
@@ -84,3 +85,8 @@ class InProcessEngine:
     def close(self) -> None:
         """Drop what is in flight."""
         self.abort(sorted(self._in_flight))
+
+
+def _snapshot(output: RequestOutput) -> RequestOutput:
+    """A copy, because the engine goes on adding to an output that is not finished."""
+    return unpack_output(pack_output(output))

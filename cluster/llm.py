@@ -16,7 +16,7 @@ from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from shoal.runtime.validation import check_request
 
 from .engine_args import EngineArgs
-from .engine_thread import Engines, EngineThread
+from .engine_thread import AbortableEngines, EngineThread
 from .inprocess import InProcessEngine
 from .prompts import ModelPrompts
 from .replica import OnPhase
@@ -56,7 +56,7 @@ class LLM:
         if executor == "auto":
             executor = "ray" if args.num_workers > 1 or args.ray_address is not None else "inprocess"
 
-        def start() -> Engines:
+        def start() -> AbortableEngines:
             if executor == "ray":
                 return start_engines(args, on_phase=on_phase, engine_factory=engine_factory)
             return InProcessEngine(args, on_phase=on_phase, engine_factory=engine_factory)

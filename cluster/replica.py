@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -25,6 +25,8 @@ from .worker import BUILD_ENGINE, StartReport, Worker, WorkerFailure, WorkerSpec
 POLL_WAIT_S = 1.0
 """How long a worker holds a poll that has nothing to say."""
 STOP_TIMEOUT_S = 5.0
+ENGINE_THREAD = "engine"
+"""The group of one thread in a worker that `start` and `run` share."""
 BLAME_WAIT_S = 0.5
 """How long a failure waits for those of other ranks, so that the cause is named and not the rank that missed it."""
 
@@ -135,7 +137,7 @@ class Replica:
         ]
         tp = self._parallel.tensor_parallel_size
         self._leaders = [_Leader(rank, self._workers[rank]) for rank in range(0, len(self._workers), tp)]
-        self._starts: dict[ObjectRef, int] = {w.start.remote(): rank for rank, w in enumerate(self._workers)}
+        self._starts: dict[ObjectRef, int] = {_on_engine_thread(w.start): rank for rank, w in enumerate(self._workers)}
         self._runs: dict[ObjectRef, int] = {}
 
     def wait_ready(self, timeout_s: float) -> list[StartReport]:
@@ -159,7 +161,7 @@ class Replica:
                     raise ValueError(failure.message.removeprefix("ValueError: "))
                 self._fail(rank, f"{failure.message}\n{failure.traceback}")
         self._limits = _tightest(reports.values())
-        self._runs = {worker.run.remote(): rank for rank, worker in enumerate(self._workers)}
+        self._runs = {_on_engine_thread(w.run): rank for rank, w in enumerate(self._workers)}
         return [reports[rank] for rank in range(len(reports))]
 
     @property
@@ -269,23 +271,28 @@ class Replica:
         raise self._failure
 
     def _fail_with_cause(self, died: dict[int, str]) -> None:
-        """One rank's end makes others fail in their collectives: blame a dead process, then an error, then those."""
         ended, _ = ray.wait(list(self._runs), num_returns=len(self._runs), timeout=BLAME_WAIT_S)
         failures: list[WorkerFailure] = []
         for ref in ended:
+            rank = self._runs[ref]
             try:
                 failure = ray.get(ref)
             except RayError as error:
-                died[self._runs[ref]] = str(error)
+                died[rank] = str(error)
             else:
-                failures += [failure] if failure is not None else []
-        if died:
-            rank = min(died)
-            self._fail(rank, f"its process died: {died[rank]}")
-        if not failures:
-            self._fail(self._runs[ended[0]], "its loop ended although nobody asked it to")
-        cause = min(failures, key=lambda f: (f.kind == "collective", f.rank))
-        self._fail(cause.rank, f"{cause.message}\n{cause.traceback}")
+                failures.append(failure or WorkerFailure(rank, "error", "its loop ended although nobody asked", ""))
+        self._fail(*cause_of_end(died, failures))
+
+
+def cause_of_end(died: Mapping[int, str], failures: Sequence[WorkerFailure]) -> tuple[int, str]:
+    """Rank and reason to blame: one rank's end makes others fail in collectives, so a death counts before an error,
+    and an error before a collective; among equals the lowest rank.
+    """
+    if died:
+        rank = min(died)
+        return rank, f"its process died: {died[rank]}"
+    cause = min(failures, key=lambda f: (f.kind == "collective", f.rank))
+    return cause.rank, f"{cause.message}\n{cause.traceback}".rstrip()
 
 
 def poll_replicas(replicas: Sequence[Replica], timeout_s: float) -> list[RequestOutput]:
@@ -322,13 +329,17 @@ def _tightest(reports: Iterable[StartReport]) -> RequestLimits:
 def _create_worker(spec: WorkerSpec, layout: Layout, placement: Placement) -> ActorHandle:
     # OpenMP reads its thread count once, when its library is loaded: before the worker's first line of Python.
     env = {"OMP_NUM_THREADS": str(spec.num_threads), "MKL_NUM_THREADS": str(spec.num_threads)}
-    actor = ray.remote(Worker).options(
+    actor: Any = ray.remote(concurrency_groups={ENGINE_THREAD: 1})(Worker)  # type: ignore[call-overload]
+    return actor.options(
         num_cpus=layout.num_cpus_per_worker,
         num_gpus=layout.num_gpus_per_worker,
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, spec.rank),
-        concurrency_groups={"engine": 1, "io": 4},
         runtime_env={"env_vars": env},
+        max_concurrency=4,  # a waiting poll must not keep requests out
         max_restarts=0,
         max_task_retries=0,
-    )
-    return actor.remote(spec)
+    ).remote(spec)
+
+
+def _on_engine_thread(method: Any) -> ObjectRef:
+    return method.options(concurrency_group=ENGINE_THREAD).remote()

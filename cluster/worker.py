@@ -1,7 +1,7 @@
-"""The Ray actor of one rank: one device, one engine, one loop that never leaves it.
+"""The actor of one rank: one device, one engine, one loop that never leaves it.
 
-Two groups of threads: `engine` (one thread: builds the engine and runs its loop, so that it owns every tensor) and `io`
-(takes requests in, hands outputs out). Ray carries requests and outputs, never the tokens of a step.
+`start` and `run` share one thread, which thereby owns every tensor; the other methods are called from other threads and
+only take requests in and hand outputs out. Ray carries requests and outputs, never the tokens of a step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from datetime import timedelta
 from importlib import import_module
 from typing import Literal, Protocol
 
-import ray
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -155,7 +154,6 @@ class Worker:
         self._ended = False
         self._engine: EngineLike | None = None
 
-    @ray.method(concurrency_group="engine")
     def start(self) -> StartReport:
         """Build the engine; a failure is returned, not raised, so that it needs no class on the other side."""
         report = StartReport()
@@ -167,7 +165,6 @@ class Worker:
             report.failure = failure_of(self._spec.rank, error)
         return report
 
-    @ray.method(concurrency_group="engine")
     def run(self) -> WorkerFailure | None:
         """The loop: take requests in, step, hand outputs out."""
         assert self._engine is not None, "run before start"
@@ -215,7 +212,6 @@ class Worker:
             self._outbox.extend(messages)
             self._changed.notify_all()
 
-    @ray.method(concurrency_group="io")
     def submit(self, messages: list[bytes]) -> None:
         """Queue packed requests."""
         requests = [unpack_request(message) for message in messages]
@@ -223,7 +219,6 @@ class Worker:
             self._requests.extend(requests)
             self._changed.notify_all()
 
-    @ray.method(concurrency_group="io")
     def poll(self, max_wait_s: float) -> tuple[int, list[bytes]]:
         """Packed outputs, at once or within `max_wait_s`; before them, a number that grows while the loop lives."""
         with self._changed:
@@ -235,14 +230,12 @@ class Worker:
                 messages.append(self._outbox.popleft())
             return self._num_steps, messages
 
-    @ray.method(concurrency_group="io")
     def abort(self, request_ids: list[str]) -> None:
         """Stop working on requests; unknown ids are none of this rank's."""
         with self._changed:
             self._aborts.extend(request_ids)
             self._changed.notify_all()
 
-    @ray.method(concurrency_group="io")
     def stop(self) -> None:
         """Ask all ranks to leave their loops after the same step; unfinished requests are dropped."""
         with self._changed:

@@ -40,6 +40,7 @@ class StubEngine:
         self.requests: dict[str, tuple[Request, list[int]]] = {}
         self.aborted: list[str] = []
         self.stop = False
+        self.num_steps = 0
 
     def add_request(self, request: Request) -> None:
         if request.prompt_token_ids[0] == REFUSED:
@@ -54,6 +55,7 @@ class StubEngine:
         self.stop = True
 
     def step(self) -> Result:
+        self.num_steps += 1
         for request, _ in self.requests.values():
             misbehave(request.prompt_token_ids[0])
         agreed = self.groups.world.all_gather_ints([len(self.requests), int(self.stop)], layer=-1, op="stub")
@@ -107,9 +109,8 @@ def build_bad_value(spec: WorkerSpec, report: StartReport) -> StubEngine:
 
 
 def build_late(spec: WorkerSpec, report: StartReport) -> StubEngine:
-    if spec.rank == 1:
-        time.sleep(3600)
-    return StubEngine(single_process_groups())
+    time.sleep(3600)
+    raise AssertionError
 
 
 def build_dead(spec: WorkerSpec, report: StartReport) -> StubEngine:

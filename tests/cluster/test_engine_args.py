@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shoal.cluster.engine_args import EngineArgs, read_model_config
+from shoal.cluster.engine_args import EngineArgs
 from shoal.runtime.engine_config import EngineConfig
-from tests.checkpoints import tiny_config
 
 
 def test_the_engine_gets_its_part() -> None:
@@ -72,23 +69,3 @@ def test_bad_values_are_named(values: dict[str, Any], says: str) -> None:
 def test_the_model_is_required() -> None:
     with pytest.raises(ValueError, match="model is missing"):
         EngineArgs.from_dict({"tensor_parallel_size": 2})
-
-
-def write_config(path: Path, **overrides: Any) -> str:
-    (path / "config.json").write_text(json.dumps(tiny_config("deepseek_v3", overrides)))
-    return str(path)
-
-
-def test_a_layout_that_cannot_split_the_model_is_refused(tmp_path: Path) -> None:
-    model = write_config(tmp_path)
-    assert read_model_config(EngineArgs(model=model, tensor_parallel_size=4)).num_attention_heads == 4
-    with pytest.raises(ValueError, match="num_attention_heads.* 4 .*tensor_parallel_size = 3"):
-        read_model_config(EngineArgs(model=model, tensor_parallel_size=3))
-    assert read_model_config(EngineArgs(model=model, data_parallel_size=3)).hidden_size == 96
-
-
-def test_a_context_longer_than_the_models_is_refused(tmp_path: Path) -> None:
-    model = write_config(tmp_path, max_position_embeddings=100)
-    assert read_model_config(EngineArgs(model=model, max_model_len=100)).max_position_embeddings == 100
-    with pytest.raises(ValueError, match="max_model_len 101 is above .*100"):
-        read_model_config(EngineArgs(model=model, max_model_len=101))

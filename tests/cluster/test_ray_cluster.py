@@ -29,7 +29,9 @@ from shoal.parallel.config import ParallelConfig
 GIB = 1 << 30
 
 
-def node(name: str = "a", *, cpus: float = 8, gpus: float = 0, memory: int = 100 * GIB, gpu_memory: int | None = None) -> Node:
+def node(
+    name: str = "a", *, cpus: float = 8, gpus: float = 0, memory: int = 100 * GIB, gpu_memory: int | None = None
+) -> Node:
     return Node(
         node_id=name,
         address="10.0.0.1",
@@ -70,7 +72,7 @@ def test_missing_resources_are_given_in_numbers_with_what_would_fit() -> None:
 
 
 def test_pieces_too_small_and_missing_gpus_are_told_apart() -> None:
-    with pytest.raises(LayoutDoesNotFit, match="room for 2 workers .*pieces too small"):
+    with pytest.raises(LayoutDoesNotFit, match=r"room for 2 workers .*pieces too small"):
         check_fits(layout(tp=3, cpus=2), [node("a", cpus=3), node("b", cpus=3)])
     with pytest.raises(LayoutDoesNotFit, match=r"2 CPU and 2 GPU; .* 1 GPU on 1 node.*1 GPUs missing"):
         check_fits(layout(tp=2, gpus=1), [node(gpus=1)])
@@ -79,7 +81,9 @@ def test_pieces_too_small_and_missing_gpus_are_told_apart() -> None:
 
 
 def test_weights_that_exceed_the_memory_are_refused_before_they_are_read() -> None:
-    with pytest.raises(LayoutDoesNotFit, match=r"need 32.2 GB of memory \(3 replica\(s\) of 10.7 GB\).*replicas=2 would fit"):
+    with pytest.raises(
+        LayoutDoesNotFit, match=r"need 32.2 GB of memory \(3 replica\(s\) of 10.7 GB\).*replicas=2 would fit"
+    ):
         check_fits(layout(replicas=3, weights=10 * GIB), [node(memory=25 * GIB)])
     eight = node(cpus=64, gpus=8, gpu_memory=80 * GIB)
     with pytest.raises(LayoutDoesNotFit, match=r"need 690 GB of GPU memory .*has 687 GB, 2.81 GB are missing"):

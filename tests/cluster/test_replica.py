@@ -1,0 +1,186 @@
+"""A replica on a real local Ray, with a stub for the engine: what it answers, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.ray_cluster import Layout, connect, node_address, nodes, place
+from shoal.cluster.replica import EngineFailed, Replica, cause_of_end
+from shoal.cluster.worker import WorkerFailure
+from shoal.runtime.types import Request, RequestOutput, SamplingParams
+from tests.cluster import stub_engine
+from tests.cluster.stub_engine import FROZEN, KILLED, RAISES, REFUSED, STUB
+
+DEADLINE_S = 120.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    cluster = connect(None, num_cpus=4)
+    yield
+    cluster.close()
+
+
+Start = Callable[..., Replica]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Creates replicas and closes them; nothing of theirs is left when the test ends."""
+    created: list[Replica] = []
+
+    def create(tp: int = 1, dp: int = 1, *, factory: str = STUB, collective_timeout_s: float = 20.0) -> Replica:
+        args = EngineArgs(
+            model="none",
+            tensor_parallel_size=tp,
+            data_parallel_size=dp,
+            max_num_seqs=4,
+            collective_timeout_s=collective_timeout_s,
+        )
+        layout = Layout(
+            parallel=args.parallel_config,
+            replicas=1,
+            num_cpus_per_worker=1,
+            num_gpus_per_worker=0,
+            weight_bytes=0,
+        )
+        (placement,) = place(layout, nodes(), timeout_s=DEADLINE_S)
+        threads = [3] * args.num_workers
+        created.append(
+            Replica(args, layout, placement, num_threads=threads, host=node_address(), engine_factory=factory)
+        )
+        return created[-1]
+
+    yield create
+    for replica in created:
+        replica.close()
+    deadline = time.monotonic() + DEADLINE_S
+    state: Any = ray  # its functions have no types
+    while state.available_resources().get("CPU", 0.0) < state.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "a placement was not given back"
+        time.sleep(0.05)
+
+
+def request(request_id: str, first: int = 1, *, max_tokens: int = 3, stream: bool = False) -> Request:
+    params = SamplingParams(max_tokens=max_tokens)
+    return Request(request_id=request_id, prompt_token_ids=(first, 1), params=params, stream=stream)
+
+
+def drain(replica: Replica) -> dict[str, list[RequestOutput]]:
+    """All outputs of what is in flight, by request."""
+    outputs: dict[str, list[RequestOutput]] = {}
+    deadline = time.monotonic() + DEADLINE_S
+    while replica.num_in_flight:
+        assert time.monotonic() < deadline
+        for output in replica.poll(1.0):
+            outputs.setdefault(output.request_id, []).append(output)
+    return outputs
+
+
+def wait_for_failure(replica: Replica) -> EngineFailed:
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        try:
+            replica.poll(1.0)
+        except EngineFailed as failed:
+            return failed
+    raise AssertionError("no failure before the deadline")
+
+
+def test_requests_are_spread_by_outstanding_tokens_and_answered(start: Start) -> None:
+    replica = start(dp=2)
+    (first, second) = replica.wait_ready(DEADLINE_S)
+    assert (first.phases, second.notices) == ({"groups": 0.25}, ["this is a stub"])
+    assert replica.limits.max_model_len == 128
+    assert (replica.num_in_flight, replica.capacity, replica.poll(60.0)) == (0, 16, [])
+
+    environment: Any = ray.get(replica._workers[1].__ray_call__.remote(lambda _: dict(os.environ)))
+    assert (environment["OMP_NUM_THREADS"], environment["MKL_NUM_THREADS"]) == ("3", "3")
+
+    # Tokens at most, group 0: 2 + 30; group 1: 2 + 3, 2 + 3, 2 + 3 (still below 32); the refused one as well.
+    replica.submit([request("long", max_tokens=30), request("a"), request("b", stream=True)])
+    replica.submit([request("c"), request("bad", REFUSED)])
+    assert (replica.num_in_flight, replica.outstanding_tokens) == (5, 32 + 4 * 5)
+    with pytest.raises(ValueError, match="'a' is already in flight"):
+        replica.submit([request("a")])
+    outputs = drain(replica)
+    assert {i: o[-1].outputs[0].token_ids for i, o in outputs.items() if i != "bad"} == {
+        "long": list(range(2, 32)),
+        "a": [1002, 1003, 1004],
+        "b": [1002, 1003, 1004],
+        "c": [1002, 1003, 1004],
+    }
+    assert [o.outputs[0].token_ids for o in outputs["b"]] == [[1002], [1002, 1003], [1002, 1003, 1004]]
+    assert [o.outputs[0].error for o in outputs["bad"]] == ["refused by the stub"]
+    assert replica.outstanding_tokens == 0
+
+    replica.submit([request("tie")])  # equal loads: the lowest rank
+    assert drain(replica)["tie"][0].outputs[0].token_ids == [2, 3, 4]
+
+    replica.submit([request("aborted", max_tokens=10**6), request("kept")])
+    replica.abort(["aborted", "unknown"])
+    assert list(drain(replica)) == ["kept"]
+
+    workers = list(replica._runs)
+    replica.close()
+    assert ray.get(workers) == [None, None]  # both loops ended by agreement, before their processes did
+    replica.close()
+
+
+def test_a_killed_rank_is_named(start: Start) -> None:
+    replica = start(tp=2)
+    replica.wait_ready(DEADLINE_S)
+    replica.submit([request("a", max_tokens=10**6), request("kill", KILLED)])
+    failed = wait_for_failure(replica)
+    assert failed.rank == 0
+    assert "its process died" in failed.reason
+    with pytest.raises(EngineFailed):
+        replica.submit([request("b")])
+
+
+def test_a_death_is_blamed_before_an_error_and_an_error_before_a_collective() -> None:
+    waited = WorkerFailure(0, "collective", "CollectiveTimeout: rank 3", "trace 0")
+    broke, late = (WorkerFailure(rank, "error", f"KeyError: {rank}", f"trace {rank}\n") for rank in (2, 3))
+    assert cause_of_end({5: "killed", 4: "gone"}, [waited, late, broke]) == (4, "its process died: gone")
+    assert cause_of_end({}, [waited, late, broke]) == (2, "KeyError: 2\ntrace 2")
+    assert cause_of_end({}, [waited]) == (0, "CollectiveTimeout: rank 3\ntrace 0")
+
+
+def test_the_rank_that_broke_is_named(start: Start) -> None:
+    replica = start(dp=2)
+    replica.wait_ready(DEADLINE_S)
+    replica.submit([request("a", max_tokens=100), request("break", RAISES)])  # to groups 0 and 1
+    failed = wait_for_failure(replica)
+    assert failed.rank == 1
+    assert failed.reason.startswith("RuntimeError: the stub broke\nTraceback")
+
+
+def test_a_frozen_rank_is_found_by_its_missing_steps(start: Start) -> None:
+    replica = start(collective_timeout_s=1.0)
+    replica.wait_ready(DEADLINE_S)
+    replica.submit([request("freeze", FROZEN)])
+    failed = wait_for_failure(replica)
+    assert failed.rank == 0
+    assert "no step ended in 2 s" in failed.reason
+
+
+def test_what_a_user_can_mend_ends_the_start_as_a_value_error(start: Start) -> None:
+    with pytest.raises(ValueError, match=r"^the stub's model is not there$"):
+        start(dp=2, factory=stub_engine.BAD_VALUE).wait_ready(DEADLINE_S)
+
+
+def test_a_start_has_a_deadline_and_names_who_is_late(start: Start) -> None:
+    with pytest.raises(EngineFailed, match=r"rank 0: ranks \[0\] were not ready after 0.5 s"):
+        start(factory=stub_engine.LATE).wait_ready(0.5)
+
+
+def test_a_process_that_dies_during_the_start_is_named(start: Start) -> None:
+    with pytest.raises(EngineFailed, match="rank 0: its process died during start-up"):
+        start(factory=stub_engine.DEAD).wait_ready(DEADLINE_S)
