@@ -122,7 +122,6 @@ class ProgressReporter:
 
 
 def _panel(now: JobProgress, speed: Rates) -> Panel:
-    from rich.console import Group
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -134,5 +133,5 @@ def _panel(now: JobProgress, speed: Rates) -> Panel:
     table.add_row("tokens/s in", f"{speed.prompt_tokens_per_s:.1f}")
     table.add_row("tokens/s out", f"{speed.output_tokens_per_s:.1f}")
     table.add_row("time left", "-" if speed.eta_s is None else duration(speed.eta_s))
-    bar = ProgressBar(total=now.num_rows, completed=now.finished)
-    return Panel(Group(bar, table), title=f"shoal: {now.phase}", title_align="left")
+    table.add_row("", ProgressBar(total=now.num_rows, completed=now.finished))
+    return Panel(table, title=f"shoal: {now.phase}", title_align="left")
