@@ -16,7 +16,7 @@ import click
 
 import shoal
 
-EXIT_USAGE, EXIT_CLUSTER = 2, 4
+EXIT_USAGE, EXIT_CLUSTER, EXIT_INTERRUPTED = 2, 4, 130
 
 _Command = Callable[..., Any]
 
@@ -112,6 +112,9 @@ def finish(command: Callable[[], int]) -> NoReturn:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = EXIT_CLUSTER if _is_layout_error(error) else EXIT_USAGE
+    except KeyboardInterrupt:
+        # Before a command has its own way to stop: nothing was begun.
+        status = EXIT_INTERRUPTED
     sys.exit(status)
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import shoal.cluster.batch
 from shoal.cluster.batch import report, resume_command
-from shoal.cluster.cli import engine_options, main
+from shoal.cluster.cli import engine_options, finish, main
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.job import JobResult
 from shoal.cluster.ray_cluster import LayoutDoesNotFit
@@ -164,6 +164,15 @@ def test_what_a_user_can_mend_is_one_line(model_dir: Path, arguments: list[str],
     assert message in result.stderr
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_before_anything_began_exits_130() -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as error:
+        finish(interrupted)
+    assert error.value.code == 130
 
 
 def test_validate_prints_bad_rows(tmp_path: Path, model_dir: Path) -> None:
