@@ -12,7 +12,7 @@ import torch
 from torch.distributed import Store
 
 from shoal.parallel.config import ParallelConfig
-from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
+from shoal.parallel.groups import ParallelGroups, init_groups
 from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.types import Logprob, Request, RequestOutput, SamplingParams
@@ -133,32 +133,34 @@ def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups)
                 and r.index % point.replicas == replica
                 and r.index // point.replicas % point.dp == groups.dp_rank
             ]
+            mine_count = len(mine)
             if point.order == "reversed":
                 mine.reverse()
             if point.warm:
                 run_rows(engine, point, list(mine))
             merged |= run_rows(engine, point, mine)
+            if point.preempt_every and engine.is_leader and mine_count:
+                assert engine.scheduler.num_preemptions > 0, "nothing was preempted"
             if point.warm and config.enable_prefix_caching and engine.is_leader:
-                assert engine.scheduler.prefix_cache_hits > 0 or not merged, "the second pass found nothing"
+                assert engine.scheduler.prefix_cache_hits > 0 or not mine_count, "the second pass found nothing"
         return merged
     finally:
         torch.set_num_threads(previous)
 
 
 def run_points_on_rank(
-    rank: int, store: Store, points: list[Point], model_dir: Path, dtype: str
-) -> list[dict[int, tuple[Any, ...]]]:
-    """Every point in turn on this rank; a rank that a point has no use for skips it."""
+    rank: int, store: Store, models: list[tuple[Path, str]], points: list[Point]
+) -> list[list[dict[int, tuple[Any, ...]]]]:
+    """This rank's rows of every point, for every (model, dtype); a rank that a point has no use for skips it."""
     results = []
-    for epoch, point in enumerate(points):
-        if rank >= point.world_size:
-            results.append({})
-            continue
-        layout = ParallelConfig(tensor_parallel_size=point.tp, data_parallel_size=point.dp)
-        groups = (
-            init_groups(layout, rank, store, epoch=epoch, timeout_s=60.0)
-            if point.world_size > 1
-            else single_process_groups()
-        )
-        results.append(run_point(point, model_dir, dtype, groups))
+    for index, (model_dir, dtype) in enumerate(models):
+        of_model: list[dict[int, tuple[Any, ...]]] = []
+        for number, point in enumerate(points):
+            if rank >= point.world_size:
+                of_model.append({})
+                continue
+            layout = ParallelConfig(tensor_parallel_size=point.tp, data_parallel_size=point.dp)
+            groups = init_groups(layout, rank, store, epoch=index * len(points) + number, timeout_s=120.0)
+            of_model.append(run_point(point, model_dir, dtype, groups))
+        results.append(of_model)
     return results

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
-
-ROOT = str(Path(__file__).resolve().parents[2])
 
 
 def run_ranks(
@@ -28,8 +24,7 @@ def run_ranks(
     process. RuntimeError with the traceback of the first rank that raised, with the exit code of one that died (those
     in `may_die` may: their result is None), or with the ranks still running after `timeout_s`.
     """
-    if ROOT not in sys.path:
-        sys.path.append(ROOT)  # a child finds the test's module by its name
+
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
