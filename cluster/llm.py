@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from shoal.runtime.tokenizer import Tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
-from shoal.runtime.validation import check_request
+from shoal.runtime.validation import RequestLimits, check_request
 
 from .engine_args import EngineArgs
 from .engine_thread import AbortableEngines, EngineThread
@@ -66,6 +66,11 @@ class LLM:
         self._prompts = None if self.tokenizer is None else ModelPrompts(self.tokenizer)
         self._engines = EngineThread(start)
         self._indices = itertools.count()
+
+    @property
+    def limits(self) -> RequestLimits:
+        """Vocabulary and longest context that a request may use."""
+        return self._engines.limits
 
     def generate(
         self,

@@ -1,25 +1,19 @@
 """Collectives of one group of ranks: each message says which collective it belongs to, and each wait has a deadline.
 
-A collective is one exchange: every rank sends a frame to each peer and receives one from it. All frames have one size:
-a header (epoch, step, layer, op, sequence number, dtype, payload size) and, where it fits, the payload.
+A collective is one exchange: every rank sends a message to each peer and receives one from it.
 
-    frame   [ header | payload of up to EAGER_BYTES ]
-    message [ payload above EAGER_BYTES ]               beside the frame, under a tag made from its size
+    message   [ header: epoch, step, layer, op, sequence number, dtype, payload size | payload ]
 
-So ranks that are in different collectives find that out from the header. Without it, gloo ends the process when a
-message is longer than the buffer that waits for it, and mixes the bytes when it is not.
+So ranks that are in different collectives find that out from the header, before a byte of the payload is used.
 """
 
 from __future__ import annotations
 
-import contextlib
 import struct
 import threading
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from math import prod
 from typing import Protocol
 
@@ -27,18 +21,18 @@ import torch
 from torch import Tensor
 from torch.distributed import Store, Work  # type: ignore[attr-defined]
 
+from .transport import SocketMesh
+
 _SENDER = struct.Struct("<8sqq")  # magic, rank, payload bytes
 _COMMON = struct.Struct(
     "<qqqq16s64s"
 )  # epoch, step, layer, sequence, dtype, op: the same on every rank of a collective
 _MAGIC = b"shoal-c1"
 HEADER_BYTES = _SENDER.size + _COMMON.size
-FRAME_BYTES = 4096
-EAGER_BYTES = FRAME_BYTES - HEADER_BYTES
+MAX_SEGMENT_BYTES = 1 << 36
+"""A header that announces more is broken."""
 REPORT_WAIT_S = 2.0  # after a timeout or a mismatch
 LOST_REPORT_WAIT_S = 0.05  # after a lost connection: recovery waits for it
-_TAG_BITS = 30
-_CLOSE_TAG = (1 << 31) - 1
 
 
 class CollectiveError(RuntimeError):
@@ -54,13 +48,6 @@ class CollectiveTimeout(CollectiveError):  # noqa: N818
 
 class CollectiveMismatch(CollectiveError):  # noqa: N818
     """Two ranks were in different collectives, or disagreed on the number of bytes."""
-
-
-class GlooBackend(Protocol):
-    """What is used of ProcessGroupGloo: messages between two ranks, matched by tag."""
-
-    def send(self, tensors: list[Tensor], dst: int, tag: int, /) -> Work: ...
-    def recv(self, tensors: list[Tensor], src: int, tag: int, /) -> Work: ...
 
 
 class NcclBackend(Protocol):
@@ -99,29 +86,25 @@ class Communicator:
         name: str = "world",
         epoch: int = 0,
         timeout_s: float = 60.0,
-        gloo: GlooBackend | None = None,
+        mesh: SocketMesh | None = None,
         nccl: NcclBackend | None = None,
         store: Store | None = None,
         store_ranks: Sequence[int] | None = None,
     ) -> None:
-        """`gloo` carries headers and CPU tensors, `nccl` (present when tensors are on a GPU) the bytes of tensors.
+        """`mesh` carries headers and CPU tensors, `nccl` (present when tensors are on a GPU) the bytes of tensors.
 
         After a failure ranks tell each other through `store` where they were, each under its `store_ranks` entry.
         """
         assert 0 <= rank < size
-        assert size == 1 or gloo is not None
+        assert size == 1 or mesh is not None
         self.rank, self.size, self.name, self.epoch, self.step = rank, size, name, epoch, 0
         self.timeout_s = timeout_s
-        self._gloo, self._nccl, self._store = gloo, nccl, store
+        self._mesh, self._nccl, self._store = mesh, nccl, store
         self._store_ranks = list(range(size)) if store_ranks is None else list(store_ranks)
         self._sequence = 0
         self._closed: str | None = None
         self._peers = [(rank + k) % size for k in range(1, size)]
-        self._send_frames = list(torch.zeros(size, FRAME_BYTES, dtype=torch.uint8))
-        self._recv_frames = list(torch.zeros(size, FRAME_BYTES, dtype=torch.uint8))
-        self._send_headers = [memoryview(frame.numpy())[:HEADER_BYTES] for frame in self._send_frames]
-        self._recv_headers = [memoryview(frame.numpy())[:HEADER_BYTES] for frame in self._recv_frames]
-        self._close_sink = torch.empty(1, dtype=torch.uint8)
+        self._recv_headers = [bytes(HEADER_BYTES)] * size
 
     def all_gather(self, x: Tensor, *, dim: int, layer: int, op: str) -> Tensor:
         """Concatenate the ranks' tensors (one shape, one dtype) along `dim` in rank order."""
@@ -253,58 +236,37 @@ class Communicator:
         except CollectiveMismatch as error:
             self._give_up(str(error))
             raise
-        except RuntimeError as error:
+        except OSError as error:
             raise self._diagnose(call, error, late=time.monotonic() >= deadline) from error
 
     def _send_and_receive(self, call: _Call, recvs: list[Tensor] | None, deadline: float) -> list[Tensor]:
-        gloo = self._gloo
-        assert gloo is not None
-        frame_tag = self._sequence % (1 << _TAG_BITS)
-        frames: dict[int, Work] = {}
-        messages: list[Work] = []
+        assert self._mesh is not None
         received = [call.sends[self.rank]] * self.size if recvs is None else recvs
+        messages = {}
         for peer in call.peers:
-            frames[peer] = gloo.recv([self._recv_frames[peer]], peer, frame_tag)
-            if call.expected is not None and call.expected[peer] > EAGER_BYTES:
-                messages.append(gloo.recv([received[peer]], peer, self._message_tag(call.expected[peer])))
-        sent: list[Work] = []
-        for peer in call.peers:
-            payload, frame = call.sends[peer], self._send_frames[peer]
-            num_bytes = payload.numel()
-            _SENDER.pack_into(self._send_headers[peer], 0, _MAGIC, self.rank, num_bytes)
-            self._send_headers[peer][_SENDER.size :] = call.common
-            if 0 < num_bytes <= EAGER_BYTES:
-                frame[HEADER_BYTES : HEADER_BYTES + num_bytes].copy_(payload)
-            sent.append(gloo.send([frame], peer, frame_tag))
-            if num_bytes > EAGER_BYTES:
-                sent.append(gloo.send([payload], peer, self._message_tag(num_bytes)))
+            payload = call.sends[peer]
+            header = _SENDER.pack(_MAGIC, self.rank, payload.numel()) + call.common
+            messages[peer] = (header, payload.numpy().data)
+
+        def on_header(peer: int, header: bytes) -> memoryview:
+            self._recv_headers[peer] = header
+            num_bytes = self._check_header(call, peer)
+            if call.expected is None:
+                received[peer] = torch.empty(num_bytes, dtype=torch.uint8)
+            return received[peer].numpy().data
+
+        self._mesh.exchange(messages, on_header, deadline)
         if recvs is not None and recvs[self.rank].numel():
             recvs[self.rank].copy_(call.sends[self.rank])
-        for peer, work in frames.items():
-            _wait(work, deadline)
-            num_bytes = self._check_header(call, peer)
-            payload = self._recv_frames[peer][HEADER_BYTES : HEADER_BYTES + min(num_bytes, EAGER_BYTES)]
-            if call.expected is None and num_bytes > EAGER_BYTES:
-                received[peer] = torch.empty(num_bytes, dtype=torch.uint8)
-                messages.append(gloo.recv([received[peer]], peer, self._message_tag(num_bytes)))
-            elif call.expected is None:
-                received[peer] = payload.clone()
-            elif 0 < num_bytes <= EAGER_BYTES:
-                received[peer].copy_(payload)
-        for work in (*messages, *sent):
-            _wait(work, deadline)
         return received
-
-    def _message_tag(self, num_bytes: int) -> int:
-        return (1 << _TAG_BITS) | zlib.crc32(struct.pack("<qq", self._sequence, num_bytes)) % (1 << _TAG_BITS)
 
     def _check_header(self, call: _Call, peer: int) -> int:
         """The number of bytes `peer` sends; CollectiveMismatch if its frame belongs to another collective."""
         header = self._recv_headers[peer]
         sent: tuple[bytes, int, int] = _SENDER.unpack_from(header)
         magic, sender, num_bytes = sent
-        assert (magic, sender) == (_MAGIC, peer), f"not a frame of rank {peer}: {bytes(header[: _SENDER.size])!r}"
-        same_size = call.expected is None or call.expected[peer] == num_bytes
+        assert (magic, sender) == (_MAGIC, peer), f"not a frame of rank {peer}: {header[: _SENDER.size]!r}"
+        same_size = num_bytes <= MAX_SEGMENT_BYTES if call.expected is None else call.expected[peer] == num_bytes
         if same_size and header[_SENDER.size :] == call.common:
             return num_bytes
         expected = "any number of" if call.expected is None else call.expected[peer]
@@ -316,7 +278,7 @@ class Communicator:
     def _who(self) -> str:
         return f"rank {self.rank} of {self.size} in group '{self.name}'"
 
-    def _diagnose(self, call: _Call, error: RuntimeError, *, late: bool) -> CollectiveError:
+    def _diagnose(self, call: _Call, error: Exception, *, late: bool) -> CollectiveError:
         """What went wrong in `call`, as far as frames and store tell; ends the group."""
         if self._closed is not None:
             return CollectiveError(f"{self._who()} left {call}: {self._closed}")
@@ -380,25 +342,18 @@ class Communicator:
                 reports[peer] = f"the store did not answer: {error}"
 
     def _close_connections(self) -> None:
-        """A wait that times out makes gloo close the whole group, which frees whoever waits, here and on the peers."""
-        if self._gloo is not None:
-            with contextlib.suppress(RuntimeError):
-                self._gloo.recv([self._close_sink], self._peers[0], _CLOSE_TAG).wait(timedelta(milliseconds=1))
+        """Frees whoever waits, here and on the peers."""
+        if self._mesh is not None:
+            self._mesh.shut_down()
         if self._nccl is not None:
             self._nccl.abort()
-
-
-def _wait(work: Work, deadline: float) -> None:
-    """Wait for a gloo send or receive; RuntimeError when the deadline passes or the connection closes."""
-    if not work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.001))):
-        raise RuntimeError("gloo stopped the wait")
 
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().flatten().view(torch.uint8)
 
 
-def _describe(common: bytes | memoryview) -> str:
+def _describe(common: bytes) -> str:
     epoch, step, layer, _, dtype, text = _COMMON.unpack(common)
     where = f"epoch {epoch}, step {step}, layer {layer}, {dtype.rstrip(bytes(1)).decode()}"
     return f"{text.rstrip(bytes(1)).decode()} ({where})"

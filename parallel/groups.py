@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from .collectives import CollectiveError, Communicator, GlooBackend, NcclBackend
+from .collectives import HEADER_BYTES, CollectiveError, Communicator, NcclBackend
 from .config import ParallelConfig
+from .transport import SocketMesh, connect_mesh
 
 MIN_CREATION_TIMEOUT_S = 30.0
 
@@ -94,8 +96,8 @@ def init_groups(
         if len(ranks) == 1:
             return Communicator(name=name, epoch=epoch, timeout_s=timeout_s)
         try:
-            gloo, nccl = _create_backends(PrefixStore(name, epoch_store), own, len(ranks), device, hostname, timeout_s)
-        except RuntimeError as error:
+            mesh, nccl = _create_backends(PrefixStore(name, epoch_store), own, len(ranks), device, hostname, timeout_s)
+        except (RuntimeError, OSError) as error:
             raise CollectiveError(
                 f"rank {rank} could not form group '{name}' of ranks {ranks} in epoch {epoch}: {error}"
             ) from error
@@ -105,7 +107,7 @@ def init_groups(
             name=name,
             epoch=epoch,
             timeout_s=timeout_s,
-            gloo=gloo,
+            mesh=mesh,
             nccl=nccl,
             store=epoch_store,
             store_ranks=ranks,
@@ -123,19 +125,24 @@ def init_groups(
 
 def _create_backends(
     store: Store, rank: int, size: int, device: torch.device, hostname: str, timeout_s: float
-) -> tuple[GlooBackend, NcclBackend | None]:
-    """The one place that chooses backends: gloo for headers and host memory, with NCCL for tensors on a GPU."""
-    timeout = timedelta(seconds=max(MIN_CREATION_TIMEOUT_S, timeout_s))
-    options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._timeout = timeout
-    options._devices = [ProcessGroupGloo.create_device(hostname=hostname)]
-    gloo: Any = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, options)
+) -> tuple[SocketMesh, NcclBackend | None]:
+    """The one place that chooses backends: sockets for headers and host memory, with NCCL for tensors on a GPU."""
+    timeout_s = max(MIN_CREATION_TIMEOUT_S, timeout_s)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    mesh = connect_mesh(
+        PrefixStore("mesh", store),
+        rank,
+        size,
+        hostname=hostname,
+        header_bytes=HEADER_BYTES,
+        deadline=time.monotonic() + timeout_s,
+    )
     if device.type != "cuda":
-        return gloo, None
+        return mesh, None
     from torch.distributed import ProcessGroupNCCL  # absent from builds of torch without CUDA
 
-    nccl_options = ProcessGroupNCCL.Options()
-    nccl_options._timeout = timeout
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
     with torch.cuda.device(device):
-        nccl: Any = ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, nccl_options)
-    return gloo, nccl
+        nccl: Any = ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
+    return mesh, nccl

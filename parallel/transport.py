@@ -1,0 +1,174 @@
+"""Bytes between the ranks of a group: one TCP connection to every peer, driven by the thread that waits.
+
+A rank that waits for a message sleeps in `poll` on its own core and is woken by the kernel when bytes arrive; no second
+thread has to be scheduled in between. On busy cores that thread is what a message waits for: an exchange of 16 KB
+between two computing ranks takes 0.1 ms this way, and through gloo, whose I/O thread competes with them, 0.8 to 4 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import secrets
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+_HELLO = struct.Struct("<8sq32s")  # magic, rank, session key
+_MAGIC = b"shoal-t1"
+_SOCKET_BUFFER_BYTES = 4 << 20
+_HELLO_TIMEOUT_S = 5.0
+
+OnHeader = Callable[[int, bytes], memoryview]
+"""(peer, its header) -> where the rest of its message goes; raises when the header is not the expected one."""
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """A message while it arrives: first its header, then its payload."""
+
+    view: memoryview
+    header: bytearray | None
+    filled: int = field(default=0)
+
+
+class SocketMesh:
+    """Connections of one rank to its peers. Messages are [header of `header_bytes` | payload]; one thread at a time."""
+
+    def __init__(self, sockets: Mapping[int, socket.socket], header_bytes: int) -> None:
+        self._sockets = dict(sockets)
+        self._header_bytes = header_bytes
+        for connection in self._sockets.values():
+            connection.setblocking(False)
+
+    def exchange(self, messages: Mapping[int, tuple[bytes, memoryview]], on_header: OnHeader, deadline: float) -> None:
+        """Send every peer in `messages` its (header, payload) and receive one message from each of them.
+
+        TimeoutError after `deadline` (time.monotonic), ConnectionError when a peer is gone; then the mesh is unusable.
+        """
+        sending: dict[int, list[memoryview]] = {}
+        receiving: dict[int, _Incoming] = {}
+        for peer, (header, payload) in messages.items():
+            if rest := self._send(peer, [memoryview(header), payload]):
+                sending[peer] = rest
+            buffer = bytearray(self._header_bytes)
+            receiving[peer] = _Incoming(memoryview(buffer), buffer)
+        while True:
+            for peer in list(receiving):
+                if self._receive(peer, receiving[peer], on_header):
+                    del receiving[peer]
+            for peer in list(sending):
+                if rest := self._send(peer, sending[peer]):
+                    sending[peer] = rest
+                else:
+                    del sending[peer]
+            if not (sending or receiving):
+                return
+            self._wait(receiving.keys(), sending.keys(), deadline)
+
+    def shut_down(self) -> None:
+        """End all connections: whoever waits on one, here or on a peer, gets a ConnectionError. Any thread may call."""
+        for connection in self._sockets.values():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _send(self, peer: int, parts: list[memoryview]) -> list[memoryview]:
+        """Hand over as much as the connection takes; returns what is left."""
+        try:
+            sent = self._sockets[peer].sendmsg(parts)
+        except BlockingIOError:
+            return parts
+        while parts and sent >= len(parts[0]):
+            sent -= len(parts[0])
+            parts = parts[1:]
+        return [parts[0][sent:], *parts[1:]] if parts else []
+
+    def _receive(self, peer: int, incoming: _Incoming, on_header: OnHeader) -> bool:
+        """Take what has arrived; True once the message is complete."""
+        while True:
+            while incoming.filled < len(incoming.view):
+                try:
+                    count = self._sockets[peer].recv_into(incoming.view[incoming.filled :])
+                except BlockingIOError:
+                    return False
+                if count == 0:
+                    raise ConnectionError(f"rank {peer} closed the connection")
+                incoming.filled += count
+            if incoming.header is None:
+                return True
+            incoming.view = on_header(peer, bytes(incoming.header))
+            incoming.header, incoming.filled = None, 0
+
+    def _wait(self, receiving: Container[int], sending: Container[int], deadline: float) -> None:
+        """Sleep until a connection can go on."""
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("the deadline passed")
+        poll = select.poll()
+        for peer, connection in self._sockets.items():
+            events = (select.POLLIN if peer in receiving else 0) | (select.POLLOUT if peer in sending else 0)
+            if events:
+                poll.register(connection, events)
+        poll.poll(remaining * 1000)
+
+
+def connect_mesh(
+    store: Store, rank: int, size: int, *, hostname: str, header_bytes: int, deadline: float
+) -> SocketMesh:
+    """Connect `rank` to all others; every rank calls it with the same store.
+
+    Each rank listens on `hostname` and publishes its port; of two ranks the higher one connects. A session key from the
+    store keeps strangers out: a connection that does not open with it is closed. TimeoutError after `deadline`.
+    """
+    if rank == 0:
+        store.set("session", secrets.token_hex(16))
+    with socket.create_server((hostname, 0), backlog=size) as listener:
+        store.set(f"address/{rank}", f"{hostname}:{listener.getsockname()[1]}")
+        key: bytes = store.get("session")
+        sockets: dict[int, socket.socket] = {}
+        for peer in range(rank):
+            host, _, port = store.get(f"address/{peer}").decode().rpartition(":")
+            connection = socket.create_connection((host, int(port)), timeout=_remaining(deadline))
+            connection.sendall(_HELLO.pack(_MAGIC, rank, key))
+            sockets[peer] = connection
+        while len(sockets) < size - 1:
+            listener.settimeout(_remaining(deadline))
+            connection, _ = listener.accept()
+            caller = _read_hello(connection, key)
+            if caller is None or not rank < caller < size or caller in sockets:
+                connection.close()
+                continue
+            sockets[caller] = connection
+    for connection in sockets.values():
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+    return SocketMesh(sockets, header_bytes)
+
+
+def _read_hello(connection: socket.socket, key: bytes) -> int | None:
+    """The rank that opened a connection; None when it is not one of ours."""
+    connection.settimeout(_HELLO_TIMEOUT_S)
+    data = b""
+    try:
+        while len(data) < _HELLO.size:
+            part = connection.recv(_HELLO.size - len(data))
+            if not part:
+                return None
+            data += part
+    except OSError:
+        return None
+    magic, peer, sent_key = _HELLO.unpack(data)
+    known = magic == _MAGIC and hmac.compare_digest(sent_key, key)
+    return int(peer) if known else None
+
+
+def _remaining(deadline: float) -> float:
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError("the other ranks did not connect in time")
+    return remaining
