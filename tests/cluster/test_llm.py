@@ -20,13 +20,12 @@ import shoal
 from shoal.cluster.inprocess import InProcessEngine
 from shoal.cluster.llm import LLM, params_list, prompt_list, token_id_tuple
 from shoal.cluster.wire import pack_output
+from shoal.runtime.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import RequestOutput, SamplingParams
-from tests.checkpoints import SPECIAL_TOKENS, make_checkpoint, tiny_config, write_tokenizer
+from tests.checkpoints import make_checkpoint, tiny_config
 from tests.cluster.stub_engine import RAISES, REFUSED, STUB
 
-BOS, USER, ASSISTANT, THINK, END_THINK = (
-    SPECIAL_TOKENS[name] for name in ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
-)
+BOS, THINK, END_THINK, USER, ASSISTANT = 0, 259, 260, 261, 262
 
 
 def three(max_tokens: int = 3) -> SamplingParams:
@@ -34,8 +33,8 @@ def three(max_tokens: int = 3) -> SamplingParams:
 
 
 def text_ids(text: str) -> list[int]:
-    """A byte-level alphabet starts at "!", the 33rd of the printable characters."""
-    return [ord(c) - 33 for c in text]
+    """Of the tokenizer of single bytes."""
+    return [3 + byte for byte in text.encode()]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model directory without weights, which a stub does not miss."""
     path = tmp_path_factory.mktemp("model")
     (path / "config.json").write_text(json.dumps(tiny_config("deepseek_v3")))
-    write_tokenizer(path)
+    write_byte_tokenizer(path / "tokenizer.json")
     return str(path)
 
 

@@ -152,9 +152,9 @@ def test_shards_hold_the_same_tensors(tmp_path: Path) -> None:
 
 
 def test_check_names(tmp_path: Path) -> None:
-    values = make_checkpoint(tmp_path, "deepseek_v32", fp8=True, mtp=True)
+    make_checkpoint(tmp_path, "deepseek_v32", fp8=True, mtp=True)
     config = ModelConfig.from_pretrained(tmp_path)
-    expected = tensor_shapes(values)
+    expected = tensor_shapes(config)
     checkpoint = Checkpoint(tmp_path)
     leftover = checkpoint.check_names(expected)
     assert leftover == checkpoint.mtp_names(config)
