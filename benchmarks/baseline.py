@@ -2,7 +2,7 @@
 """Shoal and other engines in turn on one checkpoint and the same token ids: rounds of subprocesses, medians, ratios.
 
     python benchmarks/baseline.py compare --model m_v3 --rounds 3 --output benchmarks/results/baseline.json \
-        --workload W1 --peer 'vllm=vllm/bin/python bench_vllm_cpu.py m_v3 --eager --native-rope --workloads W1 --repeats 1'
+    python benchmarks/baseline.py compare --model m_v3 --rounds 3 --output result.json --workload W1 \
 
 A peer's command prints one JSON line with "seconds". `one` is the subprocess that measures Shoal.
 """

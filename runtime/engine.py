@@ -85,11 +85,11 @@ class Engine:
                 f"({self.model_config.max_position_embeddings})"
             )
         with Checkpoint(model_dir) as checkpoint:
-            unused = set(checkpoint.check_names(expected_tensors(self.model_config)))
+            leftovers = set(checkpoint.check_names(expected_tensors(self.model_config)))
             mtp = set(checkpoint.mtp_names(self.model_config))
             if mtp:
                 on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
-            if unused := sorted(unused - mtp):
+            if unused := sorted(leftovers - mtp):
                 on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
             fingerprint = checkpoint.fingerprint
             model = DeepseekModel(self.model_config, checkpoint, groups, dtype=dtype, max_model_len=wanted_len)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import ParallelGroups, init_groups
