@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Shoal and other engines in turn on one checkpoint and the same token ids: rounds of subprocesses, medians, ratios.
 
-    python benchmarks/baseline.py compare --model m_v3 --rounds 3 --output benchmarks/results/baseline.json \
-    python benchmarks/baseline.py compare --model m_v3 --rounds 3 --output result.json --workload W1 \
+    python benchmarks/baseline.py compare --model m_v3 --rounds 3 --output result.json --workload W1 \\
+        --peer 'vllm=vllm/bin/python bench_vllm_cpu.py m_v3 --eager --native-rope --workloads W1 --repeats 1'
 
 A peer's command prints one JSON line with "seconds". `one` is the subprocess that measures Shoal.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 WORKLOADS = {"W1": (64, 256, 64), "W2": (16, 32, 256), "W3": (8, 2048, 1), "W4": (1, 128, 128), "TINY": (2, 16, 4)}
 """name: (requests, prompt tokens, output tokens)"""
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "shoal 1 process x 2 threads": {"executor": "inprocess", "num_threads_per_worker": 2},
     "shoal 2 workers x 1 thread": {"executor": "ray", "data_parallel_size": 2, "num_threads_per_worker": 1},
 }

@@ -50,7 +50,7 @@ def request(name: str, prompt: list[int], stream: bool = False, **params: Any) -
 def run(engine: Engine, *requests: Request) -> dict[str, RequestOutput]:
     for one in requests:
         engine.add_request(one)
-    finished = {}
+    finished: dict[str, RequestOutput] = {}
     while engine.has_unfinished:
         finished |= {o.request_id: o for o in engine.step().outputs if o.finished}
         engine.block_manager.check_integrity()
@@ -179,7 +179,7 @@ def test_a_row_of_broken_logits_fails_alone_and_is_not_cached(model_dir: Path) -
 
 def test_requests_beyond_the_limits_are_refused(model_dir: Path) -> None:
     engine = make_engine(model_dir, max_model_len=32)
-    for prompt, params, message in [
+    cases: list[tuple[list[int], dict[str, Any], str]] = [
         ([], {}, "empty"),
         ([1, 272], {}, "outside the vocabulary"),
         ([-1], {}, "outside the vocabulary"),
@@ -187,7 +187,8 @@ def test_requests_beyond_the_limits_are_refused(model_dir: Path) -> None:
         ([1], {"stop_token_ids": [999]}, "stop token id 999"),
         ([1], {"logit_bias": {999: 1.0}}, "logit_bias token id 999"),
         ([1], {"n": 1000, "logprobs": 200, "max_tokens": None}, "at most 4000000"),
-    ]:
+    ]
+    for prompt, params, message in cases:
         with pytest.raises(ValueError, match=message):
             engine.add_request(request("x", prompt, **params))
     engine.add_request(request("a", [5]))
