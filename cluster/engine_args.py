@@ -9,7 +9,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from shoal.parallel.config import ParallelConfig
+from shoal.runtime.engine import check_layout
 from shoal.runtime.engine_config import EngineConfig
+from shoal.runtime.models.config import ModelConfig
 
 Device = Literal["cpu", "cuda"]
 
@@ -86,3 +88,15 @@ class EngineArgs(EngineConfig):
         if "model" not in values:
             raise ValueError("model is missing; give the path of a model directory")
         return cls(**values)
+
+
+def read_model_config(args: EngineArgs) -> ModelConfig:
+    """The model's configuration; ValueError, before any weight is read, when the model cannot be run as asked."""
+    config = ModelConfig.from_pretrained(args.model)
+    check_layout(config, args.tensor_parallel_size)
+    if args.max_model_len is not None and args.max_model_len > config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len {args.max_model_len} is above the model's max_position_embeddings "
+            f"({config.max_position_embeddings})"
+        )
+    return config

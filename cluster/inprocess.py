@@ -10,10 +10,9 @@ import torch
 from shoal.runtime.types import Request, RequestOutput
 from shoal.runtime.validation import RequestLimits
 
-from .engine_args import EngineArgs
+from .engine_args import EngineArgs, read_model_config
 from .ray_cluster import num_cores
 from .replica import OnPhase, Phase
-from .router import read_model_config
 from .wire import pack_output, unpack_output
 from .worker import BUILD_ENGINE, StartReport, WorkerSpec, admit, resolve_factory
 

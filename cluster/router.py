@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from shoal.runtime.engine import check_layout
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.types import Request, RequestOutput
 from shoal.runtime.validation import RequestLimits
 
-from .engine_args import EngineArgs
+from .engine_args import EngineArgs, read_model_config
 from .ray_cluster import (
     Layout,
     Placement,
@@ -118,18 +117,6 @@ def start_engines(args: EngineArgs, *, on_phase: OnPhase | None = None, engine_f
         raise
     tell(Phase("ready", time.monotonic() - begin, "; ".join(sorted({n for r in reports for n in r.notices}))))
     return Router(replicas, cluster)
-
-
-def read_model_config(args: EngineArgs) -> ModelConfig:
-    """The model's configuration; ValueError, before any weight is read, when the model cannot be run as asked."""
-    config = ModelConfig.from_pretrained(args.model)
-    check_layout(config, args.tensor_parallel_size)
-    if args.max_model_len is not None and args.max_model_len > config.max_position_embeddings:
-        raise ValueError(
-            f"max_model_len {args.max_model_len} is above the model's max_position_embeddings "
-            f"({config.max_position_embeddings})"
-        )
-    return config
 
 
 def _create_replicas(

@@ -10,10 +10,10 @@ import pytest
 import ray
 
 from shoal.cluster import router as router_module
-from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.engine_args import EngineArgs, read_model_config
 from shoal.cluster.ray_cluster import LayoutDoesNotFit, Node, RayCluster
 from shoal.cluster.replica import Phase
-from shoal.cluster.router import Router, read_model_config, start_engines
+from shoal.cluster.router import Router, start_engines
 from shoal.runtime.types import Request, SamplingParams
 from shoal.runtime.validation import RequestLimits
 from tests.checkpoints import tiny_config
