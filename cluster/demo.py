@@ -1,0 +1,259 @@
+"""`shoal demo`: real prompts through Ray workers, then through one process, and the answers compared bit by bit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from shoal.runtime.random_checkpoint import YARN, make_checkpoint
+
+from .batch import job_spec
+from .batch_output import PART_FILE, RUN_FILE
+from .engine_args import EngineArgs
+from .inprocess import InProcessEngine
+from .job import EXIT_OK, Engines, JobResult, run_job
+from .job_config import JobConfig
+from .progress import ProgressReporter
+from .router import start_engines
+from .stop_signal import StopSignal
+
+EXIT_DIFFERENT = 1
+
+MODEL_OVERRIDES = {"vocab_size": 272, "rope_scaling": YARN}
+"""One row per token of the byte tokenizer, and YaRN as in the released models."""
+MAX_MODEL_LEN = 1024
+SAMPLING = {"max_tokens": 48, "logprobs": 0}
+
+_STORY = (
+    "A lighthouse keeper counts the ships that pass in the night. On Monday there are 12, on Tuesday twice as many, "
+    "on Wednesday a storm keeps all but 3 of them in port, and on Thursday those that were kept in port sail together "
+    "with 10 others. "
+)
+
+
+def demo_rows() -> list[dict[str, Any]]:
+    """The input of the demo: plain rows and OpenAI batch lines, greedy and sampled, short and long."""
+
+    def ask(question: str, **fields: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": question}], **fields}
+
+    def openai(custom_id: str, url: str, body: dict[str, Any]) -> dict[str, Any]:
+        return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+    sampled = {"temperature": 0.8, "top_p": 0.95}
+    conversation = [
+        {"role": "system", "content": "You are a patient teacher of astronomy."},
+        {"role": "user", "content": "Why does the Moon show us always the same side?"},
+        {"role": "assistant", "content": "It turns once around itself in the time of one orbit."},
+        {"role": "user", "content": "And why is that so?"},
+    ]
+    return [
+        ask("What is 2 + 2?", temperature=0, max_tokens=16),
+        ask("Why is the sky blue?", temperature=0),
+        ask("Name the capitals of Norway, Peru and Mongolia.", **sampled, seed=7),
+        ask("How many ships pass on Thursday?\n" + _STORY, temperature=0, max_tokens=64),
+        ask("Which is larger, 9.11 or 9.9?", **sampled, seed=1, chat_template_kwargs={"thinking": True}),
+        ask("Explain in one sentence what a transistor does.", **sampled, top_k=20, seed=-3),
+        {"prompt": "The first ten prime numbers are", "temperature": 0, "max_tokens": 32},
+        {"prompt": "Once upon a time, " + 2 * _STORY, **sampled, "seed": 11, "max_tokens": 24},
+        openai("moon", "/v1/chat/completions", {"messages": conversation, "temperature": 0, "max_tokens": 40}),
+        openai(
+            "tea",
+            "/v1/chat/completions",
+            {**ask("How long should green tea steep?"), **sampled, "seed": 5, "logprobs": True, "top_logprobs": 3},
+        ),
+        openai(
+            "haiku",
+            "/v1/chat/completions",
+            {**ask("Write a haiku about a shoal of herring."), **sampled, "seed": 42, "n": 2, "max_tokens": 32},
+        ),
+        openai("rain", "/v1/completions", {"prompt": "The rain in Spain", "temperature": 0, "logprobs": 2}),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How the answers of two jobs with the same input differ."""
+
+    num_rows: int
+    num_tokens: int
+    num_differing_tokens: int
+    num_differing_logprobs: int
+
+    @property
+    def equal(self) -> bool:
+        return self.num_differing_tokens == self.num_differing_logprobs == 0
+
+    def __str__(self) -> str:
+        return (
+            f"compared {self.num_rows} rows, {self.num_tokens} tokens: {self.num_differing_tokens} differing tokens, "
+            f"{self.num_differing_logprobs} differing logprobs"
+        )
+
+
+def demo(output: Path, *, tensor_parallel_size: int, data_parallel_size: int, stdout: TextIO, stderr: TextIO) -> int:
+    """Write a model and prompts, answer them on Ray and in one process, and compare; 1 if anything differs.
+
+    ValueError for a layout that the model or the machine cannot take.
+    """
+    model, prompts = output / "model", output / "prompts.jsonl"
+    cluster_args = EngineArgs(
+        model=str(model),
+        tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
+        max_model_len=MAX_MODEL_LEN,
+        block_size=16,
+        num_kv_blocks=256,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+    )
+    # The plainest way to run a model: one process, one row at a time, nothing reused.
+    reference_args = EngineArgs(
+        model=str(model),
+        max_model_len=MAX_MODEL_LEN,
+        block_size=16,
+        num_kv_blocks=64,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+    )
+    steps = _Steps(stdout)
+    with steps.step(f"write {model} and {prompts}"):
+        config = make_checkpoint(model, "deepseek_v32", dtype=torch.bfloat16, overrides=MODEL_OVERRIDES)
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in demo_rows()), encoding="utf-8")
+        steps.say(
+            f"deepseek_v32 with {config['num_hidden_layers']} layers and {config['n_routed_experts']} experts, every "
+            f"token attends to {config['index_topk']} others"
+        )
+        steps.say("its weights are random, so the answers are noise: what is shown is that no layout changes them")
+
+    workers = cluster_args.num_workers
+    with steps.step(f"answer the prompts on {workers} Ray worker{'s' * (workers > 1)}, as `shoal batch` does"):
+        steps.say(
+            f"tensor parallel {tensor_parallel_size}, data parallel {data_parallel_size}; experts split over {workers}"
+        )
+        first = _answer(prompts, output / "answers", cluster_args, start_engines, stderr)
+        _show_end(steps, first)
+    if first.exit_code != EXIT_OK:
+        return first.exit_code
+    for question, answer in questions_and_answers(prompts, output / "answers"):
+        steps.say(f"{shortened(question, 44):44}  {shortened(answer, 48)}")
+
+    with steps.step("answer them again in this process, without Ray, one at a time"):
+        second = _answer(prompts, output / "reference", reference_args, InProcessEngine, stderr)
+        _show_end(steps, second)
+    if second.exit_code != EXIT_OK:
+        return second.exit_code
+    return judge(output / "answers", output / "reference", stdout)
+
+
+def judge(first: Path, second: Path, stdout: TextIO) -> int:
+    """Print how the answers of two finished jobs compare; 0 if neither they nor the digests of the jobs differ."""
+    comparison = compare(first, second)
+    same_digest = _digest(first) == _digest(second)
+    if not same_digest:
+        print("the output digests differ", file=stdout)
+    print(comparison, file=stdout, flush=True)
+    return EXIT_OK if comparison.equal and same_digest else EXIT_DIFFERENT
+
+
+def compare(first: Path, second: Path) -> Comparison:
+    """Compare the answers of two output directories, token by token with their log-probabilities.
+
+    JSON keeps every bit of a float. A token that only one side has counts as different, and so does its logprob.
+    """
+    a, b = _choices(first), _choices(second)
+    num_tokens = num_tokens_differ = num_logprobs_differ = 0
+    for key in a.keys() | b.keys():
+        (tokens_a, logprobs_a), (tokens_b, logprobs_b) = a.get(key, ([], [])), b.get(key, ([], []))
+        num_tokens += max(len(tokens_a), len(tokens_b))
+        num_tokens_differ += _num_differing(tokens_a, tokens_b)
+        num_logprobs_differ += _num_differing(logprobs_a, logprobs_b)
+    return Comparison(len({custom_id for custom_id, _ in a | b}), num_tokens, num_tokens_differ, num_logprobs_differ)
+
+
+def questions_and_answers(prompts: Path, output: Path) -> Iterator[tuple[str, str]]:
+    """What was asked and the first continuation of each row, in input order."""
+    answers = {row["id"]: row["response"]["body"]["choices"][0] for row in _read_lines(output / PART_FILE)}
+    for index, row in enumerate(_read_lines(prompts)):
+        body, choice = row.get("body", row), answers[f"batch_req_{index}"]
+        question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+        yield question, choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def shortened(text: str, width: int) -> str:
+    """At most `width` characters that every terminal can show, with a dot for each one that it might not."""
+    shown = "".join(c if c.isascii() and c.isprintable() else "." for c in text)
+    return shown if len(shown) <= width else shown[: width - 3] + "..."
+
+
+class _Steps:
+    """Numbered steps with their seconds."""
+
+    def __init__(self, stdout: TextIO) -> None:
+        self._stdout = stdout
+        self._count = 0
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        self._count += 1
+        print(f"{self._count}. {title}", file=self._stdout, flush=True)
+        start = time.monotonic()
+        yield
+        self.say(f"{time.monotonic() - start:.1f} s")
+
+    def say(self, text: str) -> None:
+        print(f"   {text}", file=self._stdout, flush=True)
+
+
+def _answer(prompts: Path, output: Path, args: EngineArgs, start: Callable[..., Engines], stderr: TextIO) -> JobResult:
+    config = JobConfig(input=str(prompts), output=str(output), engine=args, sampling=SAMPLING, overwrite=True)
+    progress = ProgressReporter(stderr)
+    try:
+        with StopSignal() as stop:
+            return run_job(
+                job_spec(config),
+                lambda: start(args, on_phase=lambda phase: progress.message(f"   {phase}")),
+                stop=stop,
+                progress=progress,
+            )
+    finally:
+        progress.close()
+
+
+def _show_end(steps: _Steps, result: JobResult) -> None:
+    steps.say(
+        f"{result.completed} rows completed, {result.failed} failed"
+        + (f", {result.message}" if result.digest is None else f"; output digest {result.digest}")
+    )
+
+
+def _choices(output: Path) -> dict[tuple[str, int], tuple[list[int], list[Any]]]:
+    """(custom_id, number of the continuation) -> its token ids and, per token, what is said of its logprob."""
+    choices = {}
+    for row in _read_lines(output / PART_FILE):
+        for choice in row["response"]["body"]["choices"]:
+            logprobs = choice["logprobs"]
+            entries = logprobs["content"] if "content" in logprobs else logprobs["token_logprobs"]
+            choices[row["custom_id"], choice["index"]] = (choice["token_ids"], entries)
+    return choices
+
+
+def _digest(output: Path) -> str:
+    return str(json.loads((output / RUN_FILE).read_text(encoding="utf-8"))["digest"])
+
+
+def _num_differing(a: list[Any], b: list[Any]) -> int:
+    return [x == y for x, y in zip_longest(a, b)].count(False)
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)

@@ -1,0 +1,143 @@
+"""The demo on a local Ray, once; its comparison must see every kind of difference."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from shoal.cluster.cli import main
+from shoal.cluster.demo import compare, demo, demo_rows, judge, questions_and_answers, shortened
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """Directory, exit status and standard output of a whole run."""
+    directory = tmp_path_factory.mktemp("demo") / "out"
+    stdout = io.StringIO()
+    threads = torch.get_num_threads()
+    status = demo(directory, tensor_parallel_size=2, data_parallel_size=1, stdout=stdout, stderr=io.StringIO())
+    torch.set_num_threads(threads)
+    return directory, status, stdout.getvalue()
+
+
+def read(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_demo_finds_no_difference(shown: tuple[Path, int, str]) -> None:
+    directory, status, text = shown
+    assert status == 0, text
+    answers, reference = (read(directory / name / "part-00000.jsonl") for name in ("answers", "reference"))
+    # A line holds texts, token ids and logprobs; only the order of the lines may differ.
+    assert sorted(answers, key=lambda row: row["id"]) == sorted(reference, key=lambda row: row["id"])
+    token_ids = [choice["token_ids"] for row in answers for choice in row["response"]["body"]["choices"]]
+    assert len(token_ids) == 13  # one row asks for two continuations
+    num_tokens = sum(map(len, token_ids))
+    assert text.splitlines()[-1] == (f"compared 12 rows, {num_tokens} tokens: 0 differing tokens, 0 differing logprobs")
+    assert num_tokens > 200
+    runs = [json.loads((directory / name / "run.json").read_text()) for name in ("answers", "reference")]
+    assert [run["layout"]["tensor_parallel_size"] for run in runs] == [2, 1]
+    assert text.count(runs[0]["digest"]) == 2
+    assert "weights are random" in text
+    assert sum(line.startswith("   ") and line.endswith(" s") for line in text.splitlines()) == 3
+
+
+def test_the_demo_shows_every_question(shown: tuple[Path, int, str]) -> None:
+    directory, _, text = shown
+    pairs = list(questions_and_answers(directory / "prompts.jsonl", directory / "answers"))
+    assert len(pairs) == len(demo_rows()) == 12
+    for question in ("Why is the sky blue?", "And why is that so?", "The rain in Spain"):
+        assert question in [asked for asked, _ in pairs]
+        assert f"   {question} " in text
+    assert text.isascii()
+
+
+def change_token(rows: list[Row]) -> None:
+    rows[2]["response"]["body"]["choices"][0]["token_ids"][1] += 1
+
+
+def change_chat_logprob(rows: list[Row]) -> None:
+    entries = next(c["logprobs"]["content"] for c in choices(rows) if "content" in c["logprobs"])
+    entries[0]["logprob"] = math.nextafter(entries[0]["logprob"], 0.0)
+
+
+def change_completion_logprob(rows: list[Row]) -> None:
+    values = next(c["logprobs"]["token_logprobs"] for c in choices(rows) if "content" not in c["logprobs"])
+    values[0] = math.nextafter(values[0], 0.0)
+
+
+def drop_last_token(rows: list[Row]) -> None:
+    rows[0]["response"]["body"]["choices"][0]["token_ids"].pop()
+
+
+def choices(rows: list[Row]) -> list[Row]:
+    return [choice for row in rows for choice in row["response"]["body"]["choices"]]
+
+
+@pytest.mark.parametrize(
+    ("tamper", "tokens", "logprobs"),
+    [
+        (change_token, 1, 0),
+        (change_chat_logprob, 0, 1),
+        (change_completion_logprob, 0, 1),
+        (drop_last_token, 1, 0),
+    ],
+)
+def test_a_tampered_answer_is_a_difference(
+    shown: tuple[Path, int, str], tmp_path: Path, tamper: Callable[[list[Row]], None], tokens: int, logprobs: int
+) -> None:
+    tampered = copy(shown[0], tmp_path, tamper)
+    stdout = io.StringIO()
+    assert judge(tampered, shown[0] / "reference", stdout) == 1
+    assert f"tokens: {tokens} differing tokens, {logprobs} differing logprobs" in stdout.getvalue()
+    assert judge(shown[0] / "answers", shown[0] / "reference", stdout) == 0
+
+
+def test_a_missing_row_is_a_difference(shown: tuple[Path, int, str], tmp_path: Path) -> None:
+    missing = choices(read(shown[0] / "answers" / "part-00000.jsonl")[-1:])
+    count = sum(len(choice["token_ids"]) for choice in missing)
+    comparison = compare(copy(shown[0], tmp_path, lambda rows: rows.pop()), shown[0] / "reference")
+    assert comparison.num_rows == 12
+    assert (comparison.num_differing_tokens, comparison.num_differing_logprobs) == (count, count)
+
+
+def test_another_digest_is_a_difference(shown: tuple[Path, int, str], tmp_path: Path) -> None:
+    same = copy(shown[0], tmp_path, lambda rows: None)
+    run = json.loads((same / "run.json").read_text())
+    (same / "run.json").write_text(json.dumps(run | {"digest": "sha256:0"}))
+    stdout = io.StringIO()
+    assert judge(same, shown[0] / "reference", stdout) == 1
+    assert stdout.getvalue().startswith("the output digests differ\ncompared 12 rows")
+
+
+def copy(directory: Path, to: Path, tamper: Callable[[list[Row]], object]) -> Path:
+    """A copy of the answers with some of them changed."""
+    shutil.copytree(directory / "answers", to / "answers")
+    part = to / "answers" / "part-00000.jsonl"
+    rows = read(part)
+    tamper(rows)
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return to / "answers"
+
+
+def test_a_layout_that_does_not_divide_the_model_is_a_usage_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["demo", "--output", str(tmp_path / "out"), "-tp", "3"])
+    assert result.exit_code == 2
+    assert "tensor_parallel_size" in result.stderr
+
+
+def test_only_printable_characters_are_shown() -> None:
+    assert shortened("a\nb\u4e16\x1b[0m", 20) == "a.b..[0m"
+    assert shortened("abcdefgh", 7) == "abcd..."
+    assert shortened("abcdefg", 7) == "abcdefg"
