@@ -1,138 +1,198 @@
-"""`shoal bench throughput`: how many tokens per second a model answers on this machine or cluster."""
+"""`shoal bench throughput`: how many tokens per second a model reads and writes on this machine or cluster."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import random
-import resource
 import statistics
 import struct
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from shoal.runtime.types import RequestOutput, SamplingParams
 
-from .engine_args import EngineArgs
-from .llm import LLM
+from .engine_args import EngineArgs, read_model_config
+from .environment import environment, peak_rss_mib
+from .job import EXIT_ENGINE, EXIT_OK
+from .llm import LLM, Executor
+from .replica import Phase
 
-PACKAGES = ("shoal", "torch", "ray", "numpy", "safetensors", "tokenizers")
+FIRST_TOKEN_ID = 3
+"""Prompts have none of the ids below, which are sentence marks in most vocabularies."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """Random prompts of one length, each answered with exactly `output_len` tokens."""
+    """Random prompts of one length, each answered with exactly `output_len` tokens, `runs` times."""
 
     num_prompts: int
     input_len: int
     output_len: int
+    runs: int = 3
     seed: int = 0
 
-    def prompts(self, vocab_size: int, repeat: int) -> list[list[int]]:
-        """Different token ids for every repeat, so that no prefix cache can help between them."""
-        rng = random.Random(f"{self.seed}/{repeat}")
-        low = min(3, vocab_size - 1)
-        return [[rng.randrange(low, vocab_size) for _ in range(self.input_len)] for _ in range(self.num_prompts)]
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "input_len", "output_len", "runs"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    def prompts(self, vocab_size: int, name: str) -> list[list[int]]:
+        """Other token ids for every run, so that no prefix cache can help between them; the same for equal seeds."""
+        draw, ids = random.Random(f"{self.seed}/{name}"), range(FIRST_TOKEN_ID, vocab_size)
+        return [draw.choices(ids, k=self.input_len) for _ in range(self.num_prompts)]
 
 
-def run_throughput(args: EngineArgs, workload: Workload, *, executor: str, runs: int, on_phase: Any) -> dict[str, Any]:
-    """Start the engines, warm up, run the workload `runs` times and report; every figure is measured here.
+def throughput(
+    args: EngineArgs, workload: Workload, *, executor: Executor, output: Path | None, stdout: TextIO, stderr: TextIO
+) -> int:
+    """Measure, print a table on stdout and write the report to `output`; progress goes to stderr.
 
-    The warm-up runs a quarter of the prompts with different token ids and is not counted.
+    ValueError for a workload that the model cannot take; 5 if the engines fail.
     """
+    if output is not None and output.is_dir():
+        raise ValueError(f"{output} is a directory; give the name of a file")
+
+    def say(text: str) -> None:
+        print(text, file=stderr, flush=True)
+
+    try:
+        report = measure(args, workload, executor=executor, say=say)
+    except RuntimeError as error:
+        say(f"error: the engines failed: {error}")
+        return EXIT_ENGINE
+    print(table(report), file=stdout, flush=True)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return EXIT_OK
+
+
+def measure(args: EngineArgs, workload: Workload, *, executor: Executor, say: Callable[[str], None]) -> dict[str, Any]:
+    """Start the engines, warm up, run the workload and report; every figure is measured here.
+
+    The warm-up answers a quarter of the prompts, with token ids of their own, and is not counted.
+    """
+    model = read_model_config(args)
+    needed, longest = workload.input_len + workload.output_len, args.max_model_len or model.max_position_embeddings
+    if needed > longest:
+        raise ValueError(f"input_len plus output_len is {needed}, above the longest context of {longest} tokens")
+    if model.vocab_size <= FIRST_TOKEN_ID:
+        raise ValueError(f"a vocabulary of {model.vocab_size} tokens is too small to draw prompts from")
+    phases: list[Phase] = []
+
+    def on_phase(phase: Phase) -> None:
+        phases.append(phase)
+        say(str(phase))
+
     started = time.perf_counter()
-    with LLM.from_args(args, executor=executor, on_phase=on_phase) as llm:
+    with LLM(executor=executor, on_phase=on_phase, **asdict(args)) as llm:
         startup_s = time.perf_counter() - started
-        vocab_size = llm.model_config.vocab_size
-        _run(llm, workload.prompts(vocab_size, -1)[: max(1, workload.num_prompts // 4)], min(4, workload.output_len))
+        warm_up = workload.prompts(model.vocab_size, "warm-up")[: -(-workload.num_prompts // 4)]
+        answer(llm, warm_up, workload.output_len)
         seconds, digests = [], []
-        for repeat in range(runs):
-            prompts = workload.prompts(vocab_size, repeat)
+        for run in range(workload.runs):
+            prompts = workload.prompts(model.vocab_size, str(run))
             begin = time.perf_counter()
-            outputs = _run(llm, prompts, workload.output_len)
+            outputs = answer(llm, prompts, workload.output_len)
             seconds.append(time.perf_counter() - begin)
             digests.append(output_digest(outputs))
-    median = statistics.median(seconds)
-    inputs, outputs_total = workload.num_prompts * workload.input_len, workload.num_prompts * workload.output_len
+            say(f"run {run + 1} of {workload.runs}: {seconds[-1]:.2f} s")
+        memory = peak_rss_mib()
+    on_cpu = args.device == "cpu"
     return {
         "benchmark": "throughput",
+        "comparable": not on_cpu,
+        "comparable_reason": "measured on a CPU; compare only with runs on the same machine" if on_cpu else None,
         "environment": environment(),
+        "model": {"name": Path(args.model).name, "model_type": model.model_type},
         "layout": {
-            "executor": executor,
+            "executor": llm.executor,
+            "num_workers": args.num_workers,
             "tensor_parallel_size": args.tensor_parallel_size,
             "data_parallel_size": args.data_parallel_size,
             "replicas": args.replicas,
-            "num_threads_per_worker": args.num_threads_per_worker,
         },
         "engine": asdict(args),
         "workload": asdict(workload),
-        "startup_seconds": round(startup_s, 3),
-        "warmup": "a quarter of the prompts, not counted",
-        "runs": [round(s, 4) for s in seconds],
-        "seconds": {"median": round(median, 4), "min": round(min(seconds), 4), "max": round(max(seconds), 4)},
-        "tokens_per_second": {
-            "input": round(inputs / median, 1),
-            "output": round(outputs_total / median, 1),
-            "total": round((inputs + outputs_total) / median, 1),
+        "warmup": {"num_prompts": len(warm_up), "counted": False},
+        "startup": {
+            "seconds": round(startup_s, 3),
+            "phases": [asdict(phase) | {"seconds": round(phase.seconds, 3)} for phase in phases],
         },
-        "peak_rss_mib": peak_rss_mib(),
+        "results": results(workload, args.num_workers, seconds),
+        "peak_rss_mib": memory,
         "output_digests": digests,
-        "comparable": False,
-        "comparable_reason": "measured on a CPU",
     }
 
 
-def _run(llm: LLM, prompts: list[list[int]], output_len: int) -> list[RequestOutput]:
+def answer(llm: LLM, prompts: Sequence[Sequence[int]], output_len: int) -> list[RequestOutput]:
+    """Greedy continuations of exactly `output_len` tokens; RuntimeError if a row has another number."""
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
-    for output in outputs:
-        if len(output.outputs[0].token_ids) != output_len:
-            raise RuntimeError(f"a row gave {len(output.outputs[0].token_ids)} tokens instead of {output_len}")
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
+    for number, output in enumerate(outputs):
+        (completion,) = output.outputs
+        if len(completion.token_ids) != output_len:
+            reason = completion.error or completion.finish_reason
+            raise RuntimeError(f"row {number} has {len(completion.token_ids)} tokens, not {output_len} ({reason})")
     return outputs
 
 
-def output_digest(outputs: list[RequestOutput]) -> str:
-    """SHA-256 over the token ids of all continuations, in order: equal for every layout."""
+def results(workload: Workload, num_workers: int, seconds: Sequence[float]) -> dict[str, Any]:
+    """Seconds and rates of the runs, each as median, min and max, with the values of every run."""
+    num_input = workload.num_prompts * workload.input_len
+    num_output = workload.num_prompts * workload.output_len
+    figures: dict[str, Any] = {
+        "num_input_tokens": num_input,
+        "num_output_tokens": num_output,
+        "seconds": _spread(seconds),
+    }
+    for name, num_tokens in (("input", num_input), ("output", num_output), ("total", num_input + num_output)):
+        figures[f"{name}_tokens_per_s"] = _spread([num_tokens / s for s in seconds])
+        figures[f"{name}_tokens_per_s_per_worker"] = _spread([num_tokens / s / num_workers for s in seconds])
+    return figures
+
+
+def output_digest(outputs: Sequence[RequestOutput]) -> str:
+    """`sha256:<hex>` over the token ids of all continuations, in order: equal for every layout."""
     digest = hashlib.sha256()
     for output in outputs:
         for completion in output.outputs:
-            digest.update(struct.pack(f"<{len(completion.token_ids)}q", *completion.token_ids))
+            digest.update(struct.pack(f"<{len(completion.token_ids)}I", *completion.token_ids))
     return f"sha256:{digest.hexdigest()}"
 
 
-def environment() -> dict[str, Any]:
-    """What a reader needs to judge the numbers."""
-    from shoal.kernels.build import isa
-
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "kernels": isa(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
-    }
-
-
-def peak_rss_mib() -> int:
-    """Largest resident size of this process and of its largest finished child, in MiB."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round((own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024)
-
-
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write the report as indented JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+def table(report: dict[str, Any]) -> str:
+    """The report for a person: one line per figure."""
+    workload, layout, figures = report["workload"], report["layout"], report["results"]
+    memory, startup = report["peak_rss_mib"], report["startup"]
+    what = f"{workload['num_prompts']} prompts, {workload['input_len']} tokens in, {workload['output_len']} out"
+    sizes = f"tensor parallel {layout['tensor_parallel_size']}, data parallel {layout['data_parallel_size']}"
+    lines = [
+        f"{report['model']['name']}: {what}, {workload['runs']} runs",
+        f"{layout['num_workers']} workers ({layout['executor']}): {sizes}, replicas {layout['replicas']}",
+        f"{'':30}{'median':>10}{'min':>10}{'max':>10}",
+    ]
+    for name in ("seconds", "input_tokens_per_s", "output_tokens_per_s", "total_tokens_per_s"):
+        lines.append(_row(name, figures[name]))
+    lines.append(_row("output_tokens_per_s_per_worker", figures["output_tokens_per_s_per_worker"]))
+    workers = ", ".join(str(mib) for mib in memory["workers"])
+    peak = f"{memory['driver']} MiB" + (f", of the workers {workers} MiB" if workers else "")
+    lines.append(f"start-up {startup['seconds']:.1f} s; peak memory of this process {peak}")
+    if not report["comparable"]:
+        lines.append(f"not comparable: {report['comparable_reason']}")
+    return "\n".join(lines)
 
 
-def _cpu_model() -> str:
-    with open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+def _row(name: str, spread: dict[str, Any]) -> str:
+    label = name.replace("_per_s", "/s").replace("_per_", " per ").replace("_", " ")
+    return f"{label:30}" + "".join(f"{spread[key]:10.2f}" for key in ("median", "min", "max"))
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    kept = [round(value, 4) for value in values]
+    return {"median": round(statistics.median(values), 4), "min": min(kept), "max": max(kept), "runs": kept}

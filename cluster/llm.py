@@ -62,6 +62,8 @@ class LLM:
             return InProcessEngine(args, on_phase=on_phase, engine_factory=engine_factory)
 
         self.args = args
+        self.executor = executor
+        """The one that runs: "ray" or "inprocess"."""
         self.tokenizer = Tokenizer.from_pretrained(args.model)
         self._prompts = None if self.tokenizer is None else ModelPrompts(self.tokenizer)
         self._engines = EngineThread(start)
