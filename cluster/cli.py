@@ -1,8 +1,8 @@
 """The command line. Only click is imported here: torch and Ray are loaded by the commands that need them.
 
-Exit status: 0 all rows are fine, 2 usage or configuration, 3 more rows failed than --max-errors allows, 4 the cluster
-cannot hold the layout, 5 the engines failed, 75 stopped or no room on the disk, 130 Ctrl-C. After 3 (with --on-error
-fail), 5, 75 and 130 the same command resumes.
+Exit status: 0 all rows are fine, 1 the answers of the demo differ, 2 usage or configuration, 3 more rows failed than
+--max-errors allows, 4 the cluster cannot hold the layout, 5 the engines failed, 75 stopped or no room on the disk,
+130 Ctrl-C. After 3 (with --on-error fail), 5, 75 and 130 the same `shoal batch` resumes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
@@ -96,11 +96,77 @@ def validate(input: str, **options: Any) -> None:
     """Check every row of INPUT.jsonl against a model, without loading its weights. Exit status 3: a row is bad."""
 
     def run() -> int:
-        from .batch import validate as run_validate
         from .engine_args import EngineArgs
+        from .validate import validate as run_validate
 
         args = EngineArgs.from_dict(_given(options))
         return run_validate(Path(input), args, sampling={}, thinking=False, stdout=sys.stdout, stderr=sys.stderr)
+
+    finish(run)
+
+
+@main.command()
+@click.option(
+    "--output", "-o", metavar="DIR", type=click.Path(path_type=Path), default="demo-output", show_default=True
+)
+@click.option("--tensor-parallel-size", "-tp", type=int, metavar="N", default=2, show_default=True)
+@click.option("--data-parallel-size", "-dp", type=int, metavar="N", default=1, show_default=True)
+def demo(output: Path, tensor_parallel_size: int, data_parallel_size: int) -> None:
+    """Answer real prompts on Ray workers and in one process, and compare every token.
+
+    The model is written by the demo: DeepSeek-V3.2's architecture, small, with random weights.
+    """
+
+    def run() -> int:
+        from .demo import demo as run_demo
+
+        return run_demo(
+            output,
+            tensor_parallel_size=tensor_parallel_size,
+            data_parallel_size=data_parallel_size,
+            stdout=sys.stdout,
+            stderr=sys.stderr,
+        )
+
+    finish(run)
+
+
+@main.group()
+def bench() -> None:
+    """Measure a model on this machine or cluster."""
+
+
+@bench.command()
+@engine_options
+@click.option("--num-prompts", type=int, metavar="N", default=64, show_default=True, help="Requests of a run.")
+@click.option("--input-len", type=int, metavar="N", default=256, show_default=True, help="Tokens of a prompt.")
+@click.option("--output-len", type=int, metavar="N", default=64, show_default=True, help="Tokens of an answer.")
+@click.option("--runs", type=int, metavar="N", default=3, show_default=True, help="Measured runs after the warm-up.")
+@click.option(
+    "--executor", type=click.Choice(["auto", "ray", "inprocess"]), default="auto", show_default=True, help="Where."
+)
+@click.option("--output", "-o", metavar="FILE.json", type=click.Path(path_type=Path), help="Write all figures there.")
+def throughput(
+    num_prompts: int,
+    input_len: int,
+    output_len: int,
+    runs: int,
+    executor: Literal["auto", "ray", "inprocess"],
+    output: Path | None,
+    **options: Any,
+) -> None:
+    """Tokens per second for random prompts of one length that are all there at the start."""
+
+    def run() -> int:
+        from .bench import Workload
+        from .bench import throughput as run_throughput
+        from .engine_args import EngineArgs
+
+        args = EngineArgs.from_dict(_given(options))
+        workload = Workload(
+            num_prompts=num_prompts, input_len=input_len, output_len=output_len, runs=runs, seed=args.seed
+        )
+        return run_throughput(args, workload, executor=executor, output=output, stdout=sys.stdout, stderr=sys.stderr)
 
     finish(run)
 

@@ -68,7 +68,7 @@ def test_the_help_loads_neither_torch_nor_ray() -> None:
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["bacth"], "Did you mean 'batch'?"),
+        (["validat"], "Did you mean 'validate'?"),
         (["batch", "--replica", "2"], "--replicas"),
         (["batch", "x.jsonl", "--dtype", "fp8"], "is not one of 'auto', 'float32', 'bfloat16'"),
     ],
@@ -185,6 +185,14 @@ def test_validate_prints_bad_rows(tmp_path: Path, model_dir: Path) -> None:
     assert lines[21] == "32 rows, 31 bad, 3 prompt tokens, the longest prompt has 3"
     assert lines[22] == "  prompts of <=4 tokens: 1"
     assert invoke("validate", write_rows(source, {"prompt": "x"}), "--model", model_dir).exit_code == 0
+
+
+def test_validate_needs_no_ray(tmp_path: Path, model_dir: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", {"prompt": "x"})
+    code = "import sys; sys.modules['ray'] = None; from shoal.cluster.cli import main; main()"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / ".src")}
+    command = [sys.executable, "-c", code, "validate", str(source), "--model", str(model_dir)]
+    assert subprocess.run(command, env=env, check=False).returncode == 0
 
 
 def test_an_unfinished_job_says_how_to_resume() -> None:
