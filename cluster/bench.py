@@ -174,7 +174,7 @@ def table(report: dict[str, Any]) -> str:
     sizes = f"tensor parallel {layout['tensor_parallel_size']}, data parallel {layout['data_parallel_size']}"
     lines = [
         f"{report['model']['name']}: {what}, {workload['runs']} runs",
-        f"{layout['num_workers']} workers ({layout['executor']}): {sizes}, replicas {layout['replicas']}",
+        f"workers {layout['num_workers']} ({layout['executor']}): {sizes}, replicas {layout['replicas']}",
         f"{'':30}{'median':>10}{'min':>10}{'max':>10}",
     ]
     for name in ("seconds", "input_tokens_per_s", "output_tokens_per_s", "total_tokens_per_s"):

@@ -31,16 +31,16 @@ def environment() -> dict[str, Any]:
 
 
 def peak_rss_mib() -> dict[str, Any]:
-    """Largest resident sizes so far, in MiB, of this process and of the Ray actors that descend from it.
+    """Largest resident sizes so far, in MiB, of this process and of the Ray workers that descend from it.
 
     Pages that processes share count in each of them.
     """
     own = os.getpid()
     parents = {pid: int(parent) for pid in _pids() if (parent := _first_value(_status(pid), "PPid"))}
-    actors = [pid for pid in parents if _descends(pid, own, parents) and _is_ray_actor(pid)]
+    workers = [pid for pid in parents if _descends(pid, own, parents) and _is_worker(pid)]
     return {
         "driver": _peak_mib(own),
-        "workers": sorted((_peak_mib(pid) for pid in actors), reverse=True),
+        "workers": sorted((_peak_mib(pid) for pid in workers), reverse=True),
         "covers": "this process and its Ray workers on this node; workers of a cluster that it joined are not seen",
     }
 
@@ -57,10 +57,9 @@ def _descends(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
     return False
 
 
-def _is_ray_actor(pid: int) -> bool:
-    """Ray names a process after the actor in it; one that waits for work is ray::IDLE."""
-    name = _read(Path(f"/proc/{pid}/cmdline"))
-    return name.startswith("ray::") and not name.startswith("ray::IDLE")
+def _is_worker(pid: int) -> bool:
+    """Ray names a process after the actor in it and what it does: ray::Worker.run."""
+    return _read(Path(f"/proc/{pid}/cmdline")).startswith("ray::Worker")
 
 
 def _peak_mib(pid: int) -> int:

@@ -129,10 +129,10 @@ def test_failed_engines_exit_5(model: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert stderr.getvalue() == "error: the engines failed: rank 1: lost\n"
 
 
-def test_peak_memory_counts_the_ray_actors_below_this_process() -> None:
+def test_peak_memory_counts_the_ray_workers_below_this_process() -> None:
     before = peak_rss_mib()
     assert abs(before["driver"] - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024) <= 16
-    names = ("ray::Worker.run", "ray::IDLE", "sleep")
+    names = ("ray::Worker.run", "ray::DashboardAgent", "sleep")
     children = [subprocess.Popen([name, "60"], executable="/bin/sleep") for name in names]
     try:
         assert len(peak_rss_mib()["workers"]) == len(before["workers"]) + 1
