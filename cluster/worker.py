@@ -97,6 +97,7 @@ EngineFactory = Callable[[WorkerSpec, StartReport], EngineLike]
 
 def build_engine(spec: WorkerSpec, report: StartReport) -> EngineLike:
     """Join the other ranks, then load this rank's part of the model; reports the seconds of both."""
+    from shoal.kernels.build import load_library
     from shoal.parallel.groups import init_groups, single_process_groups
     from shoal.runtime.engine import Engine  # here, so that a stub needs no model code
 
@@ -112,6 +113,10 @@ def build_engine(spec: WorkerSpec, report: StartReport) -> EngineLike:
             parallel, spec.rank, store, device=device, timeout_s=args.collective_timeout_s, hostname=node_address()
         )
     report.phases["groups"] = time.monotonic() - start
+    if args.device == "cpu" and args.kernel_backend != "reference":
+        start = time.monotonic()
+        load_library()  # compiled once per machine
+        report.phases["kernels"] = time.monotonic() - start
     start = time.monotonic()
     engine = Engine(args.model, args.to_engine_config(), groups, on_phase=report.notices.append)
     report.phases["weights"] = time.monotonic() - start

@@ -138,7 +138,10 @@ def connect_mesh(
             sockets[peer] = connection
         while len(sockets) < size - 1:
             listener.settimeout(_remaining(deadline))
-            connection, _ = listener.accept()
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue  # _remaining says what is missing
             caller = _read_hello(connection, key)
             if caller is None or not rank < caller < size or caller in sockets:
                 connection.close()

@@ -84,15 +84,7 @@ class Engine:
                 f"max_model_len {wanted_len} is above the model's max_position_embeddings "
                 f"({self.model_config.max_position_embeddings})"
             )
-        with Checkpoint(model_dir) as checkpoint:
-            leftovers = set(checkpoint.check_names(expected_tensors(self.model_config)))
-            mtp = set(checkpoint.mtp_names(self.model_config))
-            if mtp:
-                on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
-            if unused := sorted(leftovers - mtp):
-                on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
-            fingerprint = checkpoint.fingerprint
-            model = DeepseekModel(self.model_config, checkpoint, groups, dtype=dtype, max_model_len=wanted_len)
+        model, fingerprint = self._load(model_dir, dtype, wanted_len, on_phase)
         num_blocks = self._num_kv_blocks(config, specs, dtype, wanted_len)
         self.max_model_len = min(wanted_len, num_blocks * config.block_size)
         if config.max_model_len is not None and self.max_model_len < wanted_len:
@@ -244,7 +236,21 @@ class Engine:
         scored = self.sampler.prompt_logprobs(logits[: len(following)], following, k)
         state.prompt_logprobs.extend(self.processor.decoded(token.logprobs or {}) for token in scored)
 
-    # -- sizes ---------------------------------------------------------------------------------------------------
+    # -- construction --------------------------------------------------------------------------------------------
+
+    def _load(
+        self, model_dir: str | Path, dtype: torch.dtype, max_len: int, on_phase: OnPhase
+    ) -> tuple[DeepseekModel, str]:
+        """This rank's part of the model, and what tells its checkpoint from others."""
+        with Checkpoint(model_dir) as checkpoint:
+            leftovers = set(checkpoint.check_names(expected_tensors(self.model_config)))
+            mtp = set(checkpoint.mtp_names(self.model_config))
+            if mtp:
+                on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
+            if unused := sorted(leftovers - mtp):
+                on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
+            model = DeepseekModel(self.model_config, checkpoint, self.groups, dtype=dtype, max_model_len=max_len)
+            return model, checkpoint.fingerprint
 
     def _num_kv_blocks(self, config: EngineConfig, specs: list[RecordSpec], dtype: torch.dtype, max_len: int) -> int:
         """Blocks of this attention group: as asked for, or what its sequences can use and its memory can hold."""

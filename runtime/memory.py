@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated without swapping or failing, as the operating system or the driver sees it."""
+    """Bytes that can still be allocated without swapping or failing: of the device, or of this machine or container."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(min(int(line.split()[1]) * 1024, container_memory()))
     raise RuntimeError("/proc/meminfo has no MemAvailable line; set num_kv_blocks")
+
+
+def container_memory(cgroup: Path = CGROUP) -> float:
+    """Bytes that the control group of this container still allows; infinity without a limit."""
+    limit, used = cgroup / "memory.max", cgroup / "memory.current"
+    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
+        return float("inf")
+    return max(0, int(limit.read_text()) - int(used.read_text()))

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
+
+from shoal.parallel.transport import SocketMesh, connect_mesh
+
+HEADER = 16
+
+
+def on_threads(size: int, work: Callable[[int], Any]) -> list[Any]:
+    """`work(rank)` of every rank on a thread of its own; exceptions are results."""
+    results: list[Any] = [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(rank)
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "a rank hangs"
+    return results
+
+
+def connect(store: Store, rank: int, size: int, timeout_s: float = 10.0) -> SocketMesh:
+    deadline = time.monotonic() + timeout_s
+    return connect_mesh(store, rank, size, hostname="127.0.0.1", header_bytes=HEADER, deadline=deadline)
+
+
+def swap(mesh: SocketMesh, payloads: dict[int, bytes], timeout_s: float = 10.0) -> dict[int, bytes]:
+    """Send every peer its payload behind a header that says how long it is; what the peers sent."""
+    received: dict[int, bytearray] = {}
+
+    def on_header(peer: int, header: bytes) -> memoryview:
+        received[peer] = bytearray(int.from_bytes(header, "little"))
+        return memoryview(received[peer])
+
+    messages = {peer: (len(data).to_bytes(HEADER, "little"), memoryview(data)) for peer, data in payloads.items()}
+    mesh.exchange(messages, on_header, time.monotonic() + timeout_s)
+    return {peer: bytes(data) for peer, data in received.items()}
+
+
+def test_messages_of_any_size_cross_in_both_directions() -> None:
+    store = HashStore()
+    sizes = [0, 1, 100_000, 20_000_000]  # the last fills the buffers of both connections at once
+
+    def work(rank: int) -> list[bool]:
+        mesh = connect(store, rank, 3)
+        same = []
+        for size in sizes:
+            got = swap(mesh, {peer: bytes([10 * rank + peer]) * (size + rank) for peer in range(3) if peer != rank})
+            same.append(got == {p: bytes([10 * p + rank]) * (size + p) for p in range(3) if p != rank})
+        return same
+
+    assert on_threads(3, work) == [[True] * len(sizes)] * 3
+
+
+def test_strangers_are_turned_away() -> None:
+    store = HashStore()
+
+    def work(rank: int) -> Any:
+        if rank == 0:
+            return swap(connect(store, 0, 2), {1: b"from 0"})
+        host, _, port = store.get("address/0").decode().rpartition(":")
+        for hello in (b"", b"GET / HTTP/1.1\r\n\r\n" + bytes(100), b"shoal-t1" + bytes(40)):
+            with socket.create_connection((host, int(port))) as stranger, contextlib.suppress(OSError):
+                stranger.sendall(hello)
+                stranger.shutdown(socket.SHUT_WR)
+        return swap(connect(store, 1, 2), {0: b"from 1"})
+
+    assert on_threads(2, work) == [{1: b"from 1"}, {0: b"from 0"}]
+
+
+def test_a_peer_that_does_not_come_is_a_timeout() -> None:
+    with pytest.raises(TimeoutError, match="did not connect"):
+        connect(HashStore(), 0, 2, timeout_s=0.2)
+
+
+def test_silence_is_a_timeout_and_a_closed_peer_a_connection_error() -> None:
+    store = HashStore()
+    silent = threading.Event()
+
+    def work(rank: int) -> Any:
+        mesh = connect(store, rank, 2)
+        if rank == 1:
+            silent.wait(10)
+            mesh.shut_down()
+            return None
+        with pytest.raises(TimeoutError):
+            swap(mesh, {1: b"x"}, timeout_s=0.2)
+        silent.set()
+        with pytest.raises(ConnectionError):
+            swap(mesh, {1: b"x"})
+        return None
+
+    assert on_threads(2, work) == [None, None]
