@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,9 +102,11 @@ def connect(address: str | None, *, num_cpus: int, insecure: bool = False) -> Ra
     if ray.is_initialized():
         cluster = RayCluster(embedded=False, owned=False)
     elif address is None and "RAY_ADDRESS" not in os.environ:
-        cluster = _start_embedded(num_cpus)
+        with signals_deferred():
+            cluster = _start_embedded(num_cpus)
     else:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        with signals_deferred():
+            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
         cluster = RayCluster(embedded=False, owned=True)
     if not insecure and not authentication_enabled() and len(nodes()) > 1:
         cluster.close()
@@ -110,6 +115,29 @@ def connect(address: str | None, *, num_cpus: int, insecure: bool = False) -> Ra
             "code on it; start it with RAY_AUTH_MODE=token (the default since Ray 2.60), or pass insecure"
         )
     return cluster
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM while Ray connects, which an exception in the middle would crash; then deliver them.
+
+    Only the main thread receives signals; on another one this does nothing. Ray's own handlers are gone afterwards.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda signum, _frame: arrived.append(signum))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
 
 
 def _start_embedded(num_cpus: int) -> RayCluster:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,3 +177,20 @@ def test_a_ray_job_joins_its_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert connect("10.0.0.2:6379", num_cpus=8).owned
     assert [options["address"] for options in seen] == ["auto", "10.0.0.2:6379"]
     assert all("num_cpus" not in options for options in seen)
+
+
+def test_a_signal_during_the_connection_is_delivered_after_it() -> None:
+    reached = []
+
+    def connecting() -> None:
+        with ray_cluster.signals_deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as ray.init installs a handler of its own
+            time.sleep(0.01)
+            reached.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        connecting()
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
