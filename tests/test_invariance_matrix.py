@@ -20,8 +20,6 @@ from tests.parallel.spawn import run_ranks
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "invariance.md"
 MODELS = [(m, d) for m in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa") for d in ("float32", "bfloat16")]
-MODELS_ON_RANKS = [("deepseek_v3", "float32"), ("deepseek_v32", "float32"), ("deepseek_v32", "bfloat16")]
-"""Starting processes dominates; these cover both dtypes, dense and sparse attention."""
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "one after another": {"order": "alone"},
@@ -109,11 +107,11 @@ def test_the_answer_does_not_depend_on_how_it_is_computed(tmp_path: Path) -> Non
                 rows = run_point(point, model_dir, dtype, single_process_groups())
                 cells.setdefault((layout, name), {})[f"{model_type} {dtype}"] = differing(rows, base)
 
-    models = [(tmp_path / f"{m}-{d}", d) for m, d in MODELS_ON_RANKS]
+    models = [(tmp_path / f"{m}-{d}", d) for m, d in MODELS]
     names = [(layout, schedule) for layout in LAYOUTS for schedule in SCHEDULES_ON_RANKS]
     points = [Point(f"{a}, {b}", **LAYOUTS[a], **SCHEDULES_ON_RANKS[b]) for a, b in names]
     per_rank = run_ranks(run_points_on_rank, 4, models, points, timeout_s=900.0)
-    for index, model in enumerate(MODELS_ON_RANKS):
+    for index, model in enumerate(MODELS):
         for number, cell in enumerate(names):
             rows = {row: value for rank in per_rank for row, value in rank[index][number].items()}
             cells.setdefault(cell, {})[" ".join(model)] = differing(rows, expected[model])
