@@ -39,7 +39,8 @@ class KVCache:
         self.specs = specs
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.records = [torch.zeros(num_blocks * block_size, spec.width, dtype=dtype, device=device) for spec in specs]
+        # Not filled: pages that no token uses are never touched, and attention reads written slots only.
+        self.records = [torch.empty(num_blocks * block_size, spec.width, dtype=dtype, device=device) for spec in specs]
 
     def write(self, layer: int, slot_mapping: Tensor, record: Tensor) -> None:
         """Store `record` [T, width] in the slots of its tokens ([T] int64)."""
