@@ -27,13 +27,13 @@ MIN_PARALLEL_WORK = 2**19
 
 
 def find_compiler() -> str:
-    """Path of the C++ compiler: $CXX, else g++, c++ or clang++; RuntimeError when there is none."""
+    """Path of the C++ compiler: $CXX, else g++, c++ or clang++; ValueError when there is none."""
     chosen = os.environ.get("CXX")
     for name in (chosen,) if chosen else ("g++", "c++", "clang++"):
         path = shutil.which(name)
         if path is not None:
             return path
-    raise RuntimeError(
+    raise ValueError(
         f"no C++ compiler found ({f'CXX={chosen}' if chosen else 'tried g++, c++, clang++'}): the CPU kernels are "
         'compiled at first use. Install g++, set CXX, or choose the "reference" kernels (not invariant)'
     )
