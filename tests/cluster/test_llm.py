@@ -279,6 +279,6 @@ def test_four_ranks_on_ray_give_the_bits_of_one_process(tmp_path: Path) -> None:
     ) as llm:
         outputs = llm.generate(prompts, params)
     assert not ray.is_initialized()
-    assert phases == ["ray", "placement", "workers", "groups", "weights", "ready"]
+    assert phases == ["ray", "placement", "workers", "groups", "kernels", "weights", "ready"]
     assert [pack_output(output) for output in outputs] == [pack_output(output) for output in reference]
     assert len({tuple(ids) for ids in tokens(outputs)}) == 6
