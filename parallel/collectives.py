@@ -138,7 +138,7 @@ class Communicator:
     def all_to_all_bytes(self, segments: Sequence[Tensor], *, layer: int, op: str) -> list[Tensor]:
         """Send `segments[r]` (uint8, one dimension, any length) to rank r; return what each rank sent here.
 
-        The lengths need not be known: the frames carry them, so this is still one exchange.
+        The lengths need not be known: the headers carry them, so this is still one exchange.
         """
         assert len(segments) == self.size
         if self.size == 1:
@@ -201,7 +201,7 @@ class Communicator:
         expected = None if recvs is None else [t.numel() for t in recvs]
         if self._nccl is None:
             return self._exchange(self._call(kind, layer, op, dtype, sends, expected), recvs)
-        # On a GPU the frames carry the sizes, which are compared before any byte moves.
+        # On a GPU the messages carry the sizes, which are compared before any byte moves.
         sizes = [_as_bytes(torch.tensor([t.numel()])) for t in sends]
         call = self._call(kind, layer, op, dtype, sizes, None)
         announced = [int(t.view(torch.int64)) for t in self._exchange(call, None)]
@@ -279,7 +279,7 @@ class Communicator:
         return f"rank {self.rank} of {self.size} in group '{self.name}'"
 
     def _diagnose(self, call: _Call, error: Exception, *, late: bool) -> CollectiveError:
-        """What went wrong in `call`, as far as frames and store tell; ends the group."""
+        """What went wrong in `call`, as far as headers and store tell; ends the group."""
         if self._closed is not None:
             return CollectiveError(f"{self._who()} left {call}: {self._closed}")
         entered = [peer for peer in call.peers if self._heard(peer) == self._sequence]
