@@ -34,7 +34,13 @@ class InProcessEngine:
         num_threads = args.num_threads_per_worker or num_cores()
         torch.set_num_threads(num_threads)
         spec = WorkerSpec(
-            args=args, rank=0, store_host="", store_port=0, num_threads=num_threads, engine_factory=engine_factory
+            args=args,
+            rank=0,
+            store_host="",
+            store_port=0,
+            num_threads=num_threads,
+            dedicated_cores=False,
+            engine_factory=engine_factory,
         )
         report = StartReport()
         self._engine = resolve_factory(engine_factory)(spec, report)

@@ -304,10 +304,25 @@ def _placement(group: PlacementGroup) -> Placement:
     return Placement(group, tuple(by_rank[rank] for rank in range(len(by_rank))))
 
 
-def threads_per_worker(
-    placements: Sequence[Placement], available: Sequence[Node], *, embedded: bool
-) -> list[list[int]]:
-    """Per replica and rank: the cores of the worker's node divided by the workers on it, at least 1."""
+@dataclass(frozen=True, slots=True)
+class CoreShare:
+    """What a worker gets of its node's cores."""
+
+    num_threads: int
+    dedicated: bool
+    """Whether the node has a core for every thread of every worker on it."""
+
+
+def core_shares(
+    placements: Sequence[Placement], available: Sequence[Node], *, embedded: bool, num_threads: int | None = None
+) -> list[list[CoreShare]]:
+    """Per replica and rank: `num_threads`, by default the node's cores divided by the workers on it, at least 1."""
     everyone = [node_id for placement in placements for node_id in placement.node_ids]
     cores = {node.node_id: num_cores() if embedded else int(node.num_cpus) for node in available}
-    return [[max(1, cores[node_id] // everyone.count(node_id)) for node_id in p.node_ids] for p in placements]
+
+    def share(node_id: str) -> CoreShare:
+        workers = everyone.count(node_id)
+        threads = num_threads or max(1, cores[node_id] // workers)
+        return CoreShare(threads, dedicated=workers * threads <= cores[node_id])
+
+    return [[share(node_id) for node_id in placement.node_ids] for placement in placements]

@@ -18,7 +18,7 @@ from shoal.runtime.types import Request, RequestOutput
 from shoal.runtime.validation import RequestLimits, max_output_tokens
 
 from .engine_args import EngineArgs
-from .ray_cluster import Layout, Placement
+from .ray_cluster import CoreShare, Layout, Placement
 from .wire import pack_request, unpack_output
 from .worker import BUILD_ENGINE, StartReport, Worker, WorkerFailure, WorkerSpec
 
@@ -108,7 +108,7 @@ class Replica:
         layout: Layout,
         placement: Placement,
         *,
-        num_threads: Sequence[int],
+        cores: Sequence[CoreShare],
         host: str,
         engine_factory: str = BUILD_ENGINE,
     ) -> None:
@@ -127,7 +127,8 @@ class Replica:
                     rank=rank,
                     store_host=host,
                     store_port=self._store.port,
-                    num_threads=num_threads[rank],
+                    num_threads=cores[rank].num_threads,
+                    dedicated_cores=cores[rank].dedicated,
                     engine_factory=engine_factory,
                 ),
                 layout,

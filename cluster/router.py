@@ -19,10 +19,10 @@ from .ray_cluster import (
     RayCluster,
     check_fits,
     connect,
+    core_shares,
     node_address,
     nodes,
     place,
-    threads_per_worker,
 )
 from .replica import OnPhase, Phase, Replica, num_tokens_at_most, poll_replicas
 from .worker import BUILD_ENGINE, StartReport
@@ -122,14 +122,11 @@ def start_engines(args: EngineArgs, *, on_phase: OnPhase | None = None, engine_f
 def _create_replicas(
     args: EngineArgs, layout: Layout, placements: Sequence[Placement], *, embedded: bool, engine_factory: str
 ) -> list[Replica]:
-    if args.num_threads_per_worker is None:
-        threads = threads_per_worker(placements, nodes(), embedded=embedded)
-    else:
-        threads = [[args.num_threads_per_worker] * layout.parallel.world_size for _ in placements]
+    shares = core_shares(placements, nodes(), embedded=embedded, num_threads=args.num_threads_per_worker)
     host = node_address()
     return [
-        Replica(args, layout, placement, num_threads=num_threads, host=host, engine_factory=engine_factory)
-        for placement, num_threads in zip(placements, threads, strict=True)
+        Replica(args, layout, placement, cores=cores, host=host, engine_factory=engine_factory)
+        for placement, cores in zip(placements, shares, strict=True)
     ]
 
 

@@ -30,6 +30,8 @@ from .wire import WireError, pack_output, unpack_request
 BUILD_ENGINE = "shoal.cluster.worker:build_engine"
 IDLE_WAIT_S = 0.01
 """How long an idle rank waits for a request before it asks the others again; bounds the delay of a first token."""
+BUSY_WAIT_S = 0.002
+"""How long a rank with its own cores watches for a message before it sleeps: most ranks of a step are less apart."""
 MAX_POLL_BYTES = 32 << 20
 """A poll returns at most this much, and at least one output."""
 
@@ -65,6 +67,8 @@ class WorkerSpec:
     store_host: str
     store_port: int
     num_threads: int
+    dedicated_cores: bool
+    """Whether the node has a core for every thread of every worker on it."""
     engine_factory: str
     """`module:function` with the signature of `build_engine`, resolved inside the worker."""
 
@@ -110,7 +114,13 @@ def build_engine(spec: WorkerSpec, report: StartReport) -> EngineLike:
         store = TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timeout, wait_for_workers=False)
         device = torch.device(args.device)
         groups = init_groups(
-            parallel, spec.rank, store, device=device, timeout_s=args.collective_timeout_s, hostname=node_address()
+            parallel,
+            spec.rank,
+            store,
+            device=device,
+            timeout_s=args.collective_timeout_s,
+            hostname=node_address(),
+            busy_wait_s=BUSY_WAIT_S if spec.dedicated_cores else 0.0,
         )
     report.phases["groups"] = time.monotonic() - start
     if args.device == "cpu" and args.kernel_backend != "reference":

@@ -43,10 +43,9 @@ def experts_mlp(x: Tensor, num_tokens_per_expert: Tensor, gate_up: PackedWeight,
     counts = num_tokens_per_expert
     if counts.dtype != torch.int64 or not counts.is_cpu or counts.shape != (experts,):
         raise ValueError(f"num_tokens_per_expert must be [{experts}] int64 on the CPU, got {list(counts.shape)}")
-    if x.dim() != 2 or bool((counts < 0).any()) or int(counts.sum()) != x.shape[0]:
-        raise ValueError(
-            f"x is {list(x.shape)} but num_tokens_per_expert is {counts.tolist()}: it must sum to x's rows"
-        )
+    per_expert = counts.tolist()
+    if x.dim() != 2 or min(per_expert, default=0) < 0 or sum(per_expert) != x.shape[0]:
+        raise ValueError(f"x is {list(x.shape)} but num_tokens_per_expert is {per_expert}: it must sum to x's rows")
     y: Tensor = implementation("experts_mlp", gate_up.backend)(x, counts, gate_up, down)
     return y
 
@@ -63,7 +62,7 @@ def combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
         raise ValueError(
             f"combine_topk: y {list(y.shape)}, row_of {list(row_of.shape)}, weights {list(topk_weights.shape)}"
         )
-    if row_of.numel() and not -1 <= int(row_of.min()) <= int(row_of.max()) < y.shape[0]:
+    if row_of.numel() and not -1 <= (limits := [int(x) for x in row_of.aminmax()])[0] <= limits[1] < y.shape[0]:
         raise ValueError(f"combine_topk: row_of must lie in [-1, {y.shape[0]}), the rows of y")
     out: Tensor = implementation("combine_topk")(y, row_of, topk_weights)
     return out

@@ -75,11 +75,13 @@ def init_groups(
     device: torch.device | None = None,
     timeout_s: float = 60.0,
     hostname: str | None = None,
+    busy_wait_s: float = 0.0,
 ) -> ParallelGroups:
     """Connect this rank to its peers; every rank of the replica calls it with the same `config` and `epoch`.
 
     `store` must outlive the ranks; keys are kept under the epoch and the group's name, so an epoch is used once.
     `hostname` is the address that this rank listens on and that its peers reach, 127.0.0.1 by default.
+    `busy_wait_s` is for ranks that have their cores to themselves: how long to watch for a message before sleeping.
     `timeout_s` bounds one collective, and forming a group where it is above MIN_CREATION_TIMEOUT_S.
     Raises CollectiveError when the peers do not come.
     """
@@ -96,7 +98,9 @@ def init_groups(
         if len(ranks) == 1:
             return Communicator(name=name, epoch=epoch, timeout_s=timeout_s)
         try:
-            mesh, nccl = _create_backends(PrefixStore(name, epoch_store), own, len(ranks), device, hostname, timeout_s)
+            mesh, nccl = _create_backends(
+                PrefixStore(name, epoch_store), own, len(ranks), device, hostname, timeout_s, busy_wait_s
+            )
         except (RuntimeError, OSError) as error:
             raise CollectiveError(
                 f"rank {rank} could not form group '{name}' of ranks {ranks} in epoch {epoch}: {error}"
@@ -124,7 +128,7 @@ def init_groups(
 
 
 def _create_backends(
-    store: Store, rank: int, size: int, device: torch.device, hostname: str, timeout_s: float
+    store: Store, rank: int, size: int, device: torch.device, hostname: str, timeout_s: float, busy_wait_s: float
 ) -> tuple[SocketMesh, NcclBackend | None]:
     """The one place that chooses backends: sockets for headers and host memory, with NCCL for tensors on a GPU."""
     timeout_s = max(MIN_CREATION_TIMEOUT_S, timeout_s)
@@ -136,6 +140,7 @@ def _create_backends(
         hostname=hostname,
         header_bytes=HEADER_BYTES,
         deadline=time.monotonic() + timeout_s,
+        busy_wait_s=busy_wait_s,
     )
     if device.type != "cuda":
         return mesh, None

@@ -29,7 +29,7 @@ struct RowBlock {
       data = rows;
       stride = ld;
     } else {
-      copy.resize(size_t(kRowBlock * k));
+      if (copy.size() < size_t(count * k)) copy.resize(size_t(count * k));
       for (int64_t r = 0; r < count; ++r) to_floats(rows + r * ld, k, copy.data() + r * k);
       data = copy.data();
       stride = k;
@@ -43,7 +43,7 @@ void multiply(const RowBlock<X>& a, int64_t rows, const W* w, int64_t first_pane
               std::vector<float>& tile) {
   tile.resize(size_t(rows * count * kPanel));
   gemm_panels<W>(a.data, a.stride, rows, {w + first_panel * panel_size<W>(k), count, panel_size<W>(k)}, k, tile.data(),
-                 count * kPanel);
+                 count * kPanel, false, Source::kMemory);
 }
 
 template <typename Out>

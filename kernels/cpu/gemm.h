@@ -203,10 +203,16 @@ inline void add_term(Lanes (&acc)[MR][NP], const float* a, int64_t lda, const T*
   }
 }
 
+// What to bring into the cache while a tile is computed: `lines` cache lines in each step, from `next` on.
+struct Prefetch {
+  const char* next;
+  int64_t lines;
+};
+
 // One register tile: MR rows x NP panels.
 template <typename T, int MR, int NP>
 void gemm_tile(const float* a, int64_t lda, const T* packed, int64_t stride, int64_t k, float* c, int64_t ldc,
-               bool accumulate) {
+               bool accumulate, Prefetch ahead) {
   constexpr int width = Step<T>::width;
   Lanes acc[MR][NP];
 #pragma GCC unroll 8
@@ -215,6 +221,8 @@ void gemm_tile(const float* a, int64_t lda, const T* packed, int64_t stride, int
     for (int p = 0; p < NP; ++p)
       acc[r][p] = accumulate ? load_lanes(c + r * ldc + p * kPanel) : broadcast_lanes(0.0f);
   for (int64_t s = 0; s < k / width; ++s, a += width, packed += Step<T>::step) {
+    for (int64_t line = 0; line < ahead.lines; ++line, ahead.next += 64)
+      __builtin_prefetch(ahead.next, 0, 2);
     add_term<T, 0>(acc, a, lda, packed, stride);
     if constexpr (width == 2) add_term<T, 1>(acc, a, lda, packed, stride);
   }
@@ -227,36 +235,51 @@ void gemm_tile(const float* a, int64_t lda, const T* packed, int64_t stride, int
 
 // MR rows x all panels: as many NP-panel tiles as fit, then narrower ones.
 template <typename T, int MR, int NP = max_panels(MR)>
-void gemm_rows(const float* a, int64_t lda, Panels<T> b, int64_t k, float* c, int64_t ldc, bool accumulate) {
-  for (; b.count >= NP; b.count -= NP, b.data += NP * b.stride, c += NP * kPanel)
-    gemm_tile<T, MR, NP>(a, lda, b.data, b.stride, k, c, ldc, accumulate);
-  if constexpr (NP > 1) gemm_rows<T, MR, (NP > 4 ? 4 : NP - 1)>(a, lda, b, k, c, ldc, accumulate);
+void gemm_rows(const float* a, int64_t lda, Panels<T> b, int64_t k, float* c, int64_t ldc, bool accumulate,
+               Prefetch ahead) {
+  for (; b.count >= NP; b.count -= NP, b.data += NP * b.stride, c += NP * kPanel) {
+    gemm_tile<T, MR, NP>(a, lda, b.data, b.stride, k, c, ldc, accumulate, ahead);
+  }
+  if constexpr (NP > 1) gemm_rows<T, MR, (NP > 4 ? 4 : NP - 1)>(a, lda, b, k, c, ldc, accumulate, ahead);
 }
 
 template <typename T, int MR = kMaxRows>
 void gemm_row_tile(int64_t rows, const float* a, int64_t lda, Panels<T> b, int64_t k, float* c, int64_t ldc,
-                   bool accumulate) {
-  if (rows == MR) return gemm_rows<T, MR>(a, lda, b, k, c, ldc, accumulate);
-  if constexpr (MR > 1) gemm_row_tile<T, MR - 1>(rows, a, lda, b, k, c, ldc, accumulate);
+                   bool accumulate, Prefetch ahead) {
+  if (rows == MR) return gemm_rows<T, MR>(a, lda, b, k, c, ldc, accumulate, ahead);
+  if constexpr (MR > 1) gemm_row_tile<T, MR - 1>(rows, a, lda, b, k, c, ldc, accumulate, ahead);
+}
+
+// What is read only once comes from memory, and only a core that asks for it early computes meanwhile.
+enum class Source { kCache, kMemory };
+
+// Cache lines to ask for in each step of a tile, so that `tiles` passes over `panels` panels bring in as many again.
+// None for up to 3 rows, where the hardware's prefetcher keeps up, nor for many tiles, where memory is far ahead.
+constexpr int64_t prefetch_lines(int64_t rows, int64_t tiles, int64_t panels) {
+  return rows <= 3 || tiles > 6 ? 0 : (panels + tiles - 1) / tiles;
 }
 
 // C[m][16 * b.count] = A[m][k] * B, or C += A * B when `accumulate`.
 //
 // a: fp32 rows, `lda` floats apart; nothing is read past term k. b: packed panels; b.data may point into a panel, at a
 // step, to multiply part of a chain. c: fp32 rows, `ldc` floats apart; all 16 * b.count columns are written.
+// With kMemory, b's panels follow each other, and what comes after them is likely to be needed next.
 template <typename T>
 void gemm_panels(const float* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, float* c, int64_t ldc,
-                 bool accumulate = false) {
+                 bool accumulate = false, Source source = Source::kCache) {
   if (m <= 0) return;
-  const int64_t tiles = (m + kMaxRows - 1) / kMaxRows;
+  const int64_t tiles = (m + kMaxRows - 1) / kMaxRows, steps = (k + Step<T>::width - 1) / Step<T>::width;
   // Few panels at a time stay in cache while all rows pass over them.
-  const int64_t group = tiles == 1 ? b.count : max_panels(kMaxRows);
+  const int64_t group = tiles == 1 ? max_panels(int(m)) : max_panels(kMaxRows);
   for (int64_t p = 0; p < b.count; p += group) {
     const Panels<T> part{b.data + p * b.stride, b.count - p < group ? b.count - p : group, b.stride};
-    for (int64_t tile = 0; tile < tiles; ++tile) {
+    const T* next = part.data + part.count * part.stride;
+    const int64_t lines = source == Source::kMemory ? prefetch_lines(m, tiles, part.count) : 0;
+    for (int64_t tile = 0; tile < tiles; ++tile, next += lines * steps * Step<T>::step) {
       // Tiles of nearly equal height: m = 9 is 5 + 4, not 8 + 1.
       const int64_t first = m * tile / tiles, last = m * (tile + 1) / tiles;
-      gemm_row_tile<T>(last - first, a + first * lda, lda, part, k, c + first * ldc + p * kPanel, ldc, accumulate);
+      gemm_row_tile<T>(last - first, a + first * lda, lda, part, k, c + first * ldc + p * kPanel, ldc, accumulate,
+                       {reinterpret_cast<const char*>(next), lines});
     }
   }
 }

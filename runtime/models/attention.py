@@ -79,10 +79,10 @@ class MLAttention:
         heads = shard(config.num_attention_heads, groups.tp_rank, self.tp.size)
         self.num_heads = heads.stop - heads.start
         self.q_a_proj = pack_weight(weights.read("q_a_proj.weight"))
-        self.q_a_norm = weights.read("q_a_layernorm.weight")
+        self.q_a_norm = weights.read("q_a_layernorm.weight").float()
         self.q_b_proj = pack_weight(weights.read("q_b_proj.weight", rows=_rows_of(heads, config.qk_head_dim)))
         self.kv_a_proj = pack_weight(weights.read("kv_a_proj_with_mqa.weight"))
-        self.kv_a_norm = weights.read("kv_a_layernorm.weight")
+        self.kv_a_norm = weights.read("kv_a_layernorm.weight").float()
         # Rows of kv_b, per head: Dn that make keys | Dv that make values.
         kv_b = weights.read("kv_b_proj.weight", rows=_rows_of(heads, self.nope_dim + self.v_dim))
         kv_b = kv_b.view(self.num_heads, self.nope_dim + self.v_dim, self.latent_dim)

@@ -37,8 +37,8 @@ class DecoderLayer:
     ) -> None:
         self.layer = layer
         self.eps = config.rms_norm_eps
-        self.input_norm = weights.read("input_layernorm.weight")
-        self.post_attention_norm = weights.read("post_attention_layernorm.weight")
+        self.input_norm = weights.read("input_layernorm.weight").float()
+        self.post_attention_norm = weights.read("post_attention_layernorm.weight").float()
         self.attention = MLAttention(config, weights.under("self_attn"), groups, layer=layer)
         self.mlp: DenseMLP | MoE
         if config.is_moe_layer(layer):
@@ -102,7 +102,7 @@ class DeepseekModel:
             DecoderLayer(config, weights.under(f"layers.{i}"), groups, dispatcher, placement, layer=i)
             for i in range(config.num_hidden_layers)
         ]
-        self.final_norm = weights.read("norm.weight")
+        self.final_norm = weights.read("norm.weight").float()
         vocab = shard(config.vocab_size, groups.tp_rank, self.tp.size)
         self.lm_head = pack_weight(checkpoint.read(_lm_head_name(config), rows=vocab, dtype=dtype))
 

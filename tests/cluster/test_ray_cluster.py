@@ -20,11 +20,11 @@ from shoal.cluster.ray_cluster import (
     Node,
     check_fits,
     connect,
+    core_shares,
     nodes,
     num_cores,
     place,
     placement_strategies,
-    threads_per_worker,
 )
 from shoal.parallel.config import ParallelConfig
 
@@ -108,13 +108,20 @@ class FakePlacement:
         self.node_ids = node_ids
 
 
-def test_threads_share_the_cores_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_the_cores_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(
+        given: Any, cpus: int, *, embedded: bool = False, num_threads: int | None = None
+    ) -> list[list[tuple[int, bool]]]:
+        available = [node("a", cpus=cpus), node("b", cpus=8)]
+        found = core_shares(given, available, embedded=embedded, num_threads=num_threads)
+        return [[(share.num_threads, share.dedicated) for share in replica] for replica in found]
+
     placements: Any = [FakePlacement("a", "a"), FakePlacement("a", "b")]
-    both = [node("a", cpus=8), node("b", cpus=8)]
-    assert threads_per_worker(placements, both, embedded=False) == [[2, 2], [2, 8]]
-    assert threads_per_worker(placements, [node("a", cpus=2), both[1]], embedded=False) == [[1, 1], [1, 8]]
+    assert shares(placements, 8) == [[(2, True), (2, True)], [(2, True), (8, True)]]
+    assert shares(placements, 2) == [[(1, False), (1, False)], [(1, False), (8, True)]]
+    assert shares(placements, 8, num_threads=3) == [[(3, False), (3, False)], [(3, False), (3, True)]]
     monkeypatch.setattr(ray_cluster, "num_cores", lambda: 4)
-    assert threads_per_worker(placements[:1], [node("a", cpus=99)], embedded=True) == [[2, 2]]
+    assert shares(placements[:1], 99, embedded=True) == [[(2, True), (2, True)]]
 
 
 @pytest.fixture(scope="module")

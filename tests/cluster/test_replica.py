@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from shoal.cluster.engine_args import EngineArgs
-from shoal.cluster.ray_cluster import Layout, connect, node_address, nodes, place
+from shoal.cluster.ray_cluster import CoreShare, Layout, connect, node_address, nodes, place
 from shoal.cluster.replica import EngineFailed, Replica, cause_of_end
 from shoal.cluster.worker import WorkerFailure
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
@@ -52,10 +52,8 @@ def start() -> Iterator[Start]:
             weight_bytes=0,
         )
         (placement,) = place(layout, nodes(), timeout_s=DEADLINE_S)
-        threads = [3] * args.num_workers
-        created.append(
-            Replica(args, layout, placement, num_threads=threads, host=node_address(), engine_factory=factory)
-        )
+        cores = [CoreShare(3, dedicated=False)] * args.num_workers
+        created.append(Replica(args, layout, placement, cores=cores, host=node_address(), engine_factory=factory))
         return created[-1]
 
     yield create

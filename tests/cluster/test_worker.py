@@ -31,6 +31,7 @@ def spec(rank: int = 0, store: TCPStore | None = None, factory: str = STUB, **ar
         store_host="127.0.0.1",
         store_port=0 if store is None else store.port,
         num_threads=1,
+        dedicated_cores=False,
         engine_factory=factory,
     )
 

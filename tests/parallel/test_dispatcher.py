@@ -94,6 +94,7 @@ def dispatch_by_hand(rank: int, store: Store) -> dict[str, Any]:
     topk_idx = torch.tensor([[1, 0], [2, -1]]) if rank == 0 else torch.tensor([[0, 2], [1, 0], [-1, -1]])
     tokens, handle = dispatcher.dispatch(x, topk_idx, torch.ones(topk_idx.shape), layer=7)
     out = dispatcher.combine(tokens.x * (rank + 1), handle, layer=7)
+    assert handle.arrival is not None
     return {
         "x": tokens.x.flatten().tolist(),
         "num_tokens_per_expert": tokens.num_tokens_per_expert.tolist(),

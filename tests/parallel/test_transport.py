@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -34,9 +35,25 @@ def on_threads(size: int, work: Callable[[int], Any]) -> list[Any]:
     return results
 
 
-def connect(store: Store, rank: int, size: int, timeout_s: float = 10.0) -> SocketMesh:
+@pytest.fixture(params=["unix", "tcp"], autouse=True)
+def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Ranks that find themselves on one machine, and ranks that cannot know."""
+    if request.param == "tcp":
+        monkeypatch.setattr("shoal.parallel.transport._machine", lambda: "")
+    return str(request.param)
+
+
+def connect(store: Store, rank: int, size: int, timeout_s: float = 10.0, *, busy_wait_s: float = 0.0) -> SocketMesh:
     deadline = time.monotonic() + timeout_s
-    return connect_mesh(store, rank, size, hostname="127.0.0.1", header_bytes=HEADER, deadline=deadline)
+    return connect_mesh(
+        store,
+        rank,
+        size,
+        hostname="127.0.0.1",
+        header_bytes=HEADER,
+        deadline=deadline,
+        busy_wait_s=busy_wait_s,
+    )
 
 
 def swap(mesh: SocketMesh, payloads: dict[int, bytes], timeout_s: float = 10.0) -> dict[int, bytes]:
@@ -73,14 +90,31 @@ def test_strangers_are_turned_away() -> None:
     def work(rank: int) -> Any:
         if rank == 0:
             return swap(connect(store, 0, 2), {1: b"from 0"})
-        host, _, port = store.get("address/0").decode().rpartition(":")
+        address = json.loads(store.get("address/0"))
         for hello in (b"", b"GET / HTTP/1.1\r\n\r\n" + bytes(100), b"shoal-t1" + bytes(40)):
-            with socket.create_connection((host, int(port))) as stranger, contextlib.suppress(OSError):
+            with socket.create_connection((address["host"], address["port"])) as stranger, contextlib.suppress(OSError):
                 stranger.sendall(hello)
                 stranger.shutdown(socket.SHUT_WR)
         return swap(connect(store, 1, 2), {0: b"from 1"})
 
     assert on_threads(2, work) == [{1: b"from 1"}, {0: b"from 0"}]
+
+
+def test_ranks_of_one_machine_are_connected_by_unix_sockets(wire: str) -> None:
+    store = HashStore()
+    families = on_threads(2, lambda rank: connect(store, rank, 2)._sockets[1 - rank].family)
+    assert families == [socket.AF_UNIX if wire == "unix" else socket.AF_INET] * 2
+
+
+def test_busy_waiting_ends_in_sleep() -> None:
+    store = HashStore()
+
+    def work(rank: int) -> dict[int, bytes]:
+        mesh = connect(store, rank, 2, busy_wait_s=0.01)
+        time.sleep(0.1 * rank)  # rank 0 watches, then sleeps; rank 1 finds its message at once
+        return swap(mesh, {1 - rank: bytes([rank])})
+
+    assert on_threads(2, work) == [{1: b"\1"}, {0: b"\0"}]
 
 
 def test_a_peer_that_does_not_come_is_a_timeout() -> None:

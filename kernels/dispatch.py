@@ -1,0 +1,240 @@
+"""Bringing token rows into the order in which experts read them, on one rank or over several.
+
+T tokens, K experts per token, H hidden, P (token, top-k slot) pairs with an expert. `rank_of` and `slot_of`, both
+[num_experts] int64, say which rank holds an expert and in which of its slots; topk_idx is [T, K] int64, -1 where there
+is no expert.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from .build import c_function, num_threads
+from .registry import implementation, register
+
+_PERMUTE = ("shoal_permute_tokens", c_void_p, *[c_int64] * 2, c_void_p, *[c_int64] * 2, c_void_p, c_int64)
+_PERMUTE = (*_PERMUTE, *[c_void_p] * 3, c_int64)
+_PACK = ("shoal_pack_segments", c_void_p, *[c_int64] * 2, c_void_p, *[c_int64] * 2, *[c_void_p] * 2, c_int64)
+_PACK = (*_PACK, *[c_void_p] * 4, c_int64)
+_UNPACK = ("shoal_unpack_segments", c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64)
+_HEAD = struct.Struct("=ii")  # number of rows, number of pairs
+_ALIGNMENT = 8
+"""Of a segment in its buffer, in bytes."""
+
+
+def permute_tokens(x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows for experts that are all on this rank.
+
+    -> (x's row of every pair, grouped by slot, ascending, in (token, k) order within a slot [P, H];
+        pairs of each slot [num_slots] int64 in host memory;
+        the row of each pair [T, K] int64, -1 where topk_idx is -1).
+    """
+    rows: Tensor
+    counts: Tensor
+    row_of: Tensor
+    rows, counts, row_of = implementation("permute_tokens")(x, topk_idx, slot_of, num_slots)
+    return rows, counts, row_of
+
+
+def pack_segments(
+    x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
+) -> tuple[list[Tensor], list[int], Tensor]:
+    """What each rank needs to apply its experts to this rank's tokens: a token goes once to a rank.
+
+    -> (one uint8 segment for each rank;
+        pairs for each rank;
+        the place of each pair when pairs are grouped by rank, in (token, k) order within a rank [T, K] int64, or -1).
+
+    segment   [ int32 number of rows, number of pairs | int32 row of each pair | int32 slot of each pair | rows ]
+    """
+    segments: list[Tensor]
+    num_pairs: list[int]
+    row_of: Tensor
+    segments, num_pairs, row_of = implementation("pack_segments")(x, topk_idx, rank_of, slot_of, num_ranks)
+    return segments, num_pairs, row_of
+
+
+def unpack_segments(
+    segments: Sequence[Tensor], like: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Rows for this rank's experts from the segments that every rank sent; `like` [.., H] says their dtype and width.
+
+    -> (the row of every pair, grouped by slot, ascending, in arrival order within a slot [R, H];
+        pairs of each slot [num_slots] int64 in host memory;
+        the place of each of those rows among the arrivals [R] int64, a permutation;
+        pairs in each segment).
+    """
+    row_bytes = like.shape[-1] * like.element_size()
+    for source, segment in enumerate(segments):
+        num_rows, num_pairs = _head(segment)
+        expected = _HEAD.size + 8 * num_pairs + num_rows * row_bytes
+        assert segment.numel() == expected, f"rank {source} sent {segment.numel()} bytes, its head says {expected}"
+    rows: Tensor
+    counts: Tensor
+    arrival: Tensor
+    rows, counts, arrival, num_pairs_in = implementation("unpack_segments")(segments, like, num_slots)
+    return rows, counts, arrival, num_pairs_in
+
+
+def _head(segment: Tensor) -> tuple[int, int]:
+    """(number of rows, number of pairs)."""
+    head = segment[: _HEAD.size] if segment.is_cpu else segment[: _HEAD.size].cpu()
+    num_rows, num_pairs = _HEAD.unpack(head.numpy().data)
+    return num_rows, num_pairs
+
+
+@register("permute_tokens", "cpu")
+def _permute_tokens_cpu(x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, topk_idx = _rows(x), topk_idx.contiguous()
+    tokens, top_k = topk_idx.shape
+    rows = x.new_empty(topk_idx.numel(), x.shape[1])
+    counts, row_of = torch.empty(num_slots, dtype=torch.int64), torch.empty_like(topk_idx)
+    c_function(*_PERMUTE)(
+        x.data_ptr(),
+        x.stride(0) * x.element_size(),
+        x.shape[1] * x.element_size(),
+        topk_idx.data_ptr(),
+        tokens,
+        top_k,
+        slot_of.data_ptr(),
+        num_slots,
+        rows.data_ptr(),
+        counts.data_ptr(),
+        row_of.data_ptr(),
+        num_threads(rows.numel()),
+    )
+    return rows[: sum(counts.tolist())], counts, row_of
+
+
+@register("pack_segments", "cpu")
+def _pack_segments_cpu(
+    x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
+) -> tuple[list[Tensor], list[int], Tensor]:
+    x, topk_idx = _rows(x), topk_idx.contiguous()
+    tokens, top_k = topk_idx.shape
+    row_bytes = x.shape[1] * x.element_size()
+    most_rows = tokens * min(top_k, num_ranks)
+    capacity = num_ranks * (_HEAD.size + _ALIGNMENT) + 8 * topk_idx.numel() + most_rows * row_bytes
+    buffer = torch.empty(capacity, dtype=torch.uint8)
+    sizes, row_of = torch.empty(2, num_ranks, dtype=torch.int64), torch.empty_like(topk_idx)
+    c_function(*_PACK)(
+        x.data_ptr(),
+        x.stride(0) * x.element_size(),
+        row_bytes,
+        topk_idx.data_ptr(),
+        tokens,
+        top_k,
+        rank_of.data_ptr(),
+        slot_of.data_ptr(),
+        num_ranks,
+        buffer.data_ptr(),
+        sizes.data_ptr(),
+        sizes[1].data_ptr(),
+        row_of.data_ptr(),
+        num_threads(most_rows * x.shape[1]),
+    )
+    segment_bytes, num_pairs = sizes.tolist()
+    segments, begin = [], 0
+    for size in segment_bytes:
+        segments.append(buffer[begin : begin + size])
+        begin += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return segments, num_pairs, row_of
+
+
+@register("unpack_segments", "cpu")
+def _unpack_segments_cpu(
+    segments: Sequence[Tensor], like: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    num_pairs = [_head(segment)[1] for segment in segments]
+    rows = like.new_empty(sum(num_pairs), like.shape[-1])
+    counts, arrival = torch.empty(num_slots, dtype=torch.int64), torch.empty(len(rows), dtype=torch.int64)
+    pointers = (c_void_p * len(segments))(*(segment.data_ptr() for segment in segments))
+    c_function(*_UNPACK)(
+        pointers,
+        len(segments),
+        rows.shape[1] * rows.element_size(),
+        num_slots,
+        rows.data_ptr(),
+        counts.data_ptr(),
+        arrival.data_ptr(),
+        num_threads(rows.numel()),
+    )
+    return rows, counts, arrival, num_pairs
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@register("permute_tokens", "reference")
+def _permute_tokens_reference(
+    x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat_idx = topk_idx.flatten()
+    pairs = (flat_idx >= 0).nonzero().squeeze(1)
+    slots = slot_of.to(x.device)[flat_idx[pairs]]
+    pairs = pairs[slots.argsort(stable=True)]
+    row_of = torch.full_like(flat_idx, -1)
+    row_of[pairs] = torch.arange(len(pairs), device=x.device)
+    counts = torch.bincount(slots, minlength=num_slots).cpu()
+    return x[pairs // topk_idx.shape[1]], counts, row_of.view_as(topk_idx)
+
+
+@register("pack_segments", "reference")
+def _pack_segments_reference(
+    x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
+) -> tuple[list[Tensor], list[int], Tensor]:
+    rank_of, slot_of = rank_of.to(x.device), slot_of.to(x.device)
+    flat_idx, top_k = topk_idx.flatten(), topk_idx.shape[1]
+    # Pairs, (token, slot)-major -> grouped by destination rank:   t0k0 t0k1 t1k0 t1k1
+    # to ranks 1 0 1 1:                                          | t0k1 | t0k0 t1k0 t1k1 |
+    pairs = (flat_idx >= 0).nonzero().squeeze(1)
+    ranks, by_rank = rank_of[flat_idx[pairs]].sort(stable=True)
+    pairs = pairs[by_rank]
+    tokens = pairs // top_k
+    row_of = torch.full_like(flat_idx, -1)
+    row_of[pairs] = torch.arange(len(pairs), device=x.device)
+
+    # One row for each (destination rank, token):   | t0 | t0 t1 |   pairs point at rows:   | 0 | 0 1 1 |
+    is_new = torch.ones_like(tokens, dtype=torch.bool)
+    is_new[1:] = (tokens[1:] != tokens[:-1]) | (ranks[1:] != ranks[:-1])
+    num_pairs = torch.bincount(ranks, minlength=num_ranks)
+    num_rows = torch.bincount(ranks[is_new], minlength=num_ranks)
+    row_of_pair = is_new.cumsum(0) - 1 - (num_rows.cumsum(0) - num_rows)[ranks]
+
+    routes = torch.split(
+        torch.stack([row_of_pair, slot_of[flat_idx[pairs]]]).to(torch.int32), num_pairs.tolist(), dim=1
+    )
+    rows = torch.split(x[tokens[is_new]], num_rows.tolist())
+    heads = torch.stack([num_rows, num_pairs], dim=1).to(torch.int32)
+    segments = []
+    for head, route, part in zip(heads, routes, rows, strict=True):
+        integers = torch.cat([head, route.flatten()])
+        segments.append(torch.cat([integers.view(torch.uint8), part.flatten().view(torch.uint8)]))
+    return segments, num_pairs.tolist(), row_of.view_as(topk_idx)
+
+
+@register("unpack_segments", "reference")
+def _unpack_segments_reference(
+    segments: Sequence[Tensor], like: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    rows: list[Tensor] = []
+    row_of_pair: list[Tensor] = []
+    slots: list[Tensor] = []
+    for segment in segments:
+        num_pairs = _head(segment)[1]
+        row, slot = segment[_HEAD.size : _HEAD.size + 8 * num_pairs].view(torch.int32).view(2, num_pairs)
+        row_of_pair.append(row + sum(map(len, rows)))
+        slots.append(slot)
+        rows.append(segment[_HEAD.size + 8 * num_pairs :].view(like.dtype).view(-1, like.shape[-1]))
+    # Arrivals, source-major -> slot-major:   (r0,e0) (r0,e1) | (r1,e0) (r1,e1)
+    #                                         (r0,e0) (r1,e0) | (r0,e1) (r1,e1)
+    slot_of_pair = torch.cat(slots)
+    arrival = slot_of_pair.argsort(stable=True)
+    counts = torch.bincount(slot_of_pair, minlength=num_slots).cpu()
+    return torch.cat(rows)[torch.cat(row_of_pair)[arrival]], counts, arrival, [len(s) for s in slots]
