@@ -13,8 +13,8 @@ from shoal.runtime.validation import RequestLimits
 
 from .job import Engines
 
-POLL_S = 0.02
-"""How long the engines may keep the thread from new requests."""
+MIN_POLL_S, MAX_POLL_S = 0.01, 0.16
+"""How long the engines may keep the thread from new requests: the longer, the longer nothing has happened."""
 
 Deliver = Callable[[RequestOutput | BaseException], None]
 
@@ -91,12 +91,15 @@ class EngineThread:
         del self._engines  # with the model's memory
 
     def _loop(self) -> None:
+        poll_s = MIN_POLL_S
         while self._run_commands():
             room = self._engines.capacity - self._engines.num_in_flight
             batch = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
             if batch:
                 self._engines.submit(batch)
-            for output in self._engines.poll(POLL_S):
+            outputs = self._engines.poll(poll_s)
+            poll_s = MIN_POLL_S if batch or outputs else min(2 * poll_s, MAX_POLL_S)
+            for output in outputs:
                 deliver = self._deliver.pop(output.request_id) if output.finished else self._deliver[output.request_id]
                 deliver(output)
 

@@ -224,8 +224,9 @@ class Worker:
         ]  # packed here: a snapshot of what the engine may still change
         with self._changed:
             self._num_steps += 1
-            self._outbox.extend(messages)
-            self._changed.notify_all()
+            if messages:
+                self._outbox.extend(messages)
+                self._changed.notify_all()
 
     def submit(self, messages: list[bytes]) -> None:
         """Queue packed requests."""

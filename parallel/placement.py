@@ -42,6 +42,14 @@ class ExpertPlacement:
         starts = [rank * share + min(rank, extra) for rank in range(num_ranks + 1)]
         return cls(num_experts, tuple(tuple(range(starts[rank], starts[rank + 1])) for rank in range(num_ranks)))
 
+    @classmethod
+    def round_robin(cls, num_experts: int, num_ranks: int) -> ExpertPlacement:
+        """One copy each, dealt out in turn, so that every rank holds experts of every routing group.
+
+        5 experts, 3 ranks:  rank 0: e0 e3 | rank 1: e1 e4 | rank 2: e2
+        """
+        return cls(num_experts, tuple(tuple(range(rank, num_experts, num_ranks)) for rank in range(num_ranks)))
+
     @property
     def num_ranks(self) -> int:
         return len(self.slots)

@@ -11,6 +11,11 @@ def test_contiguous_split_gives_the_first_ranks_one_more() -> None:
     assert ExpertPlacement.contiguous(3, 1).local_experts(0) == [0, 1, 2]
 
 
+def test_round_robin_deals_experts_out_in_turn() -> None:
+    assert ExpertPlacement.round_robin(5, 3).slots == ((0, 3), (1, 4), (2,))
+    assert ExpertPlacement.round_robin(2, 3).slots == ((0,), (1,), ())
+
+
 def test_more_ranks_than_experts_leaves_ranks_without_any() -> None:
     placement = ExpertPlacement.contiguous(2, 4)
     assert placement.slots == ((0,), (1,), (), ())
