@@ -30,6 +30,8 @@ from .wire import WireError, pack_output, unpack_request
 BUILD_ENGINE = "shoal.cluster.worker:build_engine"
 IDLE_WAIT_S = 0.01
 """How long an idle rank waits for a request before it asks the others again; bounds the delay of a first token."""
+GATHER_S = 0.005
+"""How long ranks that were idle collect requests before they start together: those of one job come within it."""
 BUSY_WAIT_S = 0.002
 """How long a rank with its own cores watches for a message before it sleeps: most ranks of a step are less apart."""
 MAX_POLL_BYTES = 32 << 20
@@ -45,6 +47,8 @@ class StepResult(Protocol):
     def idle(self) -> bool: ...
     @property
     def stopped(self) -> bool: ...
+    @property
+    def woke(self) -> bool: ...
 
 
 class EngineLike(Protocol):
@@ -200,6 +204,8 @@ class Worker:
             self._hand_out(result.outputs)
             if result.stopped:
                 return
+            if result.woke:
+                time.sleep(GATHER_S)
             if result.idle:
                 with self._changed:
                     self._changed.wait_for(self._has_news, timeout=IDLE_WAIT_S)

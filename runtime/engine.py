@@ -56,6 +56,8 @@ class StepResult:
     """Nobody in the replica had work: nothing was computed."""
     stopped: bool
     """Some rank asked to stop: every rank sees it in the same step and must not call `step` again."""
+    woke: bool = False
+    """Nobody had work until now and the next step will compute: whoever has more for it should add it first."""
 
 
 class Engine:
@@ -122,6 +124,7 @@ class Engine:
         self._next_seq_id = 0
         self._num_steps = 0
         self._stop_requested = False
+        self._all_idle = True
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -174,14 +177,28 @@ class Engine:
         """One round: schedule, agree, run, sample, update."""
         self._num_steps += 1
         self.groups.set_step(self._num_steps)
+        if self._all_idle and self.groups.world.size > 1:
+            return self._wake()
         batch = self.scheduler.schedule() if self.is_leader else EMPTY_BATCH
         batch, any_work, stopped = self._agree(batch)
+        self._all_idle = not any_work
         if stopped or not any_work:
             return StepResult([], idle=not any_work, stopped=stopped)
         logits = self.runner.run(batch, self._take_prompt_logits if self.is_leader else None)
         if not self.is_leader:
             return StepResult([], idle=False, stopped=False)
         return StepResult(self._update(batch, logits), idle=False, stopped=False)
+
+    def _wake(self) -> StepResult:
+        """After a step without work: learn whether there is some now, but do not start on it.
+
+        A rank that starts alone makes its peers wait, and stays a step ahead of them until it runs out of work.
+        """
+        rows = self.groups.world.all_gather_ints(
+            [int(self.has_unfinished), int(self._stop_requested)], layer=-1, op="engine.wake"
+        )
+        self._all_idle = not any(row[0] for row in rows)
+        return StepResult([], idle=self._all_idle, stopped=any(row[1] for row in rows), woke=not self._all_idle)
 
     def _agree(self, batch: Batch) -> tuple[Batch, bool, bool]:
         """All ranks learn whether anybody has work or wants to stop; followers receive their leader's batch."""

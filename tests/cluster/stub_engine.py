@@ -28,6 +28,7 @@ REFUSED, RAISES, KILLED, FROZEN = 900, 901, 902, 903
 class Result:
     outputs: list[RequestOutput] = field(default_factory=list)
     idle: bool = False
+    woke: bool = False
     stopped: bool = False
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from shoal.parallel.collectives import Communicator
 from shoal.parallel.config import ParallelConfig
-from shoal.parallel.groups import ParallelGroups, single_process_groups
+from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
 from shoal.parallel.transport import SocketMesh
+from shoal.runtime.batch import Batch
 from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.loader import Checkpoint
@@ -24,6 +26,7 @@ from shoal.runtime.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.harness import logits_in_chunks, make_runner
+from tests.parallel.spawn import run_ranks
 
 PROMPT = list(range(3, 23))
 
@@ -267,3 +270,33 @@ def test_a_rank_holds_its_shard_and_at_most_one_more_tensor(tmp_path: Path, monk
     of_experts = experts * 3 * config.hidden_size * config.moe_intermediate_size
     assert totals[1, 1] - totals[1, 4] == of_experts * 3 // 4, "a quarter of the experts, all of the rest"
     assert totals[2, 1] < totals[1, 1] * 0.65
+
+
+def start_together(rank: int, store: Store, model_dir: Path) -> list[tuple[bool, bool, int]]:
+    """(woke, idle, tokens computed) of the first steps; rank 1 hears of its request only after rank 0 has begun."""
+    groups = init_groups(ParallelConfig(data_parallel_size=2), rank, store, timeout_s=60.0)
+    engine = Engine(model_dir, EngineConfig(num_kv_blocks=8, block_size=8, max_model_len=32), groups)
+    request = Request(request_id="r", prompt_token_ids=(3, 4, 5), params=SamplingParams(max_tokens=1), index=0)
+    computed: list[int] = []
+    run = engine.runner.run
+
+    def counting(batch: Batch, *args: Any) -> torch.Tensor:
+        computed.append(batch.num_tokens)
+        return run(batch, *args)
+
+    engine.runner.run = counting  # type: ignore[method-assign, assignment]
+    steps = []
+    for number in range(4):
+        if number == 1 + rank:
+            engine.add_request(request)
+        computed.clear()
+        result = engine.step()
+        steps.append((result.woke, result.idle, sum(computed)))
+    return steps
+
+
+def test_ranks_that_were_idle_start_together(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3")
+    # nobody has work | rank 0 has some: both wake | both compute | nobody has work
+    expected = [(False, True, 0), (True, False, 0), (False, False, 3), (False, True, 0)]
+    assert run_ranks(start_together, 2, tmp_path, timeout_s=120) == [expected, expected]
