@@ -1,0 +1,72 @@
+"""Both implementations put the same bytes in the same places; a small case is worked out by hand."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.kernels.dispatch import pack_segments, permute_tokens, unpack_segments
+from shoal.kernels.registry import use_backend
+
+
+def random_case(
+    num_tokens: int, top_k: int, num_experts: int, num_ranks: int, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """x (not contiguous), topk_idx with some -1, the rank and slot of every expert, the slots of a rank."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, 14, generator=generator).to(dtype)[:, 1:8]
+    topk_idx = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :top_k]
+    topk_idx = topk_idx.masked_fill(torch.rand(num_tokens, top_k, generator=generator) < 0.2, -1)
+    place = torch.randperm(num_experts, generator=generator)
+    return x, topk_idx, place % num_ranks, place // num_ranks, -(-num_experts // num_ranks)
+
+
+def test_segments_by_hand() -> None:
+    x = torch.tensor([[1.0], [2.0]])
+    topk_idx = torch.tensor(
+        [[2, 0], [1, -1]]
+    )  # expert 0: rank 1, slot 0 | expert 1: rank 0, slot 0 | 2: rank 1, slot 1
+    segments, num_pairs, row_of = pack_segments(x, topk_idx, torch.tensor([1, 0, 1]), torch.tensor([0, 0, 1]), 2)
+    assert [bytes(s.numpy()) for s in segments] == [
+        struct.pack("=iiiif", 1, 1, 0, 0, 2.0),
+        struct.pack("=iiiiiif", 1, 2, 0, 0, 1, 0, 1.0),  # token 0 goes once, for slots 1 and 0
+    ]
+    assert num_pairs == [1, 2]
+    assert row_of.tolist() == [[1, 2], [0, -1]]
+    rows, counts, arrival, received = unpack_segments([segments[1], segments[1]], x, 2)
+    assert rows.tolist() == [[1], [1], [1], [1]]
+    assert counts.tolist() == [2, 2]
+    assert arrival.tolist() == [1, 3, 0, 2]  # slot 0: the second pair of each sender, then slot 1: the first
+    assert received == [2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts", "num_ranks"), [(0, 2, 4, 2), (1, 1, 1, 3), (37, 4, 9, 4)]
+)
+def test_cpu_and_reference_agree(
+    num_tokens: int, top_k: int, num_experts: int, num_ranks: int, dtype: torch.dtype
+) -> None:
+    x, topk_idx, rank_of, slot_of, num_slots = random_case(num_tokens, top_k, num_experts, num_ranks, dtype, seed=3)
+    found = []
+    for backend in ("cpu", "reference"):
+        with use_backend(backend):
+            rows, counts, row_of = permute_tokens(x, topk_idx, rank_of * num_slots + slot_of, num_ranks * num_slots)
+            segments, num_pairs, sent_row_of = pack_segments(x, topk_idx, rank_of, slot_of, num_ranks)
+            unpacked, slot_counts, arrival, received = unpack_segments(segments, x, num_slots)
+        tensors = [rows, counts, row_of, *segments, sent_row_of, unpacked, slot_counts, arrival]
+        found.append((tensors, num_pairs, received))
+    (tensors, *lists), (expected, *expected_lists) = found
+    assert lists == expected_lists
+    assert [t.dtype for t in tensors] == [t.dtype for t in expected]
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+
+
+def test_a_segment_of_another_width_is_found() -> None:
+    x, topk_idx, rank_of, slot_of, num_slots = random_case(5, 2, 4, 2, torch.float32, seed=4)
+    segments, _, _ = pack_segments(x, topk_idx, rank_of, slot_of, 2)
+    with pytest.raises(AssertionError, match="rank 0 sent"):
+        unpack_segments(segments, x[:, :3], num_slots)
