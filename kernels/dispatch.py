@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import byref, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -17,11 +17,9 @@ from torch import Tensor
 from .build import c_function, num_threads
 from .registry import implementation, register
 
-_PERMUTE = ("shoal_permute_tokens", c_void_p, *[c_int64] * 2, c_void_p, *[c_int64] * 2, c_void_p, c_int64)
-_PERMUTE = (*_PERMUTE, *[c_void_p] * 3, c_int64)
-_PACK = ("shoal_pack_segments", c_void_p, *[c_int64] * 2, c_void_p, *[c_int64] * 2, *[c_void_p] * 2, c_int64)
-_PACK = (*_PACK, *[c_void_p] * 4, c_int64)
-_UNPACK = ("shoal_unpack_segments", c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64)
+_PERMUTE = ("shoal_permute_tokens", *[c_void_p, c_int64, c_int64] * 2, c_void_p, c_int64, *[c_void_p] * 3, c_int64)
+_PACK = ("shoal_pack_segments", *[c_void_p, c_int64, c_int64] * 2, *[c_void_p] * 2, c_int64, *[c_void_p] * 4, c_int64)
+_UNPACK = ("shoal_unpack_segments", c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64, c_void_p)
 _HEAD = struct.Struct("=ii")  # number of rows, number of pairs
 _ALIGNMENT = 8
 """Of a segment in its buffer, in bytes."""
@@ -70,15 +68,17 @@ def unpack_segments(
         pairs in each segment).
     """
     row_bytes = like.shape[-1] * like.element_size()
+    received = []
     for source, segment in enumerate(segments):
         num_rows, num_pairs = _head(segment)
+        received.append(num_pairs)
         expected = _HEAD.size + 8 * num_pairs + num_rows * row_bytes
         assert segment.numel() == expected, f"rank {source} sent {segment.numel()} bytes, its head says {expected}"
     rows: Tensor
     counts: Tensor
     arrival: Tensor
-    rows, counts, arrival, num_pairs_in = implementation("unpack_segments")(segments, like, num_slots)
-    return rows, counts, arrival, num_pairs_in
+    rows, counts, arrival = implementation("unpack_segments")(segments, received, like, num_slots)
+    return rows, counts, arrival, received
 
 
 def _head(segment: Tensor) -> tuple[int, int]:
@@ -148,12 +148,12 @@ def _pack_segments_cpu(
 
 @register("unpack_segments", "cpu")
 def _unpack_segments_cpu(
-    segments: Sequence[Tensor], like: Tensor, num_slots: int
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    num_pairs = [_head(segment)[1] for segment in segments]
+    segments: Sequence[Tensor], num_pairs: Sequence[int], like: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = like.new_empty(sum(num_pairs), like.shape[-1])
     counts, arrival = torch.empty(num_slots, dtype=torch.int64), torch.empty(len(rows), dtype=torch.int64)
     pointers = (c_void_p * len(segments))(*(segment.data_ptr() for segment in segments))
+    status = c_int64()
     c_function(*_UNPACK)(
         pointers,
         len(segments),
@@ -163,8 +163,10 @@ def _unpack_segments_cpu(
         counts.data_ptr(),
         arrival.data_ptr(),
         num_threads(rows.numel()),
+        byref(status),
     )
-    return rows, counts, arrival, num_pairs
+    assert status.value == 0, f"a pair names a row that was not sent, or none of the {num_slots} slots"
+    return rows, counts, arrival
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -221,20 +223,19 @@ def _pack_segments_reference(
 
 @register("unpack_segments", "reference")
 def _unpack_segments_reference(
-    segments: Sequence[Tensor], like: Tensor, num_slots: int
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    segments: Sequence[Tensor], num_pairs: Sequence[int], like: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
     rows: list[Tensor] = []
     row_of_pair: list[Tensor] = []
     slots: list[Tensor] = []
-    for segment in segments:
-        num_pairs = _head(segment)[1]
-        row, slot = segment[_HEAD.size : _HEAD.size + 8 * num_pairs].view(torch.int32).view(2, num_pairs)
+    for segment, pairs in zip(segments, num_pairs, strict=True):
+        row, slot = segment[_HEAD.size : _HEAD.size + 8 * pairs].view(torch.int32).view(2, pairs)
         row_of_pair.append(row + sum(map(len, rows)))
         slots.append(slot)
-        rows.append(segment[_HEAD.size + 8 * num_pairs :].view(like.dtype).view(-1, like.shape[-1]))
+        rows.append(segment[_HEAD.size + 8 * pairs :].view(like.dtype).view(-1, like.shape[-1]))
     # Arrivals, source-major -> slot-major:   (r0,e0) (r0,e1) | (r1,e0) (r1,e1)
     #                                         (r0,e0) (r1,e0) | (r0,e1) (r1,e1)
     slot_of_pair = torch.cat(slots)
     arrival = slot_of_pair.argsort(stable=True)
     counts = torch.bincount(slot_of_pair, minlength=num_slots).cpu()
-    return torch.cat(rows)[torch.cat(row_of_pair)[arrival]], counts, arrival, [len(s) for s in slots]
+    return torch.cat(rows)[torch.cat(row_of_pair)[arrival]], counts, arrival

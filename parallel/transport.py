@@ -182,9 +182,12 @@ def connect_mesh(
             address = _Address(**json.loads(store.get(f"address/{peer}")))
             sockets[peer] = address.connect(machine, _remaining(deadline))
             sockets[peer].sendall(_HELLO.pack(_MAGIC, rank, key))
+        arrivals = select.poll()
+        for listener in listeners:
+            arrivals.register(listener, select.POLLIN)
         while len(sockets) < size - 1:
-            ready, _, _ = select.select(listeners, [], [], _remaining(deadline))
-            for listener in ready:
+            ready = {fd for fd, _ in arrivals.poll(_remaining(deadline) * 1000)}
+            for listener in (one for one in listeners if one.fileno() in ready):
                 listener.settimeout(_remaining(deadline))
                 connection, _ = listener.accept()
                 caller = _read_hello(connection, key)

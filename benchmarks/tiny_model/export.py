@@ -36,7 +36,7 @@ def checkpoint_tensors(model: TinyModel) -> dict[str, Tensor]:
 
 def export(state: Path, directory: Path) -> None:
     model = TinyModel()
-    model.load_state_dict(torch.load(state, weights_only=False)["model"])
+    model.load_state_dict(torch.load(state, weights_only=True)["model"])
     directory.mkdir(parents=True, exist_ok=True)
     save_file(checkpoint_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(CONFIG | IDS, indent=1) + "\n")

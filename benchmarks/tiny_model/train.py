@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from data import PARTS, Encoded, collate, long_batch, short_batch
+from data import PAD, PARTS, Encoded, collate, long_batch, short_batch
 from model import Mode, MoE, TinyModel
 from torch import Tensor
 
@@ -76,7 +76,7 @@ def batch_of(step: int, args: argparse.Namespace, rank: int, levels: Levels, pro
 
 def losses(model: TinyModel, rows: list[Encoded], mode: Mode, mtp_weight: float) -> tuple[Tensor, dict[str, Any]]:
     tokens, part = collate(rows)
-    real = tokens != 2
+    real = tokens != PAD
     hidden, hidden_mtp, extras = model(tokens, real, mode)
     # position i predicts token i + 1, the MTP layer token i + 2
     learnt, learnt_mtp = part[:, 1:] >= 0, part[:, 2:] >= 0
@@ -151,10 +151,12 @@ def train(rank: int, args: argparse.Namespace) -> None:
     levels, first, seconds = Levels(), 0, 0.0
     saved = Path(args.output) / "state.pt"
     if saved.exists():
-        state = torch.load(saved, weights_only=False)
+        state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        levels, first, seconds = state["levels"], state["step"], state["seconds"]
+        levels.level.update(state["level"])
+        levels.accuracy.update(state["accuracy"])
+        first, seconds = state["step"], state["seconds"]
     begin = time.monotonic() - seconds
     sums: dict[str, list[float]] = defaultdict(list)
     right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -196,8 +198,15 @@ def train(rank: int, args: argparse.Namespace) -> None:
             sums.clear()
             right.clear()
         if rank == 0 and (done % SAVE_EVERY == 0 or done == args.steps):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "levels": levels, "step": done}
-            torch.save(state | {"seconds": time.monotonic() - begin}, f"{saved}.new")
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "level": dict(levels.level),
+                "accuracy": dict(levels.accuracy),
+                "step": done,
+                "seconds": time.monotonic() - begin,
+            }
+            torch.save(state, f"{saved}.new")
             os.replace(f"{saved}.new", saved)
     dist.barrier()
     dist.destroy_process_group()

@@ -100,13 +100,18 @@ void shoal_pack_segments(const char* x, int64_t stride, int64_t row_bytes, const
 }
 
 // The rows of all pairs of `num_segments` segments in slot order, arrival order within a slot; arrival[i] is the place
-// of row i among the arrivals.
+// of row i among the arrivals. Sets `status` to 1, and does nothing else, when a pair names no row or no slot.
 void shoal_unpack_segments(const char* const* segments, int64_t num_segments, int64_t row_bytes, int64_t num_slots,
-                           char* out, int64_t* counts, int64_t* arrival, int64_t num_threads) {
+                           char* out, int64_t* counts, int64_t* arrival, int64_t num_threads, int64_t* status) {
   std::fill(counts, counts + num_slots, 0);
   const auto head = [&](int64_t s) { return reinterpret_cast<const int32_t*>(segments[s]); };
   for (int64_t s = 0; s < num_segments; ++s)
-    for (int64_t p = 0, pairs = head(s)[1]; p < pairs; ++p) ++counts[head(s)[2 + pairs + p]];
+    for (int64_t p = 0, pairs = head(s)[1]; p < pairs; ++p) {
+      const int64_t row = head(s)[2 + p], slot = head(s)[2 + pairs + p];
+      *status = row < 0 || row >= head(s)[0] || slot < 0 || slot >= num_slots;
+      if (*status) return;
+      ++counts[slot];
+    }
   std::vector<int64_t> next = starts_of(counts, num_slots);
   std::vector<RowCopy> copies;
   int64_t arrived = 0;

@@ -86,7 +86,7 @@ class DeepseekModel:
         self.config = config
         self.dtype = dtype
         self.tp = groups.tp
-        placement = placement or _default_placement(config, groups)
+        placement = placement or default_placement(config, groups)
         dispatcher: TokenDispatcher
         if groups.world.size == 1:
             dispatcher = LocalTokenDispatcher(placement)
@@ -131,7 +131,7 @@ class DeepseekModel:
         return gather_last_dim(linear(hidden, self.lm_head, out_dtype=torch.float32), self.tp, layer=-1, op="lm_head")
 
 
-def _default_placement(config: ModelConfig, groups: ParallelGroups) -> ExpertPlacement:
+def default_placement(config: ModelConfig, groups: ParallelGroups) -> ExpertPlacement:
     """On one node spread the routing groups, whose loads differ; over several keep them, so tokens reach few nodes."""
     one_node = groups.ranks_on_node == groups.world.size
     place = ExpertPlacement.round_robin if one_node else ExpertPlacement.contiguous

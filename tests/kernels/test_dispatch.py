@@ -70,3 +70,10 @@ def test_a_segment_of_another_width_is_found() -> None:
     segments, _, _ = pack_segments(x, topk_idx, rank_of, slot_of, 2)
     with pytest.raises(AssertionError, match="rank 0 sent"):
         unpack_segments(segments, x[:, :3], num_slots)
+
+
+@pytest.mark.parametrize(("row", "slot"), [(1, 0), (-1, 0), (0, 2), (0, -1)])
+def test_a_pair_that_names_no_row_or_slot_is_found(row: int, slot: int) -> None:
+    segment = torch.frombuffer(bytearray(struct.pack("=iiiif", 1, 1, row, slot, 5.0)), dtype=torch.uint8)
+    with pytest.raises(AssertionError, match="names a row"):
+        unpack_segments([segment], torch.empty(0, 1), 2)

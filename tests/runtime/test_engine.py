@@ -21,7 +21,7 @@ from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.loader import Checkpoint
 from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.models.deepseek import DeepseekModel
+from shoal.runtime.models.deepseek import DeepseekModel, default_placement
 from shoal.runtime.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.checkpoints import make_checkpoint
@@ -300,3 +300,17 @@ def test_ranks_that_were_idle_start_together(tmp_path: Path) -> None:
     # nobody has work | rank 0 has some: both wake | both compute | nobody has work
     expected = [(False, True, 0), (True, False, 0), (False, False, 3), (False, True, 0)]
     assert run_ranks(start_together, 2, tmp_path, timeout_s=120) == [expected, expected]
+
+
+def test_experts_are_spread_on_one_node_and_kept_together_over_several(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3")  # 16 experts
+    config = ModelConfig.from_pretrained(tmp_path)
+
+    def of_rank_1(ranks_on_node: int) -> list[int]:
+        comm = Communicator(1, 2, mesh=SocketMesh({}, 1))
+        layout = ParallelConfig(data_parallel_size=2)
+        groups = ParallelGroups(layout, 1, torch.device("cpu"), comm, Communicator(), ranks_on_node)
+        return default_placement(config, groups).local_experts(1)
+
+    assert of_rank_1(2) == list(range(1, 16, 2))
+    assert of_rank_1(1) == list(range(8, 16))
