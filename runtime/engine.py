@@ -20,7 +20,7 @@ from .engine_config import EngineConfig
 from .kv_cache import KVCache, RecordSpec, bytes_per_block
 from .loader import Checkpoint
 from .memory import available_memory
-from .model_runner import ModelRunner
+from .model_runner import ModelRunner, prompt_slices
 from .models.config import ModelConfig
 from .models.deepseek import DeepseekModel, expected_tensors, record_specs
 from .output_processor import Completion, OutputProcessor, RequestState
@@ -58,6 +58,18 @@ class StepResult:
     """Some rank asked to stop: every rank sees it in the same step and must not call `step` again."""
     woke: bool = False
     """Nobody had work until now and the next step will compute: whoever has more for it should add it first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What the ranks of a replica agreed on before a step."""
+
+    batch: Batch
+    """Of this rank's attention group."""
+    idle: bool
+    stopped: bool
+    num_prompt_slices: int
+    """The most that any attention group has in this step; every rank takes part in so many."""
 
 
 class Engine:
@@ -180,11 +192,12 @@ class Engine:
         if self._all_idle and self.groups.world.size > 1:
             return self._wake()
         batch = self.scheduler.schedule() if self.is_leader else EMPTY_BATCH
-        batch, any_work, stopped = self._agree(batch)
-        self._all_idle = not any_work
-        if stopped or not any_work:
-            return StepResult([], idle=not any_work, stopped=stopped)
-        logits = self.runner.run(batch, self._take_prompt_logits if self.is_leader else None)
+        round_ = self._agree(batch)
+        self._all_idle = round_.idle
+        if round_.stopped or round_.idle:
+            return StepResult([], idle=round_.idle, stopped=round_.stopped)
+        take = self._take_prompt_logits if self.is_leader else None
+        logits = self.runner.run(round_.batch, round_.num_prompt_slices, take)
         if not self.is_leader:
             return StepResult([], idle=False, stopped=False)
         return StepResult(self._update(batch, logits), idle=False, stopped=False)
@@ -200,19 +213,21 @@ class Engine:
         self._all_idle = not any(row[0] for row in rows)
         return StepResult([], idle=self._all_idle, stopped=any(row[1] for row in rows), woke=not self._all_idle)
 
-    def _agree(self, batch: Batch) -> tuple[Batch, bool, bool]:
+    def _agree(self, batch: Batch) -> Round:
         """All ranks learn whether anybody has work or wants to stop; followers receive their leader's batch."""
         world, tp = self.groups.world, self.groups.tp
+        num_slices = len(prompt_slices(batch))
         if world.size == 1:
-            return batch, batch.num_tokens > 0, self._stop_requested
+            return Round(batch, not batch.num_tokens, self._stop_requested, num_slices)
         packed = batch.pack() if batch.num_tokens else b""
-        rows = world.all_gather_ints([len(packed), int(self._stop_requested)], layer=-1, op="engine.agree")
+        own = [len(packed), int(self._stop_requested), num_slices]
+        rows = world.all_gather_ints(own, layer=-1, op="engine.agree")
         stopped = any(row[1] for row in rows)
         num_bytes = rows[self.groups.leader_rank][0]
         if num_bytes and tp.size > 1 and not stopped:
             received = tp.broadcast_bytes(packed or None, num_bytes, 0, layer=-1, op="engine.batch")
             batch = batch if self.is_leader else Batch.unpack(received)
-        return batch, any(row[0] for row in rows), stopped
+        return Round(batch, not any(row[0] for row in rows), stopped, max(row[2] for row in rows))
 
     def _update(self, batch: Batch, logits: Tensor) -> list[RequestOutput]:
         """Sample the sequences that reached their last token, tell the scheduler, and collect what there is to show."""
@@ -288,7 +303,7 @@ def _compute_dtype(config: ModelConfig) -> torch.dtype:
 
 def check_layout(config: ModelConfig, tensor_parallel_size: int) -> None:
     """ValueError, naming the size that does not divide, when the model cannot be split over that many ranks."""
-    for name in ("num_attention_heads", "hidden_size", "intermediate_size", "vocab_size"):
+    for name in ("num_attention_heads", "hidden_size", "intermediate_size"):
         value = getattr(config, name)
         if value % tensor_parallel_size:
             raise ValueError(

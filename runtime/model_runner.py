@@ -34,19 +34,18 @@ class ModelRunner:
         self.tap: Tap | None = None
 
     @torch.inference_mode()
-    def run(self, batch: Batch, on_prompt_logits: OnPromptLogits | None = None) -> Tensor:
+    def run(self, batch: Batch, num_prompt_slices: int, on_prompt_logits: OnPromptLogits | None = None) -> Tensor:
         """Computes every scheduled token and writes its cache record.
 
-        Returns logits [N, vocab_size] fp32, one row per sequence with `sample`, in batch order.
+        `num_prompt_slices` is the largest `len(prompt_slices(batch))` of the replica's attention groups.
+        Returns logits [N, vocab_size] fp32, one row per sequence with `sample`, in batch order (N = 0 on followers).
         """
         input_ids, metadata = self._prepare(batch)
         hidden = self.model.forward(input_ids, self.cache, metadata)
-        self._prompt_logits(batch, hidden, on_prompt_logits)
+        self._prompt_logits(batch, hidden, num_prompt_slices, on_prompt_logits)
         ends = np.cumsum([len(s.token_ids) for s in batch.sequences])
         last = [int(end) - 1 for s, end in zip(batch.sequences, ends, strict=True) if s.sample]
-        if not last:
-            return torch.empty(0, self.model.config.vocab_size)
-        return self.model.compute_logits(hidden[torch.tensor(last, device=self.device)])
+        return self.model.compute_logits(hidden[torch.tensor(last, dtype=torch.int64, device=self.device)])
 
     def _prepare(self, batch: Batch) -> tuple[Tensor, AttentionMetadata]:
         sequences, block_size = batch.sequences, self.cache.block_size
@@ -71,17 +70,29 @@ class ModelRunner:
         )
         return self._tensor(input_ids), AttentionMetadata(layout=layout, slot_mapping=self._tensor(slots), tap=self.tap)
 
-    def _prompt_logits(self, batch: Batch, hidden: Tensor, on_prompt_logits: OnPromptLogits | None) -> None:
-        """Show the prompt logits that were asked for, in slices that are the same on every rank of the tp group."""
-        offset = 0
-        for s in batch.sequences:
-            length = len(s.token_ids)
-            for first in range(length - s.num_prompt_logits, length, PROMPT_LOGITS_ROWS):
-                rows = hidden[offset + first : offset + min(first + PROMPT_LOGITS_ROWS, length)]
-                logits = self.model.compute_logits(rows)
-                if on_prompt_logits is not None:
-                    on_prompt_logits(s, s.start + first, logits)
-            offset += length
+    def _prompt_logits(
+        self, batch: Batch, hidden: Tensor, num_slices: int, on_prompt_logits: OnPromptLogits | None
+    ) -> None:
+        """Show the prompt logits that were asked for; every rank of the replica takes part in every slice."""
+        slices = prompt_slices(batch)
+        for s, start, rows in slices:
+            logits = self.model.compute_logits(hidden[rows])
+            if on_prompt_logits is not None:
+                on_prompt_logits(s, start, logits)
+        for _ in range(num_slices - len(slices)):
+            self.model.compute_logits(hidden[:0])
 
     def _tensor(self, array: NDArray[np.integer[Any]]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def prompt_slices(batch: Batch) -> list[tuple[ScheduledSequence, int, slice]]:
+    """The prompt logits that a batch asks for: (sequence, position of the first one, rows of the batch's tokens)."""
+    slices, offset = [], 0
+    for s in batch.sequences:
+        length = len(s.token_ids)
+        for first in range(length - s.num_prompt_logits, length, PROMPT_LOGITS_ROWS):
+            rows = slice(offset + first, offset + min(first + PROMPT_LOGITS_ROWS, length))
+            slices.append((s, s.start + first, rows))
+        offset += length
+    return slices

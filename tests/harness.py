@@ -12,7 +12,7 @@ from shoal.parallel.groups import single_process_groups
 from shoal.runtime.batch import Batch, ScheduledSequence
 from shoal.runtime.kv_cache import KVCache
 from shoal.runtime.loader import Checkpoint
-from shoal.runtime.model_runner import ModelRunner
+from shoal.runtime.model_runner import ModelRunner, prompt_slices
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.models.deepseek import DeepseekModel, record_specs
 
@@ -59,7 +59,8 @@ def logits_in_chunks(
             sample=False,
             num_prompt_logits=size,
         )
-        runner.run(Batch([scheduled]), keep)
+        batch = Batch([scheduled])
+        runner.run(batch, len(prompt_slices(batch)), keep)
         start = end
     return torch.stack([rows[i] for i in range(len(token_ids))])
 

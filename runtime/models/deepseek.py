@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.kernels.linear import linear, pack_weight
+from shoal.kernels.linear import pack_weight
 from shoal.kernels.norm import add_rms_norm, rms_norm
 from shoal.kernels.rope import cos_sin_table, inv_freq
 from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import gather_last_dim, shard
+from shoal.parallel.lm_head import ParallelLMHead, vocab_shard
 from shoal.parallel.placement import ExpertPlacement
 
 from ..kv_cache import KVCache, RecordSpec
@@ -103,8 +104,10 @@ class DeepseekModel:
             for i in range(config.num_hidden_layers)
         ]
         self.final_norm = weights.read("norm.weight").float()
-        vocab = shard(config.vocab_size, groups.tp_rank, self.tp.size)
-        self.lm_head = pack_weight(checkpoint.read(_lm_head_name(config), rows=vocab, dtype=dtype))
+        head = self.tp if several_nodes(groups) else groups.world
+        vocab = vocab_shard(config.vocab_size, head.rank, head.size)
+        weight = pack_weight(checkpoint.read(_lm_head_name(config), rows=vocab, dtype=dtype))
+        self.lm_head = ParallelLMHead(weight, config.vocab_size, head, self.tp.size)
 
     def record_specs(self) -> list[RecordSpec]:
         """What each layer keeps per token."""
@@ -127,15 +130,22 @@ class DeepseekModel:
         return out
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, H] -> logits [N, vocab_size] fp32: accumulated in fp32 and not rounded to the compute dtype."""
-        return gather_last_dim(linear(hidden, self.lm_head, out_dtype=torch.float32), self.tp, layer=-1, op="lm_head")
+        """hidden [N, H] -> logits [N, vocab_size] fp32 where they are sampled, as `ParallelLMHead` says.
+
+        Every rank of the replica calls it equally often, if need be with N = 0.
+        """
+        return self.lm_head(hidden)
 
 
 def default_placement(config: ModelConfig, groups: ParallelGroups) -> ExpertPlacement:
     """On one node spread the routing groups, whose loads differ; over several keep them, so tokens reach few nodes."""
-    one_node = groups.ranks_on_node == groups.world.size
-    place = ExpertPlacement.round_robin if one_node else ExpertPlacement.contiguous
+    place = ExpertPlacement.contiguous if several_nodes(groups) else ExpertPlacement.round_robin
     return place(config.n_routed_experts, groups.world.size)
+
+
+def several_nodes(groups: ParallelGroups) -> bool:
+    """Whether the replica spans more than one node, so that what its ranks share costs a network."""
+    return groups.ranks_on_node < groups.world.size
 
 
 def record_specs(config: ModelConfig) -> list[RecordSpec]:

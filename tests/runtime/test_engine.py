@@ -253,7 +253,7 @@ def test_a_rank_holds_its_shard_and_at_most_one_more_tensor(tmp_path: Path, monk
 
     monkeypatch.setattr(Checkpoint, "read", counting)
     totals = {}
-    for tp, dp in [(1, 1), (2, 1), (1, 4)]:
+    for tp, dp, ranks_on_node in [(1, 1, 1), (2, 1, 2), (1, 4, 1), (1, 4, 4)]:
         sizes.clear()
         world = tp * dp
         groups = ParallelGroups(
@@ -262,14 +262,18 @@ def test_a_rank_holds_its_shard_and_at_most_one_more_tensor(tmp_path: Path, monk
             torch.device("cpu"),
             Communicator(0, world, mesh=SocketMesh({}, 1)),
             Communicator(0, tp, mesh=SocketMesh({}, 1)),
+            ranks_on_node,
         )
         with Checkpoint(tmp_path) as checkpoint:
             DeepseekModel(config, checkpoint, groups, dtype=torch.bfloat16, max_model_len=64)
-        totals[tp, dp] = sum(sizes)
+        totals[tp, dp, ranks_on_node] = sum(sizes)
     experts = (config.num_hidden_layers - config.first_k_dense_replace) * config.n_routed_experts
     of_experts = experts * 3 * config.hidden_size * config.moe_intermediate_size
-    assert totals[1, 1] - totals[1, 4] == of_experts * 3 // 4, "a quarter of the experts, all of the rest"
-    assert totals[2, 1] < totals[1, 1] * 0.65
+    alone = totals[1, 1, 1]
+    assert alone - totals[1, 4, 1] == of_experts * 3 // 4, "a quarter of the experts, all of the rest"
+    head = config.vocab_size * config.hidden_size
+    assert alone - totals[1, 4, 4] == (of_experts + head) * 3 // 4, "on one node, a quarter of the head too"
+    assert totals[2, 1, 2] < alone * 0.65
 
 
 def start_together(rank: int, store: Store, model_dir: Path) -> list[tuple[bool, bool, int]]:
