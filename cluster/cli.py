@@ -131,6 +131,44 @@ def demo(output: Path, tensor_parallel_size: int, data_parallel_size: int) -> No
     finish(run)
 
 
+@main.command("eval")
+@engine_options
+@click.option("--tasks", metavar="A,B,..", help="Some of the tasks; default: all seven.")
+@click.option(
+    "--thinking", type=click.Choice(["on", "off", "both"]), default="both", show_default=True, help="Before answering."
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Questions of each task; default: all.")
+@click.option("--max-tokens", type=int, metavar="N", default=256, show_default=True, help="Longest answer.")
+@click.option("--json", "output", metavar="FILE", type=click.Path(path_type=Path), help="Write the scores there.")
+def evaluate(
+    tasks: str | None,
+    thinking: Literal["on", "off", "both"],
+    limit: int | None,
+    max_tokens: int,
+    output: Path | None,
+    **options: Any,
+) -> None:
+    """Exact answers to held-out questions, with 95 % intervals. Without --model: shoal-tiny, which is bundled."""
+
+    def run() -> int:
+        from .bundled import BUNDLED_MODEL, TASKS
+        from .engine_args import EngineArgs
+        from .eval import evaluate as run_evaluate
+
+        return run_evaluate(
+            EngineArgs.from_dict({"model": str(BUNDLED_MODEL)} | _given(options)),
+            tasks=TASKS if tasks is None else tuple(tasks.split(",")),
+            thinking=thinking,
+            limit=limit,
+            max_tokens=max_tokens,
+            output=output,
+            stdout=sys.stdout,
+            stderr=sys.stderr,
+        )
+
+    finish(run)
+
+
 @main.group()
 def bench() -> None:
     """Measure a model on this machine or cluster."""

@@ -72,30 +72,37 @@ def lookup_row(rng: random.Random, num_entries: int, num_questions: int) -> Enco
 
 
 def recall_row(rng: random.Random, num_entries: int, length: int) -> Encoded:
-    """Entries that come back in any order, as plain text: every value that was seen before is learnt."""
+    """Entries that come back in any order, as plain text: what was seen before is learnt.
+
+    With few entries their first letters differ, so that the second letter of a seen one follows from the first.
+    """
     entries = document(rng, num_entries, num_entries).asked
+    if few := num_entries <= 20:
+        entries = list({name[0]: (name, value) for name, value in entries}.values())
+    recall = PARTS.index("recall")
     encoded, seen = Encoded([BOS], [-1]), set[str]()
     while len(encoded.tokens) < length:
         name, value = rng.choice(entries)
-        encoded.add(text_ids(f"{name}="))
-        encoded.add(text_ids(value), PARTS.index("recall") if name in seen else -1)
+        encoded.add(text_ids(name[0]))
+        encoded.add(text_ids(f"{name[1]}="), recall if few and name in seen else -1)
+        encoded.add(text_ids(value), recall if name in seen else -1)
         encoded.add(text_ids(" "))
         seen.add(name)
     return encoded
 
 
 def short_batch(rng: random.Random, level: Level, num_tokens: int) -> list[Encoded]:
-    """Rows of similar length, so that little is padding."""
-    rows = sorted((short_row(rng, level) for _ in range(4 * num_tokens // 100)), key=lambda r: len(r.tokens))
-    count = num_tokens // 100
-    first = rng.randrange(len(rows) - count + 1)
-    return rows[first : first + count]
+    """Rows of the shorter or the longer half of what is drawn, so that not too much is padding."""
+    rows = sorted((short_row(rng, level) for _ in range(num_tokens // 20)), key=lambda r: len(r.tokens))
+    half = rows[: len(rows) // 2] if rng.random() < 0.5 else rows[len(rows) // 2 :]
+    count = max(1, num_tokens // len(half[-1].tokens))
+    return rng.sample(half, min(count, len(half)))
 
 
-def long_batch(rng: random.Random, level: Level, num_tokens: int, recall_share: float) -> list[Encoded]:
-    length = rng.randint(128, 128 + round(1024 * level("lookup")))
+def long_batch(rng: random.Random, level: Level, num_tokens: int, length: int, *, recall: bool) -> list[Encoded]:
+    """Rows of about `length` tokens: documents with questions, or plain recall."""
     count = max(1, num_tokens // length)
-    if rng.random() < recall_share:
+    if recall:
         return [recall_row(rng, max(4, length // rng.choice([12, 24])), length) for _ in range(count)]
     num_entries = min(160, max(8, length // 8))
     return [lookup_row(rng, num_entries, max(1, length // 64)) for _ in range(count)]

@@ -63,17 +63,17 @@ def sorting(rng: random.Random, level: float = 1.0) -> Row:
 
 
 def copying(rng: random.Random, level: float = 1.0) -> Row:
-    """4 to 40 letters and digits."""
+    """4 to 40 letters and digits; the trace writes them in groups."""
     text = _word(rng, 4, _up_to(4, 40, level))
     question = rng.choice([f"Copy this: {text}", f"Repeat: {text}"])
-    return Row("copying", f"copy{text}", question, f"{len(text)}", text)
+    return Row("copying", f"copy{text}", question, _in_groups(text), text)
 
 
 def reversing(rng: random.Random, level: float = 1.0) -> Row:
-    """4 to 40 letters and digits."""
+    """4 to 40 letters and digits; the trace writes the answer in groups."""
     text = _word(rng, 4, _up_to(4, 40, level))
     question = rng.choice([f"Reverse this: {text}", f"Write backwards: {text}"])
-    return Row("reversing", f"reverse{text}", question, f"{len(text)}", text[::-1])
+    return Row("reversing", f"reverse{text}", question, _in_groups(text[::-1]), text[::-1])
 
 
 def running_sum(rng: random.Random, level: float = 1.0) -> Row:
@@ -159,6 +159,10 @@ def _number(rng: random.Random, low: int, high: int) -> int:
 
 def _word(rng: random.Random, low: int, high: int) -> str:
     return "".join(rng.choice(string.ascii_lowercase + string.digits) for _ in range(rng.randint(low, high)))
+
+
+def _in_groups(text: str) -> str:
+    return " ".join(text[i : i + 5] for i in range(0, len(text), 5))
 
 
 def _digits_from_the_right(a: int, b: int) -> list[tuple[int, int]]:

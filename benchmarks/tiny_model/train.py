@@ -24,15 +24,21 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from data import PAD, PARTS, Encoded, collate, long_batch, short_batch
-from model import Mode, MoE, TinyModel
+from model import CONFIG, Mode, MoE, TinyModel
+from optimizer import Muon
 from torch import Tensor
 
-PEAK_LR, FINAL_LR, WARMUP_STEPS = 2e-3, 1e-4, 100
+ADAMW_LR, ROUTER_LR, MUON_LR = 2e-3, 3e-4, 0.01
+WEIGHT_DECAY, WARMUP_STEPS = 0.05, 50
+FINAL_LR = 0.05
+"""As a fraction of the highest one, from which it falls linearly over the second half."""
 WARMUP_PHASE, SPARSE_PHASE = 0.58, 0.63
-"""Where the phases begin, as fractions of all steps."""
-BIAS_STEP, BIAS_FROZEN = 0.004, 0.9
+"""Where the phases begin, as fractions of the time."""
+MTP_EVERY, MTP_WEIGHT = 3, 0.3
+MTP_PREFIX = f"layers.{CONFIG['num_hidden_layers']}."
+BIAS_STEP, BIAS_FROZEN = 0.01, 0.9
 LEVEL_STEP, LEVEL_ACCURACY = 0.02, 0.9
-REPORT_EVERY, SAVE_EVERY = 20, 500
+REPORT_EVERY, SAVE_EVERY = 20, 200
 
 
 class Levels:
@@ -60,46 +66,48 @@ def phase(progress: float) -> Mode:
     return "dense" if progress < WARMUP_PHASE else "warmup" if progress < SPARSE_PHASE else "sparse"
 
 
-def learning_rate(step: int, steps: int) -> float:
-    if step < WARMUP_STEPS:
-        return PEAK_LR * (step + 1) / WARMUP_STEPS
-    left = 1 - (step - WARMUP_STEPS) / (steps - WARMUP_STEPS)
-    return FINAL_LR + (PEAK_LR - FINAL_LR) * left
+def learning_rate(step: int, progress: float) -> float:
+    """As a fraction of the highest one."""
+    return min(1.0, (step + 1) / WARMUP_STEPS, FINAL_LR + (1 - FINAL_LR) * 2 * (1 - progress))
 
 
-def batch_of(step: int, args: argparse.Namespace, rank: int, levels: Levels, progress: float) -> list[Encoded]:
-    rng = random.Random(f"{args.seed}/{step}/{rank}")
-    if rng.random() < args.long_share:
-        return long_batch(rng, levels, args.tokens, recall_share=max(0.1, 0.8 - 2 * progress))
-    return short_batch(rng, levels, args.tokens)
+def batches_of(step: int, args: argparse.Namespace, rank: int, levels: Levels, progress: float) -> list[list[Encoded]]:
+    """Short questions, and long rows; every rank has its own, of the same length, so that none waits for the other."""
+    shared, own = random.Random(f"{args.seed}/{step}"), random.Random(f"{args.seed}/{step}/{rank}")
+    length = shared.randint(128, 128 + round(960 * levels("lookup")))
+    recall = shared.random() < max(0.1, 0.8 - 2 * progress)
+    short = short_batch(own, levels, args.tokens)
+    return [short, long_batch(own, levels, max(args.long_tokens, length), length, recall=recall)]
 
 
-def losses(model: TinyModel, rows: list[Encoded], mode: Mode, mtp_weight: float) -> tuple[Tensor, dict[str, Any]]:
+def losses(model: TinyModel, rows: list[Encoded], mode: Mode, *, mtp: bool) -> tuple[Tensor, dict[str, Any]]:
     tokens, part = collate(rows)
     real = tokens != PAD
-    hidden, hidden_mtp, extras = model(tokens, real, mode)
+    embedded, hidden, extras = model(tokens, real, mode)
     # position i predicts token i + 1, the MTP layer token i + 2
-    learnt, learnt_mtp = part[:, 1:] >= 0, part[:, 2:] >= 0
+    learnt, target = part[:, 1:] >= 0, tokens[:, 1:]
     logits = model.lm_head(hidden[:, :-1][learnt])
-    loss = F.cross_entropy(logits, tokens[:, 1:][learnt])
-    logits_mtp = model.lm_head(hidden_mtp[:, :-2][learnt_mtp])
-    target_mtp = tokens[:, 2:][learnt_mtp]
-    loss_mtp = F.cross_entropy(logits_mtp, target_mtp)
-    total = loss + mtp_weight * loss_mtp
-    index_kl = torch.stack(extras.index_kl).mean() if extras.index_kl else None
-    if index_kl is not None:
-        total = index_kl if mode == "warmup" else total + index_kl
-    right = torch.zeros(tokens.shape[0], tokens.shape[1] - 1, dtype=torch.bool)
-    right[learnt] = logits.argmax(-1) == tokens[:, 1:][learnt]
-    facts = {
+    total = loss = F.cross_entropy(logits, target[learnt])
+    right = torch.zeros(target.shape, dtype=torch.bool)
+    right[learnt] = logits.argmax(-1) == target[learnt]
+    facts: dict[str, Any] = {
         "loss": loss.item(),
-        "loss_mtp": loss_mtp.item(),
-        "index_kl": index_kl.item() if index_kl is not None else None,
-        "mtp_acceptance": (logits_mtp.argmax(-1) == target_mtp).float().mean().item(),
-        "load": torch.stack(extras.expert_load),
         "right": answered(right, part[:, 1:]),
         "tokens": int(real.sum()),
     }
+    if mtp:
+        hidden_mtp = model.predict_after_next(embedded, hidden, real, mode, extras)
+        learnt_mtp = part[:, 2:] >= 0
+        logits_mtp, target_mtp = model.lm_head(hidden_mtp[:, :-2][learnt_mtp]), tokens[:, 2:][learnt_mtp]
+        loss_mtp = F.cross_entropy(logits_mtp, target_mtp)
+        total = total + MTP_WEIGHT * loss_mtp
+        facts["loss_mtp"] = loss_mtp.item()
+        facts["mtp_acceptance"] = (logits_mtp.argmax(-1) == target_mtp).float().mean().item()
+    if extras.index_kl:
+        index_kl = torch.stack(extras.index_kl).mean()
+        total = index_kl if mode == "warmup" else total + index_kl
+        facts["index_kl"] = index_kl.item()
+    facts["load"] = extras.expert_load
     return total, facts
 
 
@@ -119,20 +127,33 @@ def answered(right: Tensor, part: Tensor) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def balance(model: TinyModel, load: Tensor) -> float:
-    """Move the routers' biases towards equal load (auxiliary-loss-free); returns max / mean of the fullest layer."""
+def balance(model: TinyModel, loads: list[list[Tensor]]) -> float:
+    """Move the routers' biases towards equal load (auxiliary-loss-free); returns max / mean of the fullest layer.
+
+    `loads`: of each rank, the tokens of each expert by layer; the MTP layer's only where it ran.
+    """
     moes = [m for m in model.modules() if isinstance(m, MoE)]
-    for moe, counts in zip(moes, load.float(), strict=True):
+    fullest = 0.0
+    for moe, counts in zip(moes, (sum(ranks).float() for ranks in zip(*loads, strict=True)), strict=False):
         moe.gate.e_score_correction_bias += BIAS_STEP * torch.sign(counts.mean() - counts)
-    return float((load.float().amax(-1) / load.float().mean(-1)).max())
+        fullest = max(fullest, float(counts.max() / counts.mean()))
+    return fullest
 
 
-def average_gradients(model: TinyModel, world: int) -> None:
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+def is_trained(name: str, mode: Mode, *, mtp: bool) -> bool:
+    """Whether a step in this mode changes the parameter: the same on every rank, whatever its rows were."""
+    if ".indexer." in name:
+        return mode != "dense" and (mtp or not name.startswith(MTP_PREFIX))
+    return mode != "warmup" and (mtp or not name.startswith(MTP_PREFIX))
+
+
+def average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None:
+    """Over the ranks; what a rank had no use for counts as zero."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= world
-    for p, part in zip(model.parameters(), flat.split([g.numel() for g in gradients]), strict=True):
+    for p, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
         p.grad = part.view_as(p)
 
 
@@ -143,43 +164,58 @@ def train(rank: int, args: argparse.Namespace) -> None:
         "gloo", init_method=f"file://{args.output}/rendezvous", rank=rank, world_size=args.processes
     )
     model = TinyModel()
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
-    indexer = {id(p) for name, p in model.named_parameters() if ".indexer." in name}
+    matrices = [
+        p
+        for name, p in model.named_parameters()
+        if name.startswith("layers.") and p.dim() >= 2 and not name.endswith("gate.weight")
+    ]
+    routers = [m.gate.weight for m in model.modules() if isinstance(m, MoE)]
+    others = [p for p in model.parameters() if not any(p is m for m in [*matrices, *routers])]
+    muon = Muon(matrices, momentum=0.95, weight_decay=WEIGHT_DECAY, rank=rank, world=args.processes)
+    groups = [{"params": others, "peak": ADAMW_LR}, {"params": routers, "peak": ROUTER_LR}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     levels, first, seconds = Levels(), 0, 0.0
     saved = Path(args.output) / "state.pt"
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        muon.load_state(state["muon"])
+        adamw.load_state_dict(state["adamw"])
         levels.level.update(state["level"])
         levels.accuracy.update(state["accuracy"])
         first, seconds = state["step"], state["seconds"]
     begin = time.monotonic() - seconds
     sums: dict[str, list[float]] = defaultdict(list)
     right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for step in range(first, args.steps):
-        progress = step / args.steps
+    step, progress = first, seconds / args.seconds
+    while progress < 1.0:
         mode = phase(progress)
-        total, facts = losses(model, batch_of(step, args, rank, levels, progress), mode, 0.3 if progress < 0.7 else 0.1)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        average_gradients(model, args.processes)
-        if mode == "warmup":  # the indexer alone; others keep their values and their moments
-            for p in model.parameters():
-                if id(p) not in indexer:
-                    p.grad = None
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps)
-        optimizer.step()
+        mtp = step % MTP_EVERY == 0
+        model.zero_grad(set_to_none=True)
+        facts = []
+        for rows in batches_of(step, args, rank, levels, progress):
+            total, of_rows = losses(model, rows, mode, mtp=mtp)
+            total.backward()  # type: ignore[no-untyped-call]
+            facts.append(of_rows)
+        trained = []
+        for name, p in model.named_parameters():
+            if is_trained(name, mode, mtp=mtp):
+                trained.append(p)
+            else:
+                p.grad = None
+        average_gradients(trained, args.processes)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        rate = learning_rate(step, progress)
+        muon.step(MUON_LR * rate)
+        for group in adamw.param_groups:
+            group["lr"] = group["peak"] * rate
+        adamw.step()
 
-        gathered: list[Any] = [None] * args.processes
-        dist.all_gather_object(gathered, facts)
+        by_rank: list[Any] = [None] * args.processes
+        dist.all_gather_object(by_rank, facts)
+        gathered = [of_rows for facts in by_rank for of_rows in facts]
         if mode != "warmup" and progress < BIAS_FROZEN:
-            sums["balance"].append(balance(model, sum(f["load"] for f in gathered)))
+            sums["balance"].append(balance(model, [f["load"] for f in gathered]))
         step_right: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
         for f in gathered:
             for part, (correct, count) in f["right"].items():
@@ -187,27 +223,34 @@ def train(rank: int, args: argparse.Namespace) -> None:
                 right[part][0] += correct
                 right[part][1] += count
             for name in ("loss", "loss_mtp", "index_kl", "mtp_acceptance", "tokens"):
-                if f[name] is not None:
+                if name in f:
                     sums[name].append(f[name])
         levels.update(step_right)
 
-        done = step + 1
-        if rank == 0 and (done % REPORT_EVERY == 0 or done == args.steps):
-            report(args, done, mode, time.monotonic() - begin, sums, right, levels)
-        if done % REPORT_EVERY == 0:
+        step += 1
+        # every rank goes by rank 0's clock
+        clock = torch.tensor([time.monotonic() - begin], dtype=torch.float64)
+        dist.broadcast(clock, 0)
+        sums["seconds"].append(float(clock) - progress * args.seconds)
+        progress = float(clock) / args.seconds
+        if rank == 0 and step % REPORT_EVERY == 0:
+            report(args, step, mode, float(clock), sums, right, levels)
+        if step % REPORT_EVERY == 0:
             sums.clear()
             right.clear()
-        if rank == 0 and (done % SAVE_EVERY == 0 or done == args.steps):
+        if step % SAVE_EVERY == 0 or progress >= 1.0:
             state = {
                 "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "muon": muon.gathered_state(),
+                "adamw": adamw.state_dict(),
                 "level": dict(levels.level),
                 "accuracy": dict(levels.accuracy),
-                "step": done,
-                "seconds": time.monotonic() - begin,
+                "step": step,
+                "seconds": float(clock),
             }
-            torch.save(state, f"{saved}.new")
-            os.replace(f"{saved}.new", saved)
+            if rank == 0:
+                torch.save(state, f"{saved}.new")
+                os.replace(f"{saved}.new", saved)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -222,7 +265,7 @@ def report(
     levels: Levels,
 ) -> None:
     """One line on the terminal and one in log.jsonl."""
-    mean = {name: sum(values) / len(values) for name, values in sums.items() if name != "tokens"}
+    mean = {name: sum(values) / len(values) for name, values in sums.items() if name not in ("tokens", "seconds")}
     tokens = sum(sums["tokens"])
     accuracy = {part: correct / count for part, (correct, count) in sorted(right.items()) if count}
     line = {"step": step, "mode": mode, "seconds": round(seconds, 1), "tokens": tokens, **mean, "accuracy": accuracy}
@@ -231,22 +274,28 @@ def report(
         log.write(json.dumps(line) + "\n")
     shown = " ".join(f"{part} {100 * a:.0f}%@{levels(part.partition('/')[0]):.1f}" for part, a in accuracy.items())
     numbers = " ".join(f"{name} {value:.3f}" for name, value in mean.items() if not math.isnan(value))
-    print(f"{step}/{args.steps} {mode} {seconds:.0f} s | {numbers} | {shown}", flush=True)
+    speed = tokens / sum(sums["seconds"])
+    print(f"{step} {mode} {seconds:.0f} s, {speed:.0f} tokens/s | {numbers} | {shown}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="directory of the training state; an interrupted run goes on")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--tokens", type=int, default=3000, help="per process and step")
-    parser.add_argument("--long-share", type=float, default=0.45, help="of steps that train on documents")
+    parser.add_argument("--seconds", type=float, default=5100.0, help="of training, all resumed parts together")
+    parser.add_argument("--tokens", type=int, default=1200, help="of short questions, per process and step")
+    parser.add_argument("--long-tokens", type=int, default=1100, help="of documents, per process and step")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.output = str(Path(args.output).resolve())
     Path(args.output).mkdir(parents=True, exist_ok=True)
     (Path(args.output) / "rendezvous").unlink(missing_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    # one thread each; freed memory is kept, as giving it back and zeroing it anew costs a tenth of the time
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "1000000000",
+        "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    }
     mp.spawn(train, args=(args,), nprocs=args.processes)  # type: ignore[attr-defined]
 
 
