@@ -102,9 +102,9 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 def table(scores: Scores) -> str:
     """One line per task: accuracy and interval of each mode that was asked."""
     modes = [mode for mode in ("thinking", "direct") if any(mode in of_task for of_task in scores.values())]
-    lines = [f"{'task':14}{'n':>6}" + "".join(f"  {mode:22}" for mode in modes)]
+    lines = [(f"{'task':14}{'n':>6}" + "".join(f"  {mode:22}" for mode in modes)).rstrip()]
     for task, of_task in scores.items():
         cells = [of_task[mode] for mode in modes]
-        shown = "".join(f"  {c['accuracy']:.3f} ({c['low']:.3f}-{c['high']:.3f})  " for c in cells)
+        shown = "".join(f"  {c['accuracy']:.3f} ({c['low']:.3f}-{c['high']:.3f})   " for c in cells)
         lines.append(f"{task:14}{cells[0]['n']:6}{shown}".rstrip())
     return "\n".join(lines)
