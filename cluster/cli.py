@@ -114,7 +114,7 @@ def validate(input: str, **options: Any) -> None:
 def demo(output: Path, tensor_parallel_size: int, data_parallel_size: int) -> None:
     """Answer real prompts on Ray workers and in one process, and compare every token.
 
-    The model is written by the demo: DeepSeek-V3.2's architecture, small, with random weights.
+    The model is shoal-tiny, which is bundled: DeepSeek-V3.2's architecture, small, and trained.
     """
 
     def run() -> int:

@@ -66,7 +66,7 @@ def lookup_row(rng: random.Random, num_entries: int, num_questions: int) -> Enco
     encoded = Encoded([BOS], [-1])
     for number, (name, value) in enumerate(doc.asked):
         question = lookup_question(name)
-        thinking = f"{name}={value}" if rng.random() < THINKING_SHARE else None
+        thinking = name + value if rng.random() < THINKING_SHARE else None
         add_turn(encoded, "lookup", question if number else f"{doc.text}\n{question}", thinking, value)
     return encoded
 
@@ -74,17 +74,18 @@ def lookup_row(rng: random.Random, num_entries: int, num_questions: int) -> Enco
 def recall_row(rng: random.Random, num_entries: int, length: int) -> Encoded:
     """Entries that come back in any order, as plain text: what was seen before is learnt.
 
-    With few entries their first letters differ, so that the second letter of a seen one follows from the first.
+    With few entries no letter is in two keys at the same place, so that one letter is enough to find an entry.
     """
     entries = document(rng, num_entries, num_entries).asked
     if few := num_entries <= 20:
-        entries = list({name[0]: (name, value) for name, value in entries}.values())
+        for place in (0, 1):
+            entries = list({name[place]: (name, value) for name, value in entries}.values())
     recall = PARTS.index("recall")
     encoded, seen = Encoded([BOS], [-1]), set[str]()
     while len(encoded.tokens) < length:
         name, value = rng.choice(entries)
         encoded.add(text_ids(name[0]))
-        encoded.add(text_ids(f"{name[1]}="), recall if few and name in seen else -1)
+        encoded.add(text_ids(name[1]), recall if few and name in seen else -1)
         encoded.add(text_ids(value), recall if name in seen else -1)
         encoded.add(text_ids(" "))
         seen.add(name)
@@ -104,8 +105,8 @@ def long_batch(rng: random.Random, level: Level, num_tokens: int, length: int, *
     count = max(1, num_tokens // length)
     if recall:
         return [recall_row(rng, max(4, length // rng.choice([12, 24])), length) for _ in range(count)]
-    num_entries = min(160, max(8, length // 8))
-    return [lookup_row(rng, num_entries, max(1, length // 64)) for _ in range(count)]
+    num_entries = min(204, max(8, length // 5))
+    return [lookup_row(rng, num_entries, max(1, length // 96)) for _ in range(count)]
 
 
 def collate(rows: list[Encoded]) -> tuple[Tensor, Tensor]:

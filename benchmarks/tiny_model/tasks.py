@@ -90,7 +90,7 @@ def running_sum(rng: random.Random, level: float = 1.0) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Entries of two-letter keys and two-digit values, and some of the keys to ask for."""
+    """Entries of a two-letter key and a two-digit value, such as kd57, and some of the keys to ask for."""
 
     text: str
     asked: list[tuple[str, str]]
@@ -100,14 +100,11 @@ class Document:
         return f"{self.text}?{self.asked[0][0]}"
 
 
-ENTRY_LENGTH = len("ab=12 ")
-
-
 def document(rng: random.Random, num_entries: int, num_asked: int = 1) -> Document:
     keys = rng.sample(_KEYS, num_entries)
     values = [f"{rng.randint(0, 99):02d}" for _ in keys]
     entries = list(zip(keys, values, strict=True))
-    return Document(" ".join(f"{k}={v}" for k, v in entries), rng.sample(entries, min(num_asked, num_entries)))
+    return Document(" ".join(k + v for k, v in entries), rng.sample(entries, min(num_asked, num_entries)))
 
 
 def lookup_question(name: str) -> str:
@@ -115,11 +112,11 @@ def lookup_question(name: str) -> str:
 
 
 def lookup(rng: random.Random, level: float = 1.0) -> Row:
-    """One value of a document of 128 to 1024 tokens; the trace repeats the entry."""
-    num_entries = rng.randint(16, _up_to(16, 160, level))
+    """One value of a document of 128 to 1024 characters; the trace repeats the entry."""
+    num_entries = rng.randint(26, _up_to(26, 204, level))
     doc = document(rng, num_entries)
     name, value = doc.asked[0]
-    return Row("lookup", doc.key, f"{doc.text}\n{lookup_question(name)}", f"{name}={value}", value)
+    return Row("lookup", doc.key, f"{doc.text}\n{lookup_question(name)}", name + value, value)
 
 
 _KEYS = [a + b for a in string.ascii_lowercase for b in string.ascii_lowercase]

@@ -26,18 +26,19 @@ import torch.nn.functional as F
 from data import PAD, PARTS, Encoded, collate, long_batch, short_batch
 from model import CONFIG, Mode, MoE, TinyModel
 from optimizer import Muon
+from tasks import TASKS
 from torch import Tensor
 
-ADAMW_LR, ROUTER_LR, MUON_LR = 2e-3, 3e-4, 0.01
+ADAMW_LR, ROUTER_LR, MUON_LR = 2e-3, 3e-4, 0.008
 WEIGHT_DECAY, WARMUP_STEPS = 0.05, 50
 FINAL_LR = 0.05
-"""As a fraction of the highest one, from which it falls linearly over the second half."""
+"""As a fraction of the highest one."""
 WARMUP_PHASE, SPARSE_PHASE = 0.58, 0.63
 """Where the phases begin, as fractions of the time."""
 MTP_EVERY, MTP_WEIGHT = 3, 0.3
 MTP_PREFIX = f"layers.{CONFIG['num_hidden_layers']}."
 BIAS_STEP, BIAS_FROZEN = 0.01, 0.9
-LEVEL_STEP, LEVEL_ACCURACY = 0.02, 0.9
+LEVEL_STEP, LEVEL_ACCURACY = 0.01, 0.8
 REPORT_EVERY, SAVE_EVERY = 20, 200
 
 
@@ -57,8 +58,8 @@ class Levels:
             if not count:
                 continue
             self.accuracy[part] = 0.9 * self.accuracy[part] + 0.1 * correct / count
-            task, _, mode = part.partition("/")
-            if mode == "thinking" and self.accuracy[part] > LEVEL_ACCURACY:
+        for task in TASKS:
+            if max(self.accuracy[f"{task}/{mode}"] for mode in ("thinking", "direct")) > LEVEL_ACCURACY:
                 self.level[task] = min(1.0, self.level[task] + LEVEL_STEP)
 
 
@@ -67,8 +68,8 @@ def phase(progress: float) -> Mode:
 
 
 def learning_rate(step: int, progress: float) -> float:
-    """As a fraction of the highest one."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, FINAL_LR + (1 - FINAL_LR) * 2 * (1 - progress))
+    """As a fraction of the highest one: it falls from the start, as steps are small and noisy, and to the end."""
+    return min((step + 1) / WARMUP_STEPS, 1 / (1 + 3 * progress), FINAL_LR + (1 - FINAL_LR) * (1 - progress))
 
 
 def batches_of(step: int, args: argparse.Namespace, rank: int, levels: Levels, progress: float) -> list[list[Encoded]]:
