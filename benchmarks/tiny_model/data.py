@@ -32,6 +32,7 @@ class Encoded:
 
 PARTS = [f"{task}/{mode}" for task in TASKS for mode in ("thinking", "direct")] + ["recall"]
 Level = Callable[[str], float]
+"""Of a task: the size of its questions, 0 to 1. The same of its need: how much of it to train on."""
 
 
 def text_ids(text: str) -> list[int]:
@@ -52,8 +53,8 @@ def encode(row: Row, *, thinking: bool) -> Encoded:
     return encoded
 
 
-def short_row(rng: random.Random, level: Level) -> Encoded:
-    task = rng.choice(SHORT_TASKS)
+def short_row(rng: random.Random, level: Level, need: Level) -> Encoded:
+    (task,) = rng.choices(SHORT_TASKS, [need(task) for task in SHORT_TASKS])
     while is_held_out((row := TASKS[task](rng, level(task))).key):
         pass
     return encode(row, thinking=rng.random() < THINKING_SHARE)
@@ -92,9 +93,9 @@ def recall_row(rng: random.Random, num_entries: int, length: int) -> Encoded:
     return encoded
 
 
-def short_batch(rng: random.Random, level: Level, num_tokens: int) -> list[Encoded]:
+def short_batch(rng: random.Random, level: Level, need: Level, num_tokens: int) -> list[Encoded]:
     """Rows of the shorter or the longer half of what is drawn, so that not too much is padding."""
-    rows = sorted((short_row(rng, level) for _ in range(num_tokens // 20)), key=lambda r: len(r.tokens))
+    rows = sorted((short_row(rng, level, need) for _ in range(num_tokens // 20)), key=lambda r: len(r.tokens))
     half = rows[: len(rows) // 2] if rng.random() < 0.5 else rows[len(rows) // 2 :]
     count = max(1, num_tokens // len(half[-1].tokens))
     return rng.sample(half, min(count, len(half)))

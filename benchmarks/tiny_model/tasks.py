@@ -55,25 +55,24 @@ def subtraction(rng: random.Random, level: float = 1.0) -> Row:
 
 
 def sorting(rng: random.Random, level: float = 1.0) -> Row:
-    """3 to 12 digits; the trace counts how often each one is there."""
+    """3 to 12 digits; the trace is a first draft."""
     digits = [rng.choice(string.digits) for _ in range(rng.randint(3, _up_to(3, 12, level)))]
-    counts = " ".join(f"{d}:{digits.count(d)}" for d in sorted(set(digits)))
     question = rng.choice([f"Sort these digits: {' '.join(digits)}", f"Put in order: {' '.join(digits)}"])
-    return Row("sorting", "sort" + "".join(digits), question, counts, " ".join(sorted(digits)))
+    return Row("sorting", "sort" + "".join(digits), question, "".join(sorted(digits)), " ".join(sorted(digits)))
 
 
 def copying(rng: random.Random, level: float = 1.0) -> Row:
-    """4 to 40 letters and digits; the trace writes them in groups."""
+    """4 to 40 letters and digits; the trace is a first draft."""
     text = _word(rng, 4, _up_to(4, 40, level))
     question = rng.choice([f"Copy this: {text}", f"Repeat: {text}"])
-    return Row("copying", f"copy{text}", question, _in_groups(text), text)
+    return Row("copying", f"copy{text}", question, text, text)
 
 
 def reversing(rng: random.Random, level: float = 1.0) -> Row:
-    """4 to 40 letters and digits; the trace writes the answer in groups."""
+    """4 to 40 letters and digits; the trace is a first draft."""
     text = _word(rng, 4, _up_to(4, 40, level))
     question = rng.choice([f"Reverse this: {text}", f"Write backwards: {text}"])
-    return Row("reversing", f"reverse{text}", question, _in_groups(text[::-1]), text[::-1])
+    return Row("reversing", f"reverse{text}", question, text[::-1], text[::-1])
 
 
 def running_sum(rng: random.Random, level: float = 1.0) -> Row:
@@ -156,10 +155,6 @@ def _number(rng: random.Random, low: int, high: int) -> int:
 
 def _word(rng: random.Random, low: int, high: int) -> str:
     return "".join(rng.choice(string.ascii_lowercase + string.digits) for _ in range(rng.randint(low, high)))
-
-
-def _in_groups(text: str) -> str:
-    return " ".join(text[i : i + 5] for i in range(0, len(text), 5))
 
 
 def _digits_from_the_right(a: int, b: int) -> list[tuple[int, int]]:

@@ -39,6 +39,7 @@ MTP_EVERY, MTP_WEIGHT = 3, 0.3
 MTP_PREFIX = f"layers.{CONFIG['num_hidden_layers']}."
 BIAS_STEP, BIAS_FROZEN = 0.01, 0.9
 LEVEL_STEP, LEVEL_ACCURACY = 0.01, 0.8
+MIN_NEED = 0.25
 REPORT_EVERY, SAVE_EVERY = 20, 200
 
 
@@ -51,6 +52,11 @@ class Levels:
 
     def __call__(self, task: str) -> float:
         return self.level[task]
+
+    def need(self, task: str) -> float:
+        """From MIN_NEED for a task that is mastered at full size to 1 for one that has not begun."""
+        best = max(self.accuracy[f"{task}/{mode}"] for mode in ("thinking", "direct"))
+        return max(MIN_NEED, 1 - self.level[task] * best)
 
     def update(self, right: dict[str, tuple[int, int]]) -> None:
         """`right`: part -> (rows answered without a wrong token, rows)."""
@@ -75,10 +81,12 @@ def learning_rate(step: int, progress: float) -> float:
 def batches_of(step: int, args: argparse.Namespace, rank: int, levels: Levels, progress: float) -> list[list[Encoded]]:
     """Short questions, and long rows; every rank has its own, of the same length, so that none waits for the other."""
     shared, own = random.Random(f"{args.seed}/{step}"), random.Random(f"{args.seed}/{step}/{rank}")
+    if shared.random() >= levels.need("lookup"):
+        return [short_batch(own, levels, levels.need, args.tokens + args.long_tokens)]
     length = shared.randint(128, 128 + round(960 * levels("lookup")))
     recall = shared.random() < max(0.1, 0.8 - 2 * progress)
-    short = short_batch(own, levels, args.tokens)
-    return [short, long_batch(own, levels, max(args.long_tokens, length), length, recall=recall)]
+    long = long_batch(own, levels, max(args.long_tokens, length), length, recall=recall)
+    return [short_batch(own, levels, levels.need, args.tokens), long]
 
 
 def losses(model: TinyModel, rows: list[Encoded], mode: Mode, *, mtp: bool) -> tuple[Tensor, dict[str, Any]]:
