@@ -58,7 +58,7 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 INDEX_NORM_EPS = 1e-6
-TIE_BREAK = 1e-7
+FLOOR = 0.5
 SAMPLED_QUERIES = 64
 """Per row: how many queries the indexer learns from in a step."""
 
@@ -69,6 +69,9 @@ class Extras:
 
     index_kl: list[Tensor] = field(default_factory=list)
     """Per layer: KL of the attention's distribution over keys from the indexer's, averaged over queries."""
+    index_floor: list[Tensor] = field(default_factory=list)
+    """Per layer: how far the products of the indexer's first head fall below FLOOR. Where they stay above, no two keys
+    tie at a score of exactly zero, and implementations that break ties in another way select the same ones."""
     expert_load: list[Tensor] = field(default_factory=list)
     """Per MoE layer: tokens of each expert, [E]."""
 
@@ -206,7 +209,6 @@ class Attention(nn.Module):
         if mode == "sparse":
             with torch.no_grad():
                 scores = index_scores(index_q, index_k, weights).add_(causal)
-                scores -= TIE_BREAK * torch.arange(length)  # of equal scores, the earlier token's counts as better
                 # the topk-th best score of each query; a query that sees no more than topk keys keeps them all
                 kth = np.partition(scores.numpy(), length - self.topk, axis=-1)[..., length - self.topk, None]
                 mask = causal.expand_as(scores).masked_fill(scores < torch.from_numpy(kth), -torch.inf)
@@ -217,6 +219,8 @@ class Attention(nn.Module):
         log_index = (index_scores(index_q[:, rows], index_k, weights[:, rows]) + mask[:, rows]).log_softmax(dim=-1)
         kl = target * (target.clamp_min(1e-9).log() - log_index.masked_fill(~seen, 0.0))
         extras.index_kl.append(kl.sum(dim=-1).mean())
+        first_head = index_q[:, rows, 0] @ index_k.mT
+        extras.index_floor.append(((FLOOR - first_head).relu() * seen).sum() / seen.sum())
         return mask[:, None] if mode == "sparse" else None
 
 

@@ -114,8 +114,10 @@ def losses(model: TinyModel, rows: list[Encoded], mode: Mode, *, mtp: bool) -> t
         facts["mtp_acceptance"] = (logits_mtp.argmax(-1) == target_mtp).float().mean().item()
     if extras.index_kl:
         index_kl = torch.stack(extras.index_kl).mean()
-        total = index_kl if mode == "warmup" else total + index_kl
+        index_loss = index_kl + torch.stack(extras.index_floor).mean()
+        total = index_loss if mode == "warmup" else total + index_loss
         facts["index_kl"] = index_kl.item()
+        facts["index_floor"] = index_loss.item() - index_kl.item()
     facts["load"] = extras.expert_load
     return total, facts
 
@@ -231,7 +233,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
                 step_right[part] = (step_right[part][0] + correct, step_right[part][1] + count)
                 right[part][0] += correct
                 right[part][1] += count
-            for name in ("loss", "loss_mtp", "index_kl", "mtp_acceptance", "tokens"):
+            for name in ("loss", "loss_mtp", "index_kl", "index_floor", "mtp_acceptance", "tokens"):
                 if name in f:
                     sums[name].append(f[name])
         levels.update(step_right)
