@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,22 +155,3 @@ def test_levels_rise_while_questions_are_answered(recipe: Any) -> None:
         levels.update({"addition/thinking": (10, 10), "sorting/direct": (5, 10), "recall": (1, 1)})
     assert 0 < levels("addition") <= 30 * recipe.train.LEVEL_STEP
     assert levels("sorting") == levels("copying") == 0
-
-
-def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path) -> None:
-    def run(seconds: float) -> list[dict[str, Any]]:
-        command = [sys.executable, str(RECIPE / "train.py"), "--output", str(tmp_path), "--seconds", str(seconds)]
-        small = ["--tokens", "200", "--long-tokens", "200"]
-        subprocess.run([*command, *small], check=True, timeout=300, capture_output=True)
-        return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-
-    first = run(8.0)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["seconds"] >= 8.0
-    assert [line["step"] for line in first] == list(range(20, state["step"] + 1, 20))
-    assert run(state["seconds"]) == first, "nothing is left to do"
-    second = run(state["seconds"] + 6.0)
-    assert [line["step"] for line in second] == list(range(20, second[-1]["step"] + 1, 20))
-    assert len(second) > len(first)
-    assert second[-1]["loss"] < first[0]["loss"]
-    assert {"loss", "loss_mtp", "index_kl", "mtp_acceptance", "balance", "accuracy", "level"} <= set(second[-1])
