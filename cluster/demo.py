@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +12,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
-from shoal.runtime.random_checkpoint import YARN, make_checkpoint
+from shoal.runtime.tokenizer import EOS, THINK_END
 
 from .batch import job_spec
 from .batch_output import PART_FILE, RUN_FILE
-from .engine_args import EngineArgs
+from .bundled import BUNDLED_MODEL
+from .engine_args import EngineArgs, read_model_config
 from .inprocess import InProcessEngine
 from .job import EXIT_OK, Engines, JobResult, run_job
 from .job_config import JobConfig
@@ -27,56 +27,54 @@ from .stop_signal import StopSignal
 
 EXIT_DIFFERENT = 1
 
-MODEL_OVERRIDES = {"vocab_size": 272, "rope_scaling": YARN}
-"""One row per token of the byte tokenizer, and YaRN as in the released models."""
-MAX_MODEL_LEN = 1024
-SAMPLING = {"max_tokens": 48, "logprobs": 0}
-
-_STORY = (
-    "A lighthouse keeper counts the ships that pass in the night. On Monday there are 12, on Tuesday twice as many, "
-    "on Wednesday a storm keeps all but 3 of them in port, and on Thursday those that were kept in port sail together "
-    "with 10 others. "
-)
+MAX_MODEL_LEN = 1280
+SAMPLING = {"max_tokens": 160, "temperature": 0, "logprobs": 0, "skip_special_tokens": False}
+DOCUMENT_ENTRIES = 100
 
 
 def demo_rows() -> list[dict[str, Any]]:
-    """The input of the demo: plain rows and OpenAI batch lines, greedy and sampled, short and long."""
+    """The input of the demo: plain rows and OpenAI batch lines, thinking and not, greedy and sampled."""
 
-    def ask(question: str, **fields: Any) -> dict[str, Any]:
-        return {"messages": [{"role": "user", "content": question}], **fields}
+    def ask(question: str, *, thinking: bool = False, **fields: Any) -> dict[str, Any]:
+        message = {"role": "user", "content": question}
+        return {"messages": [message], "chat_template_kwargs": {"thinking": thinking}, **fields}
 
     def openai(custom_id: str, url: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
 
     sampled = {"temperature": 0.8, "top_p": 0.95}
+    document, name = _document()
     conversation = [
-        {"role": "system", "content": "You are a patient teacher of astronomy."},
-        {"role": "user", "content": "Why does the Moon show us always the same side?"},
-        {"role": "assistant", "content": "It turns once around itself in the time of one orbit."},
-        {"role": "user", "content": "And why is that so?"},
+        {"role": "user", "content": "What is 17 + 25?"},
+        {"role": "assistant", "content": "42"},
+        {"role": "user", "content": "What is 1234 + 5678?"},
     ]
     return [
-        ask("What is 2 + 2?", temperature=0, max_tokens=16),
-        ask("Why is the sky blue?", temperature=0),
-        ask("Name the capitals of Norway, Peru and Mongolia.", **sampled, seed=7),
-        ask("How many ships pass on Thursday?\n" + _STORY, temperature=0, max_tokens=64),
-        ask("Which is larger, 9.11 or 9.9?", **sampled, seed=1, chat_template_kwargs={"thinking": True}),
-        ask("Explain in one sentence what a transistor does.", **sampled, top_k=20, seed=-3),
-        {"prompt": "The first ten prime numbers are", "temperature": 0, "max_tokens": 32},
-        {"prompt": "Once upon a time, " + 2 * _STORY, **sampled, "seed": 11, "max_tokens": 24},
-        openai("moon", "/v1/chat/completions", {"messages": conversation, "temperature": 0, "max_tokens": 40}),
+        ask("What is 4821 + 7790?", thinking=True),
+        ask("What is 4821 + 7790?"),
+        ask("What is 90210 - 1876?", thinking=True),
+        ask("What is 90210 - 1876?"),
+        ask("What is the sum of 9 8 7 6 5 4?", thinking=True),
+        ask("Sort these digits: 7 1 9 4 4 0 2"),
+        ask("Reverse this: shoaloffish"),
+        ask(f"{document}\nWhat is {name}?", thinking=True),
+        ask(f"{document}\nWhat is {name}?"),
         openai(
-            "tea",
-            "/v1/chat/completions",
-            {**ask("How long should green tea steep?"), **sampled, "seed": 5, "logprobs": True, "top_logprobs": 3},
+            "digits", "/v1/chat/completions", {**ask("Put in order: 3 8 1 1 5"), "logprobs": True, "top_logprobs": 3}
         ),
+        openai("turns", "/v1/chat/completions", {"messages": conversation, **sampled, "seed": 11}),
         openai(
-            "haiku",
-            "/v1/chat/completions",
-            {**ask("Write a haiku about a shoal of herring."), **sampled, "seed": 42, "n": 2, "max_tokens": 32},
+            "twice", "/v1/chat/completions", {**ask("Add 512 and 87.", thinking=True), **sampled, "seed": 5, "n": 2}
         ),
-        openai("rain", "/v1/completions", {"prompt": "The rain in Spain", "temperature": 0, "logprobs": 2}),
+        openai("text", "/v1/completions", {"prompt": "ab12 cd34 ef56 cd34 ab", "max_tokens": 2, "logprobs": 2}),
     ]
+
+
+def _document() -> tuple[str, str]:
+    """A document much longer than what a token attends to, and a name that stands near its beginning."""
+    letters = string.ascii_lowercase
+    names = [letters[i % 26] + letters[(7 * i + 3 * (i // 26)) % 26] for i in range(DOCUMENT_ENTRIES)]
+    return " ".join(f"{name}{(37 * i + 11) % 100:02d}" for i, name in enumerate(names)), names[12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +98,13 @@ class Comparison:
 
 
 def demo(output: Path, *, tensor_parallel_size: int, data_parallel_size: int, stdout: TextIO, stderr: TextIO) -> int:
-    """Write a model and prompts, answer them on Ray and in one process, and compare; 1 if anything differs.
+    """Answer prompts with the bundled model on Ray and in one process, and compare; 1 if anything differs.
 
     ValueError for a layout that the model or the machine cannot take.
     """
-    model, prompts = output / "model", output / "prompts.jsonl"
+    model, prompts = str(BUNDLED_MODEL), output / "prompts.jsonl"
     cluster_args = EngineArgs(
-        model=str(model),
+        model=model,
         tensor_parallel_size=tensor_parallel_size,
         data_parallel_size=data_parallel_size,
         max_model_len=MAX_MODEL_LEN,
@@ -117,22 +115,22 @@ def demo(output: Path, *, tensor_parallel_size: int, data_parallel_size: int, st
     )
     # The plainest way to run a model: one process, one row at a time, nothing reused.
     reference_args = EngineArgs(
-        model=str(model),
+        model=model,
         max_model_len=MAX_MODEL_LEN,
         block_size=16,
-        num_kv_blocks=64,
+        num_kv_blocks=80,
         max_num_seqs=1,
         enable_prefix_caching=False,
     )
     steps = _Steps(stdout)
-    with steps.step(f"write {model} and {prompts}"):
-        config = make_checkpoint(model, "deepseek_v32", dtype=torch.bfloat16, overrides=MODEL_OVERRIDES)
+    with steps.step(f"write {prompts}"):
+        config = read_model_config(cluster_args)
+        output.mkdir(parents=True, exist_ok=True)
         prompts.write_text("".join(json.dumps(row) + "\n" for row in demo_rows()), encoding="utf-8")
         steps.say(
-            f"deepseek_v32 with {config['num_hidden_layers']} layers and {config['n_routed_experts']} experts, every "
-            f"token attends to {config['index_topk']} others"
+            f"for shoal-tiny, a trained {config.model_type} of {config.num_hidden_layers} layers with "
+            f"{config.n_routed_experts} experts, in which a token attends to {config.index_topk} others"
         )
-        steps.say("its weights are random, so the answers are noise: what is shown is that no layout changes them")
 
     workers = cluster_args.num_workers
     with steps.step(f"answer the prompts on {workers} Ray worker{'s' * (workers > 1)}, as `shoal batch` does"):
@@ -143,8 +141,10 @@ def demo(output: Path, *, tensor_parallel_size: int, data_parallel_size: int, st
         _show_end(steps, first)
     if first.exit_code != EXIT_OK:
         return first.exit_code
-    for question, answer in questions_and_answers(prompts, output / "answers"):
-        steps.say(f"{shortened(question, 44):44}  {shortened(answer, 48)}")
+    for question, thinking, answer in questions_and_answers(prompts, output / "answers"):
+        steps.say(
+            f"{shortened(question, 34):34}  {shortened(answer, 24):24}" + (f"  thought: {thinking}" if thinking else "")
+        )
 
     with steps.step("answer them again in this process, without Ray, one at a time"):
         second = _answer(prompts, output / "reference", reference_args, InProcessEngine, stderr)
@@ -179,13 +179,15 @@ def compare(first: Path, second: Path) -> Comparison:
     return Comparison(len({custom_id for custom_id, _ in a | b}), num_tokens, num_tokens_differ, num_logprobs_differ)
 
 
-def questions_and_answers(prompts: Path, output: Path) -> Iterator[tuple[str, str]]:
-    """What was asked and the first continuation of each row, in input order."""
+def questions_and_answers(prompts: Path, output: Path) -> Iterator[tuple[str, str, str]]:
+    """What was asked, and of each row's first continuation the thinking ("" without) and the answer; in input order."""
     answers = {row["id"]: row["response"]["body"]["choices"][0] for row in _read_lines(output / PART_FILE)}
     for index, row in enumerate(_read_lines(prompts)):
         body, choice = row.get("body", row), answers[f"batch_req_{index}"]
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
-        yield question, choice["message"]["content"] if "message" in choice else choice["text"]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        thinking, _, answer = text.removesuffix(EOS).rpartition(THINK_END)
+        yield question, thinking, answer
 
 
 def shortened(text: str, width: int) -> str:

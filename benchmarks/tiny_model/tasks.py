@@ -43,13 +43,13 @@ def addition(rng: random.Random, level: float = 1.0) -> Row:
 
 
 def subtraction(rng: random.Random, level: float = 1.0) -> Row:
-    """2 to 6 digits, never below zero; the trace subtracts from the right: digit - digit - borrow = difference."""
+    """2 to 6 digits, never below zero; the trace subtracts from the right: digit - digit - borrow = digit [- 10]."""
     a, b = sorted((_number(rng, 2, _up_to(2, 6, level)) for _ in range(2)), reverse=True)
     steps, borrow = [], 0
     for x, y in _digits_from_the_right(a, b):
-        below = x - y - borrow < 0
-        steps.append(f"{x + 10 * below}-{y}-{borrow}={x + 10 * below - y - borrow}")
-        borrow = int(below)
+        difference = x - y - borrow
+        steps.append(f"{x}-{y}-{borrow}={difference % 10}{'-10' if difference < 0 else ''}")
+        borrow = int(difference < 0)
     question = rng.choice([f"What is {a} - {b}?", f"Subtract {b} from {a}.", f"Compute {a} - {b}."])
     return Row("subtraction", f"{a}-{b}", question, " ".join(steps), str(a - b))
 

@@ -34,12 +34,13 @@ WEIGHT_DECAY, WARMUP_STEPS = 0.05, 50
 FINAL_LR = 0.05
 """As a fraction of the highest one."""
 WARMUP_PHASE, SPARSE_PHASE = 0.58, 0.63
-"""Where the phases begin, as fractions of the time."""
+"""Where the phases begin, as fractions of the steps."""
 MTP_EVERY, MTP_WEIGHT = 3, 0.3
 MTP_PREFIX = f"layers.{CONFIG['num_hidden_layers']}."
 BIAS_STEP, BIAS_FROZEN = 0.01, 0.9
 LEVEL_STEP, LEVEL_ACCURACY = 0.01, 0.8
-MIN_NEED = 0.25
+MIN_NEED = 0.2
+LOAD_DECAY = 0.9
 REPORT_EVERY, SAVE_EVERY = 20, 200
 
 
@@ -56,7 +57,7 @@ class Levels:
     def need(self, task: str) -> float:
         """From MIN_NEED for a task that is mastered at full size to 1 for one that has not begun."""
         best = max(self.accuracy[f"{task}/{mode}"] for mode in ("thinking", "direct"))
-        return max(MIN_NEED, 1 - self.level[task] * best)
+        return max(MIN_NEED, 1 - self.level[task] * best**4)
 
     def update(self, right: dict[str, tuple[int, int]]) -> None:
         """`right`: part -> (rows answered without a wrong token, rows)."""
@@ -138,17 +139,30 @@ def answered(right: Tensor, part: Tensor) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def balance(model: TinyModel, loads: list[list[Tensor]]) -> float:
-    """Move the routers' biases towards equal load (auxiliary-loss-free); returns max / mean of the fullest layer.
+class Balancer:
+    """Moves the routers' biases towards equal load (auxiliary-loss-free balancing).
 
-    `loads`: of each rank, the tokens of each expert by layer; the MTP layer's only where it ran.
+    Short questions and long rows count the same, whatever their share of the training is: both are to be balanced.
     """
-    moes = [m for m in model.modules() if isinstance(m, MoE)]
-    fullest = 0.0
-    for moe, counts in zip(moes, (sum(ranks).float() for ranks in zip(*loads, strict=True)), strict=False):
-        moe.gate.e_score_correction_bias += BIAS_STEP * torch.sign(counts.mean() - counts)
-        fullest = max(fullest, float(counts.max() / counts.mean()))
-    return fullest
+
+    def __init__(self, model: TinyModel) -> None:
+        self.gates = [m.gate for m in model.modules() if isinstance(m, MoE)]
+        self.shares = torch.zeros(2, len(self.gates), CONFIG["n_routed_experts"])
+        """Running means, by kind of row: the part of a layer's tokens that each expert gets."""
+
+    def update(self, loads: list[list[list[Tensor]]], *, frozen: bool) -> float:
+        """`loads`: of each rank, of its short and (where it had any) its long rows, the tokens of each expert by layer;
+        the MTP layer's only where it ran. Returns max / mean of the fullest layer."""
+        for kind in range(len(loads[0])):
+            for layer, counts in enumerate(zip(*(of_rank[kind] for of_rank in loads), strict=True)):
+                total = sum(counts).float()
+                self.shares[kind, layer].lerp_(total / total.sum(), 1 - LOAD_DECAY)
+        load = self.shares.sum(dim=0)
+        relative = load / load.mean(dim=-1, keepdim=True).clamp_min(1e-9)
+        if not frozen:
+            for gate, of_layer in zip(self.gates, relative, strict=True):
+                gate.e_score_correction_bias += BIAS_STEP * (1 - of_layer).clamp(-1, 1) * bool(of_layer.any())
+        return float(relative.max())
 
 
 def is_trained(name: str, mode: Mode, *, mtp: bool) -> bool:
@@ -185,7 +199,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     muon = Muon(matrices, momentum=0.95, weight_decay=WEIGHT_DECAY, rank=rank, world=args.processes)
     groups = [{"params": others, "peak": ADAMW_LR}, {"params": routers, "peak": ROUTER_LR}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    levels, first, seconds = Levels(), 0, 0.0
+    levels, balancer, step, seconds = Levels(), Balancer(model), 0, 0.0
     saved = Path(args.output) / "state.pt"
     if saved.exists():
         state = torch.load(saved, weights_only=True)
@@ -194,12 +208,15 @@ def train(rank: int, args: argparse.Namespace) -> None:
         adamw.load_state_dict(state["adamw"])
         levels.level.update(state["level"])
         levels.accuracy.update(state["accuracy"])
-        first, seconds = state["step"], state["seconds"]
+        balancer.shares = state["shares"]
+        step, seconds = state["step"], state["seconds"]
     begin = time.monotonic() - seconds
     sums: dict[str, list[float]] = defaultdict(list)
     right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    step, progress = first, seconds / args.seconds
-    while progress < 1.0:
+    while step < args.until:
+        # what is drawn depends on the step alone, so that an interrupted training goes on as if it had not been
+        torch.manual_seed((args.seed * 1_000_000 + step) * args.processes + rank)
+        progress = step / args.steps
         mode = phase(progress)
         mtp = step % MTP_EVERY == 0
         model.zero_grad(set_to_none=True)
@@ -225,8 +242,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
         by_rank: list[Any] = [None] * args.processes
         dist.all_gather_object(by_rank, facts)
         gathered = [of_rows for facts in by_rank for of_rows in facts]
-        if mode != "warmup" and progress < BIAS_FROZEN:
-            sums["balance"].append(balance(model, [f["load"] for f in gathered]))
+        loads = [[of_rows["load"] for of_rows in facts] for facts in by_rank]
+        sums["balance"].append(balancer.update(loads, frozen=mode == "warmup" or progress >= BIAS_FROZEN))
         step_right: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
         for f in gathered:
             for part, (correct, count) in f["right"].items():
@@ -239,25 +256,21 @@ def train(rank: int, args: argparse.Namespace) -> None:
         levels.update(step_right)
 
         step += 1
-        # every rank goes by rank 0's clock
-        clock = torch.tensor([time.monotonic() - begin], dtype=torch.float64)
-        dist.broadcast(clock, 0)
-        sums["seconds"].append(float(clock) - progress * args.seconds)
-        progress = float(clock) / args.seconds
         if rank == 0 and step % REPORT_EVERY == 0:
-            report(args, step, mode, float(clock), sums, right, levels)
+            report(args, step, mode, time.monotonic() - begin, sums, right, levels)
         if step % REPORT_EVERY == 0:
             sums.clear()
             right.clear()
-        if step % SAVE_EVERY == 0 or progress >= 1.0:
+        if step % SAVE_EVERY == 0 or step == args.until:
             state = {
                 "model": model.state_dict(),
                 "muon": muon.gathered_state(),
                 "adamw": adamw.state_dict(),
                 "level": dict(levels.level),
                 "accuracy": dict(levels.accuracy),
+                "shares": balancer.shares,
                 "step": step,
-                "seconds": float(clock),
+                "seconds": time.monotonic() - begin,
             }
             if rank == 0:
                 torch.save(state, f"{saved}.new")
@@ -276,7 +289,7 @@ def report(
     levels: Levels,
 ) -> None:
     """One line on the terminal and one in log.jsonl."""
-    mean = {name: sum(values) / len(values) for name, values in sums.items() if name not in ("tokens", "seconds")}
+    mean = {name: sum(values) / len(values) for name, values in sums.items() if name != "tokens"}
     tokens = sum(sums["tokens"])
     accuracy = {part: correct / count for part, (correct, count) in sorted(right.items()) if count}
     line = {"step": step, "mode": mode, "seconds": round(seconds, 1), "tokens": tokens, **mean, "accuracy": accuracy}
@@ -285,19 +298,20 @@ def report(
         log.write(json.dumps(line) + "\n")
     shown = " ".join(f"{part} {100 * a:.0f}%@{levels(part.partition('/')[0]):.1f}" for part, a in accuracy.items())
     numbers = " ".join(f"{name} {value:.3f}" for name, value in mean.items() if not math.isnan(value))
-    speed = tokens / sum(sums["seconds"])
-    print(f"{step} {mode} {seconds:.0f} s, {speed:.0f} tokens/s | {numbers} | {shown}", flush=True)
+    print(f"{step} {mode} {seconds:.0f} s | {numbers} | {shown}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="directory of the training state; an interrupted run goes on")
-    parser.add_argument("--seconds", type=float, default=5100.0, help="of training, all resumed parts together")
+    parser.add_argument("--steps", type=int, default=4400, help="of the whole training, which its phases are parts of")
+    parser.add_argument("--until", type=int, help="stop at this step; the same command without it goes on from there")
     parser.add_argument("--tokens", type=int, default=1200, help="of short questions, per process and step")
     parser.add_argument("--long-tokens", type=int, default=1100, help="of documents, per process and step")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    args.until = min(args.steps, args.until or args.steps)
     args.output = str(Path(args.output).resolve())
     Path(args.output).mkdir(parents=True, exist_ok=True)
     (Path(args.output) / "rendezvous").unlink(missing_ok=True)

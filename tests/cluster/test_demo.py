@@ -42,24 +42,31 @@ def test_the_demo_finds_no_difference(shown: tuple[Path, int, str]) -> None:
     # A line holds texts, token ids and logprobs; only the order of the lines may differ.
     assert sorted(answers, key=lambda row: row["id"]) == sorted(reference, key=lambda row: row["id"])
     token_ids = [choice["token_ids"] for row in answers for choice in row["response"]["body"]["choices"]]
-    assert len(token_ids) == 13  # one row asks for two continuations
+    assert len(token_ids) == 14  # one row asks for two continuations
     num_tokens = sum(map(len, token_ids))
-    assert text.splitlines()[-1] == (f"compared 12 rows, {num_tokens} tokens: 0 differing tokens, 0 differing logprobs")
+    assert text.splitlines()[-1] == (f"compared 13 rows, {num_tokens} tokens: 0 differing tokens, 0 differing logprobs")
     assert num_tokens > 200
     runs = [json.loads((directory / name / "run.json").read_text()) for name in ("answers", "reference")]
     assert [run["layout"]["tensor_parallel_size"] for run in runs] == [2, 1]
     assert text.count(runs[0]["digest"]) == 2
-    assert "weights are random" in text
     assert sum(line.startswith("   ") and line.endswith(" s") for line in text.splitlines()) == 3
 
 
-def test_the_demo_shows_every_question(shown: tuple[Path, int, str]) -> None:
+def test_the_demo_shows_questions_and_right_answers(shown: tuple[Path, int, str]) -> None:
     directory, _, text = shown
-    pairs = list(questions_and_answers(directory / "prompts.jsonl", directory / "answers"))
-    assert len(pairs) == len(demo_rows()) == 12
-    for question in ("Why is the sky blue?", "And why is that so?", "The rain in Spain"):
-        assert question in [asked for asked, _ in pairs]
-        assert f"   {question} " in text
+    rows = list(questions_and_answers(directory / "prompts.jsonl", directory / "answers"))
+    assert len(rows) == len(demo_rows()) == 13
+    answers = {(asked, bool(thinking)): answer for asked, thinking, answer in rows}
+    assert answers["What is 4821 + 7790?", True] == "12611"
+    assert answers["What is 90210 - 1876?", True] == "88334"
+    assert answers["What is the sum of 9 8 7 6 5 4?", True] == "39"
+    assert answers["Sort these digits: 7 1 9 4 4 0 2", False] == "0 1 2 4 4 7 9"
+    assert answers["Reverse this: shoaloffish", False] == "hsiffolaohs"
+    assert ("What is 4821 + 7790?", False) in answers
+    (document,) = {asked for asked, _ in answers if asked.startswith("aa11 bh48")}
+    assert document.endswith("\nWhat is mg?")
+    assert answers[document, True] == "55"
+    assert "   What is 4821 + 7790? " in text
     assert text.isascii()
 
 
@@ -108,7 +115,7 @@ def test_a_missing_row_is_a_difference(shown: tuple[Path, int, str], tmp_path: P
     missing = choices(read(shown[0] / "answers" / "part-00000.jsonl")[-1:])
     count = sum(len(choice["token_ids"]) for choice in missing)
     comparison = compare(copy(shown[0], tmp_path, lambda rows: rows.pop()), shown[0] / "reference")
-    assert comparison.num_rows == 12
+    assert comparison.num_rows == 13
     assert (comparison.num_differing_tokens, comparison.num_differing_logprobs) == (count, count)
 
 
@@ -118,7 +125,7 @@ def test_another_digest_is_a_difference(shown: tuple[Path, int, str], tmp_path: 
     (same / "run.json").write_text(json.dumps(run | {"digest": "sha256:0"}))
     stdout = io.StringIO()
     assert judge(same, shown[0] / "reference", stdout) == 1
-    assert stdout.getvalue().startswith("the output digests differ\ncompared 12 rows")
+    assert stdout.getvalue().startswith("the output digests differ\ncompared 13 rows")
 
 
 def copy(directory: Path, to: Path, tamper: Callable[[list[Row]], object]) -> Path:

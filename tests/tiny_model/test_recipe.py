@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,3 +156,36 @@ def test_levels_rise_while_questions_are_answered(recipe: Any) -> None:
         levels.update({"addition/thinking": (10, 10), "sorting/direct": (5, 10), "recall": (1, 1)})
     assert 0 < levels("addition") <= 30 * recipe.train.LEVEL_STEP
     assert levels("sorting") == levels("copying") == 0
+
+
+def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    def run(name: str, *until: str) -> Any:
+        command = [sys.executable, str(RECIPE / "train.py"), "--output", str(tmp_path / name), "--steps", "9", *until]
+        small = ["--tokens", "120", "--long-tokens", "160"]
+        subprocess.run([*command, *small], check=True, timeout=300, capture_output=True)
+        return torch.load(tmp_path / name / "state.pt", weights_only=True)
+
+    assert run("parts", "--until", "4")["step"] == 4
+    whole, parts = run("whole"), run("parts")
+    assert whole["step"] == parts["step"] == 9
+    for name, value in whole["model"].items():
+        assert torch.equal(parts["model"][name], value), name
+    assert torch.equal(parts["shares"], whole["shares"])
+    assert (parts["level"], parts["accuracy"]) == (whole["level"], whole["accuracy"])
+
+
+def test_biases_move_towards_equal_load_of_both_kinds_of_rows(recipe: Any) -> None:
+    model = recipe.model.TinyModel()
+    balancer = recipe.train.Balancer(model)
+    layers, experts = balancer.shares.shape[1:]
+    even, full = torch.full((experts,), 10), torch.full((experts,), 10)
+    full[3] = 160
+    largest = balancer.update([[[even] * layers, [full] * layers]], frozen=True)
+    # of the long rows 160 / 310 go to expert 3, of the short ones 1 / 16; the mean of both is 1 / 16
+    assert abs(largest - (160 / 310 + 1 / 16) / 2 * 16) < 1e-5
+    assert not any(gate.e_score_correction_bias.any() for gate in balancer.gates)
+    balancer.update([[[even] * layers, [full] * layers]], frozen=False)
+    for gate in balancer.gates:
+        bias = gate.e_score_correction_bias
+        assert bias[3] == -recipe.train.BIAS_STEP
+        assert (bias[[0, 15]] > 0).all()
