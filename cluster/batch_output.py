@@ -3,7 +3,7 @@
     run.json          what the job is, how far it is, and the digest of its outputs
     part-00000.jsonl  answered rows, in the order in which they finished
     errors.jsonl      rows that could not be answered
-    journal.log       which rows are finished, and how much of the two files above is theirs
+    journal.log       which rows are finished, how much of the two files above is theirs, and tokens of unfinished rows
     digests.bin       per input row: state (1 byte: 0 open, 1 answered, 2 failed), digest of its content (32 bytes)
 
 A group of rows is committed in this order: lines, fsync, journal records, fsync. After a crash, lines that no record
@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .journal import MAGIC, Journal, RowRecord, write_fully
+from shoal.runtime.types import GeneratedTokens, RequestProgress
+
+from .journal import MAGIC, Journal, ProgressRecord, Record, RowRecord, write_fully
 from .row_output import FinishedRow
 
 State = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelled"]
@@ -74,6 +76,8 @@ class BatchOutput:
         self._clock = clock
         self._pending: list[FinishedRow] = []
         self._pending_bytes = 0
+        self._pending_progress: list[ProgressRecord] = []
+        self._generated: dict[int, dict[int, GeneratedTokens]] = {}
         self._last_commit = clock()
         directory.mkdir(parents=True, exist_ok=True)
         self._resources = ExitStack()
@@ -124,18 +128,35 @@ class BatchOutput:
         if len(self._pending) >= self._commit_rows or self._pending_bytes >= self._commit_bytes:
             self.commit()
 
+    def add_progress(self, index: int, progress: RequestProgress) -> None:
+        """Take what an unfinished row has generated; it is durable after the next commit."""
+        self._pending_progress.append(ProgressRecord(index, progress.index, progress.start, progress.new))
+
+    @property
+    def num_begun(self) -> tuple[int, int]:
+        """Unfinished rows of which earlier runs left tokens, and how many tokens."""
+        tokens = [sum(len(g.token_ids) for g in row.values()) for row in self._generated.values()]
+        return len(tokens), sum(tokens)
+
+    def take_generated(self, index: int) -> tuple[GeneratedTokens, ...]:
+        """What earlier runs generated of an unfinished row, per continuation; to be asked once."""
+        row = self._generated.pop(index, {})
+        return tuple(row.get(i, GeneratedTokens()) for i in range(max(row, default=-1) + 1))
+
     def commit_if_due(self) -> None:
-        """Commit if the oldest uncommitted rows have waited for the commit interval."""
-        if self._pending and self._clock() - self._last_commit >= self._commit_interval_s:
+        """Commit if what is not committed has waited for the commit interval."""
+        if (self._pending or self._pending_progress) and self._clock() - self._last_commit >= self._commit_interval_s:
             self.commit()
 
     def commit(self) -> None:
-        """Make every row that was added durable; after an OSError none of them is."""
+        """Make every row and all progress that was added durable; after an OSError none of it is."""
         self._last_commit = self._clock()
-        if not self._pending:
+        finished = {row.index for row in self._pending}
+        progress = [record for record in self._pending_progress if record.index not in finished]
+        if not self._pending and not progress:
             return
         sizes = dict(self._sizes)
-        records = []
+        records: list[RowRecord] = []
         for row in self._pending:
             sizes[row.failed] += len(row.data)
             self._write_slot(row.index, row.failed, row.digest)
@@ -149,10 +170,10 @@ class BatchOutput:
                 data = b"".join(row.data for row in self._pending if row.failed is failed)
                 write_fully(fd, data, self._sizes[failed])
                 os.fsync(fd)
-        self._journal.append(records)
+        self._journal.append([*records, *progress])
         for record in records:
             self._count(record)
-        self._pending = []
+        self._pending, self._pending_progress = [], []
         self._pending_bytes = 0
 
     def digest(self, num_rows: int) -> str:
@@ -185,9 +206,20 @@ class BatchOutput:
         self.counts.num_prompt_tokens += record.num_prompt_tokens
         self.counts.num_output_tokens += record.num_output_tokens
 
-    def _replay(self, record: RowRecord) -> None:
-        self._count(record)
-        self._write_slot(record.index, record.failed, record.digest)
+    def _replay(self, record: Record) -> None:
+        if isinstance(record, ProgressRecord):
+            self._add_generated(record)
+        else:
+            self._generated.pop(record.index, None)
+            self._count(record)
+            self._write_slot(record.index, record.failed, record.digest)
+
+    def _add_generated(self, record: ProgressRecord) -> None:
+        row = self._generated.setdefault(record.index, {})
+        before = row.get(record.continuation, GeneratedTokens())
+        assert len(before.token_ids) == record.start, f"row {record.index}: progress does not follow what came before"
+        logprobs = None if record.new.logprobs is None else (before.logprobs or ()) + record.new.logprobs
+        row[record.continuation] = GeneratedTokens(before.token_ids + record.new.token_ids, logprobs)
 
     def _write_slot(self, index: int, failed: bool, digest: bytes) -> None:
         write_fully(self._digests, (b"\2" if failed else b"\1") + digest, index * _SLOT_BYTES)

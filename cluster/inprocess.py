@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shoal.runtime.types import Request, RequestOutput
+from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs, read_model_config
@@ -86,6 +86,10 @@ class InProcessEngine:
         self._outputs = []
         self._in_flight.difference_update(output.request_id for output in outputs if output.finished)
         return outputs
+
+    def take_progress(self) -> list[RequestProgress]:
+        """What requests that report their progress have generated since the last call."""
+        return self._engine.take_progress()
 
     def close(self) -> None:
         """Drop what is in flight."""

@@ -12,12 +12,12 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from shoal.runtime.types import Request, RequestOutput
+from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .batch_input import BadRow, CustomIdIndex, InputLine, read_lines
@@ -60,6 +60,10 @@ class Engines(Protocol):
 
     def poll(self, timeout_s: float) -> list[RequestOutput]:
         """Finished requests, each once; waits at most `timeout_s` for the first."""
+        ...
+
+    def take_progress(self) -> list[RequestProgress]:
+        """What requests that report their progress have generated since the last call, as far as `poll` has seen it."""
         ...
 
     def close(self) -> None:
@@ -181,6 +185,11 @@ class _Run:
         if self.too_many_errors():
             return self.give_up()
         if output.counts.finished < self.num_rows:
+            num_begun, num_tokens = output.num_begun
+            if num_begun:
+                self.progress.message(
+                    f"{num_begun} rows go on in the middle of their answers, after {num_tokens} tokens"
+                )
             _save_state(output, "in_progress", error=None, **self.spec.facts)
             self.progress.message("starting the engines")
             # A ValueError at the start is the user's to mend: a layout, a setting, a missing file.
@@ -263,6 +272,9 @@ class _Run:
                         f"the engines answered {finished.request_id!r}, which was not asked or is answered"
                     )
                 self.output.add(answered_row(row, finished, self.spec.model_name))
+            for progress in engines.take_progress():
+                if (row := self.in_flight.get(progress.request_id)) is not None:
+                    self.output.add_progress(row.line.index, progress)
             self.output.commit_if_due()
             self.save_counts()
             self.show()
@@ -278,8 +290,12 @@ class _Run:
         if new:
             self.in_flight |= {row.request.request_id: row for row in new}
             with _engine_errors("the engines failed"):
-                engines.submit([row.request for row in new])
+                engines.submit([self.begun(row) for row in new])
         return len(new) < room
+
+    def begun(self, row: BatchRow) -> Request:
+        """The row's request, with what earlier runs have generated of its answer."""
+        return replace(row.request, report_progress=True, generated=self.output.take_generated(row.line.index))
 
     def open_rows(self) -> Iterator[BatchRow]:
         """The rows without a line, in input order."""

@@ -1,7 +1,7 @@
 """An append-only file of checksummed records; what survives a crash is a prefix of what was appended.
 
     file:    magic (8 bytes) | record | record | ...
-    record:  payload length (4 bytes, little endian) | CRC-32 of the payload (4 bytes) | payload (msgpack)
+    record:  payload length (4 bytes, little endian) | CRC-32 of the payload (4 bytes) | payload (msgpack: kind, fields)
 
 `append` returns after fsync, so a record that was appended is there after any crash. A record torn by a crash is cut
 off when the file is opened again.
@@ -19,8 +19,13 @@ from typing import BinaryIO
 
 import msgpack
 
-MAGIC = b"SHOALJ01"
-MAX_PAYLOAD_BYTES = 1 << 16
+from shoal.runtime.types import GeneratedTokens
+
+from .wire import pack_tokens, unpack_tokens
+
+MAGIC = b"SHOALJ02"
+MAX_PAYLOAD_BYTES = 1 << 26
+"""A length above it is not one that was written."""
 
 _HEADER = struct.Struct("<II")
 
@@ -40,13 +45,27 @@ class RowRecord:
     num_output_tokens: int
 
 
-_FIELDS = tuple(field.name for field in fields(RowRecord))
+@dataclass(frozen=True, slots=True)
+class ProgressRecord:
+    """Tokens of a row that is not finished."""
+
+    index: int
+    continuation: int
+    start: int
+    """How many tokens of this continuation the records before it hold."""
+    new: GeneratedTokens
+
+
+Record = RowRecord | ProgressRecord
+
+_ROW, _PROGRESS = 1, 2
+_ROW_FIELDS = tuple(field.name for field in fields(RowRecord))
 
 
 class Journal:
     """Opens, replays and extends one journal; the caller makes sure that it is the only one."""
 
-    def __init__(self, path: Path, replay: Callable[[RowRecord], None]) -> None:
+    def __init__(self, path: Path, replay: Callable[[Record], None]) -> None:
         """Call `replay` for every intact record in order, then cut off what follows the last one.
 
         ValueError if the file is not a journal.
@@ -60,7 +79,7 @@ class Journal:
             os.close(self._fd)
             raise
 
-    def _repair(self, file_size: int, replay: Callable[[RowRecord], None]) -> None:
+    def _repair(self, file_size: int, replay: Callable[[Record], None]) -> None:
         with self.path.open("rb") as file:
             magic = file.read(len(MAGIC))
             if not MAGIC.startswith(magic):
@@ -79,7 +98,7 @@ class Journal:
         os.ftruncate(self._fd, self._size)
         os.fsync(self._fd)
 
-    def append(self, records: Sequence[RowRecord]) -> None:
+    def append(self, records: Sequence[Record]) -> None:
         """Write records and fsync. After an OSError none of them is in the journal."""
         data = b"".join(_encode(record) for record in records)
         try:
@@ -102,12 +121,17 @@ def write_fully(fd: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _encode(record: RowRecord) -> bytes:
-    payload: bytes = msgpack.packb([getattr(record, name) for name in _FIELDS])
+def _encode(record: Record) -> bytes:
+    if isinstance(record, RowRecord):
+        row = [_ROW, *(getattr(record, name) for name in _ROW_FIELDS)]
+    else:
+        row = [_PROGRESS, record.index, record.continuation, record.start, pack_tokens(record.new)]
+    payload: bytes = msgpack.packb(row)
+    assert len(payload) <= MAX_PAYLOAD_BYTES
     return _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
 
 
-def _read_record(file: BinaryIO) -> RowRecord | None:
+def _read_record(file: BinaryIO) -> Record | None:
     """The next record, or None where the intact ones end."""
     header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
@@ -118,4 +142,9 @@ def _read_record(file: BinaryIO) -> RowRecord | None:
     payload = file.read(size)
     if len(payload) < size or zlib.crc32(payload) != checksum:
         return None
-    return RowRecord(*msgpack.unpackb(payload))
+    kind, *values = msgpack.unpackb(payload)
+    if kind == _ROW:
+        return RowRecord(*values)
+    assert kind == _PROGRESS, f"a record of kind {kind}"
+    index, continuation, start, new = values
+    return ProgressRecord(index, continuation, start, unpack_tokens(new))

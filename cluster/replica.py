@@ -14,12 +14,12 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from shoal.runtime.types import Request, RequestOutput
+from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits, max_output_tokens
 
 from .engine_args import EngineArgs
 from .ray_cluster import CoreShare, Layout, Placement
-from .wire import pack_request, unpack_output
+from .wire import is_progress, pack_request, unpack_output, unpack_progress
 from .worker import BUILD_ENGINE, StartReport, Worker, WorkerFailure, WorkerSpec
 
 POLL_WAIT_S = 1.0
@@ -81,13 +81,21 @@ class _Leader:
     def outstanding_tokens(self) -> int:
         return sum(self.in_flight.values())
 
-    def take(self, outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
-        """Outputs of requests that were not aborted; finished ones are no longer in flight."""
-        wanted = [output for output in outputs if output.request_id in self.in_flight]
-        for output in wanted:
+    def take(self, messages: Iterable[bytes]) -> tuple[list[RequestOutput], list[RequestProgress]]:
+        """What is said of requests that were not aborted; finished ones are no longer in flight."""
+        outputs: list[RequestOutput] = []
+        progress: list[RequestProgress] = []
+        for message in messages:
+            if is_progress(message):
+                progress.append(unpack_progress(message))
+            else:
+                outputs.append(unpack_output(message))
+        progress = [p for p in progress if p.request_id in self.in_flight]
+        outputs = [o for o in outputs if o.request_id in self.in_flight]
+        for output in outputs:
             if output.finished:
                 del self.in_flight[output.request_id]
-        return wanted
+        return outputs, progress
 
 
 def listen(host: str) -> TCPStore:
@@ -147,6 +155,7 @@ class Replica:
         self._leaders = [_Leader(rank, self._workers[rank]) for rank in range(0, len(self._workers), tp)]
         self._starts: dict[ObjectRef, int] = {_on_engine_thread(w.start): rank for rank, w in enumerate(self._workers)}
         self._runs: dict[ObjectRef, int] = {}
+        self._progress: list[RequestProgress] = []
 
     def wait_ready(self, timeout_s: float) -> list[StartReport]:
         """Per rank, once all can serve. EngineFailed, or ValueError for what a user can mend, when one cannot."""
@@ -220,6 +229,11 @@ class Replica:
         """Outputs, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight."""
         return poll_replicas([self], timeout_s)
 
+    def take_progress(self) -> list[RequestProgress]:
+        """What requests that report their progress have generated, as far as `collect` has seen it."""
+        progress, self._progress = self._progress, []
+        return progress
+
     def refs(self) -> list[ObjectRef]:
         """What to wait for: the polls of leaders with requests in flight, and the end of any rank's loop."""
         self._check_alive()
@@ -243,7 +257,9 @@ class Replica:
                     continue
                 if num_steps != leader.num_steps:
                     leader.num_steps, leader.progress_at = num_steps, time.monotonic()
-                outputs += leader.take(map(unpack_output, messages))
+                finished, progress = leader.take(messages)
+                outputs += finished
+                self._progress += progress
         if outputs:
             return outputs
         if died or any(ref in ready for ref in self._runs):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.types import Request, RequestOutput
+from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs, read_model_config
@@ -71,6 +71,10 @@ class Router:
     def poll(self, timeout_s: float) -> list[RequestOutput]:
         """See `poll_replicas`."""
         return poll_replicas(self._replicas, timeout_s)
+
+    def take_progress(self) -> list[RequestProgress]:
+        """What requests that report their progress have generated, as far as `poll` has seen it."""
+        return [progress for replica in self._replicas for progress in replica.take_progress()]
 
     def close(self) -> None:
         """End all workers, and Ray where it was started for them. Closing twice is allowed."""

@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 
 import msgpack
 
-from shoal.runtime.types import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams
+from shoal.runtime.types import (
+    CompletionOutput,
+    GeneratedTokens,
+    Logprob,
+    Request,
+    RequestOutput,
+    RequestProgress,
+    SamplingParams,
+)
 
 MAX_MESSAGE_BYTES = 1 << 30
 """Upper bound of one message; a request within its limits stays far below."""
@@ -21,6 +29,7 @@ MAX_MESSAGE_BYTES = 1 << 30
 _HEADER = struct.Struct(">4sI")
 _REQUEST = b"SRQ1"
 _OUTPUT = b"SRO1"
+_PROGRESS = b"SRP1"
 _PARAMS = tuple(f.name for f in fields(SamplingParams))
 
 T = TypeVar("T", Request, RequestOutput)
@@ -33,19 +42,30 @@ class WireError(ValueError):
 def pack_request(request: Request) -> bytes:
     """To bytes; WireError for a value that does not fit (an integer above 64 bits, a message above the size limit)."""
     params = [getattr(request.params, name) for name in _PARAMS]
-    row = [request.request_id, request.prompt_token_ids, params, request.index, request.stream]
+    generated = [pack_tokens(g) for g in request.generated]
+    row = [
+        request.request_id,
+        request.prompt_token_ids,
+        params,
+        request.index,
+        request.stream,
+        request.report_progress,
+        generated,
+    ]
     return _pack(_REQUEST, row, request.request_id)
 
 
 def unpack_request(message: bytes) -> Request:
     """The inverse of `pack_request`; WireError for anything else."""
-    request_id, prompt_token_ids, params, index, stream = _unpack(_REQUEST, message, 5)
+    request_id, prompt_token_ids, params, index, stream, report_progress, generated = _unpack(_REQUEST, message, 7)
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt_token_ids),
         params=SamplingParams(**dict(zip(_PARAMS, params, strict=True))),
         index=index,
         stream=stream,
+        report_progress=report_progress,
+        generated=tuple(unpack_tokens(row) for row in generated),
     )
 
 
@@ -76,6 +96,47 @@ def unpack_output(message: bytes) -> RequestOutput:
         if prompt_logprobs is None
         else [p if p is None else _logprobs(p) for p in prompt_logprobs],
         num_cached_tokens=num_cached,
+    )
+
+
+def pack_progress(progress: RequestProgress) -> bytes:
+    """To bytes; WireError for a message above the size limit."""
+    row = [progress.request_id, progress.index, progress.start, pack_tokens(progress.new)]
+    return _pack(_PROGRESS, row, progress.request_id)
+
+
+def unpack_progress(message: bytes) -> RequestProgress:
+    """The inverse of `pack_progress`; WireError for anything else."""
+    request_id, index, start, new = _unpack(_PROGRESS, message, 4)
+    return RequestProgress(request_id=request_id, index=index, start=start, new=unpack_tokens(new))
+
+
+def is_progress(message: bytes) -> bool:
+    """Whether a message of a worker is a progress and not an output."""
+    return message.startswith(_PROGRESS)
+
+
+def pack_tokens(generated: GeneratedTokens) -> list[Any]:
+    """Plain lists for msgpack: token ids, and per token [token, logprob, rank, token, logprob, rank, ...] or None."""
+    if generated.logprobs is None:
+        return [generated.token_ids, None]
+    return [
+        generated.token_ids,
+        [[x for t, p in position.items() for x in (t, p.logprob, p.rank)] for position in generated.logprobs],
+    ]
+
+
+def unpack_tokens(row: list[Any]) -> GeneratedTokens:
+    """The inverse of `pack_tokens`."""
+    token_ids, logprobs = row
+    if logprobs is None:
+        return GeneratedTokens(tuple(token_ids))
+    return GeneratedTokens(
+        tuple(token_ids),
+        tuple(
+            {token: Logprob(value, rank) for token, value, rank in zip(p[::3], p[1::3], p[2::3], strict=True)}
+            for p in logprobs
+        ),
     )
 
 

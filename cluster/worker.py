@@ -20,12 +20,12 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from shoal.parallel.collectives import CollectiveError
-from shoal.runtime.types import CompletionOutput, Request, RequestOutput
+from shoal.runtime.types import CompletionOutput, Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs
 from .ray_cluster import node_address
-from .wire import WireError, pack_output, unpack_request
+from .wire import WireError, pack_output, pack_progress, unpack_request
 
 BUILD_ENGINE = "shoal.cluster.worker:build_engine"
 IDLE_WAIT_S = 0.01
@@ -34,6 +34,8 @@ GATHER_S = 0.005
 """How long ranks that were idle collect requests before they start together: those of one job come within it."""
 BUSY_WAIT_S = 0.002
 """How long a rank with its own cores watches for a message before it sleeps: most ranks of a step are less apart."""
+PROGRESS_INTERVAL_S = 0.5
+"""How much of an answer a crash can cost, in time; the requests that ask for it tell what they have so often."""
 MAX_POLL_BYTES = 32 << 20
 """A poll returns at most this much, and at least one output."""
 
@@ -58,6 +60,7 @@ class EngineLike(Protocol):
     def limits(self) -> RequestLimits: ...
     def add_request(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
+    def take_progress(self) -> list[RequestProgress]: ...
     def step(self) -> StepResult: ...
     def request_stop(self) -> None: ...
 
@@ -198,10 +201,14 @@ class Worker:
         return None
 
     def _loop(self, engine: EngineLike) -> None:
+        told_at = time.monotonic()
         while True:
             self._take_in(engine)
             result = engine.step()
             self._hand_out(result.outputs)
+            if time.monotonic() - told_at >= PROGRESS_INTERVAL_S:
+                told_at = time.monotonic()
+                self._tell([pack_progress(progress) for progress in engine.take_progress()])
             if result.stopped:
                 return
             if result.woke:
@@ -225,12 +232,14 @@ class Worker:
             engine.request_stop()
 
     def _hand_out(self, outputs: Sequence[RequestOutput]) -> None:
-        messages = [
-            _message(output) for output in outputs
-        ]  # packed here: a snapshot of what the engine may still change
+        # packed here: a snapshot of what the engine may still change
+        self._tell([_message(output) for output in outputs])
         with self._changed:
             self._num_steps += 1
-            if messages:
+
+    def _tell(self, messages: list[bytes]) -> None:
+        if messages:
+            with self._changed:
                 self._outbox.extend(messages)
                 self._changed.notify_all()
 
@@ -242,7 +251,8 @@ class Worker:
             self._changed.notify_all()
 
     def poll(self, max_wait_s: float) -> tuple[int, list[bytes]]:
-        """Packed outputs, at once or within `max_wait_s`; before them, a number that grows while the loop lives."""
+        """Packed outputs and progress, in the order in which they came about, at once or within `max_wait_s`; before
+        them, a number that grows while the loop lives."""
         with self._changed:
             self._changed.wait_for(lambda: self._outbox or self._ended, timeout=max_wait_s)
             messages: list[bytes] = []

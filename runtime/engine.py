@@ -28,7 +28,7 @@ from .sampler import Sampler, resolve_seed
 from .scheduler import Scheduler, SchedulerConfig
 from .sequence import Sequence
 from .tokenizer import Tokenizer, read_eos_token_ids
-from .types import Request, RequestOutput
+from .types import Request, RequestOutput, RequestProgress
 from .validation import RequestLimits, check_request, max_output_tokens
 
 KV_MEMORY_FRACTION = 0.5
@@ -158,14 +158,18 @@ class Engine:
         seed = resolve_seed(request.params.seed, self.seed, request.index)
         max_tokens = max_output_tokens(request, self.max_model_len)
         state = self.processor.start(request, seed=seed, max_tokens=max_tokens)
+        assert not state.finished, "a request that is finished is not asked again"
         self._requests[request.request_id] = state
-        for completion in state.completions:
+        needs_prompt_logits = state.prompt_logprobs is not None
+        for completion in [c for c in state.completions if not c.finished]:
             seq = Sequence(
                 seq_id=self._next_seq_id,
                 prompt_token_ids=list(request.prompt_token_ids),
                 max_tokens=max_tokens,
-                needs_prompt_logits=state.prompt_logprobs is not None and completion.output.index == 0,
+                output_token_ids=list(completion.output.token_ids),
+                needs_prompt_logits=needs_prompt_logits,
             )
+            needs_prompt_logits = False  # one continuation is enough
             self._next_seq_id += 1
             self._running[seq.seq_id] = Running(seq, state, completion)
             self.scheduler.add(seq)
@@ -178,6 +182,15 @@ class Engine:
         for seq_id in [i for i, r in self._running.items() if r.state is state]:
             self.scheduler.abort(seq_id)
             del self._running[seq_id]
+
+    def take_progress(self) -> list[RequestProgress]:
+        """What unfinished requests that report their progress have generated since the last call."""
+        return [
+            progress
+            for state in self._requests.values()
+            if state.request.report_progress
+            for progress in self.processor.take_progress(state)
+        ]
 
     def request_stop(self) -> None:
         """Make every rank of the replica leave its loop at the next step."""

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from .detokenizer import IncrementalDetokenizer
 from .sampler import SampledToken, SamplingRow
 from .tokenizer import Tokenizer
-from .types import CompletionOutput, FinishReason, Logprob, Request, RequestOutput
+from .types import (
+    CompletionOutput,
+    FinishReason,
+    GeneratedTokens,
+    Logprob,
+    Request,
+    RequestOutput,
+    RequestProgress,
+)
 
 
 @dataclass(slots=True)
@@ -18,6 +26,8 @@ class Completion:
     detokenizer: IncrementalDetokenizer
     output: CompletionOutput
     max_tokens: int
+    num_reported: int = 0
+    """Tokens that `take_progress` has told of, or that the request came with."""
 
     @property
     def finished(self) -> bool:
@@ -46,8 +56,9 @@ class OutputProcessor:
         self.eos_token_ids = eos_token_ids
 
     def start(self, request: Request, *, seed: int, max_tokens: int) -> RequestState:
-        """The state of a new request, without any token."""
+        """The state of a new request, with the tokens that it came with."""
         params = request.params
+        assert len(request.generated) <= params.n
         completions = []
         for index in range(params.n):
             token_ids: list[int] = []
@@ -75,8 +86,16 @@ class OutputProcessor:
                 min_tokens=params.min_tokens,
             )
             completions.append(Completion(row, detokenizer, output, max_tokens))
+        for completion, generated in zip(completions, request.generated, strict=False):
+            self._replay(completion, generated)
         wants_prompt = params.prompt_logprobs is not None
         return RequestState(request, completions, [None] if wants_prompt else None)
+
+    def _replay(self, completion: Completion, generated: GeneratedTokens) -> None:
+        for i, token_id in enumerate(generated.token_ids):
+            logprobs = None if generated.logprobs is None else generated.logprobs[i]
+            self.append(completion, SampledToken(token_id, logprobs))
+        completion.num_reported = len(generated.token_ids)
 
     def append(self, completion: Completion, sampled: SampledToken) -> None:
         """Add one token; sets `finish_reason` when it is the last."""
@@ -121,6 +140,20 @@ class OutputProcessor:
             prompt_logprobs=state.prompt_logprobs,
             num_cached_tokens=state.num_cached_tokens,
         )
+
+    @staticmethod
+    def take_progress(state: RequestState) -> list[RequestProgress]:
+        """What the request's continuations have generated since the last call."""
+        progress = []
+        for completion in state.completions:
+            output, start = completion.output, completion.num_reported
+            completion.num_reported = len(output.token_ids)
+            if start < len(output.token_ids):
+                logprobs = None if output.logprobs is None else tuple(output.logprobs[start:])
+                new = GeneratedTokens(tuple(output.token_ids[start:]), logprobs)
+                request_id = state.request.request_id
+                progress.append(RequestProgress(request_id=request_id, index=output.index, start=start, new=new))
+        return progress
 
     @staticmethod
     def _finish(completion: Completion, reason: FinishReason, stop_reason: int | str | None) -> None:

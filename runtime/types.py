@@ -111,6 +111,24 @@ class SamplingParams:
         return cls(**values)
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of one token, with its rank (1 is the most likely) and its text where a tokenizer is there."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedTokens:
+    """Tokens of one continuation and what is known of each; the text follows from them."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+    """Per token, the sampled one first; None where they were not asked for. Without the tokens' text."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One row for the engine: a prompt and how to continue it."""
@@ -123,15 +141,10 @@ class Request:
     """Position in the run; with the run's seed it replaces a missing `params.seed`."""
     stream: bool = False
     """Emit an output after every step instead of only the finished one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """Log-probability of one token, with its rank (1 is the most likely) and its text where a tokenizer is there."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None = None
+    report_progress: bool = False
+    """Let `Engine.take_progress` tell what was generated before the request is finished."""
+    generated: tuple[GeneratedTokens, ...] = ()
+    """Per continuation, what an earlier run generated: it counts as if this run had. Empty: nothing."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,6 +177,18 @@ class RequestOutput:
     """Per prompt token; None for the first, which nothing precedes."""
     num_cached_tokens: int = 0
     """Prompt tokens whose cache records were found, not computed (of the first continuation)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestProgress:
+    """What one continuation of an unfinished request has generated since it was last told."""
+
+    request_id: str
+    index: int
+    """Of the continuation."""
+    start: int
+    """Tokens that it had before."""
+    new: GeneratedTokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

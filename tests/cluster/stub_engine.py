@@ -12,7 +12,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from shoal.cluster.worker import StartReport, WorkerSpec
 from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
-from shoal.runtime.types import CompletionOutput, Request, RequestOutput
+from shoal.runtime.types import CompletionOutput, GeneratedTokens, Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 STUB = f"{__name__}:build"
@@ -40,17 +40,30 @@ class StubEngine:
         self.limits = RequestLimits(vocab_size=1000, max_model_len=max_model_len)
         self.requests: dict[str, tuple[Request, list[int]]] = {}
         self.aborted: list[str] = []
+        self.told: dict[str, int] = {}
         self.stop = False
         self.num_steps = 0
 
     def add_request(self, request: Request) -> None:
         if request.prompt_token_ids[0] == REFUSED:
             raise ValueError("refused by the stub")
-        self.requests[request.request_id] = (request, [])
+        tokens = [token for generated in request.generated for token in generated.token_ids]
+        self.requests[request.request_id] = (request, tokens)
+        self.told[request.request_id] = len(tokens)
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
         self.requests.pop(request_id, None)
+
+    def take_progress(self) -> list[RequestProgress]:
+        progress = []
+        for request, tokens in self.requests.values():
+            start = self.told[request.request_id]
+            if request.report_progress and len(tokens) > start:
+                self.told[request.request_id] = len(tokens)
+                new = GeneratedTokens(tuple(tokens[start:]))
+                progress.append(RequestProgress(request_id=request.request_id, index=0, start=start, new=new))
+        return progress
 
     def request_stop(self) -> None:
         self.stop = True

@@ -15,7 +15,7 @@ from shoal.cluster.batch_rows import RowRules
 from shoal.cluster.job import Engines, JobSpec, run_job
 from shoal.cluster.progress import ProgressReporter
 from shoal.cluster.stop_signal import StopSignal
-from shoal.runtime.types import CompletionOutput, Logprob, Request, RequestOutput
+from shoal.runtime.types import CompletionOutput, GeneratedTokens, Logprob, Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 VOCAB_SIZE = 512
@@ -73,8 +73,15 @@ def answer(request: Request) -> RequestOutput:
     )
 
 
+def tokens_of(output: CompletionOutput, start: int, end: int) -> GeneratedTokens:
+    """A part of a continuation, as it is reported while the rest is not there."""
+    positions = (output.logprobs or [])[start:end]
+    logprobs = tuple({t: Logprob(p.logprob, p.rank) for t, p in position.items()} for position in positions)
+    return GeneratedTokens(tuple(output.token_ids[start:end]), logprobs)
+
+
 class StubEngines:
-    """Answers up to `per_poll` requests a poll, in a random order."""
+    """Answers up to `per_poll` requests a poll, in a random order; the others come a token further in it."""
 
     def __init__(
         self,
@@ -91,7 +98,10 @@ class StubEngines:
         self.most_in_flight = 0
         self.submitted: list[str] = []
         self._per_poll, self._poll_s, self._reply, self._on_poll = per_poll, poll_s, reply, on_poll
+        self.generated: dict[str, tuple[GeneratedTokens, ...]] = {}
+        """What the submitted requests came with."""
         self._waiting: list[Request] = []
+        self._told: dict[tuple[str, int], int] = {}
         self._num_polls = 0
 
     @property
@@ -100,6 +110,13 @@ class StubEngines:
 
     def submit(self, requests: list[Request]) -> None:
         self._waiting += requests
+        for request in requests:
+            if request.generated:
+                self.generated[request.request_id] = request.generated
+            for output, generated in zip(answer(request).outputs, request.generated, strict=False):
+                count = len(generated.token_ids)
+                assert generated == tokens_of(output, 0, count)
+                self._told[request.request_id, output.index] = count
         self.most_in_flight = max(self.most_in_flight, len(self._waiting))
         self.submitted = (self.submitted + [r.request_id for r in requests])[-1000:]
 
@@ -111,6 +128,19 @@ class StubEngines:
         random.shuffle(self._waiting)
         done, self._waiting = self._waiting[: self._per_poll], self._waiting[self._per_poll :]
         return [self._reply(request) for request in done]
+
+    def take_progress(self) -> list[RequestProgress]:
+        progress = []
+        for request in self._waiting:
+            for output in answer(request).outputs if request.report_progress else []:
+                start = self._told.get((request.request_id, output.index), 0)
+                if start + 1 < len(output.token_ids):
+                    self._told[request.request_id, output.index] = start + 1
+                    new = tokens_of(output, start, start + 1)
+                    progress.append(
+                        RequestProgress(request_id=request.request_id, index=output.index, start=start, new=new)
+                    )
+        return progress
 
     def close(self) -> None:
         self.closed = True

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from shoal.cluster.batch_output import BatchOutput
 from shoal.cluster.row_output import FinishedRow, failed_row
+from shoal.runtime.types import GeneratedTokens, Logprob, RequestProgress
 
 NUM_ROWS = 12
 
@@ -29,6 +30,16 @@ def row(index: int) -> FinishedRow:
 
 def expected_digest(num_rows: int) -> str:
     return "sha256:" + hashlib.sha256(b"".join(row(i).digest for i in range(num_rows))).hexdigest()
+
+
+def tokens(index: int, start: int, end: int) -> GeneratedTokens:
+    """Tokens of continuation 1 of a row; odd rows have logprobs."""
+    ids = tuple(100 * index + i for i in range(start, end))
+    return GeneratedTokens(ids, tuple({t: Logprob(-t / 7, 1)} for t in ids) if index % 2 else None)
+
+
+def progress(index: int, start: int, end: int) -> RequestProgress:
+    return RequestProgress(request_id=f"row-{index}", index=1, start=start, new=tokens(index, start, end))
 
 
 def open_output(directory: Path, commit_rows: int = 1024) -> BatchOutput:
@@ -89,6 +100,28 @@ def test_lines_without_a_record_are_cut_off(tmp_path: Path) -> None:
     assert (output.is_finished(1), output.is_finished(2)) == (True, False)
     output.close()
     assert read(tmp_path, "part-00000.jsonl") == row(1).data
+
+
+def test_tokens_of_unfinished_rows_are_there_after_a_crash(tmp_path: Path) -> None:
+    now = 0.0
+    output = BatchOutput(tmp_path, commit_interval_s=0.2, clock=lambda: now)
+    output.save_run(state="in_progress")
+    for index, start, end in ((1, 0, 3), (2, 0, 1), (3, 0, 2), (1, 3, 4)):
+        output.add_progress(index, progress(index, start, end))
+    now = 0.2
+    output.commit_if_due()
+    output.add(row(2))
+    output.commit()
+    output.add_progress(3, progress(3, 2, 9))  # not committed
+    output.close()
+    output = open_output(tmp_path)
+    assert output.num_begun == (2, 6)
+    # continuation 0 has nothing
+    assert output.take_generated(1) == (GeneratedTokens(), tokens(1, 0, 4))
+    assert output.take_generated(3) == (GeneratedTokens(), tokens(3, 0, 2))
+    assert output.take_generated(2) == output.take_generated(4) == ()
+    assert output.num_begun == (0, 0)
+    output.close()
 
 
 def test_a_part_that_lost_committed_lines_is_refused(tmp_path: Path) -> None:
@@ -171,6 +204,8 @@ class OutputMachine(RuleBasedStateMachine):
         self.output = open_output(self.directory, commit_rows=4)
         self.committed: list[int] = []
         self.pending: list[int] = []
+        self.told: dict[int, int] = {}
+        self.pending_told: dict[int, int] = {}
 
     @rule(index=st.integers(0, NUM_ROWS - 1))
     def add(self, index: int) -> None:
@@ -179,12 +214,25 @@ class OutputMachine(RuleBasedStateMachine):
         self.output.add(row(index))
         self.pending.append(index)
         if len(self.pending) == 4:
-            self.committed, self.pending = self.committed + self.pending, []
+            self.all_is_durable()
+
+    @rule(index=st.integers(0, NUM_ROWS - 1), count=st.integers(1, 3))
+    def add_progress(self, index: int, count: int) -> None:
+        if index in self.committed or index in self.pending:
+            return
+        start = self.pending_told.get(index, self.told.get(index, 0))
+        self.output.add_progress(index, progress(index, start, start + count))
+        self.pending_told[index] = start + count
 
     @rule()
     def commit(self) -> None:
         self.output.commit()
+        self.all_is_durable()
+
+    def all_is_durable(self) -> None:
         self.committed, self.pending = self.committed + self.pending, []
+        told = self.told | self.pending_told
+        self.told, self.pending_told = {i: n for i, n in told.items() if i not in self.committed}, {}
 
     @rule(num_writes=st.integers(0, 6))
     def fail_in_commit(self, num_writes: int) -> None:
@@ -206,7 +254,7 @@ class OutputMachine(RuleBasedStateMachine):
             except OSError:
                 pass
             else:
-                self.committed = self.committed + self.pending
+                self.all_is_durable()
         self.reopen()
 
     @rule(num_bytes=st.integers(1, 60))
@@ -219,7 +267,11 @@ class OutputMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.output.close()
         self.output = open_output(self.directory, commit_rows=4)
-        self.pending = []
+        self.pending, self.pending_told = [], {}
+        assert self.output.num_begun == (len(self.told), sum(self.told.values()))
+        for index in range(NUM_ROWS):
+            expected = (GeneratedTokens(), tokens(index, 0, self.told[index])) if index in self.told else ()
+            assert self.output.take_generated(index) == expected
 
     @invariant()
     def the_committed_rows_are_there(self) -> None:

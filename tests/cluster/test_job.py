@@ -250,6 +250,26 @@ def test_a_dead_engine_leaves_a_job_that_can_be_resumed(tmp_path: Path, when: st
     check_exactly_once(tmp_path / "out", 60)
 
 
+def test_a_resumed_job_goes_on_in_the_middle_of_answers(tmp_path: Path) -> None:
+    spec = make_spec(write_input(tmp_path / "in.jsonl", 20), tmp_path / "out")
+    undisturbed = run(make_spec(spec.input, tmp_path / "other"))
+
+    def die(count: int) -> None:
+        if count == 3:
+            raise RuntimeError("rank 3 is gone")
+
+    result = run(spec, StubEngines(capacity=10, per_poll=2, on_poll=die))
+    assert (result.exit_code, result.completed) == (5, 4)
+    said = io.StringIO()
+    resumed = StubEngines(capacity=4)  # checks that what it is given is how the answers begin
+    last = run_job(spec, lambda: resumed, stop=StopSignal(), progress=ProgressReporter(said))
+    assert (last.exit_code, last.digest) == (0, undisturbed.digest)
+    # of ten rows two ended in each of two polls; the six that saw both are two tokens in, the other two one
+    counts = sorted(sum(len(g.token_ids) for g in generated) for generated in resumed.generated.values())
+    assert counts == [1, 1, 2, 2, 2, 2, 2, 2]
+    assert "8 rows go on in the middle of their answers, after 14 tokens" in said.getvalue()
+
+
 def test_an_answer_to_nothing_is_a_failure(tmp_path: Path) -> None:
     def reply(request: Request) -> RequestOutput:
         output = answer(request)

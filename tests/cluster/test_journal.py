@@ -7,9 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cluster.journal import MAGIC, Journal, RowRecord
+from shoal.cluster.journal import MAGIC, Journal, ProgressRecord, Record, RowRecord
+from shoal.runtime.types import GeneratedTokens, Logprob
 
-records = st.builds(
+TOKENS = st.integers(0, 2**31)
+POSITIONS = st.dictionaries(TOKENS, st.builds(Logprob, st.floats(allow_nan=False), TOKENS), min_size=1, max_size=3)
+progress_records = st.builds(
+    ProgressRecord,
+    index=st.integers(0, 2**40),
+    continuation=st.integers(0, 1000),
+    start=st.integers(0, 2**31),
+    new=st.builds(
+        GeneratedTokens,
+        token_ids=st.lists(TOKENS, max_size=4).map(tuple),
+        logprobs=st.none() | st.lists(POSITIONS, max_size=4).map(tuple),
+    ),
+)
+records = progress_records | st.builds(
     RowRecord,
     index=st.integers(0, 2**40),
     failed=st.booleans(),
@@ -20,8 +34,8 @@ records = st.builds(
 )
 
 
-def replayed(path: Path) -> tuple[list[RowRecord], int]:
-    found: list[RowRecord] = []
+def replayed(path: Path) -> tuple[list[Record], int]:
+    found: list[Record] = []
     journal = Journal(path, found.append)
     journal.close()
     return found, journal.num_dropped_bytes
@@ -46,7 +60,7 @@ def test_records_come_back_in_order(tmp_path: Path) -> None:
 @given(groups=st.lists(st.lists(records, min_size=1, max_size=4), max_size=4), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_torn_file_keeps_every_whole_record(
-    tmp_path_factory: pytest.TempPathFactory, groups: list[list[RowRecord]], data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, groups: list[list[Record]], data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.log"
     journal = Journal(path, lambda _: None)

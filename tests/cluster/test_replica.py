@@ -14,7 +14,7 @@ from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.ray_cluster import CoreShare, Layout, connect, node_address, nodes, place
 from shoal.cluster.replica import EngineFailed, Replica, cause_of_end
 from shoal.cluster.worker import WorkerFailure
-from shoal.runtime.types import Request, RequestOutput, SamplingParams
+from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, RequestProgress, SamplingParams
 from tests.cluster import stub_engine
 from tests.cluster.stub_engine import FROZEN, KILLED, RAISES, REFUSED, STUB
 
@@ -69,6 +69,32 @@ def start() -> Iterator[Start]:
 def request(request_id: str, first: int = 1, *, max_tokens: int = 3, stream: bool = False) -> Request:
     params = SamplingParams(max_tokens=max_tokens)
     return Request(request_id=request_id, prompt_token_ids=(first, 1), params=params, stream=stream)
+
+
+def test_progress_arrives_while_a_request_runs(start: Start) -> None:
+    replica = start()
+    replica.wait_ready(DEADLINE_S)
+    params = SamplingParams(max_tokens=10**7)
+    long = Request(
+        request_id="long",
+        prompt_token_ids=(1, 1),
+        params=params,
+        report_progress=True,
+        generated=(GeneratedTokens((2, 3)),),
+    )
+    replica.submit([long, request("short", max_tokens=10**7)])
+    told: list[RequestProgress] = []
+    deadline = time.monotonic() + DEADLINE_S
+    while len(told) < 3:
+        assert time.monotonic() < deadline
+        assert replica.poll(0.1) == []
+        told += replica.take_progress()
+    tokens = [t for progress in told for t in progress.new.token_ids]
+    assert {progress.request_id for progress in told} == {"long"}
+    assert told[0].start == 2
+    assert tokens == list(range(4, 4 + len(tokens)))
+    replica.abort(["long", "short"])
+    assert replica.take_progress() == []
 
 
 def drain(replica: Replica) -> dict[str, list[RequestOutput]]:

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.cluster import wire
-from shoal.runtime.types import CompletionOutput, Logprob, Request, RequestOutput, SamplingParams
+from shoal.runtime.types import (
+    CompletionOutput,
+    GeneratedTokens,
+    Logprob,
+    Request,
+    RequestOutput,
+    RequestProgress,
+    SamplingParams,
+)
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 IDS = st.integers(0, 2**31)
@@ -40,6 +48,13 @@ PARAMS = st.builds(
     include_stop_str_in_output=st.booleans(),
     skip_special_tokens=st.booleans(),
 )
+GENERATED = st.builds(
+    GeneratedTokens,
+    token_ids=st.lists(IDS, max_size=4).map(tuple),
+    logprobs=st.none()
+    | st.lists(st.dictionaries(IDS, st.builds(Logprob, FLOATS, IDS), max_size=3), max_size=4).map(tuple),
+)
+PROGRESS = st.builds(RequestProgress, request_id=TEXT, index=IDS, start=IDS, new=GENERATED)
 REQUESTS = st.builds(
     Request,
     request_id=TEXT,
@@ -47,6 +62,8 @@ REQUESTS = st.builds(
     params=PARAMS,
     index=st.integers(0, 2**62),
     stream=st.booleans(),
+    report_progress=st.booleans(),
+    generated=st.lists(GENERATED, max_size=2).map(tuple),
 )
 POSITIONS = st.dictionaries(IDS, st.builds(Logprob, FLOATS, IDS, st.none() | TEXT), max_size=3)
 COMPLETIONS = st.builds(
@@ -96,6 +113,14 @@ def test_an_output_comes_back_exactly(output: RequestOutput) -> None:
     assert exact(wire.unpack_output(wire.pack_output(output))) == exact(output)
 
 
+@given(PROGRESS, OUTPUTS)
+def test_progress_comes_back_exactly_and_is_told_from_outputs(progress: RequestProgress, output: RequestOutput) -> None:
+    message = wire.pack_progress(progress)
+    assert wire.is_progress(message)
+    assert exact(wire.unpack_progress(message)) == exact(progress)
+    assert not wire.is_progress(wire.pack_output(output))
+
+
 def test_the_bytes_are_a_header_and_msgpack() -> None:
     request = Request(request_id="7", prompt_token_ids=(1, 2), params=SamplingParams(seed=5), index=3)
     message = wire.pack_request(request)
@@ -104,7 +129,7 @@ def test_the_bytes_are_a_header_and_msgpack() -> None:
     row = msgpack.unpackb(message[8:])
     assert row[:2] == ["7", [1, 2]]
     assert row[2][[f.name for f in fields(SamplingParams)].index("seed")] == 5
-    assert row[3:] == [3, False]
+    assert row[3:] == [3, False, False, []]
 
 
 def message_with(**changes: bytes) -> bytes:
@@ -125,8 +150,8 @@ def message_with(**changes: bytes) -> bytes:
         (message_with(size=b"\0\0\0\1"), "announces 1 bytes"),
         (message_with() + b"x", "announces"),
         (message_with(size=b"\0\0\0\2", payload=b"\x92\x01"), "not msgpack"),
-        (message_with(size=b"\0\0\0\1", payload=b"\x01"), "5 fields"),
-        (message_with(size=b"\0\0\0\2", payload=b"\x91\x01"), "5 fields"),
+        (message_with(size=b"\0\0\0\1", payload=b"\x01"), "7 fields"),
+        (message_with(size=b"\0\0\0\2", payload=b"\x91\x01"), "7 fields"),
     ],
 )
 def test_anything_else_is_refused(message: bytes, says: str) -> None:

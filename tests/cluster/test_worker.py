@@ -14,10 +14,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from shoal.cluster import worker as worker_module
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replica import listen
-from shoal.cluster.wire import pack_request, unpack_output
+from shoal.cluster.wire import is_progress, pack_request, unpack_output, unpack_progress
 from shoal.cluster.worker import StartReport, Worker, WorkerFailure, WorkerSpec, failure_of
 from shoal.parallel.collectives import CollectiveError
-from shoal.runtime.types import CompletionOutput, Request, RequestOutput, SamplingParams
+from shoal.runtime.types import CompletionOutput, GeneratedTokens, Request, RequestOutput, SamplingParams
 from tests.cluster import stub_engine
 from tests.cluster.stub_engine import RAISES, REFUSED, STUB
 
@@ -36,9 +36,9 @@ def spec(rank: int = 0, store: TCPStore | None = None, factory: str = STUB, **ar
     )
 
 
-def message(request_id: str, first: int = 1, *, max_tokens: int = 3, stream: bool = False) -> bytes:
+def message(request_id: str, first: int = 1, *, max_tokens: int = 3, **fields: Any) -> bytes:
     params = SamplingParams(max_tokens=max_tokens)
-    return pack_request(Request(request_id=request_id, prompt_token_ids=(first, 1), params=params, stream=stream))
+    return pack_request(Request(request_id=request_id, prompt_token_ids=(first, 1), params=params, **fields))
 
 
 class Running:
@@ -106,6 +106,26 @@ def test_a_stream_is_a_series_of_snapshots() -> None:
     with running() as (one,):
         one.worker.submit([message("a", stream=True)])
         assert [(tokens(o), o.finished) for o in one.outputs(3)] == [([2], False), ([2, 3], False), ([2, 3, 4], True)]
+
+
+def test_progress_is_told_before_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "PROGRESS_INTERVAL_S", 0.0)
+    with running() as (one,):
+        earlier = (GeneratedTokens((2, 3)),)
+        one.worker.submit([message("a", max_tokens=6, report_progress=True, generated=earlier), message("b")])
+        messages: list[bytes] = []
+        while sum(not is_progress(m) for m in messages) < 2:
+            _, new = one.worker.poll(JOIN_S)
+            assert new
+            messages += new
+    told = [unpack_progress(m) for m in messages if is_progress(m)]
+    assert [(p.request_id, p.index, p.start, p.new.token_ids) for p in told] == [
+        ("a", 0, 2, (4,)),
+        ("a", 0, 3, (5,)),
+        ("a", 0, 4, (6,)),
+    ]
+    outputs = {o.request_id: tokens(o) for o in (unpack_output(m) for m in messages if not is_progress(m))}
+    assert outputs == {"a": [2, 3, 4, 5, 6, 7], "b": [2, 3, 4]}
 
 
 def test_a_refused_request_is_answered_and_the_others_go_on() -> None:
