@@ -218,8 +218,7 @@ class BatchOutput:
         row = self._generated.setdefault(record.index, {})
         before = row.get(record.continuation, GeneratedTokens())
         assert len(before.token_ids) == record.start, f"row {record.index}: progress does not follow what came before"
-        logprobs = None if record.new.logprobs is None else (before.logprobs or ()) + record.new.logprobs
-        row[record.continuation] = GeneratedTokens(before.token_ids + record.new.token_ids, logprobs)
+        row[record.continuation] = before.extended(record.new)
 
     def _write_slot(self, index: int, failed: bool, digest: bytes) -> None:
         write_fully(self._digests, (b"\2" if failed else b"\1") + digest, index * _SLOT_BYTES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
 from shoal.runtime.types import Request, SamplingParams
@@ -87,6 +87,8 @@ class BatchRow:
     request: Request
     num_logprobs: int | None
     """Alternatives per token that the answer shows; None shows no logprobs (the request has them all the same)."""
+    thinking: bool = False
+    """The answer begins with thinking, up to `</think>`."""
 
 
 def row_custom_id(line: InputLine, row: Mapping[str, Any]) -> str:
@@ -143,8 +145,9 @@ def _parse_openai(line: InputLine, row: Mapping[str, Any], custom_id: str, rules
     _refuse_unknown(body, SAMPLING_FIELDS | _BODY_FIELDS[endpoint] | _IGNORED_FIELDS, "body.")
     body = _without_nulls(body)
     values = {name: body[name] for name in SAMPLING_FIELDS & body.keys()}
+    thinking = False
     if endpoint == "/v1/chat/completions":
-        prompt = _encode_chat(body, rules)
+        prompt, thinking = _encode_chat(body, rules)
         values.setdefault("max_tokens", None)
         if "max_completion_tokens" in body:
             if "max_tokens" in body:
@@ -158,7 +161,7 @@ def _parse_openai(line: InputLine, row: Mapping[str, Any], custom_id: str, rules
     # OpenAI's chat default is "no limit"; a default of the job stands before it.
     if "max_tokens" in rules.sampling and values.get("max_tokens") is None:
         values.pop("max_tokens", None)
-    return _build(line, custom_id, endpoint, prompt, values, rules)
+    return replace(_build(line, custom_id, endpoint, prompt, values, rules), thinking=thinking)
 
 
 def _parse_plain(line: InputLine, row: Mapping[str, Any], custom_id: str, rules: RowRules) -> BatchRow:
@@ -175,8 +178,8 @@ def _parse_plain(line: InputLine, row: Mapping[str, Any], custom_id: str, rules:
         raise BadRow("invalid_parameter", f"give one of {' and '.join(given)}, not both")
     values |= nested
     if "messages" in row:
-        prompt = _encode_chat(row, rules)
-        return _build(line, custom_id, "/v1/chat/completions", prompt, values, rules)
+        prompt, thinking = _encode_chat(row, rules)
+        return replace(_build(line, custom_id, "/v1/chat/completions", prompt, values, rules), thinking=thinking)
     if "prompt_token_ids" in row:
         row = {"prompt": row["prompt_token_ids"]}
         if not isinstance(row["prompt"], list):
@@ -206,7 +209,8 @@ def _build(
     return BatchRow(line=line, custom_id=custom_id, endpoint=endpoint, request=request, num_logprobs=num_logprobs)
 
 
-def _encode_chat(body: Mapping[str, Any], rules: RowRules) -> list[int]:
+def _encode_chat(body: Mapping[str, Any], rules: RowRules) -> tuple[list[int], bool]:
+    """The prompt, and whether it asks for thinking."""
     messages = body.get("messages")
     if messages is None:
         raise BadRow("missing_prompt", "the row has no messages")
@@ -218,7 +222,7 @@ def _encode_chat(body: Mapping[str, Any], rules: RowRules) -> list[int]:
     if rules.encoder is None:
         raise BadRow("no_tokenizer", "messages need a tokenizer, and the model directory has none; give token ids")
     try:
-        return rules.encoder.encode_messages([_message(i, m) for i, m in enumerate(messages)], thinking)
+        return rules.encoder.encode_messages([_message(i, m) for i, m in enumerate(messages)], thinking), thinking
     except ValueError as error:
         raise BadRow("invalid_messages", _clipped(str(error), 400)) from error
 

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
-from shoal.runtime.tokenizer import EOS, THINK_END
+from shoal.runtime.tokenizer import EOS
 
 from .batch import job_spec
 from .batch_output import PART_FILE, RUN_FILE
@@ -185,9 +185,8 @@ def questions_and_answers(prompts: Path, output: Path) -> Iterator[tuple[str, st
     for index, row in enumerate(_read_lines(prompts)):
         body, choice = row.get("body", row), answers[f"batch_req_{index}"]
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
-        text = choice["message"]["content"] if "message" in choice else choice["text"]
-        thinking, _, answer = text.removesuffix(EOS).rpartition(THINK_END)
-        yield question, thinking, answer
+        message = choice.get("message", {"content": choice.get("text")})
+        yield question, message.get("reasoning_content", ""), message["content"].removesuffix(EOS)
 
 
 def shortened(text: str, width: int) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.runtime.chat import split_thinking
 from shoal.runtime.types import CompletionOutput, Logprob, RequestOutput
 
 from .batch_rows import BatchRow
@@ -131,10 +132,7 @@ def _body(row: BatchRow, output: RequestOutput, model: str) -> dict[str, Any]:
     chat = row.endpoint == "/v1/chat/completions"
     choices = []
     for completion in sorted(output.outputs, key=lambda c: c.index):
-        if chat:
-            answer: dict[str, Any] = {"message": {"role": "assistant", "content": completion.text}}
-        else:
-            answer = {"text": completion.text}
+        answer = {"message": _message(completion.text, row.thinking)} if chat else {"text": completion.text}
         logprobs = None
         if row.num_logprobs is not None:
             logprobs = _chat_logprobs(completion, row.num_logprobs) if chat else _completion_logprobs(completion)
@@ -161,6 +159,13 @@ def _body(row: BatchRow, output: RequestOutput, model: str) -> dict[str, Any]:
             for position in output.prompt_logprobs
         ]
     return body
+
+
+def _message(text: str, thinking: bool) -> dict[str, Any]:
+    if not thinking:
+        return {"role": "assistant", "content": text}
+    reasoning, content = split_thinking(text)
+    return {"role": "assistant", "reasoning_content": reasoning, "content": content}
 
 
 def _chat_logprobs(completion: CompletionOutput, num_top: int) -> dict[str, Any]:

@@ -37,6 +37,12 @@ _FIELDS = {
 }
 
 
+def split_thinking(text: str) -> tuple[str, str]:
+    """The thinking and the answer of a text that begins with thinking; one that was cut off has no answer yet."""
+    thinking, _, answer = text.partition(THINK_END)
+    return thinking, answer
+
+
 def encode_chat(messages: Sequence[Mapping[str, Any]], *, thinking: bool, tokenizer: Tokenizer) -> list[Part]:
     """Render OpenAI-style messages for `Tokenizer.encode_rendered`; all their text stays text, whatever it spells.
 

@@ -128,6 +128,11 @@ class GeneratedTokens:
     logprobs: tuple[dict[int, Logprob], ...] | None = None
     """Per token, the sampled one first; None where they were not asked for. Without the tokens' text."""
 
+    def extended(self, new: GeneratedTokens) -> GeneratedTokens:
+        """These tokens and then the new ones."""
+        logprobs = None if new.logprobs is None else (self.logprobs or ()) + new.logprobs
+        return GeneratedTokens(self.token_ids + new.token_ids, logprobs)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:

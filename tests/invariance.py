@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import ParallelGroups, init_groups
 from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
-from shoal.runtime.types import Logprob, Request, RequestOutput, SamplingParams
+from shoal.runtime.types import GeneratedTokens, Logprob, Request, RequestOutput, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Point:
     """Run the rows twice on one engine; the second time finds its prompts in the prefix cache."""
     preempt_every: int = 0
     """Preempt the longest running sequence every that many steps."""
+    resume_after: int = 0
+    """After that many steps another engine goes on with the tokens that are there."""
     threads: int = 1
 
     @property
@@ -117,6 +119,23 @@ def run_rows(engine: Engine, point: Point, requests: list[Request]) -> dict[int,
             return results
 
 
+def run_steps(
+    engine: Engine, requests: list[Request], num_steps: int
+) -> tuple[dict[int, tuple[Any, ...]], list[Request]]:
+    """The rows that finish within so many steps, and the others with what they have by then."""
+    results: dict[int, tuple[Any, ...]] = {}
+    generated = {r.request_id: [GeneratedTokens()] * r.params.n for r in requests}
+    for request in requests:
+        engine.add_request(replace(request, report_progress=True))
+    for _ in range(num_steps):
+        for output in engine.step().outputs:
+            results[int(output.request_id)] = bits(output)
+        for progress in engine.take_progress():
+            row = generated[progress.request_id]
+            row[progress.index] = row[progress.index].extended(progress.new)
+    return results, [replace(r, generated=tuple(generated[r.request_id])) for r in requests if r.index not in results]
+
+
 def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups) -> dict[int, tuple[Any, ...]]:
     """This rank's rows of a point."""
     previous = torch.get_num_threads()
@@ -134,6 +153,11 @@ def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups)
                 and r.index // point.replicas % point.dp == groups.dp_rank
             ]
             mine_count = len(mine)
+            if point.resume_after:
+                done, mine = run_steps(engine, mine, point.resume_after)
+                merged |= done
+                assert any(g.token_ids for r in mine for g in r.generated) or not mine_count, "nothing to go on with"
+                engine = Engine(model_dir, config, groups)
             if point.order == "reversed":
                 mine.reverse()
             if point.warm:

@@ -35,6 +35,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "prefix cache warm": {"warm": True},
     "preempted every 3 steps": {"preempt_every": 3},
     "too few blocks": {"engine": {"num_kv_blocks": 16}},
+    "resumed by another engine after 9 steps": {"resume_after": 9},
     "2 threads": {"threads": 2},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -50,6 +51,7 @@ SCHEDULES_ON_RANKS: dict[str, dict[str, Any]] = {
     "budget of 5 tokens, prefix cache off": {
         "engine": {"max_num_batched_tokens": 5, "enable_prefix_caching": False, "num_kv_blocks": 24},
     },
+    "resumed after 9 steps, chunks of 7": {"engine": {"max_chunk_size": 7}, "resume_after": 9},
     "prefix cache warm, blocks of 4": {"engine": {"block_size": 4, "num_kv_blocks": 128}, "warm": True},
 }
 

@@ -114,6 +114,30 @@ def test_a_line_has_the_answer_and_its_tokens(tmp_path: Path) -> None:
     assert [entry["token_id"] for entry in first["top_logprobs"]] == [token]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a plan</think>42", {"reasoning_content": "a plan", "content": "42"}),
+        ("a plan that was cut", {"reasoning_content": "a plan that was cut", "content": ""}),
+        ("</think>x</think>", {"reasoning_content": "", "content": "x</think>"}),
+    ],
+)
+def test_thinking_is_apart_from_the_answer(tmp_path: Path, text: str, message: dict[str, str]) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    rows = [{"messages": messages, "chat_template_kwargs": {"thinking": on}} for on in (True, False)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def reply(request: Request) -> RequestOutput:
+        output = answer(request)
+        output.outputs[0].text = text
+        return output
+
+    run(make_spec(tmp_path / "in.jsonl", tmp_path / "out"), StubEngines(reply=reply))
+    shown = {line["id"]: line["response"]["body"]["choices"][0]["message"] for line in lines_of(tmp_path / "out")}
+    assert shown["batch_req_0"] == {"role": "assistant", **message}
+    assert shown["batch_req_1"] == {"role": "assistant", "content": text}
+
+
 def test_logprobs_are_always_computed_and_shown_when_asked(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(
         '{"prompt": "x", "max_tokens": 2}\n{"prompt": "x", "max_tokens": 2, "logprobs": 0}'

@@ -71,10 +71,9 @@ def gathered(reported: list[list[RequestProgress]]) -> Generated:
     generated: Generated = {}
     for progress in (p for of_step in reported for p in of_step):
         row = generated.setdefault(progress.request_id, {})
-        before = row.get(progress.index, GeneratedTokens((), None if progress.new.logprobs is None else ()))
+        before = row.get(progress.index, GeneratedTokens())
         assert len(before.token_ids) == progress.start
-        logprobs = None if progress.new.logprobs is None else (before.logprobs or ()) + progress.new.logprobs
-        row[progress.index] = GeneratedTokens(before.token_ids + progress.new.token_ids, logprobs)
+        row[progress.index] = before.extended(progress.new)
     return generated
 
 
