@@ -1,4 +1,4 @@
-"""What ships inside the package: questions with one right answer each."""
+"""What ships inside the package: a small trained model, and questions that it has not seen."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import shoal
 
 _DIRECTORY = Path(shoal.__file__).resolve().parent / "bundled"
+BUNDLED_MODEL = _DIRECTORY / "shoal-tiny"
+"""Model directory of shoal-tiny; its README.md says what the model can do."""
 _QUESTIONS = _DIRECTORY / "eval.jsonl"
 
 TASKS = ("addition", "subtraction", "sorting", "copying", "reversing", "running_sum", "lookup")
@@ -17,7 +19,7 @@ TASKS = ("addition", "subtraction", "sorting", "copying", "reversing", "running_
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with one right answer, which is held out of shoal-tiny's training."""
+    """A question with one right answer, which was held out of shoal-tiny's training."""
 
     task: str
     question: str

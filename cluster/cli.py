@@ -114,7 +114,7 @@ def validate(input: str, **options: Any) -> None:
 def demo(output: Path, tensor_parallel_size: int, data_parallel_size: int) -> None:
     """Answer real prompts on Ray workers and in one process, and compare every token.
 
-    The model is written by the demo: DeepSeek-V3.2's architecture, small, with random weights.
+    The model is shoal-tiny, which is bundled: DeepSeek-V3.2's architecture, small, and trained.
     """
 
     def run() -> int:
@@ -148,15 +148,15 @@ def evaluate(
     output: Path | None,
     **options: Any,
 ) -> None:
-    """Exact answers to held-out questions, with 95 % confidence intervals."""
+    """Exact answers to held-out questions, with 95 % intervals. Without --model: shoal-tiny, which is bundled."""
 
     def run() -> int:
-        from .bundled import TASKS
+        from .bundled import BUNDLED_MODEL, TASKS
         from .engine_args import EngineArgs
         from .eval import evaluate as run_evaluate
 
         return run_evaluate(
-            EngineArgs.from_dict(_given(options)),
+            EngineArgs.from_dict({"model": str(BUNDLED_MODEL)} | _given(options)),
             tasks=TASKS if tasks is None else tuple(tasks.split(",")),
             thinking=thinking,
             limit=limit,

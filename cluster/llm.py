@@ -15,6 +15,7 @@ from shoal.runtime.tokenizer import Tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from shoal.runtime.validation import RequestLimits, check_request
 
+from .bundled import BUNDLED_MODEL
 from .engine_args import EngineArgs
 from .engine_thread import AbortableEngines, EngineThread
 from .inprocess import InProcessEngine
@@ -39,7 +40,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str,
+        model: str | None = None,
         *,
         executor: Executor = "auto",
         on_phase: OnPhase | None = None,
@@ -48,9 +49,10 @@ class LLM:
     ) -> None:
         """ValueError for an unknown or bad argument, LayoutDoesNotFit for a cluster that is too small.
 
+        `model` None is shoal-tiny, the trained model inside this package.
         `on_phase` is told of every part of the start-up; `engine_factory` puts a stub in the engine's place.
         """
-        args = EngineArgs.from_dict({"model": str(model), **engine_args})
+        args = EngineArgs.from_dict({"model": str(model or BUNDLED_MODEL), **engine_args})
         if executor not in ("auto", "ray", "inprocess"):
             raise ValueError(f"executor must be one of auto, ray, inprocess, got {executor!r}")
         if executor == "auto":

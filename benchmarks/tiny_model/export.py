@@ -85,6 +85,7 @@ def export(state: Path, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors = to_checkpoint(torch.load(state, weights_only=True)["model"])
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # it would be the owner's alone
     (directory / "config.json").write_text(json.dumps(CONFIG | IDS, indent=1) + "\n")
     (directory / "generation_config.json").write_text(json.dumps(IDS | {"do_sample": False}, indent=1) + "\n")
     assert write_byte_tokenizer(directory / "tokenizer.json") <= CONFIG["vocab_size"]
