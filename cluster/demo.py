@@ -43,11 +43,11 @@ def demo_rows() -> list[dict[str, Any]]:
         return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
 
     sampled = {"temperature": 0.8, "top_p": 0.95}
-    document, name = _document()
+    document, name, value, other = _document()
     conversation = [
-        {"role": "user", "content": "What is 17 + 25?"},
-        {"role": "assistant", "content": "42"},
-        {"role": "user", "content": "What is 1234 + 5678?"},
+        {"role": "user", "content": f"{document}\nWhat is {name}?"},
+        {"role": "assistant", "content": value},
+        {"role": "user", "content": f"What is {other}?"},
     ]
     return [
         ask("What is 4821 + 7790?", thinking=True),
@@ -62,7 +62,11 @@ def demo_rows() -> list[dict[str, Any]]:
         openai(
             "digits", "/v1/chat/completions", {**ask("Put in order: 3 8 1 1 5"), "logprobs": True, "top_logprobs": 3}
         ),
-        openai("turns", "/v1/chat/completions", {"messages": conversation, **sampled, "seed": 11}),
+        openai(
+            "turns",
+            "/v1/chat/completions",
+            {"messages": conversation, "chat_template_kwargs": {"thinking": True}, **sampled, "seed": 11},
+        ),
         openai(
             "twice", "/v1/chat/completions", {**ask("Add 512 and 87.", thinking=True), **sampled, "seed": 5, "n": 2}
         ),
@@ -70,11 +74,13 @@ def demo_rows() -> list[dict[str, Any]]:
     ]
 
 
-def _document() -> tuple[str, str]:
-    """A document much longer than what a token attends to, and a name that stands near its beginning."""
+def _document() -> tuple[str, str, str, str]:
+    """A document much longer than what a token attends to; a name near its beginning, its value, and another name."""
     letters = string.ascii_lowercase
     names = [letters[i % 26] + letters[(7 * i + 3 * (i // 26)) % 26] for i in range(DOCUMENT_ENTRIES)]
-    return " ".join(f"{name}{(37 * i + 11) % 100:02d}" for i, name in enumerate(names)), names[12]
+    values = [f"{(37 * i + 11) % 100:02d}" for i in range(DOCUMENT_ENTRIES)]
+    text = " ".join(name + value for name, value in zip(names, values, strict=True))
+    return text, names[12], values[12], names[70]
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,8 @@ def test_the_demo_shows_questions_and_right_answers(shown: tuple[Path, int, str]
     (document,) = {asked for asked, _ in answers if asked.startswith("aa11 bh48")}
     assert document.endswith("\nWhat is mg?")
     assert answers[document, True] == "55"
+    (second,) = {asked for asked, _ in answers if asked.startswith("What is ") and len(asked) == len("What is mg?")}
+    assert f" {second[8:10]}{answers[second, True]} " in document, "the second question of a conversation"
     assert "   What is 4821 + 7790? " in text
     assert text.isascii()
 
