@@ -455,3 +455,26 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     assert process.returncode == 0, stderr
     assert stdout.splitlines()[-1] == undisturbed.digest
     check_exactly_once(tmp_path / "out", 1500)
+
+
+def test_a_file_system_that_fills_up_loses_nothing(tmp_path: Path) -> None:
+    """A real one of 64 KB, in a mount namespace of its own, which is enlarged before the job is run again."""
+    source = write_input(tmp_path / "in.jsonl", 600)
+    undisturbed = run(make_spec(source, tmp_path / "undisturbed"), StubEngines(per_poll=99))
+    (tmp_path / "small").mkdir()
+    job = f"{sys.executable} {STUB_JOB} {source} out 0.0"
+    script = f"""
+        mount -t tmpfs -o size=64k tmpfs {tmp_path}/small && cd {tmp_path}/small || exit 1
+        {job}; echo "first $?"; wc -l < out/part-00000.jsonl
+        mount -o remount,size=16m {tmp_path}/small || exit 1
+        {job}; echo "second $?"; sort out/part-00000.jsonl > {tmp_path}/rows
+    """
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / '.src'}"}
+    done = subprocess.run(["unshare", "-Urm", "sh", "-c", script], capture_output=True, text=True, env=env, timeout=120)
+    lines = done.stdout.splitlines()
+    assert "first 75" in lines, done.stderr
+    kept = int(lines[lines.index("first 75") + 1])
+    assert 0 < kept < 600
+    assert lines[-2:] == [undisturbed.digest, "second 0"], done.stderr
+    expected = sorted((tmp_path / "undisturbed" / "part-00000.jsonl").read_text().splitlines())
+    assert sorted((tmp_path / "rows").read_text().splitlines()) == expected
