@@ -32,7 +32,7 @@ IDLE_WAIT_S = 0.01
 """How long an idle rank waits for a request before it asks the others again; bounds the delay of a first token."""
 GATHER_S = 0.005
 """How long ranks that were idle collect requests before they start together: those of one job come within it."""
-BUSY_WAIT_S = 0.002
+BUSY_WAIT_S = 0.02
 """How long a rank with its own cores watches for a message before it sleeps: most ranks of a step are less apart."""
 PROGRESS_INTERVAL_S = 0.5
 """How much of an answer a crash can cost, in time; the requests that ask for it tell what they have so often."""
