@@ -29,7 +29,8 @@ tiny-model: $(VENV)/.installed
 	$(BIN)/python $(TINY)/evaluate.py $(TINY_MODEL) --output $(TINY_RUN)/evaluation.json
 	$(BIN)/shoal eval -dp 2 --json $(TINY_RUN)/scores.json
 	$(BIN)/python $(TINY)/model_card.py --model $(TINY_MODEL) --log $(TINY_RUN)/log.jsonl \
-	    --scores $(TINY_RUN)/scores.json --evaluation $(TINY_RUN)/evaluation.json
+	    --scores $(TINY_RUN)/scores.json --evaluation $(TINY_RUN)/evaluation.json \
+	    --results benchmarks/results/tiny-model.json
 
 # Tables in docs/ are written by the tests that prove them.
 docs: $(VENV)/.installed-test

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 from shoal.runtime.types import Request, SamplingParams
@@ -161,7 +161,7 @@ def _parse_openai(line: InputLine, row: Mapping[str, Any], custom_id: str, rules
     # OpenAI's chat default is "no limit"; a default of the job stands before it.
     if "max_tokens" in rules.sampling and values.get("max_tokens") is None:
         values.pop("max_tokens", None)
-    return replace(_build(line, custom_id, endpoint, prompt, values, rules), thinking=thinking)
+    return _build(line, custom_id, endpoint, prompt, values, rules, thinking=thinking)
 
 
 def _parse_plain(line: InputLine, row: Mapping[str, Any], custom_id: str, rules: RowRules) -> BatchRow:
@@ -179,7 +179,7 @@ def _parse_plain(line: InputLine, row: Mapping[str, Any], custom_id: str, rules:
     values |= nested
     if "messages" in row:
         prompt, thinking = _encode_chat(row, rules)
-        return replace(_build(line, custom_id, "/v1/chat/completions", prompt, values, rules), thinking=thinking)
+        return _build(line, custom_id, "/v1/chat/completions", prompt, values, rules, thinking=thinking)
     if "prompt_token_ids" in row:
         row = {"prompt": row["prompt_token_ids"]}
         if not isinstance(row["prompt"], list):
@@ -188,7 +188,14 @@ def _parse_plain(line: InputLine, row: Mapping[str, Any], custom_id: str, rules:
 
 
 def _build(
-    line: InputLine, custom_id: str, endpoint: Endpoint, prompt: Sequence[int], values: dict[str, Any], rules: RowRules
+    line: InputLine,
+    custom_id: str,
+    endpoint: Endpoint,
+    prompt: Sequence[int],
+    values: dict[str, Any],
+    rules: RowRules,
+    *,
+    thinking: bool = False,
 ) -> BatchRow:
     values = dict(rules.sampling) | values
     _check_shapes(values)
@@ -206,7 +213,14 @@ def _build(
     request = Request(request_id=f"row-{line.index}", prompt_token_ids=tuple(prompt), params=params, index=line.index)
     if (problem := check_request(request, rules.limits)) is not None:
         raise BadRow(problem.code, problem.message)
-    return BatchRow(line=line, custom_id=custom_id, endpoint=endpoint, request=request, num_logprobs=num_logprobs)
+    return BatchRow(
+        line=line,
+        custom_id=custom_id,
+        endpoint=endpoint,
+        request=request,
+        num_logprobs=num_logprobs,
+        thinking=thinking,
+    )
 
 
 def _encode_chat(body: Mapping[str, Any], rules: RowRules) -> tuple[list[int], bool]:

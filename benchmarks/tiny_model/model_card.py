@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Writes the model card of shoal-tiny from what was measured; no number in it is typed.
+"""Writes the model card of shoal-tiny, and the results, from what was measured; no number in them is typed.
 
 python benchmarks/tiny_model/model_card.py --model shoal/bundled/shoal-tiny --log build/tiny-model/log.jsonl
     --scores build/tiny-model/scores.json --evaluation build/tiny-model/evaluation.json
+    --results benchmarks/results/tiny-model.json
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def curve(log: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "log", "scores", "evaluation"):
+    for name in ("model", "log", "scores", "evaluation", "results"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     args = parser.parse_args()
     config = json.loads((args.model / "config.json").read_text())
@@ -63,7 +64,12 @@ def main() -> None:
         sizes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     parameters = sum(int(s[0]) * int(s[1] if len(s) > 1 else 1) for s in sizes)
     log = [json.loads(line) for line in args.log.read_text().splitlines()]
-    evaluation = json.loads(args.evaluation.read_text())
+    scores, evaluation = json.loads(args.scores.read_text()), json.loads(args.evaluation.read_text())
+    training = {
+        "steps": log[-1]["step"],
+        "seconds": log[-1]["seconds"],
+        "tokens": sum(line["tokens"] for line in log),
+    }
     lookup, load = evaluation["lookup"]["thinking"], evaluation["expert_load"]
     text = TEMPLATE.read_text(encoding="utf-8").format(
         parameters=parameters / 1e6,
@@ -71,17 +77,19 @@ def main() -> None:
         experts=config["n_routed_experts"],
         groups=config["n_group"],
         top_k=config["num_experts_per_tok"],
-        scores=score_table(json.loads(args.scores.read_text())),
+        scores=score_table(scores),
         **{mode: lookup[mode] for mode in ("sparse", "dense", "recent")},
         acceptance=", ".join(f"{task} {share:.2f}" for task, share in evaluation["mtp_acceptance"].items()),
         load=", ".join(f"{layer['max_over_mean']:.2f}" for layer in load),
         least=", ".join(f"{layer['min_over_mean']:.2f}" for layer in load),
-        minutes=log[-1]["seconds"] / 60,
-        steps=log[-1]["step"],
-        tokens=sum(line["tokens"] for line in log) / 1e6,
+        minutes=training["seconds"] / 60,
+        steps=training["steps"],
+        tokens=training["tokens"] / 1e6,
         curve=curve(log),
     )
     (args.model / "README.md").write_text(text, encoding="utf-8")
+    report = {"command": "make tiny-model", "training": training, "scores": scores, "evaluation": evaluation}
+    args.results.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,10 +54,17 @@ def undisturbed_digest(model: Path, rows: Path, output: Path) -> str:
     return result.digest
 
 
-def start_batch(model: Path, rows: Path, output: Path) -> subprocess.Popen[str]:
+@contextmanager
+def batch_process(model: Path, rows: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
+    """`shoal batch`, which is killed at the end if it still runs."""
     command = [sys.executable, "-m", "shoal", "batch", str(rows), "--model", str(model), "--output", str(output)]
     layout = ["-dp", "2", "--max-model-len", "2048", "--num-threads-per-worker", "1"]
-    return subprocess.Popen([*command, *layout], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *layout], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_for_journal(process: subprocess.Popen[str], journal: Path, num_bytes: int) -> None:
@@ -74,13 +83,11 @@ def test_a_killed_driver_goes_on_in_the_middle_of_answers(tmp_path: Path) -> Non
 
     journal, size = output / "journal.log", 0
     for more in (15_000, 50_000):  # the second time far enough that it has tokens of two runs
-        process = start_batch(model, rows, output)
-        wait_for_journal(process, journal, size + more)
-        process.kill()
-        process.communicate()
+        with batch_process(model, rows, output) as process:
+            wait_for_journal(process, journal, size + more)
         size = journal.stat().st_size
-    process = start_batch(model, rows, output)
-    stdout, stderr = process.communicate(timeout=DEADLINE_S)
+    with batch_process(model, rows, output) as process:
+        stdout, stderr = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, stderr
     said = re.search(r"(\d+) rows go on in the middle of their answers, after (\d+) tokens", stderr)
     assert said is not None, stderr
