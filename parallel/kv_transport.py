@@ -50,7 +50,7 @@ class Fetch(Protocol):
     def poll(self) -> Tensor | None:
         """The payload, [num_bytes] uint8 in host memory, once it is complete and checked; None until then.
 
-        TransferError when it will not come. The tensor is valid until `close`.
+        TransferError when it will not come. The tensor is valid until `close`, and the same in every call.
         """
         ...
 

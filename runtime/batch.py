@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgpack
 
@@ -23,10 +23,28 @@ class ScheduledSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordWrite:
+    """Records that came from another replica and go into the cache before the step computes anything."""
+
+    seq_id: int
+    start: int
+    end: int
+    """Positions `[start, end)` are written, the last ones of a payload of `num_bytes`."""
+    num_bytes: int
+    block_table: list[int]
+    """Blocks that hold positions `[0, end)` at least, in order."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """What one attention group computes in one step; empty when it has nothing to do."""
+    """What one attention group does in one step; empty when it has nothing to do."""
 
     sequences: list[ScheduledSequence]
+    writes: list[RecordWrite] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.sequences or self.writes)
 
     @property
     def num_tokens(self) -> int:
@@ -35,13 +53,15 @@ class Batch:
     def pack(self) -> bytes:
         """To msgpack bytes; `unpack` is the inverse."""
         rows = [(s.seq_id, s.start, s.token_ids, s.block_table, s.sample, s.num_prompt_logits) for s in self.sequences]
-        packed = msgpack.packb(rows)
+        writes = [(w.seq_id, w.start, w.end, w.num_bytes, w.block_table) for w in self.writes]
+        packed = msgpack.packb([rows, writes])
         assert isinstance(packed, bytes)
         return packed
 
     @classmethod
     def unpack(cls, data: bytes) -> Batch:
-        return cls([ScheduledSequence(*row) for row in msgpack.unpackb(data)])
+        rows, writes = msgpack.unpackb(data)
+        return cls([ScheduledSequence(*row) for row in rows], [RecordWrite(*row) for row in writes])
 
 
 EMPTY_BATCH = Batch([])

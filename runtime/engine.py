@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 from shoal.kernels.numerics import pin_floating_point
 from shoal.kernels.registry import current_backend, is_invariant, set_backend
 from shoal.parallel.groups import ParallelGroups
+from shoal.parallel.kv_transport import KVChunk, KVTransport
 
 from .batch import EMPTY_BATCH, Batch, ScheduledSequence
 from .block_manager import BlockManager
 from .engine_config import EngineConfig
+from .handoff import Clock, KVExporter, KVLoader, PlannedWrite
 from .kv_cache import KVCache, RecordSpec, bytes_per_block
 from .loader import Checkpoint
 from .memory import available_memory
@@ -24,15 +27,20 @@ from .model_runner import ModelRunner, prompt_slices
 from .models.config import ModelConfig
 from .models.deepseek import DeepseekModel, expected_tensors, record_specs
 from .output_processor import Completion, OutputProcessor, RequestState
-from .sampler import Sampler, resolve_seed
+from .sampler import SampledToken, Sampler, resolve_seed
 from .scheduler import Scheduler, SchedulerConfig
 from .sequence import Sequence
 from .tokenizer import Tokenizer, read_eos_token_ids
-from .types import Request, RequestOutput, RequestProgress
+from .types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
 from .validation import RequestLimits, check_request, max_output_tokens
 
 KV_MEMORY_FRACTION = 0.5
 """Of the memory that is free once the weights are there, what the cache may take when its size is not given."""
+
+TRANSFER_TIMEOUT_S = 30.0
+"""The longest wait for news of a prompt that another replica computes; then it is computed here."""
+EXPORT_LEASE_S = 600.0
+"""How long a computed prompt is held for a replica that never says that it has read it."""
 
 OnPhase = Callable[[str], None]
 
@@ -58,6 +66,10 @@ class StepResult:
     """Some rank asked to stop: every rank sees it in the same step and must not call `step` again."""
     woke: bool = False
     """Nobody had work until now and the next step will compute: whoever has more for it should add it first."""
+    chunks: list[KVChunk] = field(default_factory=list)
+    """Prompt records that were published."""
+    loaded: list[PromptLoaded] = field(default_factory=list)
+    """Requests that no longer wait for records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +88,19 @@ class Engine:
     """Schedules, runs, samples and updates. Only leaders (tp rank 0) hold requests; the others follow their batches."""
 
     def __init__(
-        self, model_dir: str | Path, config: EngineConfig, groups: ParallelGroups, *, on_phase: OnPhase = lambda _: None
+        self,
+        model_dir: str | Path,
+        config: EngineConfig,
+        groups: ParallelGroups,
+        *,
+        transport: KVTransport | None = None,
+        clock: Clock = time.monotonic,
+        on_phase: OnPhase = lambda _: None,
     ) -> None:
-        """Loads this rank's part of the weights; raises ValueError for a checkpoint or a setting that cannot work."""
+        """Loads this rank's part of the weights; raises ValueError for a checkpoint or a setting that cannot work.
+
+        `transport` brings cache records from and to other replicas; without it, requests begin and end here.
+        """
         if config.kernel_backend != "auto":
             set_backend(config.kernel_backend)
         if config.invariance == "strict" and not is_invariant(current_backend()):
@@ -111,20 +133,43 @@ class Engine:
 
         cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=groups.device)
         self.runner = ModelRunner(model, cache, groups.device)
+        record_fingerprint = hashlib.sha256(f"{fingerprint}/{dtype}/{current_backend()}".encode()).digest()
         self.block_manager = BlockManager(
             num_blocks,
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
-            fingerprint=hashlib.sha256(f"{fingerprint}/{dtype}/{current_backend()}".encode()).digest(),
+            fingerprint=record_fingerprint,
         )
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_chunk_size=config.max_chunk_size,
+                max_export_tokens=max(1, config.kv_buffer_size // cache.bytes_per_token),
             ),
             self.block_manager,
         )
+        self.exporter: KVExporter | None = None
+        self.loader: KVLoader | None = None
+        if transport is not None and self.is_leader:
+            self.exporter = KVExporter(
+                transport,
+                cache,
+                self.scheduler,
+                fingerprint=record_fingerprint,
+                chunk_tokens=config.max_num_batched_tokens,
+                lease_s=EXPORT_LEASE_S,
+                clock=clock,
+            )
+            self.loader = KVLoader(
+                transport,
+                self.scheduler,
+                fingerprint=record_fingerprint,
+                bytes_per_token=cache.bytes_per_token,
+                max_step_tokens=config.max_num_batched_tokens,
+                timeout_s=TRANSFER_TIMEOUT_S,
+                clock=clock,
+            )
         self.sampler = Sampler(self.model_config.vocab_size)
         tokenizer = Tokenizer.from_pretrained(model_dir)
         self.eos_token_ids = read_eos_token_ids(model_dir) or self.model_config.eos_token_ids
@@ -133,6 +178,10 @@ class Engine:
         self.seed = config.seed
         self._requests: dict[str, RequestState] = {}
         self._running: dict[int, Running] = {}
+        self._awaiting: dict[str, int] = {}
+        """Requests whose prompts are computed elsewhere, with the sequence that waits for them."""
+        self._loaded: list[PromptLoaded] = []
+        """Not told yet: a step that fails tells nothing."""
         self._next_seq_id = 0
         self._num_steps = 0
         self._stop_requested = False
@@ -160,28 +209,74 @@ class Engine:
         state = self.processor.start(request, seed=seed, max_tokens=max_tokens)
         assert not state.finished, "a request that is finished is not asked again"
         self._requests[request.request_id] = state
-        needs_prompt_logits = state.prompt_logprobs is not None
-        for completion in [c for c in state.completions if not c.finished]:
-            seq = Sequence(
-                seq_id=self._next_seq_id,
-                prompt_token_ids=list(request.prompt_token_ids),
-                max_tokens=max_tokens,
-                output_token_ids=list(completion.output.token_ids),
-                needs_prompt_logits=needs_prompt_logits,
-            )
-            needs_prompt_logits = False  # one continuation is enough
-            self._next_seq_id += 1
-            self._running[seq.seq_id] = Running(seq, state, completion)
-            self.scheduler.add(seq)
+        first, *others = [c for c in state.completions if not c.finished]
+        seq = self._sequence(state, first)
+        seq.needs_prompt_logits = state.prompt_logprobs is not None  # of one continuation: that is enough
+        if request.do_remote_prefill:
+            assert self.loader is not None, "there is no transport that could bring records"
+            seq.awaits_records = True
+            seq.output_token_ids = []  # until it starts
+            self.loader.expect(request.request_id, seq)
+            self._awaiting[request.request_id] = seq.seq_id
+            others = []  # until the prompt is there: they find it in the prefix cache
+        if request.do_remote_decode:
+            assert self.exporter is not None, "there is no transport that could take records away"
+            seq.exports = True
+            self.exporter.begin(request.request_id, seq)
+        self._schedule_sequence(seq, state, first)
+        for completion in others:
+            self._schedule_sequence(self._sequence(state, completion), state, completion)
 
     def abort(self, request_id: str) -> None:
-        """Drop a request and free its blocks; unknown ids are ignored, as it may just have finished."""
+        """Drop a request and free its blocks; unknown ids are ignored, as it may just have finished.
+
+        This is also how to let go of the records that it published, once they were read.
+        """
         state = self._requests.pop(request_id, None)
-        if state is None:
-            return
         for seq_id in [i for i, r in self._running.items() if r.state is state]:
-            self.scheduler.abort(seq_id)
-            del self._running[seq_id]
+            self._drop_sequence(seq_id)
+        self._awaiting.pop(request_id, None)
+        if self.exporter is not None:
+            self.exporter.release(request_id)
+
+    def add_chunk(self, chunk: KVChunk) -> None:
+        """Records of a request that waits for them were published; ignored when it waits no longer."""
+        seq_id = self._awaiting.get(chunk.request_id)
+        if seq_id is not None and self.loader is not None:
+            self.loader.add_chunk(seq_id, chunk)
+
+    def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None:
+        """What another replica generated of a request that waits for it, per continuation; None: it failed.
+
+        Then, and when records are missing, the prompt is computed here. Ignored when the request waits no longer.
+        """
+        seq_id = self._awaiting.get(request_id)
+        if seq_id is None or self.loader is None:
+            return
+        if generated is not None:
+            self.processor.extend(self._requests[request_id], generated)
+        tokens = list(self._running[seq_id].completion.output.token_ids)
+        self.loader.end_prefill(seq_id, None if generated is None else tokens)
+
+    def _sequence(self, state: RequestState, completion: Completion) -> Sequence:
+        seq = Sequence(
+            seq_id=self._next_seq_id,
+            prompt_token_ids=list(state.request.prompt_token_ids),
+            max_tokens=1 if state.request.do_remote_decode else completion.max_tokens,
+            output_token_ids=list(completion.output.token_ids),
+        )
+        self._next_seq_id += 1
+        return seq
+
+    def _schedule_sequence(self, seq: Sequence, state: RequestState, completion: Completion) -> None:
+        self._running[seq.seq_id] = Running(seq, state, completion)
+        self.scheduler.add(seq)
+
+    def _drop_sequence(self, seq_id: int) -> None:
+        del self._running[seq_id]
+        self.scheduler.abort(seq_id)
+        if self.loader is not None:
+            self.loader.drop(seq_id)
 
     def take_progress(self) -> list[RequestProgress]:
         """What unfinished requests that report their progress have generated since the last call."""
@@ -204,16 +299,61 @@ class Engine:
         self.groups.set_step(self._num_steps)
         if self._all_idle and self.groups.world.size > 1:
             return self._wake()
-        batch = self.scheduler.schedule() if self.is_leader else EMPTY_BATCH
+        self._start_loaded()
+        batch, arrived = self._schedule() if self.is_leader else (EMPTY_BATCH, [])
         round_ = self._agree(batch)
         self._all_idle = round_.idle
         if round_.stopped or round_.idle:
-            return StepResult([], idle=round_.idle, stopped=round_.stopped)
+            return StepResult([], idle=round_.idle, stopped=round_.stopped, loaded=self._take_loaded())
+        self._write_records(round_.batch, arrived)
         take = self._take_prompt_logits if self.is_leader else None
         logits = self.runner.run(round_.batch, round_.num_prompt_slices, take)
         if not self.is_leader:
             return StepResult([], idle=False, stopped=False)
-        return StepResult(self._update(batch, logits), idle=False, stopped=False)
+        if self.loader is not None:
+            self.loader.commit()
+        chunks = self._account(batch, sampled := self._sample(batch, logits))
+        return StepResult(self._update(sampled), idle=False, stopped=False, chunks=chunks, loaded=self._take_loaded())
+
+    def _take_loaded(self) -> list[PromptLoaded]:
+        loaded, self._loaded = self._loaded, []
+        return loaded
+
+    def _start_loaded(self) -> None:
+        """Let requests go on whose prompts arrived, or will not arrive."""
+        if self.loader is None or self.exporter is None:
+            return
+        self.exporter.expire()
+        loaded = self.loader.advance()
+        for one in loaded:
+            seq_id = self._awaiting.pop(one.request_id)
+            first, state = self._running[seq_id].completion, self._running[seq_id].state
+            if first.finished:
+                self._drop_sequence(seq_id)
+            for completion in state.completions:
+                if completion is not first and not completion.finished:
+                    self._schedule_sequence(self._sequence(state, completion), state, completion)
+        self._loaded += loaded
+
+    def _schedule(self) -> tuple[Batch, list[PlannedWrite]]:
+        """The tokens of this step, and the records that arrived for later ones."""
+        batch = self.scheduler.schedule()
+        if self.loader is None:
+            return batch, []
+        arrived = self.loader.plan()
+        return replace(batch, writes=[planned.write for planned in arrived]), arrived
+
+    def _write_records(self, batch: Batch, arrived: list[PlannedWrite]) -> None:
+        """Write what arrived into the caches of all ranks of the attention group."""
+        cache, tp = self.runner.cache, self.groups.tp
+        for number, write in enumerate(batch.writes):
+            payload = arrived[number].payload if self.is_leader else None
+            if tp.size > 1:
+                data = None if payload is None else payload.numpy().tobytes()
+                received = tp.broadcast_bytes(data, write.num_bytes, 0, layer=-1, op="engine.records")
+                payload = torch.frombuffer(bytearray(received), dtype=torch.uint8) if payload is None else payload
+            assert payload is not None
+            cache.write_records(cache.slots(write.block_table, write.start, write.end), payload)
 
     def _wake(self) -> StepResult:
         """After a step without work: learn whether there is some now, but do not start on it.
@@ -231,8 +371,8 @@ class Engine:
         world, tp = self.groups.world, self.groups.tp
         num_slices = len(prompt_slices(batch))
         if world.size == 1:
-            return Round(batch, not batch.num_tokens, self._stop_requested, num_slices)
-        packed = batch.pack() if batch.num_tokens else b""
+            return Round(batch, batch.is_empty, self._stop_requested, num_slices)
+        packed = b"" if batch.is_empty else batch.pack()
         own = [len(packed), int(self._stop_requested), num_slices]
         rows = world.all_gather_ints(own, layer=-1, op="engine.agree")
         stopped = any(row[1] for row in rows)
@@ -242,15 +382,26 @@ class Engine:
             batch = batch if self.is_leader else Batch.unpack(received)
         return Round(batch, not any(row[0] for row in rows), stopped, max(row[2] for row in rows))
 
-    def _update(self, batch: Batch, logits: Tensor) -> list[RequestOutput]:
-        """Sample the sequences that reached their last token, tell the scheduler, and collect what there is to show."""
+    def _sample(self, batch: Batch, logits: Tensor) -> dict[int, SampledToken]:
+        """The next token of every sequence that reached its last one."""
         sampling = [s.seq_id for s in batch.sequences if s.sample]
         sampled = self.sampler.sample(logits, [self._running[i].completion.row for i in sampling])
-        tokens = dict(zip(sampling, sampled, strict=True))
+        return dict(zip(sampling, sampled, strict=True))
+
+    def _account(self, batch: Batch, tokens: dict[int, SampledToken]) -> list[KVChunk]:
+        """Tell the scheduler what was computed; returns the prompt records that were published of it."""
         for seq_id, token in tokens.items():
             if token.error is not None:
                 self.scheduler.finish(seq_id, discard=True)
         self.scheduler.update(batch, {i: token.token_id for i, token in tokens.items()})
+        if self.exporter is None:
+            return []
+        exporting = [r for s in batch.sequences if (r := self._running[s.seq_id]).seq.exports]
+        epoch = self.groups.world.epoch
+        return [c for r in exporting for c in self.exporter.publish(r.state.request.request_id, epoch=epoch)]
+
+    def _update(self, tokens: dict[int, SampledToken]) -> list[RequestOutput]:
+        """Append the tokens, let go of what is finished, and collect what there is to show."""
         touched: dict[str, RequestState] = {}
         for seq_id, token in tokens.items():
             running = self._running[seq_id]
@@ -259,17 +410,28 @@ class Engine:
             touched[state.request.request_id] = state
             if completion.output.index == 0:
                 state.num_cached_tokens = running.seq.num_cached_tokens
-            if completion.finished:
+            if completion.finished or state.request.do_remote_decode:
                 if token.error is None:
                     self.scheduler.finish(seq_id)
                 del self._running[seq_id]
         outputs = []
         for request_id, state in touched.items():
-            if state.finished:
-                del self._requests[request_id]
-            if state.finished or state.request.stream:
+            handed_over = state.request.do_remote_decode and all(
+                c.output.token_ids or c.finished for c in state.completions
+            )
+            if state.finished or handed_over:
+                self._let_go(request_id, state)
+            if state.finished or handed_over or state.request.stream:
                 outputs.append(self.processor.output(state))
         return outputs
+
+    def _let_go(self, request_id: str, state: RequestState) -> None:
+        del self._requests[request_id]
+        if self.exporter is not None and state.request.do_remote_decode:
+            if state.finished:
+                self.exporter.release(request_id)
+            else:
+                self.exporter.end(request_id)
 
     def _take_prompt_logits(self, seq: ScheduledSequence, position: int, logits: Tensor) -> None:
         """Logits of prompt positions `position..` give the log-probabilities of the tokens after them."""

@@ -29,6 +29,8 @@ class EngineConfig:
     num_kv_blocks: int | None = None
     """Cache blocks of one attention group."""
     enable_prefix_caching: bool = True
+    kv_buffer_size: int = 1 << 30
+    """Bytes of cache records that a rank holds for other replicas to read; a longer prompt still gets its turn."""
     seed: int = 0
     """With a request's index, the seed of requests that bring none."""
     kernel_backend: KernelBackend = "auto"
@@ -36,7 +38,7 @@ class EngineConfig:
     """strict refuses kernels whose results depend on the batch."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_buffer_size"):
             _positive(name, getattr(self, name))
         for name in ("max_model_len", "max_chunk_size", "num_kv_blocks"):
             if getattr(self, name) is not None:

@@ -46,6 +46,35 @@ class KVCache:
         """Store `record` [T, width] in the slots of its tokens ([T] int64)."""
         self.records[layer].index_copy_(0, slot_mapping, record)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one token's records in all layers."""
+        return sum(layer.shape[1] * layer.element_size() for layer in self.records)
+
+    def slots(self, block_table: list[int], start: int, end: int) -> Tensor:
+        """Where positions `[start, end)` of a sequence have their records, [end - start] int64."""
+        positions = torch.arange(start, end)
+        blocks = torch.tensor(block_table, dtype=torch.int64)[positions // self.block_size]
+        return (blocks * self.block_size + positions % self.block_size).to(self.records[0].device)
+
+    def read_records(self, slots: Tensor) -> Tensor:
+        """The records of T tokens in all layers, [T * bytes_per_token] uint8 in host memory.
+
+        layer 0: T records | layer 1: T records | ..
+        """
+        return torch.cat([layer[slots].flatten().view(torch.uint8) for layer in self.records]).cpu()
+
+    def write_records(self, slots: Tensor, payload: Tensor) -> None:
+        """The inverse of `read_records`; only the last `len(slots)` tokens of the payload are written."""
+        num_tokens = payload.numel() // self.bytes_per_token
+        assert payload.numel() == num_tokens * self.bytes_per_token
+        offset = 0
+        for layer in self.records:
+            size = num_tokens * layer.shape[1] * layer.element_size()
+            records = payload[offset : offset + size].view(layer.dtype).view(num_tokens, -1)
+            layer.index_copy_(0, slots, records[num_tokens - len(slots) :].to(layer.device))
+            offset += size
+
 
 def bytes_per_block(specs: list[RecordSpec], block_size: int, dtype: torch.dtype) -> int:
     """Memory of one block over all layers."""

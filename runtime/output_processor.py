@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .detokenizer import IncrementalDetokenizer
@@ -86,16 +87,21 @@ class OutputProcessor:
                 min_tokens=params.min_tokens,
             )
             completions.append(Completion(row, detokenizer, output, max_tokens))
-        for completion, generated in zip(completions, request.generated, strict=False):
-            self._replay(completion, generated)
         wants_prompt = params.prompt_logprobs is not None
-        return RequestState(request, completions, [None] if wants_prompt else None)
+        state = RequestState(request, completions, [None] if wants_prompt else None)
+        self.extend(state, request.generated)
+        return state
+
+    def extend(self, state: RequestState, generated: Iterable[GeneratedTokens]) -> None:
+        """Append what another engine generated, per continuation, where it is more than what is there."""
+        for completion, tokens in zip(state.completions, generated, strict=False):
+            self._replay(completion, tokens)
 
     def _replay(self, completion: Completion, generated: GeneratedTokens) -> None:
-        for i, token_id in enumerate(generated.token_ids):
+        for i in range(len(completion.output.token_ids), len(generated.token_ids)):
             logprobs = None if generated.logprobs is None else generated.logprobs[i]
-            self.append(completion, SampledToken(token_id, logprobs))
-        completion.num_reported = len(generated.token_ids)
+            self.append(completion, SampledToken(generated.token_ids[i], logprobs))
+        completion.num_reported = max(completion.num_reported, len(generated.token_ids))
 
     def append(self, completion: Completion, sampled: SampledToken) -> None:
         """Add one token; sets `finish_reason` when it is the last."""

@@ -31,9 +31,11 @@ class SchedulerConfig:
     """False: the known tokens of a waiting sequence are scheduled in one step or not at all."""
     max_chunk_size: int | None = None
     """Most tokens of one sequence in one step; None leaves only the budget."""
+    max_export_tokens: int | None = None
+    """Prompt tokens of admitted sequences that export, until their records were read; one sequence may exceed it."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_chunk_size"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_chunk_size", "max_export_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -57,6 +59,8 @@ class Scheduler:
         self.config = config
         self.block_manager = block_manager
         self.num_preemptions = 0
+        self.num_export_tokens = 0
+        """Prompt tokens whose records are in the export buffer, or will be."""
         self.prefix_cache_queries = 0
         """Tokens of admitted sequences that were looked up in the prefix cache."""
         self.prefix_cache_hits = 0
@@ -72,7 +76,7 @@ class Scheduler:
 
     @property
     def running(self) -> tuple[Sequence, ...]:
-        """The running sequences, oldest first."""
+        """The sequences that own blocks, running or loading, oldest first."""
         return tuple(self._running)
 
     @property
@@ -92,7 +96,7 @@ class Scheduler:
         self._waiting.append(seq)
 
     def schedule(self) -> Batch:
-        """Choose the tokens of the next step; empty only when nothing is unfinished.
+        """Choose the tokens of the next step; empty only when nothing is unfinished, or all of it waits for others.
 
         Running sequences come first, in order of arrival, then waiting ones as long as the next of them fits.
         """
@@ -101,6 +105,9 @@ class Scheduler:
         index = 0
         while index < len(self._running) and budget > 0:
             seq = self._running[index]
+            if seq.status is SequenceStatus.LOADING:
+                index += 1
+                continue
             num_new = self._chunk_size(seq.num_tokens - seq.num_computed_tokens, budget)
             end = seq.num_computed_tokens + num_new
             assert end <= seq.max_positions, f"sequence {seq.seq_id} has its max_tokens={seq.max_tokens}: finish it"
@@ -132,6 +139,32 @@ class Scheduler:
             if end == seq.num_tokens:
                 seq.output_token_ids.append(sampled[seq.seq_id])
 
+    def loaded(self, seq_id: int, num_tokens: int) -> None:
+        """The records of positions `[0, num_tokens)` of a loading sequence are in the cache."""
+        seq = self._sequences[seq_id]
+        assert seq.status is SequenceStatus.LOADING, f"sequence {seq_id} is {seq.status.value} and loads nothing"
+        self.block_manager.mark_computed(seq, num_tokens)
+
+    def start(self, seq_id: int, output_token_ids: list[int]) -> None:
+        """Let a sequence that awaited records go on, computing what is missing; `output_token_ids` follow its prompt.
+
+        At least one of its known tokens must be missing: its logits give the next.
+        """
+        seq = self._sequences[seq_id]
+        assert seq.awaits_records, f"sequence {seq_id} was started before"
+        seq.awaits_records = False
+        seq.output_token_ids.extend(output_token_ids)
+        assert seq.num_computed_tokens < seq.num_tokens, f"sequence {seq_id} has nothing to compute"
+        if seq.status is SequenceStatus.LOADING:
+            seq.status = SequenceStatus.RUNNING
+
+    def release_export(self, seq: Sequence) -> None:
+        """The records of a finished sequence left the export buffer, or never came there."""
+        assert seq.status is SequenceStatus.FINISHED, f"sequence {seq.seq_id} still exports"
+        if seq.has_export_room:
+            seq.has_export_room = False
+            self.num_export_tokens -= seq.num_prompt_tokens
+
     def finish(self, seq_id: int, *, discard: bool = False) -> None:
         """Let go of a sequence; `discard=True` also takes its tokens out of the prefix cache, after broken results."""
         seq = self._sequences.pop(seq_id)
@@ -150,9 +183,11 @@ class Scheduler:
         return True
 
     def preempt(self, seq_id: int) -> None:
-        """Take the blocks of a running sequence; it waits in its place by arrival and is recomputed."""
+        """Take the blocks of a running or loading sequence; it waits in its place by arrival and begins again."""
         seq = self._sequences[seq_id]
-        assert seq.status is SequenceStatus.RUNNING, f"sequence {seq_id} is {seq.status.value} and cannot be preempted"
+        assert seq.status in (SequenceStatus.RUNNING, SequenceStatus.LOADING), (
+            f"sequence {seq_id} is {seq.status.value} and cannot be preempted"
+        )
         self._remove_running(seq)
         self.block_manager.free(seq)
         seq.status = SequenceStatus.WAITING
@@ -166,6 +201,9 @@ class Scheduler:
 
     def _check_feasible(self, seq: Sequence) -> None:
         name = f"sequence {seq.seq_id}"
+        assert self.config.enable_chunked_prefill or not seq.awaits_records, (
+            "what does not arrive is computed in chunks"
+        )
         if seq.seq_id in self._sequences:
             raise ValueError(f"{name} is already scheduled; give every sequence its own id")
         if not seq.prompt_token_ids:
@@ -211,10 +249,13 @@ class Scheduler:
         room = manager.num_free_blocks - sum(self._num_blocks_ahead(seq) for seq in self._running)
         while self._waiting and budget > 0 and room > 0 and len(self._running) < self.config.max_num_seqs:
             seq = self._waiting[0]
+            if not self._may_export(seq):
+                break
             prefix_blocks = manager.match_prefix(seq)
             num_cached = len(prefix_blocks) * manager.block_size
-            num_new = self._chunk_size(seq.num_tokens - num_cached, budget)
-            if not self.config.enable_chunked_prefill and num_cached + num_new < seq.num_tokens:
+            num_new = 0 if seq.awaits_records else self._chunk_size(seq.num_tokens - num_cached, budget)
+            whole = self.config.enable_chunked_prefill or seq.awaits_records or num_cached + num_new == seq.num_tokens
+            if not whole:
                 break
             taken = self._num_blocks_ahead(seq) - len(prefix_blocks) + manager.num_idle(prefix_blocks)
             if taken > room:
@@ -222,11 +263,26 @@ class Scheduler:
             room -= taken
             budget -= num_new
             self._waiting.popleft()
-            seq.status = SequenceStatus.RUNNING
             insort(self._running, seq, key=_by_arrival)
             self._count_hits(seq, num_cached)
+            if seq.awaits_records:
+                seq.status = SequenceStatus.LOADING
+                manager.allocate(seq, seq.num_prompt_tokens, prefix_blocks)
+                continue
+            seq.status = SequenceStatus.RUNNING
             manager.allocate(seq, num_cached + num_new, prefix_blocks)
             scheduled.append(_scheduled(seq, num_cached + num_new))
+
+    def _may_export(self, seq: Sequence) -> bool:
+        """Whether the export buffer has room for what `seq` will export; takes that room."""
+        if not seq.exports or seq.has_export_room:
+            return True
+        limit = self.config.max_export_tokens
+        if limit is not None and 0 < self.num_export_tokens > limit - seq.num_prompt_tokens:
+            return False
+        seq.has_export_room = True
+        self.num_export_tokens += seq.num_prompt_tokens
+        return True
 
     def _num_blocks_ahead(self, seq: Sequence) -> int:
         """Blocks that `seq` lacks for its known tokens and one more, if it can have one more."""

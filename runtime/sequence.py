@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 
 class SequenceStatus(Enum):
-    """Waiting sequences own no blocks; running ones do; finished ones have left the scheduler."""
+    """Waiting sequences own no blocks; loading and running ones do; finished ones have left the scheduler."""
 
     WAITING = "waiting"
+    LOADING = "loading"
+    """Its prompt's records are on their way from another replica."""
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -33,6 +35,10 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     needs_prompt_logits: bool = False
     """Every prompt position needs logits once, so nothing of the prompt may come from the prefix cache before that."""
+    awaits_records: bool = False
+    """Its prompt is computed by another replica: once admitted it loads, and computes nothing before `start`."""
+    exports: bool = False
+    """Its prompt's records go to another replica, in a buffer that must have room for them."""
     salt: bytes = b""
     """Sequences share cached blocks only with sequences of the same salt."""
 
@@ -48,6 +54,8 @@ class Sequence:
     num_delivered_prompt_logits: int = 0
     """Prompt positions `[0, this)` had their logits computed; recomputing them does not ask again."""
     num_preemptions: int = 0
+    has_export_room: bool = False
+    """Since it was first in the queue; kept until its records were read."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the leading full blocks, as far as they were needed; kept through preemption."""
     prefix: PrefixNode | None = None

@@ -150,6 +150,12 @@ class Request:
     """Let `Engine.take_progress` tell what was generated before the request is finished."""
     generated: tuple[GeneratedTokens, ...] = ()
     """Per continuation, what an earlier run generated: it counts as if this run had. Empty: nothing."""
+    do_remote_decode: bool = False
+    """Publish the prompt's cache records, generate the first token of every continuation, and leave the rest to
+    another replica: the output is then handed over unfinished."""
+    do_remote_prefill: bool = False
+    """Wait for the prompt's cache records and the first tokens from another replica (`Engine.add_chunk`,
+    `Engine.end_prefill`)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -194,6 +200,15 @@ class RequestProgress:
     start: int
     """Tokens that it had before."""
     new: GeneratedTokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptLoaded:
+    """A request that waited for its prompt's records goes on: their publisher can forget them."""
+
+    request_id: str
+    error: str | None = None
+    """Why (a part of) the prompt is computed here after all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
