@@ -38,6 +38,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 16),
         chunking=st.one_of(st.none(), st.integers(1, 5), st.just("whole")),
         prefix_caching=st.sampled_from([True, True, False]),
+        max_export_tokens=st.one_of(st.none(), st.integers(1, 20)),
     )
     def start(
         self,
@@ -47,12 +48,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         chunking: int | str | None,
         prefix_caching: bool,
+        max_export_tokens: int | None,
     ) -> None:
         self.config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             enable_chunked_prefill=chunking != "whole",
             max_chunk_size=chunking if isinstance(chunking, int) else None,
+            max_export_tokens=max_export_tokens,
         )
         self.manager = BlockManager(
             num_blocks, block_size, enable_prefix_caching=prefix_caching, fingerprint=b"state machine"
@@ -60,6 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(self.config, self.manager)
         self.records: dict[int, Record] = {}
         self.lives: dict[int, Life] = {}
+        self.exported: list[Sequence] = []
         self.num_added = 0
 
     @rule(
@@ -68,10 +72,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_generated=st.sampled_from([0, 0, 0, 2]),
         salt=st.sampled_from([b"", b"", b"", b"salt"]),
         needs_prompt_logits=st.sampled_from([False, False, False, True]),
+        handoff=st.sampled_from(["", "", "export", "load"]),
     )
     def add(
-        self, prompt: list[int], max_tokens: int, num_generated: int, salt: bytes, needs_prompt_logits: bool
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        num_generated: int,
+        salt: bytes,
+        needs_prompt_logits: bool,
+        handoff: str,
     ) -> None:
+        awaits_records = handoff == "load" and self.config.enable_chunked_prefill
+        if awaits_records:
+            num_generated, needs_prompt_logits = 0, False
         seq = Sequence(
             seq_id=self.num_added,
             prompt_token_ids=prompt,
@@ -79,6 +93,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             output_token_ids=[0] * num_generated,
             salt=salt,
             needs_prompt_logits=needs_prompt_logits,
+            awaits_records=awaits_records,
+            exports=handoff == "export",
         )
         self.num_added += 1
         num_positions = len(prompt) + num_generated + max_tokens - 1
@@ -97,6 +113,47 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         self.update(self.schedule())
 
+    @rule(data=st.data(), whole=st.booleans())
+    def records_arrive(self, data: st.DataObject, whole: bool) -> None:
+        """Of a loading sequence: in part, which leaves its last position out, or all, and then a token follows."""
+        loading = [i for i, life in self.lives.items() if life.seq.status is SequenceStatus.LOADING]
+        if not loading:
+            return
+        seq = self.lives[data.draw(st.sampled_from(loading))].seq
+        last = seq.num_prompt_tokens - 1
+        begin = seq.num_computed_tokens
+        end = last + 1 if whole else data.draw(st.integers(min(begin, last), last))
+        self.check_records(seq.seq_id, seq.block_table, 0, begin)
+        for position in range(begin, end):
+            assert self.manager.ref_count(seq.block_table[position // self.manager.block_size]) == 1
+            self.records[self.slot(seq.block_table, position)] = record(seq, position)
+        if end > begin:
+            self.scheduler.loaded(seq.seq_id, end)
+        if whole:
+            self.begin(seq, [1])
+
+    @rule(data=st.data(), tokens=st.sampled_from([[], [0], [1, 0]]))
+    def records_do_not_arrive(self, data: st.DataObject, tokens: list[int]) -> None:
+        awaiting = [i for i, life in self.lives.items() if life.seq.awaits_records]
+        if awaiting:
+            seq = self.lives[data.draw(st.sampled_from(awaiting))].seq
+            self.begin(seq, tokens[: seq.max_tokens - 1])
+
+    def begin(self, seq: Sequence, tokens: list[int]) -> None:
+        """Start it; one whose tokens are all there by then is finished, as nothing is left to compute."""
+        loading = seq.status is SequenceStatus.LOADING
+        self.scheduler.start(seq.seq_id, tokens)
+        if seq.num_output_tokens == seq.max_tokens:
+            self.scheduler.finish(seq.seq_id)
+            self.forget(seq.seq_id)
+        elif loading:
+            self.lives[seq.seq_id].num_computed = seq.num_computed_tokens
+
+    @rule(data=st.data())
+    def exported_records_are_read(self, data: st.DataObject) -> None:
+        if self.exported:
+            self.scheduler.release_export(self.exported.pop(data.draw(st.integers(0, len(self.exported) - 1))))
+
     @precondition(lambda self: self.lives)
     @rule(data=st.data(), action=st.sampled_from(["abort", "discard", "preempt"]))
     def step_interrupted(self, data: st.DataObject, action: str) -> None:
@@ -108,7 +165,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), action=st.sampled_from(["abort", "discard", "preempt"]))
     def interrupt(self, data: st.DataObject, action: str) -> None:
         if action == "preempt":
-            running = [i for i, life in self.lives.items() if life.seq.status is SequenceStatus.RUNNING]
+            running = [i for i, life in self.lives.items() if life.seq.status is not SequenceStatus.WAITING]
             if running:
                 seq_id = data.draw(st.sampled_from(running))
                 self.scheduler.preempt(seq_id)
@@ -119,13 +176,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.scheduler.abort(seq_id)
         else:
             self.scheduler.finish(seq_id, discard=True)
-        del self.lives[seq_id]
+        self.forget(seq_id)
+
+    def forget(self, seq_id: int) -> None:
+        seq = self.lives.pop(seq_id).seq
+        if seq.exports:
+            self.exported.append(seq)
 
     @invariant()
     def blocks_and_counts_agree(self) -> None:
         self.manager.check_integrity()
         statuses = [life.seq.status for life in self.lives.values()]
-        assert self.scheduler.num_running == statuses.count(SequenceStatus.RUNNING) <= self.config.max_num_seqs
+        admitted = statuses.count(SequenceStatus.RUNNING) + statuses.count(SequenceStatus.LOADING)
+        assert self.scheduler.num_running == admitted <= self.config.max_num_seqs
+        exporting = [s for s in [life.seq for life in self.lives.values()] + self.exported if s.has_export_room]
+        assert self.scheduler.num_export_tokens == sum(s.num_prompt_tokens for s in exporting)
+        limit = self.config.max_export_tokens
+        assert limit is None or self.scheduler.num_export_tokens <= limit or len(exporting) == 1
         assert self.scheduler.num_waiting == statuses.count(SequenceStatus.WAITING)
         assert self.scheduler.has_unfinished == bool(self.lives)
         assert self.scheduler.prefix_cache_hits <= self.scheduler.prefix_cache_queries
@@ -133,10 +200,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
+        for seq in self.exported:
+            self.scheduler.release_export(seq)
+        self.exported.clear()
+        for life in [life for life in self.lives.values() if life.seq.awaits_records]:
+            self.begin(life.seq, [])
         # Without interruptions the oldest running sequence is never preempted and computes a position or more a step.
         num_steps = sum(life.seq.max_positions for life in self.lives.values())
         for _ in range(num_steps):
             self.step()
+            for seq in self.exported:
+                self.scheduler.release_export(seq)
+            self.exported.clear()
             self.blocks_and_counts_agree()
         assert not self.lives, f"{len(self.lives)} sequences did not finish in {num_steps} steps"
         assert self.manager.num_free_blocks == self.manager.num_blocks
@@ -148,7 +223,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for life in self.lives.values():
             if life.seq.status is SequenceStatus.WAITING:
                 life.num_computed = None
-        assert bool(batch.sequences) == bool(self.lives)
+        held_up = self.exported or any(life.seq.awaits_records for life in self.lives.values())
+        assert bool(batch.sequences) == bool(self.lives) or (held_up and not batch.sequences)
+        assert not any(self.lives[part.seq_id].seq.awaits_records for part in batch.sequences)
         assert batch.num_tokens <= self.config.max_num_batched_tokens
         order = [part.seq_id for part in batch.sequences]
         assert len(set(order)) == len(order)
@@ -211,7 +288,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert life.seq.num_computed_tokens == (life.num_computed or 0)
             if life.seq.num_output_tokens == life.seq.max_tokens:
                 self.scheduler.finish(seq_id)
-                del self.lives[seq_id]
+                self.forget(seq_id)
 
     def check_records(self, seq_id: int, block_table: list[int], start: int, end: int) -> None:
         seq = self.lives[seq_id].seq
