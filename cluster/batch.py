@@ -15,7 +15,7 @@ from .environment import versions
 from .job import Engines, JobResult, JobSpec, run_job
 from .job_config import JobConfig
 from .progress import ProgressReporter
-from .router import start_engines
+from .start import start_engines
 from .stop_signal import StopSignal
 from .validate import row_rules
 
@@ -80,11 +80,7 @@ def job_spec(config: JobConfig) -> JobSpec:
     facts = {
         "model_name": Path(engine.model).name,
         "versions": versions(),
-        "layout": {
-            "tensor_parallel_size": engine.tensor_parallel_size,
-            "data_parallel_size": engine.data_parallel_size,
-            "replicas": engine.replicas,
-        },
+        "layout": engine.layout,
     }
     return JobSpec(
         input=input_path,

@@ -113,9 +113,7 @@ def measure(args: EngineArgs, workload: Workload, *, executor: Executor, say: Ca
         "layout": {
             "executor": llm.executor,
             "num_workers": args.num_workers,
-            "tensor_parallel_size": args.tensor_parallel_size,
-            "data_parallel_size": args.data_parallel_size,
-            "replicas": args.replicas,
+            **args.layout,
         },
         "engine": asdict(args),
         "workload": asdict(workload),
@@ -166,15 +164,22 @@ def output_digest(outputs: Sequence[RequestOutput]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def _sizes(layout: dict[str, Any]) -> str:
+    if isinstance(layout["replicas"], list):
+        each = [f"{r['role']} tp {r['tensor_parallel_size']} dp {r['data_parallel_size']}" for r in layout["replicas"]]
+        return ", ".join(each)
+    sizes = f"tensor parallel {layout['tensor_parallel_size']}, data parallel {layout['data_parallel_size']}"
+    return f"{sizes}, replicas {layout['replicas']}"
+
+
 def table(report: dict[str, Any]) -> str:
     """The report for a person: one line per figure."""
     workload, layout, figures = report["workload"], report["layout"], report["results"]
     memory, startup = report["peak_rss_mib"], report["startup"]
     what = f"{workload['num_prompts']} prompts, {workload['input_len']} tokens in, {workload['output_len']} out"
-    sizes = f"tensor parallel {layout['tensor_parallel_size']}, data parallel {layout['data_parallel_size']}"
     lines = [
         f"{report['model']['name']}: {what}, {workload['runs']} runs",
-        f"workers {layout['num_workers']} ({layout['executor']}): {sizes}, replicas {layout['replicas']}",
+        f"workers {layout['num_workers']} ({layout['executor']}): {_sizes(layout)}",
         f"{'':30}{'median':>10}{'min':>10}{'max':>10}",
     ]
     for name in ("seconds", "input_tokens_per_s", "output_tokens_per_s", "total_tokens_per_s"):

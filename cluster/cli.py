@@ -20,11 +20,26 @@ EXIT_USAGE, EXIT_CLUSTER, EXIT_INTERRUPTED = 2, 4, 130
 
 _Command = Callable[..., Any]
 
+
+def _replicas(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> int | list[str] | None:
+    if len(values) == 1 and values[0].isdecimal():
+        return int(values[0])
+    return list(values) or None
+
+
 _ENGINE_OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
     click.option("--model", metavar="DIR", help="Model directory: config.json, *.safetensors, tokenizer.json."),
     click.option("--tensor-parallel-size", "-tp", type=int, metavar="N", help="Workers that share each request."),
     click.option("--data-parallel-size", "-dp", type=int, metavar="N", help="Groups that run different requests."),
-    click.option("--replicas", type=int, metavar="N", help="Copies of the model."),
+    click.option(
+        "--replicas",
+        multiple=True,
+        callback=_replicas,
+        metavar="N | ROLE[:COUNT][:tp=N][:dp=N]",
+        help="Copies of the model; or, once for each kind, replicas with the role prefill, decode or mixed.",
+    ),
+    click.option("--kv-transport", type=click.Choice(["auto", "nixl", "ray"]), help="From prefill to decode replicas."),
+    click.option("--kv-buffer-size", type=int, metavar="BYTES", help="Records that a rank holds for others to read."),
     click.option("--max-model-len", type=int, metavar="N", help="Longest prompt plus output, in tokens."),
     click.option("--max-num-seqs", type=int, metavar="N", help="Sequences a group runs at a time."),
     click.option("--max-num-batched-tokens", type=int, metavar="N", help="Tokens a group computes in a step."),

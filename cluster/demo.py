@@ -22,7 +22,7 @@ from .inprocess import InProcessEngine
 from .job import EXIT_OK, Engines, JobResult, run_job
 from .job_config import JobConfig
 from .progress import ProgressReporter
-from .router import start_engines
+from .start import start_engines
 from .stop_signal import StopSignal
 
 EXIT_DIFFERENT = 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from shoal.parallel.config import ParallelConfig
@@ -13,7 +13,10 @@ from shoal.runtime.engine import check_layout
 from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.models.config import ModelConfig
 
+from .replica_spec import ReplicaSpec, parse_replicas
+
 Device = Literal["cpu", "cuda"]
+KVTransportName = Literal["auto", "nixl", "ray"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +27,11 @@ class EngineArgs(EngineConfig):
     """Directory with config.json and the safetensors files; every node must see it under this path."""
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
-    replicas: int = 1
-    """Copies of the model; each has data_parallel_size x tensor_parallel_size workers."""
+    replicas: int | Sequence[Any] = 1
+    """Copies of the model, each with data_parallel_size x tensor_parallel_size workers; or a list of `ReplicaSpec`
+    (as such, as mappings, or as "prefill:2:tp=1:dp=2"), which give roles and sizes of their own."""
+    kv_transport: KVTransportName = "auto"
+    """How cache records go from prefill to decode replicas; auto takes nixl where it is installed, else ray."""
     device: Device = "cpu"
     """cuda gives every worker one GPU of its own."""
     num_threads_per_worker: int | None = None
@@ -42,13 +48,12 @@ class EngineArgs(EngineConfig):
         EngineConfig.__post_init__(self)
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model must be the path of a model directory, got {self.model!r}")
-        _ = self.parallel_config
-        for name in ("replicas", "num_threads_per_worker"):
-            value = getattr(self, name)
-            if name == "num_threads_per_worker" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        _ = self.replica_specs
+        threads = self.num_threads_per_worker
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise ValueError(f"num_threads_per_worker must be a whole number of at least 1, got {threads!r}")
+        if self.kv_transport not in ("auto", "nixl", "ray"):
+            raise ValueError(f"kv_transport must be one of auto, nixl, ray, got {self.kv_transport!r}")
         for name in ("startup_timeout_s", "collective_timeout_s"):
             value = getattr(self, name)
             if (
@@ -61,16 +66,30 @@ class EngineArgs(EngineConfig):
             raise ValueError(f"device must be one of cpu, cuda, got {self.device!r}")
 
     @property
-    def parallel_config(self) -> ParallelConfig:
-        """The layout of one replica."""
-        return ParallelConfig(
+    def replica_specs(self) -> tuple[ReplicaSpec, ...]:
+        """One per replica, with count 1, in the order in which they were asked for."""
+        sizes = ParallelConfig(
             tensor_parallel_size=self.tensor_parallel_size, data_parallel_size=self.data_parallel_size
         )
+        specs = parse_replicas(self.replicas, sizes)
+        return tuple(replace(spec, count=1) for spec in specs for _ in range(spec.count))
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether some replicas compute prompts for others."""
+        return any(spec.role == "prefill" for spec in self.replica_specs)
 
     @property
     def num_workers(self) -> int:
         """Workers of all replicas together."""
-        return self.replicas * self.parallel_config.world_size
+        return sum(spec.parallel.world_size for spec in self.replica_specs)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """The replicas as plain data, for reports."""
+        if isinstance(self.replicas, int):
+            return {name: getattr(self, name) for name in ("tensor_parallel_size", "data_parallel_size", "replicas")}
+        return {"replicas": [asdict(spec) for spec in self.replica_specs]}
 
     def to_engine_config(self) -> EngineConfig:
         """The part that an engine sees."""
@@ -93,7 +112,8 @@ class EngineArgs(EngineConfig):
 def read_model_config(args: EngineArgs) -> ModelConfig:
     """The model's configuration; ValueError, before any weight is read, when the model cannot be run as asked."""
     config = ModelConfig.from_pretrained(args.model)
-    check_layout(config, args.tensor_parallel_size)
+    for spec in args.replica_specs:
+        check_layout(config, spec.tensor_parallel_size)
     if args.max_model_len is not None and args.max_model_len > config.max_position_embeddings:
         raise ValueError(
             f"max_model_len {args.max_model_len} is above the model's max_position_embeddings "

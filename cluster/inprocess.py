@@ -35,6 +35,7 @@ class InProcessEngine:
         torch.set_num_threads(num_threads)
         spec = WorkerSpec(
             args=args,
+            parallel=args.replica_specs[0].parallel,
             rank=0,
             store_host="",
             store_port=0,
@@ -43,7 +44,7 @@ class InProcessEngine:
             engine_factory=engine_factory,
         )
         report = StartReport()
-        self._engine = resolve_factory(engine_factory)(spec, report)
+        self._engine = resolve_factory(engine_factory)(spec, report, None)
         self._capacity = 2 * args.max_num_seqs
         self._in_flight: set[str] = set()
         self._outputs: list[RequestOutput] = []

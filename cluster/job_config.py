@@ -140,9 +140,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _check(values: Mapping[Any, Any]) -> None:
     """Names and types, before anything is built."""
-    hints = get_type_hints(JobConfig) | get_type_hints(EngineArgs)
+    hints = get_type_hints(JobConfig) | get_type_hints(EngineArgs) | {"replicas": int}
     _refuse_unknown(values, {**_OWN_FIELDS, **_ENGINE_FIELDS}, "")
     for name, value in values.items():
+        if name == "replicas" and isinstance(value, list | tuple):
+            continue  # EngineArgs names what is wrong in it
         if name not in ("sampling", "chat_template_kwargs"):
             _check_type(name, value, hints[name])
         elif not isinstance(value, Mapping):

@@ -21,7 +21,7 @@ from .engine_thread import AbortableEngines, EngineThread
 from .inprocess import InProcessEngine
 from .prompts import ModelPrompts
 from .replica import OnPhase
-from .router import start_engines
+from .start import start_engines
 from .worker import BUILD_ENGINE
 
 Executor = Literal["auto", "ray", "inprocess"]

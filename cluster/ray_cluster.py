@@ -70,8 +70,7 @@ class Node:
 class Layout:
     """What a set of replicas asks of a cluster."""
 
-    parallel: ParallelConfig
-    replicas: int
+    replicas: tuple[ParallelConfig, ...]
     num_cpus_per_worker: int
     num_gpus_per_worker: int
     weight_bytes: int
@@ -79,7 +78,7 @@ class Layout:
 
     @property
     def num_workers(self) -> int:
-        return self.replicas * self.parallel.world_size
+        return sum(parallel.world_size for parallel in self.replicas)
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -207,15 +206,15 @@ def check_fits(layout: Layout, available: Sequence[Node]) -> None:
             f"({lack}). {_options(layout, room)}"
         )
     memory = _total_memory(layout, available)
-    if memory is not None and layout.weight_bytes * layout.replicas > memory:
+    if memory is not None and layout.weight_bytes * len(layout.replicas) > memory:
         where = "GPU memory" if layout.num_gpus_per_worker else "memory"
-        need_bytes = layout.weight_bytes * layout.replicas
+        need_bytes = layout.weight_bytes * len(layout.replicas)
         fitting = memory // layout.weight_bytes
         more = "the cluster cannot hold this model" if fitting == 0 else f"replicas={fitting} would fit"
         if fitting == 0 and layout.num_gpus_per_worker:
             more = "use more GPUs (data_parallel_size) or a smaller checkpoint"
         raise LayoutDoesNotFit(
-            f"the weights alone need {_gb(need_bytes)} of {where} ({layout.replicas} replica(s) of "
+            f"the weights alone need {_gb(need_bytes)} of {where} ({len(layout.replicas)} replica(s) of "
             f"{_gb(layout.weight_bytes)}); the layout has {_gb(memory)}, {_gb(need_bytes - memory)} are missing: {more}"
         )
 
@@ -231,13 +230,15 @@ def _total_memory(layout: Layout, available: Sequence[Node]) -> int | None:
 
 def _options(layout: Layout, room: int) -> str:
     """The largest layouts with at most `room` workers that split no dimension in a way the asked one does not."""
-    asked = layout.parallel
+    asked = layout.replicas[0]
+    if any(parallel != asked for parallel in layout.replicas):
+        return "Ask for fewer or smaller replicas"
     sizes = [
         (tp, dp, replicas)
         for tp in range(1, asked.tensor_parallel_size + 1)
         if asked.tensor_parallel_size % tp == 0
         for dp in range(1, asked.data_parallel_size + 1)
-        for replicas in range(1, layout.replicas + 1)
+        for replicas in range(1, len(layout.replicas) + 1)
         if tp * dp * replicas <= room
     ]
     if not sizes:
@@ -259,9 +260,9 @@ def placement_strategies(layout: Layout, available: Sequence[Node]) -> list[Lite
     """Per replica: STRICT_PACK while a node has room for a whole one, PACK (as few nodes as possible) after that."""
     free = sorted((layout.workers_on(node) for node in available), reverse=True)
     strategies: list[Literal["STRICT_PACK", "PACK"]] = []
-    for _ in range(layout.replicas):
+    for parallel in layout.replicas:
         free.sort(reverse=True)
-        left = layout.parallel.world_size
+        left = parallel.world_size
         strategies.append("STRICT_PACK" if free[0] >= left else "PACK")
         for i, room in enumerate(free):
             taken = min(room, left)
@@ -285,8 +286,11 @@ class Placement:
 
 def place(layout: Layout, available: Sequence[Node], *, timeout_s: float) -> list[Placement]:
     """Reserve the resources of every replica; LayoutDoesNotFit when others hold them for longer than `timeout_s`."""
-    bundles = [layout.bundle] * layout.parallel.world_size
-    groups = [placement_group(bundles, strategy=strategy) for strategy in placement_strategies(layout, available)]
+    strategies = placement_strategies(layout, available)
+    groups = [
+        placement_group([layout.bundle] * parallel.world_size, strategy=strategy)
+        for parallel, strategy in zip(layout.replicas, strategies, strict=True)
+    ]
     _, waiting = ray.wait([g.ready() for g in groups], num_returns=len(groups), timeout=timeout_s)
     if waiting:
         for group in groups:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,12 +15,12 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from shoal.runtime.types import Request, RequestOutput, RequestProgress
-from shoal.runtime.validation import RequestLimits, max_output_tokens
+from shoal.parallel.config import ParallelConfig
+from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs
 from .ray_cluster import CoreShare, Layout, Placement
-from .wire import is_progress, pack_request, unpack_output, unpack_progress
+from .wire import Command, Event, pack_command, unpack_event
 from .worker import BUILD_ENGINE, StartReport, Worker, WorkerFailure, WorkerSpec
 
 POLL_WAIT_S = 1.0
@@ -27,6 +28,8 @@ POLL_WAIT_S = 1.0
 STOP_TIMEOUT_S = 5.0
 ENGINE_THREAD = "engine"
 """The group of one thread in a worker that `start` and `run` share."""
+INBOX_THREAD = "inbox"
+"""The group of one thread in a worker that takes commands in, so that they keep their order."""
 BLAME_WAIT_S = 0.5
 """How long a failure waits for those of other ranks, so that the cause is named and not the rank that missed it."""
 
@@ -71,31 +74,9 @@ class _Leader:
 
     rank: int
     worker: ActorHandle
-    in_flight: dict[str, int] = field(default_factory=dict)
-    """Request id -> tokens that it may still take."""
     poll: ObjectRef | None = None
     num_steps: int = -1
     progress_at: float = 0.0
-
-    @property
-    def outstanding_tokens(self) -> int:
-        return sum(self.in_flight.values())
-
-    def take(self, messages: Iterable[bytes]) -> tuple[list[RequestOutput], list[RequestProgress]]:
-        """What is said of requests that were not aborted; finished ones are no longer in flight."""
-        outputs: list[RequestOutput] = []
-        progress: list[RequestProgress] = []
-        for message in messages:
-            if is_progress(message):
-                progress.append(unpack_progress(message))
-            else:
-                outputs.append(unpack_output(message))
-        progress = [p for p in progress if p.request_id in self.in_flight]
-        outputs = [o for o in outputs if o.request_id in self.in_flight]
-        for output in outputs:
-            if output.finished:
-                del self.in_flight[output.request_id]
-        return outputs, progress
 
 
 def listen(host: str) -> TCPStore:
@@ -120,6 +101,7 @@ class Replica:
     def __init__(
         self,
         args: EngineArgs,
+        parallel: ParallelConfig,
         layout: Layout,
         placement: Placement,
         *,
@@ -128,18 +110,20 @@ class Replica:
         engine_factory: str = BUILD_ENGINE,
     ) -> None:
         """Starts the workers and lets them build their engines; `host` is this node's own address."""
-        self._parallel = args.parallel_config
+        self._parallel = parallel
         self._stall_s = POLL_WAIT_S + args.collective_timeout_s
-        self._max_num_seqs = args.max_num_seqs
         self._placement = placement
         self._store = listen(host)
         self._failure: EngineFailed | None = None
         self._limits: RequestLimits | None = None
+        self._num_kv_tokens: dict[int, int] = {}
         self._workers = [
             _create_worker(
                 WorkerSpec(
                     args=args,
+                    parallel=parallel,
                     rank=rank,
+                    name=f"shoal-{secrets.token_hex(8)}",
                     store_host=host,
                     store_port=self._store.port,
                     num_threads=cores[rank].num_threads,
@@ -155,7 +139,6 @@ class Replica:
         self._leaders = [_Leader(rank, self._workers[rank]) for rank in range(0, len(self._workers), tp)]
         self._starts: dict[ObjectRef, int] = {_on_engine_thread(w.start): rank for rank, w in enumerate(self._workers)}
         self._runs: dict[ObjectRef, int] = {}
-        self._progress: list[RequestProgress] = []
 
     def wait_ready(self, timeout_s: float) -> list[StartReport]:
         """Per rank, once all can serve. EngineFailed, or ValueError for what a user can mend, when one cannot."""
@@ -178,6 +161,7 @@ class Replica:
                     raise ValueError(failure.message.removeprefix("ValueError: "))
                 self._fail(rank, f"{failure.message}\n{failure.traceback}")
         self._limits = _tightest(reports.values())
+        self._num_kv_tokens = {rank: report.num_kv_tokens for rank, report in reports.items()}
         self._runs = {_on_engine_thread(w.run): rank for rank, w in enumerate(self._workers)}
         return [reports[rank] for rank in range(len(reports))]
 
@@ -187,69 +171,41 @@ class Replica:
         assert self._limits is not None, "limits are known after wait_ready"
         return self._limits
 
-    @property
-    def num_in_flight(self) -> int:
-        return sum(len(leader.in_flight) for leader in self._leaders)
+    def num_kv_tokens(self, rank: int) -> int:
+        """Tokens that the cache of a rank holds."""
+        return self._num_kv_tokens[rank]
 
     @property
-    def capacity(self) -> int:
-        """Requests that keep every attention group busy, with as many waiting as running."""
-        return 2 * self._max_num_seqs * len(self._leaders)
+    def leaders(self) -> list[int]:
+        """The ranks that take requests."""
+        return [leader.rank for leader in self._leaders]
 
-    @property
-    def outstanding_tokens(self) -> int:
-        """Prompt and output tokens of the requests in flight, at most."""
-        return sum(leader.outstanding_tokens for leader in self._leaders)
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Each request to the attention group with the fewest outstanding tokens, ties to the lowest rank."""
+    def tell(self, rank: int, commands: Sequence[Command]) -> None:
+        """Commands for a leader, which acts on them in this order."""
         self._check_alive()
-        messages: dict[int, list[bytes]] = {}
-        for request in requests:
-            if any(request.request_id in leader.in_flight for leader in self._leaders):
-                raise ValueError(f"request id {request.request_id!r} is already in flight")
-            message = pack_request(request)
-            position = min(range(len(self._leaders)), key=lambda i: (self._leaders[i].outstanding_tokens, i))
-            leader = self._leaders[position]
-            if not leader.in_flight:
-                leader.progress_at = time.monotonic()  # until now nobody asked whether it made progress
-            leader.in_flight[request.request_id] = num_tokens_at_most(request, self.limits)
-            messages.setdefault(position, []).append(message)
-        for position, packed in messages.items():
-            self._leaders[position].worker.submit.remote(packed)
-
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
-        for leader in self._leaders:
-            mine = [i for i in request_ids if leader.in_flight.pop(i, None) is not None]
-            if mine:
-                leader.worker.abort.remote(mine)
-
-    def poll(self, timeout_s: float) -> list[RequestOutput]:
-        """Outputs, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight."""
-        return poll_replicas([self], timeout_s)
-
-    def take_progress(self) -> list[RequestProgress]:
-        """What requests that report their progress have generated, as far as `collect` has seen it."""
-        progress, self._progress = self._progress, []
-        return progress
+        leader = next(leader for leader in self._leaders if leader.rank == rank)
+        leader.worker.tell.options(concurrency_group=INBOX_THREAD).remote([pack_command(c) for c in commands])
 
     def refs(self) -> list[ObjectRef]:
-        """What to wait for: the polls of leaders with requests in flight, and the end of any rank's loop."""
+        """What to wait for: news of the leaders, and the end of any rank's loop."""
         self._check_alive()
         for leader in self._leaders:
-            if leader.poll is None and leader.in_flight:
+            if leader.poll is None:
+                leader.progress_at = time.monotonic()
                 leader.poll = leader.worker.poll.remote(POLL_WAIT_S)
         return [leader.poll for leader in self._leaders if leader.poll is not None] + list(self._runs)
 
-    def collect(self, ready: set[ObjectRef]) -> list[RequestOutput]:
-        """Outputs of the polls that are `ready`; EngineFailed only when there are none, so that none gets lost."""
-        outputs: list[RequestOutput] = []
+    def collect(self, ready: set[ObjectRef]) -> list[tuple[int, Event]]:
+        """What the leaders told in the polls that are `ready`, each with the leader's rank.
+
+        EngineFailed when a worker died or failed, or finished no step for `collective_timeout_s`; only when the leaders
+        told nothing, so that nothing gets lost.
+        """
+        events: list[tuple[int, Event]] = []
         died: dict[int, str] = {}
         for leader in self._leaders:
-            poll = leader.poll
-            if poll is not None and poll in ready:
-                leader.poll = None
+            if leader.poll is not None and leader.poll in ready:
+                poll, leader.poll = leader.poll, None
                 try:
                     num_steps, messages = ray.get(poll)
                 except RayError as error:
@@ -257,11 +213,9 @@ class Replica:
                     continue
                 if num_steps != leader.num_steps:
                     leader.num_steps, leader.progress_at = num_steps, time.monotonic()
-                finished, progress = leader.take(messages)
-                outputs += finished
-                self._progress += progress
-        if outputs:
-            return outputs
+                events += [(leader.rank, unpack_event(message)) for message in messages]
+        if events:
+            return events
         if died or any(ref in ready for ref in self._runs):
             self._fail_with_cause(died)
         for leader in self._leaders:
@@ -319,29 +273,6 @@ def cause_of_end(died: Mapping[int, str], failures: Sequence[WorkerFailure]) -> 
     return cause.rank, f"{cause.message}\n{cause.traceback}".rstrip()
 
 
-def poll_replicas(replicas: Sequence[Replica], timeout_s: float) -> list[RequestOutput]:
-    """Outputs of any replica, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight.
-
-    EngineFailed when a worker died, failed, or finished no step for `collective_timeout_s`.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        refs = [ref for replica in replicas for ref in replica.refs()]
-        waiting = any(replica.num_in_flight for replica in replicas)
-        left = max(0.0, deadline - time.monotonic()) if waiting else 0.0
-        ready, _ = ray.wait(refs, timeout=min(left, POLL_WAIT_S))
-        if ready:
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        outputs = [output for replica in replicas for output in replica.collect(set(ready))]
-        if outputs or not waiting or time.monotonic() >= deadline:
-            return outputs
-
-
-def num_tokens_at_most(request: Request, limits: RequestLimits) -> int:
-    """What a request can cost: its prompt and all the tokens it may generate."""
-    return len(request.prompt_token_ids) + request.params.n * max(0, max_output_tokens(request, limits.max_model_len))
-
-
 def _tightest(reports: Iterable[StartReport]) -> RequestLimits:
     limits = [report.limits for report in reports if report.limits is not None]
     return RequestLimits(
@@ -353,12 +284,13 @@ def _tightest(reports: Iterable[StartReport]) -> RequestLimits:
 def _create_worker(spec: WorkerSpec, layout: Layout, placement: Placement) -> ActorHandle:
     # OpenMP reads its thread count once, when its library is loaded: before the worker's first line of Python.
     env = {"OMP_NUM_THREADS": str(spec.num_threads), "MKL_NUM_THREADS": str(spec.num_threads), **_KEEP_FREED_MEMORY}
-    actor: Any = ray.remote(concurrency_groups={ENGINE_THREAD: 1})(Worker)  # type: ignore[call-overload]
+    actor: Any = ray.remote(concurrency_groups={ENGINE_THREAD: 1, INBOX_THREAD: 1})(Worker)  # type: ignore[call-overload]
     return actor.options(
         num_cpus=layout.num_cpus_per_worker,
         num_gpus=layout.num_gpus_per_worker,
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, spec.rank),
         runtime_env={"env_vars": env},
+        name=spec.name,
         max_concurrency=4,  # a waiting poll must not keep requests out
         max_restarts=0,
         max_task_retries=0,

@@ -1,80 +1,86 @@
-"""Several replicas as one set of engines, and how they start."""
+"""Several replicas as one set of engines: carries out what `routing` decides."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
-import torch
+import ray
 
-from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
-from .engine_args import EngineArgs, read_model_config
-from .ray_cluster import (
-    Layout,
-    Placement,
-    RayCluster,
-    check_fits,
-    connect,
-    core_shares,
-    node_address,
-    nodes,
-    place,
-)
-from .replica import OnPhase, Phase, Replica, num_tokens_at_most, poll_replicas
-from .worker import BUILD_ENGINE, StartReport
+from .ray_cluster import RayCluster
+from .replica import POLL_WAIT_S, Replica
+from .replica_spec import Role
+from .routing import Deliver, Effect, GroupSpec, RequestRouter, Send
+from .wire import Command
 
 
 class Router:
-    """Sends every request to the replica with the fewest outstanding tokens; one thread at a time may use it."""
+    """Takes requests, sends them through the replicas, and hands out what they answer; one thread at a time."""
 
-    def __init__(self, replicas: Sequence[Replica], cluster: RayCluster) -> None:
-        """Takes over the replicas and the connection: `close` ends both."""
+    def __init__(
+        self, replicas: Sequence[Replica], roles: Sequence[Role], cluster: RayCluster, *, max_num_seqs: int
+    ) -> None:
+        """Takes over the replicas, which are ready, and the connection: `close` ends both."""
         self._replicas = list(replicas)
         self._cluster = cluster
-
-    @property
-    def limits(self) -> RequestLimits:
+        self._ranks = [(number, rank) for number, replica in enumerate(replicas) for rank in replica.leaders]
+        """Of every attention group, the replica and its leader there."""
+        self._groups = {place: group for group, place in enumerate(self._ranks)}
+        self.limits: RequestLimits = min((r.limits for r in replicas), key=lambda x: x.max_model_len)
         """What every replica can take."""
-        limits = [replica.limits for replica in self._replicas]
-        return min(limits, key=lambda x: x.max_model_len)
+        specs = [
+            GroupSpec(role=roles[n], max_num_seqs=max_num_seqs, num_kv_tokens=replicas[n].num_kv_tokens(rank))
+            for n, rank in self._ranks
+        ]
+        self.capacity = 2 * max_num_seqs * len(specs)
+        """Requests in flight that keep every replica busy."""
+        self._routing = RequestRouter(specs, max_model_len=self.limits.max_model_len)
+        self._outputs: list[RequestOutput] = []
+        self._progress: list[RequestProgress] = []
 
     @property
     def num_in_flight(self) -> int:
-        return sum(replica.num_in_flight for replica in self._replicas)
-
-    @property
-    def capacity(self) -> int:
-        """Requests in flight that keep every replica busy."""
-        return sum(replica.capacity for replica in self._replicas)
+        return self._routing.num_in_flight
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Ties go to the first replica, so that the same submissions always take the same ways."""
-        loads = [replica.outstanding_tokens for replica in self._replicas]
-        chosen: list[list[Request]] = [[] for _ in self._replicas]
-        for request in requests:
-            position = min(range(len(loads)), key=lambda i: (loads[i], i))
-            loads[position] += num_tokens_at_most(request, self.limits)
-            chosen[position].append(request)
-        for replica, mine in zip(self._replicas, chosen, strict=True):
-            if mine:
-                replica.submit(mine)
+        """Take requests; ValueError, before any is taken, for an id that is in use."""
+        self._carry_out(self._routing.submit(requests))
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
-        for replica in self._replicas:
-            replica.abort(request_ids)
+        for request_id in request_ids:
+            self._carry_out(self._routing.abort(request_id))
+        dropped = set(request_ids)
+        self._outputs = [output for output in self._outputs if output.request_id not in dropped]
+        self._progress = [progress for progress in self._progress if progress.request_id not in dropped]
 
     def poll(self, timeout_s: float) -> list[RequestOutput]:
-        """See `poll_replicas`."""
-        return poll_replicas(self._replicas, timeout_s)
+        """Outputs, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight.
+
+        EngineFailed when a worker died, failed, or finished no step for `collective_timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            refs = [ref for replica in self._replicas for ref in replica.refs()]
+            left = max(0.0, deadline - time.monotonic()) if self.num_in_flight else 0.0
+            ready, _ = ray.wait(refs, timeout=min(left, POLL_WAIT_S))
+            if ready:
+                ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            for number, replica in enumerate(self._replicas):
+                for rank, event in replica.collect(set(ready)):
+                    self._carry_out(self._routing.handle(self._groups[number, rank], event))
+            if self._outputs or not self.num_in_flight or time.monotonic() >= deadline:
+                outputs, self._outputs = self._outputs, []
+                return outputs
 
     def take_progress(self) -> list[RequestProgress]:
         """What requests that report their progress have generated, as far as `poll` has seen it."""
-        return [progress for replica in self._replicas for progress in replica.take_progress()]
+        progress, self._progress = self._progress, []
+        return progress
 
     def close(self) -> None:
         """End all workers, and Ray where it was started for them. Closing twice is allowed."""
@@ -83,80 +89,21 @@ class Router:
         self._replicas = []
         self._cluster.close()
 
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
+        sent: list[Send] = []
+        for effect in effects:
+            if isinstance(effect, Send):
+                sent.append(effect)
+            else:
+                self._deliver(effect)
+        # Sorting is stable: the commands of one group keep their order.
+        for group, sends in groupby(sorted(sent, key=lambda s: s.group), key=lambda s: s.group):
+            number, rank = self._ranks[group]
+            commands: list[Command] = [send.command for send in sends]
+            self._replicas[number].tell(rank, commands)
 
-def start_engines(args: EngineArgs, *, on_phase: OnPhase | None = None, engine_factory: str = BUILD_ENGINE) -> Router:
-    """Start all replicas in parallel and wait until they can serve.
-
-    ValueError for a model or setting that cannot work, LayoutDoesNotFit for a cluster that is too small (both before
-    any weight is read), EngineFailed when a worker fails. `on_phase` is told of every part of the start-up as it ends.
-    """
-    tell = on_phase or (lambda phase: None)
-    config = read_model_config(args)
-    begin = time.monotonic()
-    cluster = connect(
-        args.ray_address, num_cpus=args.num_workers * (args.num_threads_per_worker or 1), insecure=args.insecure
-    )
-    tell(Phase("ray", time.monotonic() - begin))
-    placements: list[Placement] = []
-    replicas: list[Replica] = []
-    try:
-        start = time.monotonic()
-        available = nodes()
-        layout = _layout(args, config)
-        check_fits(layout, available)
-        placements = place(layout, available, timeout_s=args.startup_timeout_s)
-        tell(Phase("placement", time.monotonic() - start))
-        start = time.monotonic()
-        replicas = _create_replicas(args, layout, placements, embedded=cluster.embedded, engine_factory=engine_factory)
-        deadline = start + args.startup_timeout_s
-        reports = [r for replica in replicas for r in replica.wait_ready(deadline - time.monotonic())]
-        for phase in _phases(reports, time.monotonic() - start, layout.weight_bytes):
-            tell(phase)
-    except BaseException:
-        for replica in replicas:
-            replica.close()
-        for placement in placements[len(replicas) :]:
-            placement.remove()
-        cluster.close()
-        raise
-    tell(Phase("ready", time.monotonic() - begin, "; ".join(sorted({n for r in reports for n in r.notices}))))
-    return Router(replicas, cluster)
-
-
-def _create_replicas(
-    args: EngineArgs, layout: Layout, placements: Sequence[Placement], *, embedded: bool, engine_factory: str
-) -> list[Replica]:
-    shares = core_shares(placements, nodes(), embedded=embedded, num_threads=args.num_threads_per_worker)
-    host = node_address()
-    return [
-        Replica(args, layout, placement, cores=cores, host=host, engine_factory=engine_factory)
-        for placement, cores in zip(placements, shares, strict=True)
-    ]
-
-
-def _layout(args: EngineArgs, config: ModelConfig) -> Layout:
-    return Layout(
-        parallel=args.parallel_config,
-        replicas=args.replicas,
-        num_cpus_per_worker=args.num_threads_per_worker or 1,
-        num_gpus_per_worker=1 if args.device == "cuda" else 0,
-        weight_bytes=_weight_bytes(args, config),
-    )
-
-
-def _weight_bytes(args: EngineArgs, config: ModelConfig) -> int:
-    """Memory that one copy of the weights takes: their size on disk, from the stored to the computing dtype."""
-    on_disk = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
-    stored = 1 if config.weight_block_size is not None else config.torch_dtype.itemsize
-    computing: torch.dtype = config.torch_dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    return on_disk * computing.itemsize // stored
-
-
-def _phases(reports: Sequence[StartReport], seconds: float, weight_bytes: int) -> list[Phase]:
-    """The slowest rank of each phase; what the ranks did not account for is their processes' own start."""
-    slowest = {name: max(r.phases.get(name, 0.0) for r in reports) for name in reports[0].phases}
-    phases = [Phase("workers", max(0.0, seconds - sum(slowest.values())))]
-    for name, took in slowest.items():
-        rate = f"{weight_bytes / took / 1e9:.2g} GB/s" if name == "weights" and took > 0 else ""
-        phases.append(Phase(name, took, rate))
-    return phases
+    def _deliver(self, effect: Deliver) -> None:
+        if isinstance(effect.event, RequestOutput):
+            self._outputs.append(effect.event)
+        else:
+            self._progress.append(effect.event)

@@ -1,4 +1,4 @@
-"""Requests and outputs as bytes: a fixed header, then msgpack.
+"""What goes into a worker and what comes out of it, as bytes: a fixed header, then msgpack.
 
     magic (4 bytes) | payload length (4 bytes, big endian) | payload
 
@@ -8,15 +8,18 @@ Values round-trip exactly: floats as their 64 bits, None as None, integer keys a
 from __future__ import annotations
 
 import struct
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import msgpack
 
+from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.types import (
     CompletionOutput,
     GeneratedTokens,
     Logprob,
+    PromptLoaded,
     Request,
     RequestOutput,
     RequestProgress,
@@ -30,9 +33,34 @@ _HEADER = struct.Struct(">4sI")
 _REQUEST = b"SRQ1"
 _OUTPUT = b"SRO1"
 _PROGRESS = b"SRP1"
+_CHUNK = b"SKC1"
+_END_PREFILL = b"SPE1"
+_ABORT = b"SAB1"
+_LOADED = b"SPL1"
 _PARAMS = tuple(f.name for f in fields(SamplingParams))
+_CHUNK_FIELDS = tuple(f.name for f in fields(KVChunk))
 
-T = TypeVar("T", Request, RequestOutput)
+
+@dataclass(frozen=True, slots=True)
+class EndPrefill:
+    """See `Engine.end_prefill`."""
+
+    request_id: str
+    generated: tuple[GeneratedTokens, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """See `Engine.abort`."""
+
+    request_id: str
+
+
+T = TypeVar("T")
+Command = Request | KVChunk | EndPrefill | Abort
+"""What a worker is told, in the order in which it must act on it."""
+Event = RequestOutput | RequestProgress | KVChunk | PromptLoaded
+"""What a worker tells, in the order in which it came about."""
 
 
 class WireError(ValueError):
@@ -51,13 +79,16 @@ def pack_request(request: Request) -> bytes:
         request.stream,
         request.report_progress,
         generated,
+        request.do_remote_decode,
+        request.do_remote_prefill,
     ]
     return _pack(_REQUEST, row, request.request_id)
 
 
 def unpack_request(message: bytes) -> Request:
     """The inverse of `pack_request`; WireError for anything else."""
-    request_id, prompt_token_ids, params, index, stream, report_progress, generated = _unpack(_REQUEST, message, 7)
+    row = _unpack(_REQUEST, message, 9)
+    request_id, prompt_token_ids, params, index, stream, report_progress, generated, *remote = row
     return Request(
         request_id=request_id,
         prompt_token_ids=tuple(prompt_token_ids),
@@ -65,7 +96,9 @@ def unpack_request(message: bytes) -> Request:
         index=index,
         stream=stream,
         report_progress=report_progress,
-        generated=tuple(unpack_tokens(row) for row in generated),
+        generated=tuple(unpack_tokens(tokens) for tokens in generated),
+        do_remote_decode=remote[0],
+        do_remote_prefill=remote[1],
     )
 
 
@@ -111,9 +144,80 @@ def unpack_progress(message: bytes) -> RequestProgress:
     return RequestProgress(request_id=request_id, index=index, start=start, new=unpack_tokens(new))
 
 
-def is_progress(message: bytes) -> bool:
-    """Whether a message of a worker is a progress and not an output."""
-    return message.startswith(_PROGRESS)
+def pack_chunk(chunk: KVChunk) -> bytes:
+    """To bytes."""
+    return _pack(_CHUNK, [getattr(chunk, name) for name in _CHUNK_FIELDS], chunk.request_id)
+
+
+def unpack_chunk(message: bytes) -> KVChunk:
+    """The inverse of `pack_chunk`; WireError for anything else."""
+    return KVChunk(**dict(zip(_CHUNK_FIELDS, _unpack(_CHUNK, message, len(_CHUNK_FIELDS)), strict=True)))
+
+
+def pack_command(command: Command) -> bytes:
+    """To bytes; WireError for a value that no message can hold."""
+    match command:
+        case Request():
+            return pack_request(command)
+        case KVChunk():
+            return pack_chunk(command)
+        case EndPrefill(request_id, generated):
+            rows = None if generated is None else [pack_tokens(g) for g in generated]
+            return _pack(_END_PREFILL, [request_id, rows], request_id)
+        case Abort(request_id):
+            return _pack(_ABORT, [request_id], request_id)
+
+
+def unpack_command(message: bytes) -> Command:
+    """The inverse of `pack_command`; WireError for anything else."""
+    unpack: dict[bytes, Callable[[bytes], Command]] = {
+        _REQUEST: unpack_request,
+        _CHUNK: unpack_chunk,
+        _END_PREFILL: _unpack_end_prefill,
+        _ABORT: lambda m: Abort(*_unpack(_ABORT, m, 1)),
+    }
+    return _by_kind(unpack, message)(message)
+
+
+def pack_event(event: Event) -> bytes:
+    """To bytes; WireError for a message above the size limit."""
+    match event:
+        case RequestOutput():
+            return pack_output(event)
+        case RequestProgress():
+            return pack_progress(event)
+        case KVChunk():
+            return pack_chunk(event)
+        case PromptLoaded():
+            return _pack(_LOADED, [event.request_id, event.error], event.request_id)
+
+
+def unpack_event(message: bytes) -> Event:
+    """The inverse of `pack_event`; WireError for anything else."""
+    unpack: dict[bytes, Callable[[bytes], Event]] = {
+        _OUTPUT: unpack_output,
+        _PROGRESS: unpack_progress,
+        _CHUNK: unpack_chunk,
+        _LOADED: _unpack_loaded,
+    }
+    return _by_kind(unpack, message)(message)
+
+
+def _by_kind(unpack: dict[bytes, Callable[[bytes], T]], message: bytes) -> Callable[[bytes], T]:
+    kind = message[:4]
+    if kind not in unpack:
+        raise WireError(f"a message starts with {kind!r}, expected one of {sorted(unpack)}")
+    return unpack[kind]
+
+
+def _unpack_end_prefill(message: bytes) -> EndPrefill:
+    request_id, rows = _unpack(_END_PREFILL, message, 2)
+    return EndPrefill(request_id, None if rows is None else tuple(unpack_tokens(row) for row in rows))
+
+
+def _unpack_loaded(message: bytes) -> PromptLoaded:
+    request_id, error = _unpack(_LOADED, message, 2)
+    return PromptLoaded(request_id=request_id, error=error)
 
 
 def pack_tokens(generated: GeneratedTokens) -> list[Any]:

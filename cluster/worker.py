@@ -16,16 +16,28 @@ from datetime import timedelta
 from importlib import import_module
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from shoal.parallel.collectives import CollectiveError
-from shoal.runtime.types import CompletionOutput, Request, RequestOutput, RequestProgress
+from shoal.parallel.config import ParallelConfig
+from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.runtime.types import (
+    CompletionOutput,
+    GeneratedTokens,
+    PromptLoaded,
+    Request,
+    RequestOutput,
+    RequestProgress,
+)
 from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs
 from .ray_cluster import node_address
-from .wire import WireError, pack_output, pack_progress, unpack_request
+from .ray_transport import RayTransport
+from .wire import Abort, Command, EndPrefill, Event, WireError, pack_event, unpack_command
 
 BUILD_ENGINE = "shoal.cluster.worker:build_engine"
 IDLE_WAIT_S = 0.01
@@ -51,6 +63,10 @@ class StepResult(Protocol):
     def stopped(self) -> bool: ...
     @property
     def woke(self) -> bool: ...
+    @property
+    def chunks(self) -> list[KVChunk]: ...
+    @property
+    def loaded(self) -> list[PromptLoaded]: ...
 
 
 class EngineLike(Protocol):
@@ -60,6 +76,8 @@ class EngineLike(Protocol):
     def limits(self) -> RequestLimits: ...
     def add_request(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
+    def add_chunk(self, chunk: KVChunk) -> None: ...
+    def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None: ...
     def take_progress(self) -> list[RequestProgress]: ...
     def step(self) -> StepResult: ...
     def request_stop(self) -> None: ...
@@ -70,6 +88,8 @@ class WorkerSpec:
     """All that a rank needs to build its engine."""
 
     args: EngineArgs
+    parallel: ParallelConfig
+    """Of this replica."""
     rank: int
     store_host: str
     store_port: int
@@ -78,6 +98,8 @@ class WorkerSpec:
     """Whether the node has a core for every thread of every worker on it."""
     engine_factory: str
     """`module:function` with the signature of `build_engine`, resolved inside the worker."""
+    name: str = ""
+    """Of the actor, under which other workers of this cluster find it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +122,21 @@ class StartReport:
     notices: list[str] = field(default_factory=list)
     """What a user should know although nothing is wrong."""
     limits: RequestLimits | None = None
+    num_kv_tokens: int = 1 << 20
+    """Tokens that the cache of this rank's attention group holds."""
     failure: WorkerFailure | None = None
 
 
-EngineFactory = Callable[[WorkerSpec, StartReport], EngineLike]
+EngineFactory = Callable[[WorkerSpec, StartReport, KVTransport | None], EngineLike]
 
 
-def build_engine(spec: WorkerSpec, report: StartReport) -> EngineLike:
+def build_engine(spec: WorkerSpec, report: StartReport, transport: KVTransport | None) -> EngineLike:
     """Join the other ranks, then load this rank's part of the model; reports the seconds of both."""
     from shoal.kernels.build import load_library
     from shoal.parallel.groups import init_groups, single_process_groups
     from shoal.runtime.engine import Engine  # here, so that a stub needs no model code
 
-    args, parallel = spec.args, spec.args.parallel_config
+    args, parallel = spec.args, spec.parallel
     start = time.monotonic()
     if parallel.world_size == 1 and args.device == "cpu":
         groups = single_process_groups()
@@ -135,8 +159,9 @@ def build_engine(spec: WorkerSpec, report: StartReport) -> EngineLike:
         load_library()  # compiled once per machine
         report.phases["kernels"] = time.monotonic() - start
     start = time.monotonic()
-    engine = Engine(args.model, args.to_engine_config(), groups, on_phase=report.notices.append)
+    engine = Engine(args.model, args.to_engine_config(), groups, transport=transport, on_phase=report.notices.append)
     report.phases["weights"] = time.monotonic() - start
+    report.num_kv_tokens = engine.block_manager.num_blocks * engine.block_manager.block_size
     return engine
 
 
@@ -145,6 +170,34 @@ def resolve_factory(path: str) -> EngineFactory:
     module, _, name = path.partition(":")
     factory: EngineFactory = getattr(import_module(module), name)
     return factory
+
+
+def create_transport(spec: WorkerSpec) -> KVTransport:
+    """This rank's end of the transport that the arguments name."""
+    if choose_transport(spec.args) == "ray":
+        return RayTransport(spec.name)
+    raise NotImplementedError
+
+
+def choose_transport(args: EngineArgs) -> Literal["nixl", "ray"]:
+    """What `kv_transport` stands for on this machine."""
+    if args.kv_transport == "auto":
+        return "ray"
+    return args.kv_transport
+
+
+def obey(engine: EngineLike, command: Command) -> RequestOutput | None:
+    """Do what a command says; a request that the engine refuses is answered at once."""
+    match command:
+        case Request():
+            return admit(engine, command)
+        case KVChunk():
+            engine.add_chunk(command)
+        case EndPrefill(request_id, generated):
+            engine.end_prefill(request_id, generated)
+        case Abort(request_id):
+            engine.abort(request_id)
+    return None
 
 
 def admit(engine: EngineLike, request: Request) -> RequestOutput | None:
@@ -168,8 +221,8 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._changed = threading.Condition()
-        self._requests: deque[Request] = deque()
-        self._aborts: deque[str] = deque()
+        self._commands: deque[Command] = deque()
+        self._transport: KVTransport | None = None
         self._outbox: deque[bytes] = deque()
         self._num_steps = 0
         self._stop_requested = False
@@ -181,7 +234,9 @@ class Worker:
         report = StartReport()
         try:
             torch.set_num_threads(self._spec.num_threads)
-            self._engine = resolve_factory(self._spec.engine_factory)(self._spec, report)
+            if self._spec.args.hands_over:
+                self._transport = create_transport(self._spec)
+            self._engine = resolve_factory(self._spec.engine_factory)(self._spec, report, self._transport)
             report.limits = self._engine.limits
         except Exception as error:
             report.failure = failure_of(self._spec.rank, error)
@@ -205,10 +260,10 @@ class Worker:
         while True:
             self._take_in(engine)
             result = engine.step()
-            self._hand_out(result.outputs)
+            self._hand_out([*result.chunks, *result.loaded, *result.outputs])
             if time.monotonic() - told_at >= PROGRESS_INTERVAL_S:
                 told_at = time.monotonic()
-                self._tell([pack_progress(progress) for progress in engine.take_progress()])
+                self._tell(engine.take_progress())
             if result.stopped:
                 return
             if result.woke:
@@ -218,41 +273,43 @@ class Worker:
                     self._changed.wait_for(self._has_news, timeout=IDLE_WAIT_S)
 
     def _has_news(self) -> bool:
-        return bool(self._requests or self._aborts or self._stop_requested)
+        return bool(self._commands or self._stop_requested)
 
     def _take_in(self, engine: EngineLike) -> None:
         with self._changed:
-            requests, aborts, stop = list(self._requests), list(self._aborts), self._stop_requested
-            self._requests.clear()
-            self._aborts.clear()
-        self._hand_out([refused for r in requests if (refused := admit(engine, r)) is not None])
-        for request_id in aborts:
-            engine.abort(request_id)
+            commands, stop = list(self._commands), self._stop_requested
+            self._commands.clear()
+        self._tell([refused for c in commands if (refused := obey(engine, c)) is not None])
         if stop:
             engine.request_stop()
 
-    def _hand_out(self, outputs: Sequence[RequestOutput]) -> None:
-        # packed here: a snapshot of what the engine may still change
-        self._tell([_message(output) for output in outputs])
+    def _hand_out(self, events: Sequence[Event]) -> None:
+        self._tell(events)
         with self._changed:
             self._num_steps += 1
 
-    def _tell(self, messages: list[bytes]) -> None:
-        if messages:
+    def _tell(self, events: Sequence[Event]) -> None:
+        if events:
+            messages = [_message(event) for event in events]  # a snapshot of what the engine may still change
             with self._changed:
                 self._outbox.extend(messages)
                 self._changed.notify_all()
 
-    def submit(self, messages: list[bytes]) -> None:
-        """Queue packed requests."""
-        requests = [unpack_request(message) for message in messages]
+    def tell(self, messages: list[bytes]) -> None:
+        """Queue packed commands."""
+        commands = [unpack_command(message) for message in messages]
         with self._changed:
-            self._requests.extend(requests)
+            self._commands.extend(commands)
             self._changed.notify_all()
 
+    def read_chunk(self, generation: int) -> NDArray[np.uint8] | None:
+        """What this worker published for others to read; None when it was released."""
+        assert isinstance(self._transport, RayTransport)
+        return self._transport.read(generation)
+
     def poll(self, max_wait_s: float) -> tuple[int, list[bytes]]:
-        """Packed outputs and progress, in the order in which they came about, at once or within `max_wait_s`; before
-        them, a number that grows while the loop lives."""
+        """Packed events, in the order in which they came about, at once or within `max_wait_s`; before them, a number
+        that grows while the loop lives."""
         with self._changed:
             self._changed.wait_for(lambda: self._outbox or self._ended, timeout=max_wait_s)
             messages: list[bytes] = []
@@ -261,12 +318,6 @@ class Worker:
                 num_bytes += len(self._outbox[0])
                 messages.append(self._outbox.popleft())
             return self._num_steps, messages
-
-    def abort(self, request_ids: list[str]) -> None:
-        """Stop working on requests; unknown ids are none of this rank's."""
-        with self._changed:
-            self._aborts.extend(request_ids)
-            self._changed.notify_all()
 
     def stop(self) -> None:
         """Ask all ranks to leave their loops after the same step; unfinished requests are dropped."""
@@ -285,8 +336,10 @@ def failure_of(rank: int, error: Exception) -> WorkerFailure:
     return WorkerFailure(rank, kind, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
-def _message(output: RequestOutput) -> bytes:
+def _message(event: Event) -> bytes:
     try:
-        return pack_output(output)
+        return pack_event(event)
     except WireError as error:
-        return pack_output(error_output(output.request_id, output.prompt_token_ids, str(error)))
+        if not isinstance(event, RequestOutput):
+            raise
+        return pack_event(error_output(event.request_id, event.prompt_token_ids, str(error)))

@@ -12,7 +12,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from shoal.cluster.worker import StartReport, WorkerSpec
 from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
-from shoal.runtime.types import CompletionOutput, GeneratedTokens, Request, RequestOutput, RequestProgress
+from shoal.parallel.kv_transport import KVChunk
+from shoal.runtime.types import CompletionOutput, GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 STUB = f"{__name__}:build"
@@ -30,6 +31,8 @@ class Result:
     idle: bool = False
     woke: bool = False
     stopped: bool = False
+    chunks: list[KVChunk] = field(default_factory=list)
+    loaded: list[PromptLoaded] = field(default_factory=list)
 
 
 class StubEngine:
@@ -54,6 +57,12 @@ class StubEngine:
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
         self.requests.pop(request_id, None)
+
+    def add_chunk(self, chunk: KVChunk) -> None:
+        raise AssertionError("the stub hands nothing over")
+
+    def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None:
+        raise AssertionError("the stub hands nothing over")
 
     def take_progress(self) -> list[RequestProgress]:
         progress = []
@@ -105,27 +114,27 @@ def misbehave(token: int) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def build(spec: WorkerSpec, report: StartReport) -> StubEngine:
+def build(spec: WorkerSpec, report: StartReport, _transport: object) -> StubEngine:
     report.phases["groups"] = 0.25
     report.notices.append("this is a stub")
-    if spec.args.parallel_config.world_size == 1:
+    if spec.parallel.world_size == 1:
         return StubEngine(single_process_groups())
     store = TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timedelta(seconds=30))
     timeout_s = spec.args.collective_timeout_s
-    return StubEngine(init_groups(spec.args.parallel_config, spec.rank, store, timeout_s=timeout_s))
+    return StubEngine(init_groups(spec.parallel, spec.rank, store, timeout_s=timeout_s))
 
 
-def build_bad_value(spec: WorkerSpec, report: StartReport) -> StubEngine:
+def build_bad_value(spec: WorkerSpec, report: StartReport, _transport: object) -> StubEngine:
     if spec.rank == 1:
         raise ValueError("the stub's model is not there")
     time.sleep(3600)  # what a rank does whose peers never come
     raise AssertionError
 
 
-def build_late(spec: WorkerSpec, report: StartReport) -> StubEngine:
+def build_late(spec: WorkerSpec, report: StartReport, _transport: object) -> StubEngine:
     time.sleep(3600)
     raise AssertionError
 
 
-def build_dead(spec: WorkerSpec, report: StartReport) -> StubEngine:
+def build_dead(spec: WorkerSpec, report: StartReport, _transport: object) -> StubEngine:
     os._exit(3)

@@ -69,7 +69,7 @@ def test_the_help_loads_neither_torch_nor_ray() -> None:
     ("arguments", "hint"),
     [
         (["validat"], "Did you mean 'validate'?"),
-        (["batch", "--replica", "2"], "--replicas"),
+        (["batch", "--replica_s", "2"], "--replicas"),
         (["batch", "x.jsonl", "--dtype", "fp8"], "is not one of 'auto', 'float32', 'bfloat16'"),
     ],
 )

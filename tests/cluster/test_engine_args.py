@@ -35,8 +35,9 @@ def test_the_engine_gets_its_part() -> None:
         getattr(args, f.name) for f in fields(EngineConfig)
     ]
     assert (config.dtype, config.max_chunk_size, config.seed) == ("float32", 7, 11)
-    assert args.parallel_config.world_size == 6
+    assert [spec.parallel.world_size for spec in args.replica_specs] == [6] * 4
     assert args.num_workers == 24
+    assert not args.hands_over
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import ray
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.ray_cluster import CoreShare, Layout, connect, node_address, nodes, place
 from shoal.cluster.replica import EngineFailed, Replica, cause_of_end
+from shoal.cluster.wire import Abort, Event
 from shoal.cluster.worker import WorkerFailure
 from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, RequestProgress, SamplingParams
 from tests.cluster import stub_engine
@@ -44,16 +45,18 @@ def start() -> Iterator[Start]:
             max_num_seqs=4,
             collective_timeout_s=collective_timeout_s,
         )
+        parallel = args.replica_specs[0].parallel
         layout = Layout(
-            parallel=args.parallel_config,
-            replicas=1,
+            replicas=(parallel,),
             num_cpus_per_worker=1,
             num_gpus_per_worker=0,
             weight_bytes=0,
         )
         (placement,) = place(layout, nodes(), timeout_s=DEADLINE_S)
         cores = [CoreShare(3, dedicated=False)] * args.num_workers
-        created.append(Replica(args, layout, placement, cores=cores, host=node_address(), engine_factory=factory))
+        created.append(
+            Replica(args, parallel, layout, placement, cores=cores, host=node_address(), engine_factory=factory)
+        )
         return created[-1]
 
     yield create
@@ -71,6 +74,35 @@ def request(request_id: str, first: int = 1, *, max_tokens: int = 3, stream: boo
     return Request(request_id=request_id, prompt_token_ids=(first, 1), params=params, stream=stream)
 
 
+def events_of(replica: Replica, enough: Callable[[list[tuple[int, Event]]], bool]) -> list[tuple[int, Event]]:
+    """What the leaders tell until there is enough of it."""
+    events: list[tuple[int, Event]] = []
+    deadline = time.monotonic() + DEADLINE_S
+    while not enough(events):
+        assert time.monotonic() < deadline
+        ready, _ = ray.wait(replica.refs(), timeout=0.1)
+        events += replica.collect(set(ready))
+    return events
+
+
+def outputs_of(replica: Replica, count: int) -> dict[str, list[tuple[int, RequestOutput]]]:
+    """Outputs, with their leaders, by request, until so many requests are finished."""
+
+    def outputs(events: list[tuple[int, Event]]) -> list[tuple[int, RequestOutput]]:
+        return [(rank, event) for rank, event in events if isinstance(event, RequestOutput)]
+
+    found: dict[str, list[tuple[int, RequestOutput]]] = {}
+    for rank, output in outputs(events_of(replica, lambda e: sum(o.finished for _, o in outputs(e)) >= count)):
+        found.setdefault(output.request_id, []).append((rank, output))
+    return found
+
+
+def wait_for_failure(replica: Replica) -> EngineFailed:
+    with pytest.raises(EngineFailed) as failed:
+        events_of(replica, lambda _: False)
+    return failed.value
+
+
 def test_progress_arrives_while_a_request_runs(start: Start) -> None:
     replica = start()
     replica.wait_ready(DEADLINE_S)
@@ -82,75 +114,42 @@ def test_progress_arrives_while_a_request_runs(start: Start) -> None:
         report_progress=True,
         generated=(GeneratedTokens((2, 3)),),
     )
-    replica.submit([long, request("short", max_tokens=10**7)])
-    told: list[RequestProgress] = []
-    deadline = time.monotonic() + DEADLINE_S
-    while len(told) < 3:
-        assert time.monotonic() < deadline
-        assert replica.poll(0.1) == []
-        told += replica.take_progress()
-    tokens = [t for progress in told for t in progress.new.token_ids]
-    assert {progress.request_id for progress in told} == {"long"}
+    replica.tell(0, [long, request("short", max_tokens=10**7)])
+    told = [event for _, event in events_of(replica, lambda events: len(events) >= 3)]
+    assert all(isinstance(event, RequestProgress) and event.request_id == "long" for event in told)
+    tokens = [t for event in told if isinstance(event, RequestProgress) for t in event.new.token_ids]
+    assert isinstance(told[0], RequestProgress)
     assert told[0].start == 2
     assert tokens == list(range(4, 4 + len(tokens)))
-    replica.abort(["long", "short"])
-    assert replica.take_progress() == []
 
 
-def drain(replica: Replica) -> dict[str, list[RequestOutput]]:
-    """All outputs of what is in flight, by request."""
-    outputs: dict[str, list[RequestOutput]] = {}
-    deadline = time.monotonic() + DEADLINE_S
-    while replica.num_in_flight:
-        assert time.monotonic() < deadline
-        for output in replica.poll(1.0):
-            outputs.setdefault(output.request_id, []).append(output)
-    return outputs
-
-
-def wait_for_failure(replica: Replica) -> EngineFailed:
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
-        try:
-            replica.poll(1.0)
-        except EngineFailed as failed:
-            return failed
-    raise AssertionError("no failure before the deadline")
-
-
-def test_requests_are_spread_by_outstanding_tokens_and_answered(start: Start) -> None:
+def test_requests_are_answered_by_the_leader_that_was_told(start: Start) -> None:
     replica = start(dp=2)
     (first, second) = replica.wait_ready(DEADLINE_S)
     assert (first.phases, second.notices) == ({"groups": 0.25}, ["this is a stub"])
     assert replica.limits.max_model_len == 128
-    assert (replica.num_in_flight, replica.capacity, replica.poll(60.0)) == (0, 16, [])
+    assert replica.leaders == [0, 1]
 
     environment: Any = ray.get(replica._workers[1].__ray_call__.remote(lambda _: dict(os.environ)))
     assert (environment["OMP_NUM_THREADS"], environment["MKL_NUM_THREADS"]) == ("3", "3")
 
-    # Tokens at most, group 0: 2 + 30; group 1: 2 + 3, 2 + 3, 2 + 3 (still below 32); the refused one as well.
-    replica.submit([request("long", max_tokens=30), request("a"), request("b", stream=True)])
-    replica.submit([request("c"), request("bad", REFUSED)])
-    assert (replica.num_in_flight, replica.outstanding_tokens) == (5, 32 + 4 * 5)
-    with pytest.raises(ValueError, match="'a' is already in flight"):
-        replica.submit([request("a")])
-    outputs = drain(replica)
-    assert {i: o[-1].outputs[0].token_ids for i, o in outputs.items() if i != "bad"} == {
-        "long": list(range(2, 32)),
-        "a": [1002, 1003, 1004],
-        "b": [1002, 1003, 1004],
-        "c": [1002, 1003, 1004],
+    replica.tell(0, [request("long", max_tokens=30)])
+    replica.tell(1, [request("a"), request("b", stream=True), request("bad", REFUSED)])
+    outputs = outputs_of(replica, 4)
+    assert {i: (o[-1][0], o[-1][1].outputs[0].token_ids) for i, o in outputs.items() if i != "bad"} == {
+        "long": (0, list(range(2, 32))),
+        "a": (1, [1002, 1003, 1004]),
+        "b": (1, [1002, 1003, 1004]),
     }
-    assert [o.outputs[0].token_ids for o in outputs["b"]] == [[1002], [1002, 1003], [1002, 1003, 1004]]
-    assert [o.outputs[0].error for o in outputs["bad"]] == ["refused by the stub"]
-    assert replica.outstanding_tokens == 0
+    assert [o.outputs[0].token_ids for _, o in outputs["b"]] == [[1002], [1002, 1003], [1002, 1003, 1004]]
+    assert [o.outputs[0].error for _, o in outputs["bad"]] == ["refused by the stub"]
 
-    replica.submit([request("tie")])  # equal loads: the lowest rank
-    assert drain(replica)["tie"][0].outputs[0].token_ids == [2, 3, 4]
-
-    replica.submit([request("aborted", max_tokens=10**6), request("kept")])
-    replica.abort(["aborted", "unknown"])
-    assert list(drain(replica)) == ["kept"]
+    # Commands are acted on in the order in which they were told, call after call.
+    for number in range(50):
+        replica.tell(0, [request(f"{number}", max_tokens=10**6)])
+        replica.tell(0, [Abort(f"{number}")])
+    replica.tell(0, [request("last")])
+    assert list(outputs_of(replica, 1)) == ["last"]
 
     workers = list(replica._runs)
     replica.close()
@@ -161,12 +160,12 @@ def test_requests_are_spread_by_outstanding_tokens_and_answered(start: Start) ->
 def test_a_killed_rank_is_named(start: Start) -> None:
     replica = start(tp=2)
     replica.wait_ready(DEADLINE_S)
-    replica.submit([request("a", max_tokens=10**6), request("kill", KILLED)])
+    replica.tell(0, [request("a", max_tokens=10**6), request("kill", KILLED)])
     failed = wait_for_failure(replica)
     assert failed.rank == 0
     assert "its process died" in failed.reason
     with pytest.raises(EngineFailed):
-        replica.submit([request("b")])
+        replica.tell(0, [request("b")])
 
 
 def test_a_death_is_blamed_before_an_error_and_an_error_before_a_collective() -> None:
@@ -180,7 +179,8 @@ def test_a_death_is_blamed_before_an_error_and_an_error_before_a_collective() ->
 def test_the_rank_that_broke_is_named(start: Start) -> None:
     replica = start(dp=2)
     replica.wait_ready(DEADLINE_S)
-    replica.submit([request("a", max_tokens=100), request("break", RAISES)])  # to groups 0 and 1
+    replica.tell(0, [request("a", max_tokens=100)])
+    replica.tell(1, [request("break", RAISES)])
     failed = wait_for_failure(replica)
     assert failed.rank == 1
     assert failed.reason.startswith("RuntimeError: the stub broke\nTraceback")
@@ -189,7 +189,7 @@ def test_the_rank_that_broke_is_named(start: Start) -> None:
 def test_a_frozen_rank_is_found_by_its_missing_steps(start: Start) -> None:
     replica = start(collective_timeout_s=1.0)
     replica.wait_ready(DEADLINE_S)
-    replica.submit([request("freeze", FROZEN)])
+    replica.tell(0, [request("freeze", FROZEN)])
     failed = wait_for_failure(replica)
     assert failed.rank == 0
     assert "no step ended in 2 s" in failed.reason

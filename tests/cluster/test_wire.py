@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.cluster import wire
+from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.types import (
     CompletionOutput,
     GeneratedTokens,
     Logprob,
+    PromptLoaded,
     Request,
     RequestOutput,
     RequestProgress,
@@ -64,7 +66,23 @@ REQUESTS = st.builds(
     stream=st.booleans(),
     report_progress=st.booleans(),
     generated=st.lists(GENERATED, max_size=2).map(tuple),
+    do_remote_decode=st.booleans(),
+    do_remote_prefill=st.booleans(),
 )
+CHUNKS = st.builds(
+    KVChunk,
+    request_id=TEXT,
+    start=IDS,
+    end=IDS,
+    fingerprint=st.binary(max_size=4),
+    epoch=IDS,
+    generation=IDS,
+    num_bytes=IDS,
+    checksum=IDS,
+    address=st.binary(max_size=4),
+)
+LOADED = st.builds(PromptLoaded, request_id=TEXT, error=st.none() | TEXT)
+END_PREFILLS = st.builds(wire.EndPrefill, TEXT, st.none() | st.lists(GENERATED, max_size=2).map(tuple))
 POSITIONS = st.dictionaries(IDS, st.builds(Logprob, FLOATS, IDS, st.none() | TEXT), max_size=3)
 COMPLETIONS = st.builds(
     CompletionOutput,
@@ -113,12 +131,21 @@ def test_an_output_comes_back_exactly(output: RequestOutput) -> None:
     assert exact(wire.unpack_output(wire.pack_output(output))) == exact(output)
 
 
-@given(PROGRESS, OUTPUTS)
-def test_progress_comes_back_exactly_and_is_told_from_outputs(progress: RequestProgress, output: RequestOutput) -> None:
-    message = wire.pack_progress(progress)
-    assert wire.is_progress(message)
-    assert exact(wire.unpack_progress(message)) == exact(progress)
-    assert not wire.is_progress(wire.pack_output(output))
+@given(st.one_of(PROGRESS, OUTPUTS, CHUNKS, LOADED))
+def test_an_event_comes_back_exactly(event: wire.Event) -> None:
+    assert exact(wire.unpack_event(wire.pack_event(event))) == exact(event)
+
+
+@given(st.one_of(REQUESTS, CHUNKS, END_PREFILLS, st.builds(wire.Abort, TEXT)))
+def test_a_command_comes_back_exactly(command: wire.Command) -> None:
+    assert exact(wire.unpack_command(wire.pack_command(command))) == exact(command)
+
+
+def test_commands_and_events_are_not_taken_for_each_other() -> None:
+    with pytest.raises(wire.WireError, match="b'SAB1', expected one of"):
+        wire.unpack_event(wire.pack_command(wire.Abort("7")))
+    with pytest.raises(wire.WireError, match="b'SPL1', expected one of"):
+        wire.unpack_command(wire.pack_event(PromptLoaded(request_id="7")))
 
 
 def test_the_bytes_are_a_header_and_msgpack() -> None:
@@ -129,7 +156,7 @@ def test_the_bytes_are_a_header_and_msgpack() -> None:
     row = msgpack.unpackb(message[8:])
     assert row[:2] == ["7", [1, 2]]
     assert row[2][[f.name for f in fields(SamplingParams)].index("seed")] == 5
-    assert row[3:] == [3, False, False, []]
+    assert row[3:] == [3, False, False, [], False, False]
 
 
 def message_with(**changes: bytes) -> bytes:
@@ -150,8 +177,8 @@ def message_with(**changes: bytes) -> bytes:
         (message_with(size=b"\0\0\0\1"), "announces 1 bytes"),
         (message_with() + b"x", "announces"),
         (message_with(size=b"\0\0\0\2", payload=b"\x92\x01"), "not msgpack"),
-        (message_with(size=b"\0\0\0\1", payload=b"\x01"), "7 fields"),
-        (message_with(size=b"\0\0\0\2", payload=b"\x91\x01"), "7 fields"),
+        (message_with(size=b"\0\0\0\1", payload=b"\x01"), "9 fields"),
+        (message_with(size=b"\0\0\0\2", payload=b"\x91\x01"), "9 fields"),
     ],
 )
 def test_anything_else_is_refused(message: bytes, says: str) -> None:

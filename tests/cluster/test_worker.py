@@ -14,10 +14,17 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from shoal.cluster import worker as worker_module
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replica import listen
-from shoal.cluster.wire import is_progress, pack_request, unpack_output, unpack_progress
+from shoal.cluster.wire import Abort, Event, pack_command, pack_request, unpack_event, unpack_output
 from shoal.cluster.worker import StartReport, Worker, WorkerFailure, WorkerSpec, failure_of
 from shoal.parallel.collectives import CollectiveError
-from shoal.runtime.types import CompletionOutput, GeneratedTokens, Request, RequestOutput, SamplingParams
+from shoal.runtime.types import (
+    CompletionOutput,
+    GeneratedTokens,
+    Request,
+    RequestOutput,
+    RequestProgress,
+    SamplingParams,
+)
 from tests.cluster import stub_engine
 from tests.cluster.stub_engine import RAISES, REFUSED, STUB
 
@@ -26,7 +33,8 @@ JOIN_S = 20.0
 
 def spec(rank: int = 0, store: TCPStore | None = None, factory: str = STUB, **args: Any) -> WorkerSpec:
     return WorkerSpec(
-        args=EngineArgs(model="none", collective_timeout_s=10.0, **args),
+        args=(engine := EngineArgs(model="none", collective_timeout_s=10.0, **args)),
+        parallel=engine.replica_specs[0].parallel,
         rank=rank,
         store_host="127.0.0.1",
         store_port=0 if store is None else store.port,
@@ -96,15 +104,15 @@ def test_requests_go_in_and_outputs_come_out() -> None:
         assert one.report.notices == ["this is a stub"]
         assert one.report.limits is not None
         assert one.report.limits.max_model_len == 128
-        one.worker.submit([message("a"), message("b", 10)])
+        one.worker.tell([message("a"), message("b", 10)])
         assert sorted((o.request_id, tokens(o)) for o in one.outputs(2)) == [("a", [2, 3, 4]), ("b", [11, 12, 13])]
-        one.worker.submit([message("c", 20)])  # after an idle time
+        one.worker.tell([message("c", 20)])  # after an idle time
         assert tokens(one.outputs(1)[0]) == [21, 22, 23]
 
 
 def test_a_stream_is_a_series_of_snapshots() -> None:
     with running() as (one,):
-        one.worker.submit([message("a", stream=True)])
+        one.worker.tell([message("a", stream=True)])
         assert [(tokens(o), o.finished) for o in one.outputs(3)] == [([2], False), ([2, 3], False), ([2, 3, 4], True)]
 
 
@@ -112,25 +120,25 @@ def test_progress_is_told_before_the_output(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(worker_module, "PROGRESS_INTERVAL_S", 0.0)
     with running() as (one,):
         earlier = (GeneratedTokens((2, 3)),)
-        one.worker.submit([message("a", max_tokens=6, report_progress=True, generated=earlier), message("b")])
-        messages: list[bytes] = []
-        while sum(not is_progress(m) for m in messages) < 2:
+        one.worker.tell([message("a", max_tokens=6, report_progress=True, generated=earlier), message("b")])
+        events: list[Event] = []
+        while sum(isinstance(e, RequestOutput) for e in events) < 2:
             _, new = one.worker.poll(JOIN_S)
             assert new
-            messages += new
-    told = [unpack_progress(m) for m in messages if is_progress(m)]
+            events += map(unpack_event, new)
+    told = [e for e in events if isinstance(e, RequestProgress)]
     assert [(p.request_id, p.index, p.start, p.new.token_ids) for p in told] == [
         ("a", 0, 2, (4,)),
         ("a", 0, 3, (5,)),
         ("a", 0, 4, (6,)),
     ]
-    outputs = {o.request_id: tokens(o) for o in (unpack_output(m) for m in messages if not is_progress(m))}
+    outputs = {o.request_id: tokens(o) for o in events if isinstance(o, RequestOutput)}
     assert outputs == {"a": [2, 3, 4, 5, 6, 7], "b": [2, 3, 4]}
 
 
 def test_a_refused_request_is_answered_and_the_others_go_on() -> None:
     with running() as (one,):
-        one.worker.submit([message("bad", REFUSED), message("good")])
+        one.worker.tell([message("bad", REFUSED), message("good")])
         outputs = {o.request_id: o for o in one.outputs(2)}
         assert outputs["bad"].finished
         assert outputs["bad"].outputs[0].finish_reason == "error"
@@ -140,9 +148,9 @@ def test_a_refused_request_is_answered_and_the_others_go_on() -> None:
 
 def test_an_aborted_request_leaves_the_engine() -> None:
     with running() as (one,):
-        one.worker.submit([message("long", max_tokens=10**9)])
-        one.worker.abort(["long", "unknown"])
-        one.worker.submit([message("next")])
+        one.worker.tell([message("long", max_tokens=10**9)])
+        one.worker.tell([pack_command(Abort("long")), pack_command(Abort("unknown"))])
+        one.worker.tell([message("next")])
         assert [o.request_id for o in one.outputs(1)] == ["next"]
         engine = one.worker._engine
         assert isinstance(engine, stub_engine.StubEngine)
@@ -179,7 +187,7 @@ def test_an_output_that_no_message_holds_becomes_an_error_of_that_request(monkey
 
 def test_an_error_ends_the_loop_with_its_traceback_and_frees_the_polls() -> None:
     with running() as (one,):
-        one.worker.submit([message("a", RAISES)])
+        one.worker.tell([message("a", RAISES)])
         end = one.join()
         assert end is not None
         assert (end.rank, end.kind, end.message) == (0, "error", "RuntimeError: the stub broke")
@@ -189,7 +197,7 @@ def test_an_error_ends_the_loop_with_its_traceback_and_frees_the_polls() -> None
 
 def test_one_rank_that_stops_stops_all_in_the_same_step() -> None:
     with running(2, tensor_parallel_size=2) as (first, second):
-        first.worker.submit([message("a")])
+        first.worker.tell([message("a")])
         assert tokens(first.outputs(1)[0]) == [2, 3, 4]
         second.worker.stop()
         assert first.join() is None

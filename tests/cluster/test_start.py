@@ -1,4 +1,4 @@
-"""Which replica a request goes to, and how a set of replicas starts and ends."""
+"""How a set of replicas starts, answers and ends."""
 
 from __future__ import annotations
 
@@ -9,65 +9,19 @@ from typing import Any
 import pytest
 import ray
 
-from shoal.cluster import router as router_module
+from shoal.cluster import start as start_module
 from shoal.cluster.engine_args import EngineArgs, read_model_config
-from shoal.cluster.ray_cluster import LayoutDoesNotFit, Node, RayCluster
+from shoal.cluster.ray_cluster import LayoutDoesNotFit, Node
 from shoal.cluster.replica import Phase
-from shoal.cluster.router import Router, start_engines
+from shoal.cluster.start import start_engines
 from shoal.runtime.types import Request, SamplingParams
-from shoal.runtime.validation import RequestLimits
 from tests.checkpoints import tiny_config
 from tests.cluster.stub_engine import STUB
-
-
-class FakeReplica:
-    capacity = 10
-
-    def __init__(self, outstanding_tokens: int, max_model_len: int = 100) -> None:
-        self.outstanding_tokens = outstanding_tokens
-        self.limits = RequestLimits(vocab_size=100, max_model_len=max_model_len)
-        self.submitted: list[str] = []
-        self.aborted: list[str] = []
-        self.closed = False
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self.submitted)
-
-    def submit(self, requests: list[Request]) -> None:
-        self.submitted += [request.request_id for request in requests]
-
-    def abort(self, request_ids: list[str]) -> None:
-        self.aborted += request_ids
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def request(request_id: str, num_prompt: int, max_tokens: int | None, n: int = 1) -> Request:
     params = SamplingParams(max_tokens=max_tokens, n=n)
     return Request(request_id=request_id, prompt_token_ids=(1,) * num_prompt, params=params)
-
-
-def test_the_replica_with_the_fewest_outstanding_tokens_takes_the_request() -> None:
-    replicas: Any = [FakeReplica(10), FakeReplica(0), FakeReplica(0, max_model_len=80)]
-    router = Router(replicas, RayCluster(embedded=False, owned=False))
-    assert router.limits.max_model_len == 80
-    router.submit(
-        [
-            request("a", 1, 4),  # loads 10, 0, 0 -> the first of the equal ones: 10, 5, 0
-            request("b", 2, 9, n=2),  # -> 10, 5, 20
-            request("c", 1, 4),  # -> 10, 10, 20
-            request("d", 10, None),  # to the end of the context, 70 more -> 90, 10, 20
-            request("e", 1, 1),
-        ]
-    )
-    assert [replica.submitted for replica in replicas] == [["d"], ["a", "c", "e"], ["b"]]
-    assert (router.num_in_flight, router.capacity) == (5, 30)
-    router.abort(["a"])
-    assert [replica.aborted for replica in replicas] == [["a"]] * 3
-    router.close()
-    assert all(replica.closed for replica in replicas)
 
 
 def write_config(path: Path, **overrides: Any) -> str:
@@ -101,8 +55,8 @@ def test_weights_are_counted_in_the_computing_dtype(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "b.safetensors").write_bytes(b"x" * 20)
     config = read_model_config(EngineArgs(model=model))
-    assert router_module._weight_bytes(EngineArgs(model=model), config) == 120
-    assert router_module._weight_bytes(EngineArgs(model=model, dtype="float32"), config) == 240
+    assert start_module._weight_bytes(EngineArgs(model=model), config) == 120
+    assert start_module._weight_bytes(EngineArgs(model=model, dtype="float32"), config) == 240
 
 
 def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
@@ -134,8 +88,8 @@ def test_a_cluster_that_is_too_small_is_refused_and_left(tmp_path: Path, monkeyp
             closed.append(True)
 
     two = Node(node_id="a", address="", num_cpus=2, num_gpus=0, memory_bytes=1 << 40, gpu_memory_bytes=None)
-    monkeypatch.setattr(router_module, "connect", lambda *_, **__: Small())
-    monkeypatch.setattr(router_module, "nodes", lambda: [two])
+    monkeypatch.setattr(start_module, "connect", lambda *_, **__: Small())
+    monkeypatch.setattr(start_module, "nodes", lambda: [two])
     with pytest.raises(LayoutDoesNotFit, match=r"needs 4 workers .*\(2 CPUs missing\)"):
         start_engines(EngineArgs(model=write_config(tmp_path), data_parallel_size=4), engine_factory=STUB)
     assert closed == [True]

@@ -1,0 +1,80 @@
+"""Prefill and decode replicas of unequal layouts on a real local Ray: the answers of one process, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from shoal import LLM, SamplingParams
+from shoal.runtime.tokenizer import write_byte_tokenizer
+from shoal.runtime.types import RequestOutput
+from tests.checkpoints import make_checkpoint
+from tests.invariance import bits, rows
+
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "block_size": 8,
+    "num_kv_blocks": 64,
+    "max_model_len": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    overrides = {"vocab_size": 272, "index_topk": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
+    make_checkpoint(path, "deepseek_v32", seed=5, overrides=overrides)
+    write_byte_tokenizer(path / "tokenizer.json")
+    return str(path)
+
+
+def answers(model: str, **engine_args: Any) -> list[tuple[Any, ...]]:
+    """Three times the rows of the invariance matrix, so that every replica has several at a time."""
+    asked = [request for _ in range(3) for request in rows(272)]
+    with LLM(model, **{**SETTINGS, **engine_args}) as llm:
+        prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in asked]
+        outputs: list[RequestOutput] = llm.generate(prompts, [request.params for request in asked])
+    return [bits(output) for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def reference(model: str) -> list[tuple[Any, ...]]:
+    return answers(model, executor="inprocess")
+
+
+@pytest.mark.parametrize("transport", ["ray"])
+@pytest.mark.parametrize(
+    "replicas",
+    [
+        ["prefill:1", "decode:1"],
+        [
+            {"role": "prefill", "count": 2, "tensor_parallel_size": 2},
+            {"role": "decode", "count": 1, "data_parallel_size": 4},
+        ],
+        ["prefill:1:dp=2", "decode:1:tp=2", "mixed:1"],
+    ],
+    ids=["1 + 1", "2 x tp 2 -> dp 4", "dp 2 -> tp 2, and a mixed one"],
+)
+def test_the_answers_of_one_process(
+    model: str, reference: list[tuple[Any, ...]], replicas: list[Any], transport: str
+) -> None:
+    assert answers(model, replicas=replicas, kv_transport=transport) == reference
+
+
+def test_streams_go_on_across_the_hand_over(model: str) -> None:
+    import asyncio
+
+    async def stream(**engine_args: Any) -> list[list[int]]:
+        params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+        with LLM(model, **{**SETTINGS, **engine_args}) as llm:
+            return [list(o.outputs[0].token_ids) async for o in llm.stream([list(range(3, 30))], params)]
+
+    split = asyncio.run(stream(replicas=["prefill:1", "decode:1"], kv_transport="ray"))
+    whole = asyncio.run(stream(executor="inprocess"))
+    assert split[-1] == whole[-1]
+    assert len(split[-1]) == 6
+    assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(split))
