@@ -84,27 +84,38 @@ class Communicator:
         size: int = 1,
         *,
         name: str = "world",
-        epoch: int = 0,
         timeout_s: float = 60.0,
-        mesh: SocketMesh | None = None,
-        nccl: NcclBackend | None = None,
-        store: Store | None = None,
         store_ranks: Sequence[int] | None = None,
     ) -> None:
-        """`mesh` carries headers and CPU tensors, `nccl` (present when tensors are on a GPU) the bytes of tensors.
+        """Of more than one rank, it is in use after `connect`.
 
-        After a failure ranks tell each other through `store` where they were, each under its `store_ranks` entry.
+        After a failure ranks tell each other through the store where they were, each under its `store_ranks` entry.
         """
         assert 0 <= rank < size
-        assert size == 1 or mesh is not None
-        self.rank, self.size, self.name, self.epoch, self.step = rank, size, name, epoch, 0
+        self.rank, self.size, self.name, self.epoch, self.step = rank, size, name, 0, 0
         self.timeout_s = timeout_s
-        self._mesh, self._nccl, self._store = mesh, nccl, store
         self._store_ranks = list(range(size)) if store_ranks is None else list(store_ranks)
-        self._sequence = 0
-        self._closed: str | None = None
         self._peers = [(rank + k) % size for k in range(1, size)]
-        self._recv_headers = [bytes(HEADER_BYTES)] * size
+        self._mesh: SocketMesh | None = None
+        self._nccl: NcclBackend | None = None
+        self._closed: str | None = "it was never formed" if size > 1 else None
+        self._lock = threading.Lock()
+        """Of the change from one epoch to the next, which an abort of the former must not reach across."""
+
+    def connect(
+        self, epoch: int, mesh: SocketMesh | None = None, nccl: NcclBackend | None = None, store: Store | None = None
+    ) -> None:
+        """Begin an epoch, the first one or one after a failure; what was in flight in the last one is gone.
+
+        `mesh` carries headers and CPU tensors, `nccl` (present when tensors are on a GPU) the bytes of tensors.
+        """
+        assert self.size == 1 or mesh is not None
+        with self._lock:
+            self._close_connections()
+            self.epoch, self.step, self._sequence = epoch, 0, 0
+            self._mesh, self._nccl, self._store = mesh, nccl, store
+            self._recv_headers = [bytes(HEADER_BYTES)] * self.size
+            self._closed = None
 
     def all_gather(self, x: Tensor, *, dim: int, layer: int, op: str) -> Tensor:
         """Concatenate the ranks' tensors (one shape, one dtype) along `dim` in rank order."""
@@ -171,11 +182,15 @@ class Communicator:
         self._exchange(call, recvs)
         return data if data is not None else recvs[root].numpy().tobytes()
 
-    def abort(self, reason: str) -> None:
-        """Leave the group: the collective that runs here, now and on every peer, fails at once. Any thread may call."""
-        if self._closed is None:
-            self._closed = reason
-            self._close_connections()
+    def abort(self, reason: str, *, epoch: int | None = None) -> None:
+        """Leave the group: the collective that runs here, now and on every peer, fails at once. Any thread may call.
+
+        With an `epoch`, only a group of that epoch or an earlier one is left.
+        """
+        with self._lock:
+            if self._closed is None and (epoch is None or self.epoch <= epoch):
+                self._closed = reason
+                self._close_connections()
 
     def _call(
         self,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from .collectives import HEADER_BYTES, CollectiveError, Communicator, NcclBackend
 from .config import ParallelConfig
-from .transport import SocketMesh, connect_mesh
+from .transport import Patience, SocketMesh, connect_mesh
 
 MIN_CREATION_TIMEOUT_S = 30.0
 
@@ -31,7 +30,14 @@ class ParallelGroups:
     tp: Communicator
     """The ranks that share this rank's requests; rank in it is `tp_rank`."""
     ranks_on_node: int = 1
-    """Ranks of the replica, this one included, that listen on the same address and so share a node's memory."""
+    """Ranks of the replica, this one included, that listened on the same address, and so shared a node's memory, when
+    the replica was first formed: what is sharded by it stays where it is when a rank is replaced."""
+    hostname: str = "127.0.0.1"
+    """The address that this rank listens on and that its peers reach."""
+    timeout_s: float = 60.0
+    """Of one collective, and of forming the groups where it is above MIN_CREATION_TIMEOUT_S."""
+    busy_wait_s: float = 0.0
+    """How long to watch for a message before sleeping, for ranks that have their cores to themselves."""
 
     @property
     def dp_rank(self) -> int:
@@ -54,16 +60,43 @@ class ParallelGroups:
         """Mark the collectives that follow, in both groups, as belonging to `step`."""
         self.world.step = self.tp.step = step
 
-    def abort(self, reason: str) -> None:
-        """Leave both groups: a collective in flight fails here and on its peers. Any thread may call."""
-        self.world.abort(reason)
-        self.tp.abort(reason)
+    def abort(self, reason: str, *, epoch: int | None = None) -> None:
+        """Leave both groups: a collective in flight fails here and on its peers. Any thread may call.
+
+        With an `epoch`, only groups of that epoch or an earlier one are left.
+        """
+        self.world.abort(reason, epoch=epoch)
+        self.tp.abort(reason, epoch=epoch)
+
+    def join(self, store: Store, epoch: int, *, stop: Callable[[], bool] = lambda: False) -> None:
+        """Connect this rank to its peers for one epoch; every rank of the replica calls it with the same `epoch`.
+
+        `store` must outlive the ranks; keys are kept under the epoch and the group's name, so an epoch is used once.
+        Raises CollectiveError when the peers do not come, or when `stop` says, now and then, that they will not.
+        """
+        epoch_store = PrefixStore(f"e{epoch}", store)
+        everyone = list(range(self.config.world_size))
+        members = {self.world: everyone, self.tp: self.config.tp_group(self.rank)}
+        for group, ranks in members.items():
+            if group.size == 1:
+                group.connect(epoch)
+                continue
+            try:
+                mesh, nccl = _create_backends(PrefixStore(group.name, epoch_store), self, group, stop)
+            except (RuntimeError, OSError) as error:
+                raise CollectiveError(
+                    f"rank {self.rank} could not form group '{group.name}' of ranks {ranks} in epoch {epoch}: {error}"
+                ) from error
+            group.connect(epoch, mesh, nccl, epoch_store)
 
 
 def single_process_groups(device: torch.device | None = None) -> ParallelGroups:
     """The groups of a replica of one rank; no torch.distributed."""
     world, tp = Communicator(name="world"), Communicator(name="tp0")
-    return ParallelGroups(ParallelConfig(), 0, device or torch.device("cpu"), world, tp)
+    groups = ParallelGroups(ParallelConfig(), 0, device or torch.device("cpu"), world, tp)
+    world.connect(0)
+    tp.connect(0)
+    return groups
 
 
 def init_groups(
@@ -74,80 +107,56 @@ def init_groups(
     epoch: int = 0,
     device: torch.device | None = None,
     timeout_s: float = 60.0,
-    hostname: str | None = None,
+    hostname: str = "127.0.0.1",
     busy_wait_s: float = 0.0,
+    ranks_on_node: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> ParallelGroups:
-    """Connect this rank to its peers; every rank of the replica calls it with the same `config` and `epoch`.
+    """The groups of one rank, joined (see `ParallelGroups.join`).
 
-    `store` must outlive the ranks; keys are kept under the epoch and the group's name, so an epoch is used once.
-    `hostname` is the address that this rank listens on and that its peers reach, 127.0.0.1 by default.
-    `busy_wait_s` is for ranks that have their cores to themselves: how long to watch for a message before sleeping.
-    `timeout_s` bounds one collective, and forming a group where it is above MIN_CREATION_TIMEOUT_S.
-    Raises CollectiveError when the peers do not come.
+    `ranks_on_node` is given to a rank that takes the place of another one; the ranks of a first epoch find it out.
     """
     if not 0 <= rank < config.world_size:
         raise ValueError(
             f"rank {rank} is not in a layout of {config.world_size} ranks; use 0 to {config.world_size - 1}"
         )
-    device = device or torch.device("cpu")
-    hostname = hostname or "127.0.0.1"
-    epoch_store = PrefixStore(f"e{epoch}", store)
-
-    def connect(name: str, ranks: Sequence[int]) -> Communicator:
-        own = ranks.index(rank)
-        if len(ranks) == 1:
-            return Communicator(name=name, epoch=epoch, timeout_s=timeout_s)
-        try:
-            mesh, nccl = _create_backends(
-                PrefixStore(name, epoch_store), own, len(ranks), device, hostname, timeout_s, busy_wait_s
-            )
-        except (RuntimeError, OSError) as error:
-            raise CollectiveError(
-                f"rank {rank} could not form group '{name}' of ranks {ranks} in epoch {epoch}: {error}"
-            ) from error
-        return Communicator(
-            own,
-            len(ranks),
-            name=name,
-            epoch=epoch,
-            timeout_s=timeout_s,
-            mesh=mesh,
-            nccl=nccl,
-            store=epoch_store,
-            store_ranks=ranks,
-        )
-
-    world = connect("world", list(range(config.world_size)))
-    if config.tensor_parallel_size == config.world_size:
-        tp = world
-    else:
-        tp = connect(f"tp{config.dp_rank(rank)}", config.tp_group(rank))
+    world = Communicator(rank, config.world_size, timeout_s=timeout_s)
+    tp, ranks = world, config.tp_group(rank)
+    if len(ranks) < config.world_size:
+        name = f"tp{config.dp_rank(rank)}"
+        tp = Communicator(ranks.index(rank), len(ranks), name=name, timeout_s=timeout_s, store_ranks=ranks)
+    groups = ParallelGroups(
+        config, rank, device or torch.device("cpu"), world, tp, ranks_on_node or 1, hostname, timeout_s, busy_wait_s
+    )
+    groups.join(store, epoch, stop=stop)
+    if ranks_on_node is not None:
+        return groups
     address = zlib.crc32(hostname.encode())
     addresses = world.all_gather_ints([address], layer=-1, op="groups.addresses")
-    return ParallelGroups(config, rank, device, world, tp, ranks_on_node=addresses.count([address]))
+    return replace(groups, ranks_on_node=addresses.count([address]))
 
 
 def _create_backends(
-    store: Store, rank: int, size: int, device: torch.device, hostname: str, timeout_s: float, busy_wait_s: float
+    store: Store, groups: ParallelGroups, group: Communicator, stop: Callable[[], bool]
 ) -> tuple[SocketMesh, NcclBackend | None]:
     """The one place that chooses backends: sockets for headers and host memory, with NCCL for tensors on a GPU."""
-    timeout_s = max(MIN_CREATION_TIMEOUT_S, timeout_s)
+    timeout_s = max(MIN_CREATION_TIMEOUT_S, groups.timeout_s)
     store.set_timeout(timedelta(seconds=timeout_s))
     mesh = connect_mesh(
         PrefixStore("mesh", store),
-        rank,
-        size,
-        hostname=hostname,
+        group.rank,
+        group.size,
+        hostname=groups.hostname,
         header_bytes=HEADER_BYTES,
-        deadline=time.monotonic() + timeout_s,
-        busy_wait_s=busy_wait_s,
+        patience=Patience(timeout_s, stop),
+        busy_wait_s=groups.busy_wait_s,
     )
-    if device.type != "cuda":
+    if groups.device.type != "cuda":
         return mesh, None
     from torch.distributed import ProcessGroupNCCL  # absent from builds of torch without CUDA
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)
-    with torch.cuda.device(device):
-        nccl: Any = ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
+    with torch.cuda.device(groups.device):
+        nccl: Any = ProcessGroupNCCL(PrefixStore("nccl", store), group.rank, group.size, options)
     return mesh, nccl

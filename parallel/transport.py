@@ -28,6 +28,9 @@ _MAGIC = b"shoal-t1"
 _SOCKET_BUFFER_BYTES = 4 << 20
 _HELLO_TIMEOUT_S = 5.0
 
+_CHECK_S = 0.01
+"""How often a rank that waits for its peers looks whether it still should."""
+
 OnHeader = Callable[[int, bytes], memoryview]
 """(peer, its header) -> where the rest of its message goes; raises when the header is not the expected one."""
 
@@ -155,13 +158,36 @@ class _Address:
         return connection
 
 
+class Patience:
+    """How long to wait for the other ranks: until a deadline, or until somebody says that it is in vain."""
+
+    def __init__(self, timeout_s: float, stop: Callable[[], bool] = lambda: False) -> None:
+        self._deadline, self._stop = time.monotonic() + timeout_s, stop
+
+    def left(self) -> float:
+        """Seconds, above 0; TimeoutError when there are none."""
+        remaining = self._deadline - time.monotonic()
+        if self._stop():
+            raise TimeoutError("waiting for the other ranks was given up")
+        if remaining <= 0:
+            raise TimeoutError("the other ranks did not connect in time")
+        return remaining
+
+
 def connect_mesh(
-    store: Store, rank: int, size: int, *, hostname: str, header_bytes: int, deadline: float, busy_wait_s: float = 0.0
+    store: Store,
+    rank: int,
+    size: int,
+    *,
+    hostname: str,
+    header_bytes: int,
+    patience: Patience,
+    busy_wait_s: float = 0.0,
 ) -> SocketMesh:
     """Connect `rank` to all others; every rank calls it with the same store.
 
     Each rank listens on `hostname` and publishes where; of two ranks the higher one connects. A session key from the
-    store keeps strangers out: a connection that does not open with it is closed. TimeoutError after `deadline`.
+    store keeps strangers out: a connection that does not open with it is closed. TimeoutError when patience ends.
     """
     if rank == 0:
         store.set("session", secrets.token_hex(16))
@@ -176,19 +202,19 @@ def connect_mesh(
             listeners[1].bind("\0" + unix_name)
             listeners[1].listen(size)
         store.set(f"address/{rank}", json.dumps(asdict(_Address(hostname, tcp.getsockname()[1], unix_name, machine))))
-        key: bytes = store.get("session")
+        key = _await_key(store, "session", patience)
         sockets: dict[int, socket.socket] = {}
         for peer in range(rank):
-            address = _Address(**json.loads(store.get(f"address/{peer}")))
-            sockets[peer] = address.connect(machine, _remaining(deadline))
+            address = _Address(**json.loads(_await_key(store, f"address/{peer}", patience)))
+            sockets[peer] = address.connect(machine, patience.left())
             sockets[peer].sendall(_HELLO.pack(_MAGIC, rank, key))
         arrivals = select.poll()
         for listener in listeners:
             arrivals.register(listener, select.POLLIN)
         while len(sockets) < size - 1:
-            ready = {fd for fd, _ in arrivals.poll(_remaining(deadline) * 1000)}
+            ready = {fd for fd, _ in arrivals.poll(min(_CHECK_S, patience.left()) * 1000)}
             for listener in (one for one in listeners if one.fileno() in ready):
-                listener.settimeout(_remaining(deadline))
+                listener.settimeout(patience.left())
                 connection, _ = listener.accept()
                 caller = _read_hello(connection, key)
                 if caller is None or not rank < caller < size or caller in sockets:
@@ -228,8 +254,11 @@ def _read_hello(connection: socket.socket, key: bytes) -> int | None:
     return int(peer) if known else None
 
 
-def _remaining(deadline: float) -> float:
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise TimeoutError("the other ranks did not connect in time")
-    return remaining
+def _await_key(store: Store, key: str, patience: Patience) -> bytes:
+    """The value of a key that another rank sets; asked for again and again, as `Store.get` cannot be interrupted."""
+    pause_s = 0.0
+    while not store.check([key]):
+        time.sleep(min(pause_s, patience.left()))
+        pause_s = min(pause_s + 1e-3, _CHECK_S)
+    value: bytes = store.get(key)
+    return value

@@ -54,7 +54,13 @@ def test_ranks_find_their_groups_in_every_epoch() -> None:
 
 def test_single_process_groups() -> None:
     groups = single_process_groups()
-    assert (groups.rank, groups.dp_rank, groups.tp_rank, groups.is_leader, groups.ranks_on_node) == (0, 0, 0, True, 1)
+    assert (groups.rank, groups.dp_rank, groups.tp_rank, groups.is_leader, groups.ranks_on_node) == (
+        0,
+        0,
+        0,
+        True,
+        1,
+    )
     assert groups.world.size == groups.tp.size == 1
     assert groups.device == torch.device("cpu")
     assert groups.tp.all_gather_ints([3], layer=-1, op="x") == [[3]]

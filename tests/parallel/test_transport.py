@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from shoal.parallel.transport import SocketMesh, connect_mesh
+from shoal.parallel.transport import Patience, SocketMesh, connect_mesh
 
 HEADER = 16
 
@@ -44,14 +44,13 @@ def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def connect(store: Store, rank: int, size: int, timeout_s: float = 10.0, *, busy_wait_s: float = 0.0) -> SocketMesh:
-    deadline = time.monotonic() + timeout_s
     return connect_mesh(
         store,
         rank,
         size,
         hostname="127.0.0.1",
         header_bytes=HEADER,
-        deadline=deadline,
+        patience=Patience(timeout_s),
         busy_wait_s=busy_wait_s,
     )
 

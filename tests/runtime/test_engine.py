@@ -15,7 +15,6 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from shoal.parallel.collectives import Communicator
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
-from shoal.parallel.transport import SocketMesh
 from shoal.runtime.batch import Batch
 from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
@@ -260,8 +259,8 @@ def test_a_rank_holds_its_shard_and_at_most_one_more_tensor(tmp_path: Path, monk
             ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp),
             0,
             torch.device("cpu"),
-            Communicator(0, world, mesh=SocketMesh({}, 1)),
-            Communicator(0, tp, mesh=SocketMesh({}, 1)),
+            Communicator(0, world),
+            Communicator(0, tp),
             ranks_on_node,
         )
         with Checkpoint(tmp_path) as checkpoint:
@@ -311,7 +310,7 @@ def test_experts_are_spread_on_one_node_and_kept_together_over_several(tmp_path:
     config = ModelConfig.from_pretrained(tmp_path)
 
     def of_rank_1(ranks_on_node: int) -> list[int]:
-        comm = Communicator(1, 2, mesh=SocketMesh({}, 1))
+        comm = Communicator(1, 2)
         layout = ParallelConfig(data_parallel_size=2)
         groups = ParallelGroups(layout, 1, torch.device("cpu"), comm, Communicator(), ranks_on_node)
         return default_placement(config, groups).local_experts(1)
