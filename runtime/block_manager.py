@@ -173,6 +173,12 @@ class BlockManager:
         seq.prefix = None
         self._owners.pop(seq.seq_id, None)
 
+    def clear_prefix_cache(self) -> None:
+        """Forget all cached content, which must have no users."""
+        assert not self._owners, f"sequences {sorted(self._owners)} still use blocks"
+        while self._idle:
+            self._free.append(self._evict())
+
     def check_integrity(self) -> None:
         """Raise AssertionError, with a sentence, unless every block has one state and all tables agree about it."""
         in_tables = Counter(block_id for seq in self._owners.values() for block_id in seq.block_table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -291,6 +291,18 @@ class Engine:
         """Make every rank of the replica leave its loop at the next step."""
         self._stop_requested = True
 
+    def rejoin(self, replaced: Collection[int]) -> None:
+        """Go on after a step failed and the groups were joined again, with new processes in the ranks `replaced`.
+
+        The failed step is done again. An attention group with a new rank begins again with all it has, as the records
+        of that rank are gone; the others keep their caches.
+        """
+        self._num_steps, self._all_idle = 0, True
+        if self.is_leader and not set(replaced).isdisjoint(self.groups.config.tp_group(self.groups.rank)):
+            for seq in self.scheduler.running:
+                self.scheduler.preempt(seq.seq_id)
+            self.block_manager.clear_prefix_cache()
+
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def step(self) -> StepResult:
@@ -441,6 +453,7 @@ class Engine:
         assert state.prompt_logprobs is not None
         following = prompt[position + 1 : position + 1 + logits.shape[0]]
         scored = self.sampler.prompt_logprobs(logits[: len(following)], following, k)
+        del state.prompt_logprobs[position + 1 :]  # of a step that failed after this, and is done again
         state.prompt_logprobs.extend(self.processor.decoded(token.logprobs or {}) for token in scored)
 
     # -- construction --------------------------------------------------------------------------------------------

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import signal
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -50,6 +54,48 @@ def test_ranks_find_their_groups_in_every_epoch() -> None:
                 (rank % tp, tp, rank, tp * dp, tp * dp),
             )
             assert results[rank][index] == (expected if rank < tp * dp else None)
+
+
+def survive(rank: int, store: Store) -> list[int]:
+    """Ranks 0 to 2 until rank 2 is killed in the middle of a collective; process 3 then takes its place."""
+    config = ParallelConfig(data_parallel_size=3)
+    if rank == 3:
+        store.wait(["left/0", "left/1"], timedelta(seconds=30))
+        groups = init_groups(config, 2, store, epoch=1, ranks_on_node=3)
+        return [row[0] for row in groups.world.all_gather_ints([rank], layer=-1, op="after")]
+    groups = init_groups(config, rank, store)
+    for number in range(100):
+        if rank == 2 and number == 50:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            groups.world.all_gather_ints([number], layer=-1, op="before")
+        except CollectiveError:
+            break
+    else:
+        raise AssertionError("the group went on without rank 2")
+    store.set(f"left/{rank}", "")
+    groups.join(store, 1)
+    groups.abort("an abort of the epoch before", epoch=0)
+    return [row[0] for row in groups.world.all_gather_ints([rank], layer=-1, op="after")]
+
+
+def test_survivors_of_a_killed_rank_go_on_with_a_new_one() -> None:
+    results = run_ranks(survive, 4, timeout_s=60, may_die=(2,))
+    assert results == [[0, 1, 3], [0, 1, 3], None, [0, 1, 3]]
+
+
+def give_up(rank: int, store: Store) -> float:
+    if rank == 1:
+        return 0.0
+    begin = time.monotonic()
+    with pytest.raises(CollectiveError, match="waiting for the other ranks was given up"):
+        init_groups(ParallelConfig(data_parallel_size=2), rank, store, stop=lambda: time.monotonic() - begin > 0.2)
+    return time.monotonic() - begin
+
+
+def test_a_rank_stops_waiting_for_peers_that_will_not_come() -> None:
+    waited, _ = run_ranks(give_up, 2, timeout_s=60)
+    assert 0.2 < waited < 10
 
 
 def test_single_process_groups() -> None:
