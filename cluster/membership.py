@@ -1,0 +1,113 @@
+r"""Which worker has which rank of a replica, and when its ranks must form their groups again: no clock, no I/O.
+
+    formed --a worker is lost--> incomplete --every rank has a worker--> forming --all joined--> formed
+       \--ranks left although nobody was lost-------------------------------^
+
+Each time the ranks form again it is a new epoch. Frames, aborts and reports of an earlier one count for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Tell a worker that its peers will not answer in this epoch or an earlier one."""
+
+    worker: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Tell a worker its rank in a new epoch; the ranks `replaced` have other workers than when all last joined."""
+
+    worker: str
+    rank: int
+    epoch: int
+    replaced: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Find a worker for this rank, and say so with `fill`."""
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """All ranks joined this epoch."""
+
+    epoch: int
+
+
+Action = Leave | Join | Need | Formed
+
+
+class Membership:
+    """The ranks of one replica; every method is one event and returns what to do about it, in order."""
+
+    def __init__(self, workers: Sequence[str]) -> None:
+        """`workers[rank]`, all of which have formed epoch 0."""
+        self.epoch = 0
+        self.workers: list[str | None] = list(workers)
+        self._replaced: set[int] = set()
+        self._joined = set(range(len(workers)))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rank has a worker."""
+        return None not in self.workers
+
+    @property
+    def formed(self) -> bool:
+        """Whether every rank has a worker, and all have joined."""
+        return self.complete and len(self._joined) == len(self.workers)
+
+    @property
+    def missing(self) -> list[str]:
+        """Workers that were told to join and have not."""
+        return [w for rank, w in enumerate(self.workers) if w is not None and rank not in self._joined]
+
+    def lose(self, worker: str) -> list[Action]:
+        """A worker is dead, or is treated as if it were; one that has no rank is none of this replica's."""
+        if worker not in self.workers:
+            return []
+        rank = self.workers.index(worker)
+        self.workers[rank] = None
+        self._replaced.add(rank)
+        return [*self._leave(), Need(rank)]
+
+    def fill(self, rank: int, worker: str) -> list[Action]:
+        """A worker was found for a rank that has none."""
+        assert self.workers[rank] is None, f"rank {rank} has worker {self.workers[rank]}"
+        self.workers[rank] = worker
+        return self._join() if self.complete else []
+
+    def reform(self, epoch: int) -> list[Action]:
+        """A rank left `epoch` although no worker was lost: all leave, and join again."""
+        if epoch != self.epoch or not self.complete:
+            return []
+        return [*self._leave(), *self._join()]
+
+    def join(self, worker: str, epoch: int) -> list[Action]:
+        """A worker joined an epoch."""
+        if epoch != self.epoch or worker not in self.workers:
+            return []
+        self._joined.add(self.workers.index(worker))
+        if not self.formed:
+            return []
+        self._replaced.clear()
+        return [Formed(epoch)]
+
+    def _leave(self) -> list[Action]:
+        return [Leave(worker, self.epoch) for worker in self.workers if worker is not None]
+
+    def _join(self) -> list[Action]:
+        self.epoch += 1
+        self._joined.clear()
+        replaced = tuple(sorted(self._replaced))
+        return [Join(w, rank, self.epoch, replaced) for rank, w in enumerate(self.workers) if w is not None]
