@@ -58,6 +58,8 @@ _ENGINE_OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
     click.option("--num-threads-per-worker", type=int, metavar="N", help="CPU threads of a worker."),
     click.option("--ray-address", metavar="ADDRESS", help="Cluster to use; default: the job's own, else a local Ray."),
     click.option("--insecure", is_flag=True, default=None, help="Run on several nodes without Ray authentication."),
+    click.option("--spares", type=int, metavar="N", help="Processes that wait to replace a lost worker."),
+    click.option("--heartbeat-timeout-s", type=float, metavar="S", help="Silence after which a worker is replaced."),
     click.option("--startup-timeout-s", type=float, metavar="S", help="For starting all workers."),
     click.option("--collective-timeout-s", type=float, metavar="S", help="For one rank to wait for another."),
 )

@@ -40,6 +40,10 @@ class EngineArgs(EngineConfig):
     """None: the cluster of the Ray job that this process belongs to, else an embedded local Ray."""
     insecure: bool = False
     """Start on several nodes although Ray's authentication is off."""
+    spares: int = 0
+    """Processes that wait to take the place of a worker that is lost; without one, a new process is started."""
+    heartbeat_timeout_s: float = 5.0
+    """A worker that is silent for longer counts as lost, although its process may be there."""
     startup_timeout_s: float = 600.0
     collective_timeout_s: float = 120.0
     """The longest that a rank waits for another one inside a step, and that the driver waits for a step."""
@@ -54,7 +58,9 @@ class EngineArgs(EngineConfig):
             raise ValueError(f"num_threads_per_worker must be a whole number of at least 1, got {threads!r}")
         if self.kv_transport not in ("auto", "nixl", "ray"):
             raise ValueError(f"kv_transport must be one of auto, nixl, ray, got {self.kv_transport!r}")
-        for name in ("startup_timeout_s", "collective_timeout_s"):
+        if isinstance(self.spares, bool) or not isinstance(self.spares, int) or self.spares < 0:
+            raise ValueError(f"spares must be a whole number of at least 0, got {self.spares!r}")
+        for name in ("startup_timeout_s", "collective_timeout_s", "heartbeat_timeout_s"):
             value = getattr(self, name)
             if (
                 isinstance(value, bool)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from shoal.parallel.groups import single_process_groups
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
@@ -14,7 +15,7 @@ from .engine_args import EngineArgs, read_model_config
 from .ray_cluster import num_cores
 from .replica import OnPhase, Phase
 from .wire import pack_output, unpack_output
-from .worker import BUILD_ENGINE, StartReport, WorkerSpec, admit, resolve_factory
+from .worker import BUILD_ENGINE, StartReport, admit, resolve_factory
 
 
 class InProcessEngine:
@@ -33,18 +34,8 @@ class InProcessEngine:
         start = time.monotonic()
         num_threads = args.num_threads_per_worker or num_cores()
         torch.set_num_threads(num_threads)
-        spec = WorkerSpec(
-            args=args,
-            parallel=args.replica_specs[0].parallel,
-            rank=0,
-            store_host="",
-            store_port=0,
-            num_threads=num_threads,
-            dedicated_cores=False,
-            engine_factory=engine_factory,
-        )
         report = StartReport()
-        self._engine = resolve_factory(engine_factory)(spec, report, None)
+        self._engine = resolve_factory(engine_factory)(args, single_process_groups(), report, None)
         self._capacity = 2 * args.max_num_seqs
         self._in_flight: set[str] = set()
         self._outputs: list[RequestOutput] = []

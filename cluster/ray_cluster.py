@@ -71,6 +71,7 @@ class Layout:
     """What a set of replicas asks of a cluster."""
 
     replicas: tuple[ParallelConfig, ...]
+    spares: int
     num_cpus_per_worker: int
     num_gpus_per_worker: int
     weight_bytes: int
@@ -78,7 +79,12 @@ class Layout:
 
     @property
     def num_workers(self) -> int:
-        return sum(parallel.world_size for parallel in self.replicas)
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Workers of every replica, then 1 for every spare."""
+        return [parallel.world_size for parallel in self.replicas] + [1] * self.spares
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -257,12 +263,11 @@ def _gb(num_bytes: int) -> str:
 
 
 def placement_strategies(layout: Layout, available: Sequence[Node]) -> list[Literal["STRICT_PACK", "PACK"]]:
-    """Per replica: STRICT_PACK while a node has room for a whole one, PACK (as few nodes as possible) after that."""
+    """Per replica and spare: STRICT_PACK while a node has room for a whole one, after that PACK (few nodes)."""
     free = sorted((layout.workers_on(node) for node in available), reverse=True)
     strategies: list[Literal["STRICT_PACK", "PACK"]] = []
-    for parallel in layout.replicas:
+    for left in layout.sizes:
         free.sort(reverse=True)
-        left = parallel.world_size
         strategies.append("STRICT_PACK" if free[0] >= left else "PACK")
         for i, room in enumerate(free):
             taken = min(room, left)
@@ -285,11 +290,14 @@ class Placement:
 
 
 def place(layout: Layout, available: Sequence[Node], *, timeout_s: float) -> list[Placement]:
-    """Reserve the resources of every replica; LayoutDoesNotFit when others hold them for longer than `timeout_s`."""
+    """Reserve the resources of every replica, then of every spare.
+
+    LayoutDoesNotFit when others hold them for longer than `timeout_s`.
+    """
     strategies = placement_strategies(layout, available)
     groups = [
-        placement_group([layout.bundle] * parallel.world_size, strategy=strategy)
-        for parallel, strategy in zip(layout.replicas, strategies, strict=True)
+        placement_group([layout.bundle] * size, strategy=strategy)
+        for size, strategy in zip(layout.sizes, strategies, strict=True)
     ]
     _, waiting = ray.wait([g.ready() for g in groups], num_returns=len(groups), timeout=timeout_s)
     if waiting:

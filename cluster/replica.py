@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from shoal.parallel.config import ParallelConfig
 from shoal.runtime.validation import RequestLimits
 
-from .engine_args import EngineArgs
-from .ray_cluster import CoreShare, Layout, Placement
+from .actors import INBOX_THREAD, ActorHandle, Launch, ObjectRef, Seat, WorkerProcess, end_worker, start_worker
+from .assignment import Assignment
+from .replica_spec import ReplicaSpec
 from .wire import Command, Event, pack_command, unpack_event
-from .worker import BUILD_ENGINE, StartReport, Worker, WorkerFailure, WorkerSpec
+from .worker import StartReport, WorkerFailure
 
 POLL_WAIT_S = 1.0
 """How long a worker holds a poll that has nothing to say."""
 STOP_TIMEOUT_S = 5.0
-ENGINE_THREAD = "engine"
-"""The group of one thread in a worker that `start` and `run` share."""
-INBOX_THREAD = "inbox"
-"""The group of one thread in a worker that takes commands in, so that they keep their order."""
 BLAME_WAIT_S = 0.5
 """How long a failure waits for those of other ranks, so that the cause is named and not the rank that missed it."""
-
-_KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",  # the engine's thread is not the first, and other arenas are cut into heaps of 64 MB
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-}
-"""For glibc: a step frees what the next one allocates again, so giving it back costs a page fault for every 4 KB."""
-
-ActorHandle = Any
-ObjectRef = Any
 
 
 class EngineFailed(RuntimeError):  # noqa: N818
@@ -73,7 +56,8 @@ class _Leader:
     """A worker that takes requests: tp rank 0 of an attention group."""
 
     rank: int
-    worker: ActorHandle
+    worker: ActorHandle | None
+    """None: lost, and not replaced yet."""
     poll: ObjectRef | None = None
     num_steps: int = -1
     progress_at: float = 0.0
@@ -96,48 +80,36 @@ def listen(host: str) -> TCPStore:
 
 
 class Replica:
-    """Workers of one placement. Built at once, in use after `wait_ready`; one thread at a time may use it."""
+    """Workers of one copy. Built at once, in use after `wait_ready`; one thread at a time may use it.
 
-    def __init__(
-        self,
-        args: EngineArgs,
-        parallel: ParallelConfig,
-        layout: Layout,
-        placement: Placement,
-        *,
-        cores: Sequence[CoreShare],
-        host: str,
-        engine_factory: str = BUILD_ENGINE,
-    ) -> None:
-        """Starts the workers and lets them build their engines; `host` is this node's own address."""
-        self._parallel = parallel
-        self._stall_s = POLL_WAIT_S + args.collective_timeout_s
-        self._placement = placement
+    Where workers report to a supervisor, one that dies is `lose`d and its rank `fill`ed; else it ends the replica.
+    """
+
+    def __init__(self, spec: ReplicaSpec, launch: Launch, seats: Sequence[Seat], *, host: str) -> None:
+        """Starts a worker in each seat and lets them build their engines; `host` is this node's own address."""
+        self._supervised = launch.supervisor is not None
+        self._stall_s = POLL_WAIT_S + launch.args.collective_timeout_s
         self._store = listen(host)
         self._failure: EngineFailed | None = None
         self._limits: RequestLimits | None = None
         self._num_kv_tokens: dict[int, int] = {}
-        self._workers = [
-            _create_worker(
-                WorkerSpec(
-                    args=args,
-                    parallel=parallel,
-                    rank=rank,
-                    name=f"shoal-{secrets.token_hex(8)}",
-                    store_host=host,
-                    store_port=self._store.port,
-                    num_threads=cores[rank].num_threads,
-                    dedicated_cores=cores[rank].dedicated,
-                    engine_factory=engine_factory,
-                ),
-                layout,
-                placement,
+        self.assignments = [
+            Assignment(
+                epoch=0,
+                rank=rank,
+                tensor_parallel_size=spec.tensor_parallel_size,
+                data_parallel_size=spec.data_parallel_size,
+                store_host=host,
+                store_port=self._store.port,
             )
-            for rank in range(self._parallel.world_size)
+            for rank in range(spec.parallel.world_size)
         ]
-        tp = self._parallel.tensor_parallel_size
-        self._leaders = [_Leader(rank, self._workers[rank]) for rank in range(0, len(self._workers), tp)]
-        self._starts: dict[ObjectRef, int] = {_on_engine_thread(w.start): rank for rank, w in enumerate(self._workers)}
+        """By rank; once it is ready, with what the ranks found out."""
+        self.workers = [start_worker(launch, s, a) for s, a in zip(seats, self.assignments, strict=True)]
+        """By rank, the first ones."""
+        tp = spec.tensor_parallel_size
+        self._leaders = [_Leader(rank, self.workers[rank].actor) for rank in range(0, len(self.workers), tp)]
+        self._starts: dict[ObjectRef, int] = {w.started: rank for rank, w in enumerate(self.workers)}
         self._runs: dict[ObjectRef, int] = {}
 
     def wait_ready(self, timeout_s: float) -> list[StartReport]:
@@ -162,7 +134,16 @@ class Replica:
                 self._fail(rank, f"{failure.message}\n{failure.traceback}")
         self._limits = _tightest(reports.values())
         self._num_kv_tokens = {rank: report.num_kv_tokens for rank, report in reports.items()}
-        self._runs = {_on_engine_thread(w.run): rank for rank, w in enumerate(self._workers)}
+        self._runs = {w.run(): rank for rank, w in enumerate(self.workers)}
+        self.assignments = [
+            replace(
+                assignment,
+                ranks_on_node=reports[rank].ranks_on_node,
+                num_kv_blocks=reports[rank].num_kv_blocks,
+                max_model_len=self._limits.max_model_len,
+            )
+            for rank, assignment in enumerate(self.assignments)
+        ]
         return [reports[rank] for rank in range(len(reports))]
 
     @property
@@ -184,16 +165,35 @@ class Replica:
         """Commands for a leader, which acts on them in this order."""
         self._check_alive()
         leader = next(leader for leader in self._leaders if leader.rank == rank)
+        assert leader.worker is not None, f"rank {rank} is lost and was told something"
         leader.worker.tell.options(concurrency_group=INBOX_THREAD).remote([pack_command(c) for c in commands])
 
     def refs(self) -> list[ObjectRef]:
         """What to wait for: news of the leaders, and the end of any rank's loop."""
         self._check_alive()
         for leader in self._leaders:
-            if leader.poll is None:
+            if leader.poll is None and leader.worker is not None:
                 leader.progress_at = time.monotonic()
                 leader.poll = leader.worker.poll.remote(POLL_WAIT_S)
         return [leader.poll for leader in self._leaders if leader.poll is not None] + list(self._runs)
+
+    def lose(self, rank: int) -> bool:
+        """The worker of a rank is dead; whether it was a leader, whose requests are lost with it."""
+        self._runs = {ref: r for ref, r in self._runs.items() if r != rank}
+        for leader in self._leaders:
+            if leader.rank == rank:
+                leader.worker = leader.poll = None
+                return True
+        return False
+
+    def fill(self, rank: int, worker: WorkerProcess) -> bool:
+        """A lost rank has another worker; whether it is a leader, which takes requests."""
+        self._runs[worker.ended] = rank
+        for leader in self._leaders:
+            if leader.rank == rank:
+                leader.worker, leader.num_steps = worker.actor, -1
+                return True
+        return False
 
     def collect(self, ready: set[ObjectRef]) -> list[tuple[int, Event]]:
         """What the leaders told in the polls that are `ready`, each with the leader's rank.
@@ -209,6 +209,7 @@ class Replica:
                 try:
                     num_steps, messages = ray.get(poll)
                 except RayError as error:
+                    leader.worker = None
                     died[leader.rank] = str(error)
                     continue
                 if num_steps != leader.num_steps:
@@ -216,37 +217,49 @@ class Replica:
                 events += [(leader.rank, unpack_event(message)) for message in messages]
         if events:
             return events
-        if died or any(ref in ready for ref in self._runs):
+        if self._supervised:
+            self._check_ends(ready)
+        elif died or any(ref in ready for ref in self._runs):
             self._fail_with_cause(died)
         for leader in self._leaders:
             if leader.poll is not None and time.monotonic() - leader.progress_at > self._stall_s:
                 self._fail(leader.rank, f"no step ended in {self._stall_s:g} s (collective_timeout_s): frozen or stuck")
         return []
 
-    def close(self) -> None:
-        """Stop the loops in the same step, then end the processes and give the place back. Closing twice is allowed."""
+    def stop(self) -> None:
+        """Let the loops end in the same step, and wait for that a little."""
         if self._failure is None and self._runs:
-            for worker in self._workers:
-                worker.stop.remote()
+            for leader in self._leaders:
+                if leader.worker is not None:
+                    leader.worker.stop.remote()
             ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
-        self._kill()
+            self._runs = {}
 
-    def _kill(self) -> None:
-        for worker in self._workers:
-            ray.kill(worker)
-        if self._workers:
-            self._placement.remove()
-        self._workers, self._runs = [], {}
+    def close(self) -> None:
+        """Stop, then end the first processes. Closing twice is allowed."""
+        self.stop()
+        for worker in self.workers:
+            end_worker(worker)
+        self.workers = []
 
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise self._failure
-        assert self._workers, "the replica is closed"
+        assert self.workers, "the replica is closed"
 
     def _fail(self, rank: int, reason: str) -> None:
         self._failure = EngineFailed(rank, reason)
-        self._kill()
         raise self._failure
+
+    def _check_ends(self, ready: set[ObjectRef]) -> None:
+        """A loop that ended by itself ends the replica; of a process that died the supervisor knows."""
+        for ref in [ref for ref in self._runs if ref in ready]:
+            try:
+                failure = ray.get(ref)
+            except RayError:
+                del self._runs[ref]
+                continue
+            self._fail_with_cause({}) if failure is not None else self._runs.pop(ref)
 
     def _fail_with_cause(self, died: dict[int, str]) -> None:
         ended, _ = ray.wait(list(self._runs), num_returns=len(self._runs), timeout=BLAME_WAIT_S)
@@ -279,23 +292,3 @@ def _tightest(reports: Iterable[StartReport]) -> RequestLimits:
         vocab_size=min(x.vocab_size for x in limits),
         max_model_len=min(x.max_model_len for x in limits),
     )
-
-
-def _create_worker(spec: WorkerSpec, layout: Layout, placement: Placement) -> ActorHandle:
-    # OpenMP reads its thread count once, when its library is loaded: before the worker's first line of Python.
-    env = {"OMP_NUM_THREADS": str(spec.num_threads), "MKL_NUM_THREADS": str(spec.num_threads), **_KEEP_FREED_MEMORY}
-    actor: Any = ray.remote(concurrency_groups={ENGINE_THREAD: 1, INBOX_THREAD: 1})(Worker)  # type: ignore[call-overload]
-    return actor.options(
-        num_cpus=layout.num_cpus_per_worker,
-        num_gpus=layout.num_gpus_per_worker,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement.group, spec.rank),
-        runtime_env={"env_vars": env},
-        name=spec.name,
-        max_concurrency=4,  # a waiting poll must not keep requests out
-        max_restarts=0,
-        max_task_retries=0,
-    ).remote(spec)
-
-
-def _on_engine_thread(method: Any) -> ObjectRef:
-    return method.options(concurrency_group=ENGINE_THREAD).remote()

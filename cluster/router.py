@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 import ray
@@ -11,22 +11,37 @@ import ray
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
-from .ray_cluster import RayCluster
-from .replica import POLL_WAIT_S, Replica
+from .replica import EngineFailed, Replica
 from .replica_spec import Role
 from .routing import Deliver, Effect, GroupSpec, RequestRouter, Send
+from .supervisor import Fault, RankFilled, RankLost, Supervisor
 from .wire import Command
+
+LOOK_S = 0.1
+"""How often to look for lost workers while nothing else happens."""
+MAX_LOSSES = 10
+"""Of workers of one replica without anything new of a request: it is not bad luck then."""
 
 
 class Router:
     """Takes requests, sends them through the replicas, and hands out what they answer; one thread at a time."""
 
     def __init__(
-        self, replicas: Sequence[Replica], roles: Sequence[Role], cluster: RayCluster, *, max_num_seqs: int
+        self,
+        replicas: Sequence[Replica],
+        roles: Sequence[Role],
+        supervisor: Supervisor,
+        close: Callable[[], None],
+        *,
+        max_num_seqs: int,
     ) -> None:
-        """Takes over the replicas, which are ready, and the connection: `close` ends both."""
+        """Takes over the replicas, which are ready, and the supervisor, which watches them; `close` ends what they
+        run on, after them."""
         self._replicas = list(replicas)
-        self._cluster = cluster
+        self._supervisor = supervisor
+        self._close = close
+        self._num_losses = [0] * len(replicas)
+        """Since the replica last told something new of a request."""
         self._ranks = [(number, rank) for number, replica in enumerate(replicas) for rank in replica.leaders]
         """Of every attention group, the replica and its leader there."""
         self._groups = {place: group for group, place in enumerate(self._ranks)}
@@ -61,17 +76,20 @@ class Router:
     def poll(self, timeout_s: float) -> list[RequestOutput]:
         """Outputs, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight.
 
-        EngineFailed when a worker died, failed, or finished no step for `collective_timeout_s`.
+        EngineFailed when a worker failed, finished no step for `collective_timeout_s`, or died and cannot be replaced.
         """
         deadline = time.monotonic() + timeout_s
         while True:
+            self._follow_supervisor()
             refs = [ref for replica in self._replicas for ref in replica.refs()]
             left = max(0.0, deadline - time.monotonic()) if self.num_in_flight else 0.0
-            ready, _ = ray.wait(refs, timeout=min(left, POLL_WAIT_S))
+            ready, _ = ray.wait(refs, timeout=min(left, LOOK_S))
             if ready:
                 ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
             for number, replica in enumerate(self._replicas):
                 for rank, event in replica.collect(set(ready)):
+                    self._num_losses[number] = 0
+                    self._supervisor.note_output(number)
                     self._carry_out(self._routing.handle(self._groups[number, rank], event))
             if self._outputs or not self.num_in_flight or time.monotonic() >= deadline:
                 outputs, self._outputs = self._outputs, []
@@ -85,9 +103,36 @@ class Router:
     def close(self) -> None:
         """End all workers, and Ray where it was started for them. Closing twice is allowed."""
         for replica in self._replicas:
+            replica.stop()
+        self._supervisor.close()
+        for replica in self._replicas:
             replica.close()
         self._replicas = []
-        self._cluster.close()
+        self._close()
+
+    @property
+    def faults(self) -> list[Fault]:
+        """The losses so far, and how they were mended."""
+        return self._supervisor.faults
+
+    def _follow_supervisor(self) -> None:
+        while not self._supervisor.events.empty():
+            event = self._supervisor.events.get()
+            replica = self._replicas[event.replica]
+            group = self._groups.get((event.replica, event.rank))
+            if isinstance(event, RankLost):
+                self._num_losses[event.replica] += 1
+                if self._num_losses[event.replica] > MAX_LOSSES:
+                    raise EngineFailed(event.rank, f"{MAX_LOSSES} workers were lost without progress: {event.reason}")
+                if replica.lose(event.rank):
+                    assert group is not None
+                    self._carry_out(self._routing.lose(group))
+            elif isinstance(event, RankFilled):
+                if replica.fill(event.rank, event.worker):
+                    assert group is not None
+                    self._carry_out(self._routing.restore(group))
+            else:
+                raise EngineFailed(event.rank, event.reason)
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         sent: list[Send] = []

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import ray
 import torch
+from ray.exceptions import RayError
 
 from shoal.runtime.models.config import ModelConfig
 
+from .actors import Launch, Seat, WorkerProcess, end_worker, start_worker
 from .engine_args import EngineArgs, read_model_config
 from .ray_cluster import (
     Layout,
@@ -22,8 +27,9 @@ from .ray_cluster import (
     nodes,
     place,
 )
-from .replica import OnPhase, Phase, Replica
+from .replica import EngineFailed, OnPhase, Phase, Replica
 from .router import Router
+from .supervisor import ReplicaPlan, Supervisor
 from .worker import BUILD_ENGINE, StartReport, choose_transport
 
 
@@ -38,54 +44,83 @@ def start_engines(args: EngineArgs, *, on_phase: OnPhase | None = None, engine_f
     if args.hands_over:
         args = replace(args, kv_transport=choose_transport(args))  # chosen once, for all workers
     begin = time.monotonic()
+    num_workers = args.num_workers + args.spares
     cluster = connect(
-        args.ray_address, num_cpus=args.num_workers * (args.num_threads_per_worker or 1), insecure=args.insecure
+        args.ray_address, num_cpus=num_workers * (args.num_threads_per_worker or 1), insecure=args.insecure
     )
     tell(Phase("ray", time.monotonic() - begin))
-    placements: list[Placement] = []
-    replicas: list[Replica] = []
-    try:
+    with ExitStack() as undo:
+        undo.callback(cluster.close)
         start = time.monotonic()
-        available = nodes()
         layout = _layout(args, config)
-        check_fits(layout, available)
-        placements = place(layout, available, timeout_s=args.startup_timeout_s)
+        check_fits(layout, nodes())
+        placements = place(layout, nodes(), timeout_s=args.startup_timeout_s)
+        for placement in placements:
+            undo.callback(placement.remove)
         tell(Phase("placement", time.monotonic() - start))
         start = time.monotonic()
-        replicas = _create_replicas(args, layout, placements, embedded=cluster.embedded, engine_factory=engine_factory)
+        supervisor = Supervisor(
+            node_address(), heartbeat_timeout_s=args.heartbeat_timeout_s, replace_timeout_s=args.startup_timeout_s
+        )
+        undo.callback(supervisor.close)
+        launch = supervisor.launch(Launch(args, engine_factory, layout.num_cpus_per_worker, layout.num_gpus_per_worker))
+        supervisor.start(launch)
+        seats = _seats(args, placements, embedded=cluster.embedded)
+        replicas: list[Replica] = []
+        for spec, own in zip(args.replica_specs, seats, strict=False):
+            replicas.append(Replica(spec, launch, own, host=node_address()))
+            undo.callback(replicas[-1].close)
+        spares = [start_worker(launch, seat, None) for (seat,) in seats[len(replicas) :]]
+        for worker in spares:
+            undo.callback(end_worker, worker)
         deadline = start + args.startup_timeout_s
         reports = [r for replica in replicas for r in replica.wait_ready(deadline - time.monotonic())]
+        reports += [_spare_report(worker, deadline - time.monotonic()) for worker in spares]
+        supervisor.take_over([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
         for phase in _phases(reports, time.monotonic() - start, layout.weight_bytes):
             tell(phase)
-    except BaseException:
-        for replica in replicas:
-            replica.close()
-        for placement in placements[len(replicas) :]:
+        notices = {notice for report in reports for notice in report.notices}
+        if args.hands_over:
+            notices.add(f"cache records travel through {args.kv_transport}")
+        tell(Phase("ready", time.monotonic() - begin, "; ".join(sorted(notices))))
+        undo.pop_all()
+
+    def close() -> None:
+        for placement in placements:
             placement.remove()
         cluster.close()
-        raise
-    notices = {notice for report in reports for notice in report.notices}
-    if args.hands_over:
-        notices.add(f"cache records travel through {args.kv_transport}")
-    tell(Phase("ready", time.monotonic() - begin, "; ".join(sorted(notices))))
+
     roles = [spec.role for spec in args.replica_specs]
-    return Router(replicas, roles, cluster, max_num_seqs=args.max_num_seqs)
+    return Router(replicas, roles, supervisor, close, max_num_seqs=args.max_num_seqs)
 
 
-def _create_replicas(
-    args: EngineArgs, layout: Layout, placements: Sequence[Placement], *, embedded: bool, engine_factory: str
-) -> list[Replica]:
-    shares = core_shares(placements, nodes(), embedded=embedded, num_threads=args.num_threads_per_worker)
-    host = node_address()
+def _seats(args: EngineArgs, placements: Sequence[Placement], *, embedded: bool) -> list[list[Seat]]:
+    """Per replica, then per spare, a seat for every worker."""
+    num_replicas = len(args.replica_specs)
+    placed = placements[:num_replicas]
+    shares = core_shares(placed, nodes(), embedded=embedded, num_threads=args.num_threads_per_worker)
+    shares += [[shares[0][0]]] * (len(placements) - num_replicas)  # a spare takes what the worker had that it replaces
     return [
-        Replica(args, spec.parallel, layout, placement, cores=cores, host=host, engine_factory=engine_factory)
-        for spec, placement, cores in zip(args.replica_specs, placements, shares, strict=True)
+        [Seat(placement, bundle, share) for bundle, share in enumerate(own)]
+        for placement, own in zip(placements, shares, strict=True)
     ]
+
+
+def _spare_report(worker: WorkerProcess, timeout_s: float) -> StartReport:
+    try:
+        report: Any = ray.get(worker.started, timeout=max(0.0, timeout_s))
+    except RayError as error:
+        raise EngineFailed(-1, f"a spare did not start: {error}") from error
+    assert isinstance(report, StartReport)
+    if report.failure is not None:
+        raise EngineFailed(-1, f"a spare did not start: {report.failure.message}\n{report.failure.traceback}")
+    return report
 
 
 def _layout(args: EngineArgs, config: ModelConfig) -> Layout:
     return Layout(
         replicas=tuple(spec.parallel for spec in args.replica_specs),
+        spares=args.spares,
         num_cpus_per_worker=args.num_threads_per_worker or 1,
         num_gpus_per_worker=1 if args.device == "cuda" else 0,
         weight_bytes=_weight_bytes(args, config),

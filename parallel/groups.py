@@ -60,6 +60,11 @@ class ParallelGroups:
         """Mark the collectives that follow, in both groups, as belonging to `step`."""
         self.world.step = self.tp.step = step
 
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch of a replica of one rank, which has nobody to join."""
+        self.world.connect(epoch)
+        self.tp.connect(epoch)
+
     def abort(self, reason: str, *, epoch: int | None = None) -> None:
         """Leave both groups: a collective in flight fails here and on its peers. Any thread may call.
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from datetime import timedelta
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-from shoal.cluster.worker import StartReport, WorkerSpec
-from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
+from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.worker import StartReport
+from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.types import CompletionOutput, GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
@@ -74,6 +73,9 @@ class StubEngine:
                 progress.append(RequestProgress(request_id=request.request_id, index=0, start=start, new=new))
         return progress
 
+    def rejoin(self, replaced: Collection[int]) -> None:
+        pass
+
     def request_stop(self) -> None:
         self.stop = True
 
@@ -114,27 +116,23 @@ def misbehave(token: int) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def build(spec: WorkerSpec, report: StartReport, _transport: object) -> StubEngine:
-    report.phases["groups"] = 0.25
+def build(args: EngineArgs, groups: ParallelGroups, report: StartReport, _transport: object) -> StubEngine:
+    report.phases["stub"] = 0.25
     report.notices.append("this is a stub")
-    if spec.parallel.world_size == 1:
-        return StubEngine(single_process_groups())
-    store = TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timedelta(seconds=30))
-    timeout_s = spec.args.collective_timeout_s
-    return StubEngine(init_groups(spec.parallel, spec.rank, store, timeout_s=timeout_s))
+    return StubEngine(groups)
 
 
-def build_bad_value(spec: WorkerSpec, report: StartReport, _transport: object) -> StubEngine:
-    if spec.rank == 1:
+def build_bad_value(args: EngineArgs, groups: ParallelGroups, report: StartReport, _transport: object) -> StubEngine:
+    if groups.rank == groups.world.size - 1:
         raise ValueError("the stub's model is not there")
     time.sleep(3600)  # what a rank does whose peers never come
     raise AssertionError
 
 
-def build_late(spec: WorkerSpec, report: StartReport, _transport: object) -> StubEngine:
+def build_late(args: EngineArgs, groups: ParallelGroups, report: StartReport, _transport: object) -> StubEngine:
     time.sleep(3600)
     raise AssertionError
 
 
-def build_dead(spec: WorkerSpec, report: StartReport, _transport: object) -> StubEngine:
+def build_dead(args: EngineArgs, groups: ParallelGroups, report: StartReport, _transport: object) -> StubEngine:
     os._exit(3)

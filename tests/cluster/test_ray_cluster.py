@@ -44,9 +44,12 @@ def node(
     )
 
 
-def layout(tp: int = 1, dp: int = 1, replicas: int = 1, *, cpus: int = 1, gpus: int = 0, weights: int = 0) -> Layout:
+def layout(
+    tp: int = 1, dp: int = 1, replicas: int = 1, *, spares: int = 0, cpus: int = 1, gpus: int = 0, weights: int = 0
+) -> Layout:
     return Layout(
         replicas=(ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp),) * replicas,
+        spares=spares,
         num_cpus_per_worker=cpus,
         num_gpus_per_worker=gpus,
         weight_bytes=weights,

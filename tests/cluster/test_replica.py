@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import ray
 
+from shoal.cluster.actors import Launch, Seat
 from shoal.cluster.engine_args import EngineArgs
-from shoal.cluster.ray_cluster import CoreShare, Layout, connect, node_address, nodes, place
+from shoal.cluster.ray_cluster import CoreShare, Layout, Placement, connect, node_address, nodes, place
 from shoal.cluster.replica import EngineFailed, Replica, cause_of_end
 from shoal.cluster.wire import Abort, Event
 from shoal.cluster.worker import WorkerFailure
@@ -36,6 +37,7 @@ Start = Callable[..., Replica]
 def start() -> Iterator[Start]:
     """Creates replicas and closes them; nothing of theirs is left when the test ends."""
     created: list[Replica] = []
+    placements: list[Placement] = []
 
     def create(tp: int = 1, dp: int = 1, *, factory: str = STUB, collective_timeout_s: float = 20.0) -> Replica:
         args = EngineArgs(
@@ -45,23 +47,21 @@ def start() -> Iterator[Start]:
             max_num_seqs=4,
             collective_timeout_s=collective_timeout_s,
         )
-        parallel = args.replica_specs[0].parallel
+        (spec,) = args.replica_specs
         layout = Layout(
-            replicas=(parallel,),
-            num_cpus_per_worker=1,
-            num_gpus_per_worker=0,
-            weight_bytes=0,
+            replicas=(spec.parallel,), spares=0, num_cpus_per_worker=1, num_gpus_per_worker=0, weight_bytes=0
         )
         (placement,) = place(layout, nodes(), timeout_s=DEADLINE_S)
-        cores = [CoreShare(3, dedicated=False)] * args.num_workers
-        created.append(
-            Replica(args, parallel, layout, placement, cores=cores, host=node_address(), engine_factory=factory)
-        )
+        placements.append(placement)
+        seats = [Seat(placement, rank, CoreShare(3, dedicated=False)) for rank in range(args.num_workers)]
+        created.append(Replica(spec, Launch(args, factory, 1, 0), seats, host=node_address()))
         return created[-1]
 
     yield create
     for replica in created:
         replica.close()
+    for placement in placements:
+        placement.remove()
     deadline = time.monotonic() + DEADLINE_S
     state: Any = ray  # its functions have no types
     while state.available_resources().get("CPU", 0.0) < state.cluster_resources()["CPU"]:
@@ -126,11 +126,11 @@ def test_progress_arrives_while_a_request_runs(start: Start) -> None:
 def test_requests_are_answered_by_the_leader_that_was_told(start: Start) -> None:
     replica = start(dp=2)
     (first, second) = replica.wait_ready(DEADLINE_S)
-    assert (first.phases, second.notices) == ({"groups": 0.25}, ["this is a stub"])
+    assert (list(first.phases), second.notices) == (["groups", "stub"], ["this is a stub"])
     assert replica.limits.max_model_len == 128
     assert replica.leaders == [0, 1]
 
-    environment: Any = ray.get(replica._workers[1].__ray_call__.remote(lambda _: dict(os.environ)))
+    environment: Any = ray.get(replica.workers[1].actor.__ray_call__.remote(lambda _: dict(os.environ)))
     assert (environment["OMP_NUM_THREADS"], environment["MKL_NUM_THREADS"]) == ("3", "3")
 
     replica.tell(0, [request("long", max_tokens=30)])

@@ -64,9 +64,9 @@ def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
     args = EngineArgs(model=write_config(tmp_path), replicas=2, max_num_seqs=4)
     router = start_engines(args, on_phase=phases.append, engine_factory=STUB)
     try:
-        assert [phase.name for phase in phases] == ["ray", "placement", "workers", "groups", "ready"]
-        assert str(phases[3]) == "groups 0.2 s"
-        assert phases[4].detail == "this is a stub"
+        assert [phase.name for phase in phases] == ["ray", "placement", "workers", "groups", "stub", "ready"]
+        assert str(phases[4]) == "stub 0.2 s"
+        assert phases[5].detail == "this is a stub"
         router.submit([request("a", 2, 3), request("b", 3, 2)])
         outputs: dict[str, list[int]] = {}
         while router.num_in_flight:

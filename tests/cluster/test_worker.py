@@ -12,6 +12,7 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from shoal.cluster import worker as worker_module
+from shoal.cluster.assignment import Assignment
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replica import listen
 from shoal.cluster.wire import Abort, Event, pack_command, pack_request, unpack_event, unpack_output
@@ -32,12 +33,19 @@ JOIN_S = 20.0
 
 
 def spec(rank: int = 0, store: TCPStore | None = None, factory: str = STUB, **args: Any) -> WorkerSpec:
+    engine = EngineArgs(model="none", collective_timeout_s=10.0, **args)
+    parallel = engine.replica_specs[0].parallel
     return WorkerSpec(
-        args=(engine := EngineArgs(model="none", collective_timeout_s=10.0, **args)),
-        parallel=engine.replica_specs[0].parallel,
-        rank=rank,
-        store_host="127.0.0.1",
-        store_port=0 if store is None else store.port,
+        args=engine,
+        name=f"worker {rank}",
+        assignment=Assignment(
+            epoch=0,
+            rank=rank,
+            tensor_parallel_size=parallel.tensor_parallel_size,
+            data_parallel_size=parallel.data_parallel_size,
+            store_host="127.0.0.1",
+            store_port=0 if store is None else store.port,
+        ),
         num_threads=1,
         dedicated_cores=False,
         engine_factory=factory,
@@ -100,7 +108,7 @@ def tokens(output: RequestOutput) -> list[int]:
 def test_requests_go_in_and_outputs_come_out() -> None:
     with running() as (one,):
         assert one.report is not None
-        assert one.report.phases == {"groups": 0.25}
+        assert list(one.report.phases) == ["groups", "stub"]
         assert one.report.notices == ["this is a stub"]
         assert one.report.limits is not None
         assert one.report.limits.max_model_len == 128
@@ -222,9 +230,9 @@ def test_failures_are_told_apart(error: Exception, kind: str) -> None:
 
 
 def test_a_start_that_fails_is_a_report() -> None:
-    report = Worker(spec(1, factory=stub_engine.BAD_VALUE, data_parallel_size=2)).start()
+    report = Worker(spec(factory=stub_engine.BAD_VALUE)).start()
     assert report.failure is not None
-    assert (report.failure.rank, report.failure.kind) == (1, "value")
+    assert (report.failure.rank, report.failure.kind) == (0, "value")
     assert report.failure.message == "ValueError: the stub's model is not there"
 
 
