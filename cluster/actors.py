@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -67,11 +67,11 @@ class WorkerProcess:
     started: ObjectRef
     """Its `StartReport`."""
     ended: ObjectRef | None = None
-    """Of a spare, which runs once it has started: the end of its loop."""
+    """The end of its loop; None before `run`."""
 
-    def run(self) -> ObjectRef:
-        """Let it serve; the end of its loop."""
-        return _on_engine_thread(self.actor.run)
+    def run(self) -> WorkerProcess:
+        """Let it serve; only once it has started, as Ray promises no order of calls to a process that is not up."""
+        return replace(self, ended=_on_engine_thread(self.actor.run))
 
 
 def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None) -> WorkerProcess:
@@ -99,9 +99,7 @@ def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None) -> W
         max_restarts=0,
         max_task_retries=0,
     ).remote(spec)
-    started = _on_engine_thread(handle.start)
-    ended = _on_engine_thread(handle.run) if assignment is None else None
-    return WorkerProcess(spec.name, seat, handle, started, ended)
+    return WorkerProcess(spec.name, seat, handle, _on_engine_thread(handle.start))
 
 
 def end_worker(worker: WorkerProcess, *, pid: int | None = None) -> None:

@@ -134,7 +134,8 @@ class Replica:
                 self._fail(rank, f"{failure.message}\n{failure.traceback}")
         self._limits = _tightest(reports.values())
         self._num_kv_tokens = {rank: report.num_kv_tokens for rank, report in reports.items()}
-        self._runs = {w.run(): rank for rank, w in enumerate(self.workers)}
+        self.workers = [worker.run() for worker in self.workers]
+        self._runs = {w.ended: rank for rank, w in enumerate(self.workers)}
         self.assignments = [
             replace(
                 assignment,

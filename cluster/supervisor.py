@@ -149,7 +149,7 @@ class Supervisor:
     def on_hello(self, name: str) -> None:
         self._pids[name] = self._liveness.pid(name)
         if name in self._processes and not any(name in r.members.workers for r in self._replicas):
-            self._waiting.append(name)
+            self._wait(name)
             self._fill()
 
     def on_message(self, name: str, message: Message) -> None:
@@ -202,9 +202,16 @@ class Supervisor:
         self._replicas = [
             _Replica(Membership([w.name for w in plan.workers]), list(plan.assignments)) for plan in replicas
         ]
-        self._waiting += [worker.name for worker in spares if worker.name in self._pids]
+        for worker in spares:
+            if worker.name in self._pids:
+                self._wait(worker.name)
         for name in [n for n in self._lost_early if n in self._processes]:
             self.on_lost(name, self._lost_early.pop(name))
+
+    def _wait(self, name: str) -> None:
+        """A process is up and has no rank."""
+        self._processes[name] = self._processes[name].run()
+        self._waiting.append(name)
 
     def _act(self, number: int, actions: Sequence[Action]) -> None:
         replica = self._replicas[number]

@@ -224,7 +224,7 @@ class Worker:
         self._outbox: deque[bytes] = deque()
         self._num_steps = 0
         self._stop_requested = False
-        self._ended = False
+        self._started = self._ended = False
         self._failure: WorkerFailure | None = None
         self._transport: KVTransport | None = None
         self._engine: EngineLike | None = None
@@ -258,10 +258,12 @@ class Worker:
                 report.limits = self._engine.limits
         except Exception as error:
             report.failure = self._failure = failure_of(self._rank, error)
+        self._started = True
         return report
 
     def run(self) -> WorkerFailure | None:
         """The loop: take requests in, step, hand outputs out; from one epoch to the next."""
+        assert self._started, "run before start"
         if self._failure is not None:
             return self._failure
         try:
