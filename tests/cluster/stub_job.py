@@ -174,9 +174,13 @@ def main() -> int:
     if len(sys.argv) > 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), int(sys.argv[4])))
 
+    def on_poll(count: int) -> None:
+        if count == 1:
+            print("answering", flush=True)
+
     def start() -> Engines:
-        print("started", flush=True)
-        return StubEngines(poll_s=poll_s) if poll_s > 0 else StubEngines(capacity=128, per_poll=64)
+        engines = {"poll_s": poll_s} if poll_s > 0 else {"capacity": 128, "per_poll": 64}
+        return StubEngines(on_poll=on_poll, **engines)
 
     with StopSignal() as stop:
         spec = make_spec(input_path, output, drain_grace_s=5.0)

@@ -399,7 +399,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     source = write_input(tmp_path / "in.jsonl", 100)
     process = start_process(source, tmp_path / "out", 3.0)
     assert process.stdout is not None
-    assert process.stdout.readline() == "started\n"
+    assert process.stdout.readline() == "answering\n"
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
