@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from .assignment import Assignment
 from .engine_args import EngineArgs
+from .liveness import Process
 from .ray_cluster import CoreShare, Placement
 from .worker import Worker, WorkerSpec
 
@@ -54,7 +55,9 @@ class Launch:
     num_cpus_per_worker: int
     num_gpus_per_worker: int
     supervisor: tuple[str, int] | None = None
-    supervisor_key: str = ""
+    supervisor_key: str = field(default="", repr=False)
+    faults: str = ""
+    """See `shoal.parallel.failpoints`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class WorkerProcess:
     """A worker that was started."""
 
     name: str
+    title: str
     seat: Seat
     actor: ActorHandle
     started: ObjectRef
@@ -74,8 +78,11 @@ class WorkerProcess:
         return replace(self, ended=_on_engine_thread(self.actor.run))
 
 
-def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None) -> WorkerProcess:
-    """Start a process in a seat that is free, with a rank or (None) as a spare; returns at once."""
+def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None, *, title: str) -> WorkerProcess:
+    """Start a process in a seat that is free, with a rank or (None) as a spare; returns at once.
+
+    `title`: what to call it, see `WorkerSpec`.
+    """
     spec = WorkerSpec(
         args=launch.args,
         name=f"shoal-{secrets.token_hex(8)}",
@@ -85,6 +92,8 @@ def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None) -> W
         engine_factory=launch.engine_factory,
         supervisor=launch.supervisor,
         supervisor_key=launch.supervisor_key,
+        title=title,
+        faults=launch.faults,
     )
     # OpenMP reads its thread count once, when its library is loaded: before the worker's first line of Python.
     env = {"OMP_NUM_THREADS": str(spec.num_threads), "MKL_NUM_THREADS": str(spec.num_threads), **_KEEP_FREED_MEMORY}
@@ -99,21 +108,19 @@ def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None) -> W
         max_restarts=0,
         max_task_retries=0,
     ).remote(spec)
-    return WorkerProcess(spec.name, seat, handle, _on_engine_thread(handle.start))
+    return WorkerProcess(spec.name, title, seat, handle, _on_engine_thread(handle.start))
 
 
-def end_worker(worker: WorkerProcess, *, pid: int | None = None) -> None:
-    """Kill a worker. With its `pid`, also when it is frozen: Ray asks the process to end itself, which it cannot."""
+def end_worker(worker: WorkerProcess, *, process: Process | None = None) -> None:
+    """Kill a worker. With its `process`, also when it is frozen: Ray asks it to end itself, which it cannot."""
     ray.kill(worker.actor)
-    if pid is None:
+    if process is None:
         return
-    if worker.seat.node_id == ray.get_runtime_context().get_node_id():
-        _kill_process(pid)
+    if process.node_id == ray.get_runtime_context().get_node_id():
+        _kill_process(process.pid)
         return
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    strategy = NodeAffinitySchedulingStrategy(worker.seat.node_id, soft=False)
-    ray.remote(num_cpus=0, max_retries=0)(_kill_process).options(scheduling_strategy=strategy).remote(pid)
+    strategy = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+    ray.remote(num_cpus=0, max_retries=0)(_kill_process).options(scheduling_strategy=strategy).remote(process.pid)
 
 
 def _kill_process(pid: int) -> None:

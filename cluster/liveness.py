@@ -25,7 +25,12 @@ import msgpack
 
 BEAT_S = 0.1
 CONNECT_TIMEOUT_S = 30.0
+HELLO_TIMEOUT_S = 10.0
+"""How long a connection may take to say whose it is."""
+MAX_STRANGERS = 64
+"""Connections that have not said it yet; of more, the oldest is closed: a worker says it at once."""
 MAX_MESSAGE_BYTES = 1 << 16
+MAX_HELLO_BYTES = 1 << 10
 EXIT_ORPHAN = 70
 
 _LENGTH = struct.Struct("<I")
@@ -43,8 +48,11 @@ class LivenessObserver(Protocol):
 
     def on_message(self, name: str, message: Message) -> None: ...
 
-    def on_lost(self, name: str, how: str) -> None:
-        """A worker is dead, or said nothing for too long and is fenced off; told once."""
+    def on_lost(self, name: str, how: str, silent_s: float) -> None:
+        """A worker is dead, or said nothing for too long and is fenced off; told once.
+
+        `silent_s`: since it was last heard, so at most how long it took to notice.
+        """
         ...
 
     def on_tick(self) -> None:
@@ -52,13 +60,22 @@ class LivenessObserver(Protocol):
         ...
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Process:
+    """Where a worker runs."""
+
+    node_id: str
+    pid: int
+
+
+@dataclass(slots=True, eq=False)
 class _Peer:
     connection: socket.socket
     name: str | None = None
-    pid: int = 0
+    process: Process | None = None
     received: bytearray = field(default_factory=bytearray)
-    heard_at: float = 0.0
+    heard_at: float = field(default_factory=time.monotonic)
+    """Of a stranger: when it connected."""
 
 
 class Liveness:
@@ -75,6 +92,8 @@ class Liveness:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._peers: dict[str, _Peer] = {}
+        self._strangers: list[_Peer] = []
+        """Without a name; the oldest first."""
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -89,18 +108,28 @@ class Liveness:
             with contextlib.suppress(OSError):  # its end is found by reading
                 peer.connection.sendall(pack(message))
 
-    def pid(self, name: str) -> int:
-        """The process of a connected worker, on its machine."""
-        return self._peers[name].pid
+    def process(self, name: str) -> Process:
+        """Of a connected worker."""
+        process = self._peers[name].process
+        assert process is not None
+        return process
+
+    def drop(self, name: str) -> None:
+        """End a worker's connection without reporting it; the worker ends itself. On the thread that watches."""
+        peer = self._peers.pop(name, None)
+        if peer is not None:
+            self._selector.unregister(peer.connection)
+            peer.connection.close()
 
     def close(self) -> None:
         """Stop watching; what ends after this is not reported. Closing twice is allowed."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
-        for peer in self._peers.values():
+        for peer in [*self._peers.values(), *self._strangers]:
             peer.connection.close()
         self._peers.clear()
+        self._strangers.clear()
         self._selector.close()
         self._listener.close()
 
@@ -108,55 +137,75 @@ class Liveness:
         while not self._closed.is_set():
             for key, _ in self._selector.select(_TICK_S):
                 if key.fileobj is self._listener:
-                    self._accept()
+                    self._accept(observer)
                 else:
                     self._read(key.data, observer)
-            silent_since = time.monotonic() - self._timeout_s
-            for name in [n for n, p in self._peers.items() if p.heard_at < silent_since]:
-                self._lose(self._peers[name], f"silent for {self._timeout_s:g} s", observer)
+            now = time.monotonic()
+            for peer in [p for p in self._strangers if now - p.heard_at > HELLO_TIMEOUT_S]:
+                self._lose(peer, "did not say who it is", observer)
+            for peer in [p for p in self._peers.values() if now - p.heard_at > self._timeout_s]:
+                self._lose(peer, f"silent for {self._timeout_s:g} s", observer)
             observer.on_tick()
 
-    def _accept(self) -> None:
+    def _accept(self, observer: LivenessObserver) -> None:
         with contextlib.suppress(OSError):
             connection, _ = self._listener.accept()
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._selector.register(connection, selectors.EVENT_READ, _Peer(connection))
+            self._strangers.append(_Peer(connection))
+            self._selector.register(connection, selectors.EVENT_READ, self._strangers[-1])
+        if len(self._strangers) > MAX_STRANGERS:
+            self._lose(self._strangers[0], "too many strangers", observer)
 
     def _read(self, peer: _Peer, observer: LivenessObserver) -> None:
+        if peer.connection.fileno() < 0:
+            return  # closed since it was found ready
         try:
             data = peer.connection.recv(1 << 16)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        peer.heard_at = time.monotonic()
+        if data and peer.name is not None:
+            peer.heard_at = time.monotonic()
         peer.received += data
         try:
-            for message in unpack(peer.received):
-                self._take(peer, message, observer)
-        except ValueError:
-            data = b""  # not one of ours
-        if not data:
+            messages = unpack(peer.received)
+        except ValueError:  # not one of ours
+            messages, data = [], b""
+        for message in messages:
+            if peer.name is not None:
+                observer.on_message(peer.name, message)
+            elif not self._greet(peer, message, observer):
+                data = b""
+                break
+        if not data or (peer.name is None and len(peer.received) > MAX_HELLO_BYTES):
             self._lose(peer, "its connection ended", observer)
 
-    def _take(self, peer: _Peer, message: Message, observer: LivenessObserver) -> None:
-        if peer.name is not None:
-            observer.on_message(peer.name, message)
-            return
-        kind, key, name, pid = message
-        if kind != "hello" or not hmac.compare_digest(str(key), self.key) or name in self._peers:
-            raise ValueError("not a worker of this run")
-        peer.name, peer.pid = str(name), int(pid)
-        self._peers[peer.name] = peer
-        observer.on_hello(peer.name)
+    def _greet(self, peer: _Peer, message: Message, observer: LivenessObserver) -> bool:
+        """Take a stranger's first message; whether it is a worker of this run."""
+        match message:
+            case ["hello", str(key), str(name), str(node_id), int(pid)] if name not in self._peers:
+                if not hmac.compare_digest(key.encode(), self.key.encode()):
+                    return False
+            case _:
+                return False
+        self._strangers.remove(peer)
+        peer.name, peer.process, peer.heard_at = name, Process(node_id, pid), time.monotonic()
+        self._peers[name] = peer
+        observer.on_hello(name)
+        return True
 
     def _lose(self, peer: _Peer, how: str, observer: LivenessObserver) -> None:
+        if peer.connection.fileno() < 0:
+            return  # it was dropped meanwhile
         self._selector.unregister(peer.connection)
         peer.connection.close()
-        if peer.name is not None:
+        if peer.name is None:
+            self._strangers.remove(peer)
+        else:
             del self._peers[peer.name]
-            observer.on_lost(peer.name, how)
+            observer.on_lost(peer.name, how, time.monotonic() - peer.heard_at)
 
 
 class LivenessLink:
@@ -168,18 +217,21 @@ class LivenessLink:
         key: str,
         name: str,
         *,
+        node_id: str,
         on_message: Callable[[Message], None],
+        num_steps: Callable[[], int] = lambda: -1,
         on_end: Callable[[], None] = lambda: os._exit(EXIT_ORPHAN),
     ) -> None:
         """Connects; from `start` on, `on_message` is called on the listening thread, `on_end` when that ends: the
-        supervisor is gone, or sent what cannot be understood."""
+        supervisor is gone, or sent what cannot be understood. Beats carry `num_steps`, which grows while work goes on;
+        -1 while there is none."""
         self._connection = socket.create_connection(address, timeout=CONNECT_TIMEOUT_S)
         self._connection.settimeout(None)
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sending = threading.Lock()
         self._closed = threading.Event()
-        self._on_message, self._on_end = on_message, on_end
-        self._hello: Message = ["hello", key, name, os.getpid()]
+        self._on_message, self._on_end, self._num_steps = on_message, on_end, num_steps
+        self._hello: Message = ["hello", key, name, node_id, os.getpid()]
 
     def start(self) -> None:
         """Say hello: from here on this worker can be told something."""
@@ -200,7 +252,7 @@ class LivenessLink:
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT_S):
-            self.send(["beat"])
+            self.send(["beat", self._num_steps()])
 
     def _listen(self) -> None:
         received = bytearray()

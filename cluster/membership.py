@@ -1,7 +1,7 @@
 r"""Which worker has which rank of a replica, and when its ranks must form their groups again: no clock, no I/O.
 
-    formed --a worker is lost--> incomplete --every rank has a worker--> forming --all joined--> formed
-       \--ranks left although nobody was lost-------------------------------^
+    formed --a worker is lost--> incomplete --every rank has a worker with weights--> forming --all joined--> formed
+       \--ranks left although nobody was lost------------------------------------------^
 
 Each time the ranks form again it is a new epoch. Frames, aborts and reports of an earlier one count for nothing.
 """
@@ -38,13 +38,21 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """Tell a worker which rank's weights to load; the others need not wait for it in a collective."""
+
+    worker: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class Formed:
     """All ranks joined this epoch."""
 
     epoch: int
 
 
-Action = Leave | Join | Need | Formed
+Action = Leave | Join | Need | Load | Formed
 
 
 class Membership:
@@ -55,21 +63,24 @@ class Membership:
         self.epoch = 0
         self.workers: list[str | None] = list(workers)
         self._replaced: set[int] = set()
+        self._loading: set[int] = set()
         self._joined = set(range(len(workers)))
 
     @property
     def complete(self) -> bool:
-        """Whether every rank has a worker."""
-        return None not in self.workers
+        """Whether every rank has a worker that has its weights."""
+        return None not in self.workers and not self._loading
 
     @property
     def formed(self) -> bool:
-        """Whether every rank has a worker, and all have joined."""
+        """Whether every rank has a worker with its weights, and all have joined."""
         return self.complete and len(self._joined) == len(self.workers)
 
     @property
     def missing(self) -> list[str]:
         """Workers that were told to join and have not."""
+        if not self.complete:
+            return []
         return [w for rank, w in enumerate(self.workers) if w is not None and rank not in self._joined]
 
     def lose(self, worker: str) -> list[Action]:
@@ -79,12 +90,21 @@ class Membership:
         rank = self.workers.index(worker)
         self.workers[rank] = None
         self._replaced.add(rank)
+        self._loading.discard(rank)
         return [*self._leave(), Need(rank)]
 
     def fill(self, rank: int, worker: str) -> list[Action]:
         """A worker was found for a rank that has none."""
         assert self.workers[rank] is None, f"rank {rank} has worker {self.workers[rank]}"
         self.workers[rank] = worker
+        self._loading.add(rank)
+        return [Load(worker, rank)]
+
+    def loaded(self, worker: str) -> list[Action]:
+        """A worker has the weights of the rank that it was found for."""
+        if worker not in self.workers or (rank := self.workers.index(worker)) not in self._loading:
+            return []
+        self._loading.remove(rank)
         return self._join() if self.complete else []
 
     def reform(self, epoch: int) -> list[Action]:
@@ -95,7 +115,7 @@ class Membership:
 
     def join(self, worker: str, epoch: int) -> list[Action]:
         """A worker joined an epoch."""
-        if epoch != self.epoch or worker not in self.workers:
+        if epoch != self.epoch or worker not in self.workers or self.workers.index(worker) in self._loading:
             return []
         self._joined.add(self.workers.index(worker))
         if not self.formed:

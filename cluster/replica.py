@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -14,11 +14,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from shoal.runtime.validation import RequestLimits
 
-from .actors import INBOX_THREAD, ActorHandle, Launch, ObjectRef, Seat, WorkerProcess, end_worker, start_worker
+from .actors import INBOX_THREAD, Launch, ObjectRef, Seat, WorkerProcess, end_worker, start_worker
 from .assignment import Assignment
 from .replica_spec import ReplicaSpec
 from .wire import Command, Event, pack_command, unpack_event
-from .worker import StartReport, WorkerFailure
+from .worker import AUDIT_TIMEOUT_S, StartReport, WorkerFailure
 
 POLL_WAIT_S = 1.0
 """How long a worker holds a poll that has nothing to say."""
@@ -53,14 +53,12 @@ OnPhase = Callable[[Phase], None]
 
 @dataclass(slots=True)
 class _Leader:
-    """A worker that takes requests: tp rank 0 of an attention group."""
+    """The worker that takes the requests of an attention group: its tp rank 0."""
 
     rank: int
-    worker: ActorHandle | None
+    worker: WorkerProcess | None
     """None: lost, and not replaced yet."""
     poll: ObjectRef | None = None
-    num_steps: int = -1
-    progress_at: float = 0.0
 
 
 def listen(host: str) -> TCPStore:
@@ -82,17 +80,23 @@ def listen(host: str) -> TCPStore:
 class Replica:
     """Workers of one copy. Built at once, in use after `wait_ready`; one thread at a time may use it.
 
-    Where workers report to a supervisor, one that dies is `lose`d and its rank `fill`ed; else it ends the replica.
+    A worker that dies is `lose`d and its rank `fill`ed, as the supervisor says; one whose loop fails ends the replica.
     """
 
-    def __init__(self, spec: ReplicaSpec, launch: Launch, seats: Sequence[Seat], *, host: str) -> None:
-        """Starts a worker in each seat and lets them build their engines; `host` is this node's own address."""
-        self._supervised = launch.supervisor is not None
-        self._stall_s = POLL_WAIT_S + launch.args.collective_timeout_s
+    def __init__(
+        self, spec: ReplicaSpec, launch: Launch, seats: Sequence[Seat], *, host: str, first_number: int = 0
+    ) -> None:
+        """Starts a worker in each seat and lets them build their engines.
+
+        `host` is this node's own address; `first_number` counts the workers of this role in the replicas before.
+        """
+        self.role = spec.role
         self._store = listen(host)
-        self._failure: EngineFailed | None = None
         self._limits: RequestLimits | None = None
         self._num_kv_tokens: dict[int, int] = {}
+        self._failure: EngineFailed | None = None
+        self.unreachable: list[tuple[str, str]] = []
+        """Workers that did not answer, and why, for the supervisor: what they had told is lost."""
         self.assignments = [
             Assignment(
                 epoch=0,
@@ -105,12 +109,16 @@ class Replica:
             for rank in range(spec.parallel.world_size)
         ]
         """By rank; once it is ready, with what the ranks found out."""
-        self.workers = [start_worker(launch, s, a) for s, a in zip(seats, self.assignments, strict=True)]
+        self.workers = [
+            start_worker(launch, seat, assignment, title=f"{spec.role}:{first_number + assignment.rank}")
+            for seat, assignment in zip(seats, self.assignments, strict=True)
+        ]
         """By rank, the first ones."""
         tp = spec.tensor_parallel_size
-        self._leaders = [_Leader(rank, self.workers[rank].actor) for rank in range(0, len(self.workers), tp)]
+        self._leaders = [_Leader(rank, self.workers[rank]) for rank in range(0, len(self.workers), tp)]
         self._starts: dict[ObjectRef, int] = {w.started: rank for rank, w in enumerate(self.workers)}
-        self._runs: dict[ObjectRef, int] = {}
+        self._running: dict[int, WorkerProcess] = {}
+        """By rank, those that are there now."""
 
     def wait_ready(self, timeout_s: float) -> list[StartReport]:
         """Per rank, once all can serve. EngineFailed, or ValueError for what a user can mend, when one cannot."""
@@ -135,7 +143,7 @@ class Replica:
         self._limits = _tightest(reports.values())
         self._num_kv_tokens = {rank: report.num_kv_tokens for rank, report in reports.items()}
         self.workers = [worker.run() for worker in self.workers]
-        self._runs = {w.ended: rank for rank, w in enumerate(self.workers)}
+        self._running = dict(enumerate(self.workers))
         self.assignments = [
             replace(
                 assignment,
@@ -153,6 +161,10 @@ class Replica:
         assert self._limits is not None, "limits are known after wait_ready"
         return self._limits
 
+    def leader_of(self, rank: int) -> int:
+        """The rank that takes the requests of this rank's attention group."""
+        return max(leader for leader in self.leaders if leader <= rank)
+
     def num_kv_tokens(self, rank: int) -> int:
         """Tokens that the cache of a rank holds."""
         return self._num_kv_tokens[rank]
@@ -166,21 +178,23 @@ class Replica:
         """Commands for a leader, which acts on them in this order."""
         self._check_alive()
         leader = next(leader for leader in self._leaders if leader.rank == rank)
-        assert leader.worker is not None, f"rank {rank} is lost and was told something"
-        leader.worker.tell.options(concurrency_group=INBOX_THREAD).remote([pack_command(c) for c in commands])
+        if leader.worker is None:
+            return  # its loss is about to be told, and whatever it was told counts for nothing then
+        actor = leader.worker.actor
+        actor.tell.options(concurrency_group=INBOX_THREAD).remote([pack_command(c) for c in commands])
 
     def refs(self) -> list[ObjectRef]:
         """What to wait for: news of the leaders, and the end of any rank's loop."""
         self._check_alive()
         for leader in self._leaders:
             if leader.poll is None and leader.worker is not None:
-                leader.progress_at = time.monotonic()
-                leader.poll = leader.worker.poll.remote(POLL_WAIT_S)
-        return [leader.poll for leader in self._leaders if leader.poll is not None] + list(self._runs)
+                leader.poll = leader.worker.actor.poll.remote(POLL_WAIT_S)
+        polls = [leader.poll for leader in self._leaders if leader.poll is not None]
+        return polls + [worker.ended for worker in self._running.values()]
 
     def lose(self, rank: int) -> bool:
         """The worker of a rank is dead; whether it was a leader, whose requests are lost with it."""
-        self._runs = {ref: r for ref, r in self._runs.items() if r != rank}
+        self._running.pop(rank, None)
         for leader in self._leaders:
             if leader.rank == rank:
                 leader.worker = leader.poll = None
@@ -189,56 +203,56 @@ class Replica:
 
     def fill(self, rank: int, worker: WorkerProcess) -> bool:
         """A lost rank has another worker; whether it is a leader, which takes requests."""
-        self._runs[worker.ended] = rank
+        self._running[rank] = worker
         for leader in self._leaders:
             if leader.rank == rank:
-                leader.worker, leader.num_steps = worker.actor, -1
+                leader.worker = worker
                 return True
         return False
 
     def collect(self, ready: set[ObjectRef]) -> list[tuple[int, Event]]:
         """What the leaders told in the polls that are `ready`, each with the leader's rank.
 
-        EngineFailed when a worker died or failed, or finished no step for `collective_timeout_s`; only when the leaders
-        told nothing, so that nothing gets lost.
+        EngineFailed when a loop failed; only when the leaders told nothing, so that nothing gets lost.
         """
         events: list[tuple[int, Event]] = []
-        died: dict[int, str] = {}
         for leader in self._leaders:
             if leader.poll is not None and leader.poll in ready:
                 poll, leader.poll = leader.poll, None
+                assert leader.worker is not None
                 try:
-                    num_steps, messages = ray.get(poll)
+                    messages = ray.get(poll)
                 except RayError as error:
+                    self.unreachable.append((leader.worker.name, str(error)))
                     leader.worker = None
-                    died[leader.rank] = str(error)
                     continue
-                if num_steps != leader.num_steps:
-                    leader.num_steps, leader.progress_at = num_steps, time.monotonic()
                 events += [(leader.rank, unpack_event(message)) for message in messages]
-        if events:
-            return events
-        if self._supervised:
+        if not events:
             self._check_ends(ready)
-        elif died or any(ref in ready for ref in self._runs):
-            self._fail_with_cause(died)
-        for leader in self._leaders:
-            if leader.poll is not None and time.monotonic() - leader.progress_at > self._stall_s:
-                self._fail(leader.rank, f"no step ended in {self._stall_s:g} s (collective_timeout_s): frozen or stuck")
-        return []
+        return events
 
     def stop(self) -> None:
         """Let the loops end in the same step, and wait for that a little."""
-        if self._failure is None and self._runs:
+        if self._failure is None and self._running:
             for leader in self._leaders:
                 if leader.worker is not None:
-                    leader.worker.stop.remote()
-            ray.wait(list(self._runs), num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
-            self._runs = {}
+                    leader.worker.actor.stop.remote()
+            ended = [worker.ended for worker in self._running.values()]
+            ray.wait(ended, num_returns=len(ended), timeout=STOP_TIMEOUT_S)
+
+    def audit(self) -> list[str]:
+        """What ranks hold although nothing is in flight; [] when all is given back."""
+        asked = {worker.title: worker.actor.audit.remote() for worker in self._running.values()}
+        return [
+            f"{title}: {problem}"
+            for title, ref in asked.items()
+            for problem in ray.get(ref, timeout=AUDIT_TIMEOUT_S + POLL_WAIT_S)
+        ]
 
     def close(self) -> None:
         """Stop, then end the first processes. Closing twice is allowed."""
         self.stop()
+        self._running = {}
         for worker in self.workers:
             end_worker(worker)
         self.workers = []
@@ -254,35 +268,27 @@ class Replica:
 
     def _check_ends(self, ready: set[ObjectRef]) -> None:
         """A loop that ended by itself ends the replica; of a process that died the supervisor knows."""
-        for ref in [ref for ref in self._runs if ref in ready]:
+        ended = [rank for rank, worker in self._running.items() if worker.ended in ready]
+        if not ended:
+            return
+        runs = {worker.ended: rank for rank, worker in self._running.items()}
+        done, _ = ray.wait(list(runs), num_returns=len(runs), timeout=BLAME_WAIT_S)
+        failures: list[WorkerFailure] = []
+        for ref in done:
             try:
                 failure = ray.get(ref)
             except RayError:
-                del self._runs[ref]
+                del self._running[runs[ref]]
                 continue
-            self._fail_with_cause({}) if failure is not None else self._runs.pop(ref)
-
-    def _fail_with_cause(self, died: dict[int, str]) -> None:
-        ended, _ = ray.wait(list(self._runs), num_returns=len(self._runs), timeout=BLAME_WAIT_S)
-        failures: list[WorkerFailure] = []
-        for ref in ended:
-            rank = self._runs[ref]
-            try:
-                failure = ray.get(ref)
-            except RayError as error:
-                died[rank] = str(error)
-            else:
-                failures.append(failure or WorkerFailure(rank, "error", "its loop ended although nobody asked", ""))
-        self._fail(*cause_of_end(died, failures))
+            failures.append(failure or WorkerFailure(runs[ref], "error", "its loop ended although nobody asked", ""))
+        if failures:
+            self._fail(*cause_of_end(failures))
 
 
-def cause_of_end(died: Mapping[int, str], failures: Sequence[WorkerFailure]) -> tuple[int, str]:
-    """Rank and reason to blame: one rank's end makes others fail in collectives, so a death counts before an error,
-    and an error before a collective; among equals the lowest rank.
+def cause_of_end(failures: Sequence[WorkerFailure]) -> tuple[int, str]:
+    """Rank and reason to blame: one rank's end makes others fail in collectives, so an error counts before those;
+    among equals the lowest rank.
     """
-    if died:
-        rank = min(died)
-        return rank, f"its process died: {died[rank]}"
     cause = min(failures, key=lambda f: (f.kind == "collective", f.rank))
     return cause.rank, f"{cause.message}\n{cause.traceback}".rstrip()
 

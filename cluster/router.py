@@ -12,7 +12,6 @@ from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .replica import EngineFailed, Replica
-from .replica_spec import Role
 from .routing import Deliver, Effect, GroupSpec, RequestRouter, Send
 from .supervisor import Fault, RankFilled, RankLost, Supervisor
 from .wire import Command
@@ -29,7 +28,6 @@ class Router:
     def __init__(
         self,
         replicas: Sequence[Replica],
-        roles: Sequence[Role],
         supervisor: Supervisor,
         close: Callable[[], None],
         *,
@@ -48,7 +46,7 @@ class Router:
         self.limits: RequestLimits = min((r.limits for r in replicas), key=lambda x: x.max_model_len)
         """What every replica can take."""
         specs = [
-            GroupSpec(role=roles[n], max_num_seqs=max_num_seqs, num_kv_tokens=replicas[n].num_kv_tokens(rank))
+            GroupSpec(role=replicas[n].role, max_num_seqs=max_num_seqs, num_kv_tokens=replicas[n].num_kv_tokens(rank))
             for n, rank in self._ranks
         ]
         self.capacity = 2 * max_num_seqs * len(specs)
@@ -56,6 +54,8 @@ class Router:
         self._routing = RequestRouter(specs, max_model_len=self.limits.max_model_len)
         self._outputs: list[RequestOutput] = []
         self._progress: list[RequestProgress] = []
+        self._interrupted: list[tuple[Fault, frozenset[str]]] = []
+        """Losses, with the requests that they interrupted, until one of those goes on."""
 
     @property
     def num_in_flight(self) -> int:
@@ -89,8 +89,9 @@ class Router:
             for number, replica in enumerate(self._replicas):
                 for rank, event in replica.collect(set(ready)):
                     self._num_losses[number] = 0
-                    self._supervisor.note_output(number)
                     self._carry_out(self._routing.handle(self._groups[number, rank], event))
+                while replica.unreachable:
+                    self._supervisor.suspect(*replica.unreachable.pop())
             if self._outputs or not self.num_in_flight or time.monotonic() >= deadline:
                 outputs, self._outputs = self._outputs, []
                 return outputs
@@ -99,6 +100,11 @@ class Router:
         """What requests that report their progress have generated, as far as `poll` has seen it."""
         progress, self._progress = self._progress, []
         return progress
+
+    def audit(self) -> list[str]:
+        """With nothing in flight, what workers still hold; [] when every block of every rank is given back."""
+        assert not self.num_in_flight
+        return [problem for replica in self._replicas for problem in replica.audit()]
 
     def close(self) -> None:
         """End all workers, and Ray where it was started for them. Closing twice is allowed."""
@@ -109,6 +115,11 @@ class Router:
             replica.close()
         self._replicas = []
         self._close()
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """Who watches the workers."""
+        return self._supervisor
 
     @property
     def faults(self) -> list[Fault]:
@@ -123,7 +134,9 @@ class Router:
             if isinstance(event, RankLost):
                 self._num_losses[event.replica] += 1
                 if self._num_losses[event.replica] > MAX_LOSSES:
-                    raise EngineFailed(event.rank, f"{MAX_LOSSES} workers were lost without progress: {event.reason}")
+                    reason = f"{MAX_LOSSES} workers were lost without progress: {event.fault.reason}"
+                    raise EngineFailed(event.rank, reason)
+                self._note_interrupted(event.fault, self._groups[event.replica, replica.leader_of(event.rank)])
                 if replica.lose(event.rank):
                     assert group is not None
                     self._carry_out(self._routing.lose(group))
@@ -133,6 +146,11 @@ class Router:
                     self._carry_out(self._routing.restore(group))
             else:
                 raise EngineFailed(event.rank, event.reason)
+
+    def _note_interrupted(self, fault: Fault, group: int) -> None:
+        num_tokens = self._routing.generated_in(group)
+        fault.num_replayed_requests, fault.num_replayed_tokens = len(num_tokens), sum(num_tokens.values())
+        self._interrupted.append((fault, frozenset(num_tokens)))
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         sent: list[Send] = []
@@ -148,6 +166,9 @@ class Router:
             self._replicas[number].tell(rank, commands)
 
     def _deliver(self, effect: Deliver) -> None:
+        for entry in [entry for entry in self._interrupted if effect.event.request_id in entry[1]]:
+            self._supervisor.note_first_token(entry[0])
+            self._interrupted.remove(entry)
         if isinstance(effect.event, RequestOutput):
             self._outputs.append(effect.event)
         else:

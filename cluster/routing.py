@@ -139,6 +139,11 @@ class RequestRouter:
     def num_in_flight(self) -> int:
         return len(self._tracked)
 
+    def generated_in(self, group: int) -> dict[str, int]:
+        """The requests that are with a group, and how many of their generated tokens are known."""
+        requests = self._groups[group].requests
+        return {i: sum(len(g.token_ids) for g in self._tracked[i].generated) for i in requests}
+
     def submit(self, requests: Iterable[Request]) -> list[Effect]:
         """New requests, behind all others; ValueError, before any is taken, when an id is in use."""
         requests = list(requests)

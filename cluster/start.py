@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from shoal.parallel import failpoints
 from shoal.runtime.models.config import ModelConfig
 
 from .actors import Launch, Seat, WorkerProcess, end_worker, start_worker
@@ -43,6 +45,7 @@ def start_engines(args: EngineArgs, *, on_phase: OnPhase | None = None, engine_f
     config = read_model_config(args)
     if args.hands_over:
         args = replace(args, kv_transport=choose_transport(args))  # chosen once, for all workers
+    _ = failpoints.Failpoints(os.environ.get(failpoints.VARIABLE, ""))  # a bad one is the user's to mend
     begin = time.monotonic()
     num_workers = args.num_workers + args.spares
     cluster = connect(
@@ -60,17 +63,32 @@ def start_engines(args: EngineArgs, *, on_phase: OnPhase | None = None, engine_f
         tell(Phase("placement", time.monotonic() - start))
         start = time.monotonic()
         supervisor = Supervisor(
-            node_address(), heartbeat_timeout_s=args.heartbeat_timeout_s, replace_timeout_s=args.startup_timeout_s
+            node_address(),
+            heartbeat_timeout_s=args.heartbeat_timeout_s,
+            step_timeout_s=args.collective_timeout_s,
+            replace_timeout_s=args.startup_timeout_s,
         )
         undo.callback(supervisor.close)
-        launch = supervisor.launch(Launch(args, engine_factory, layout.num_cpus_per_worker, layout.num_gpus_per_worker))
+        launch = supervisor.launch(
+            Launch(
+                args,
+                engine_factory,
+                layout.num_cpus_per_worker,
+                layout.num_gpus_per_worker,
+                faults=os.environ.get(failpoints.VARIABLE, ""),
+            )
+        )
         supervisor.start(launch)
         seats = _seats(args, placements, embedded=cluster.embedded)
         replicas: list[Replica] = []
         for spec, own in zip(args.replica_specs, seats, strict=False):
-            replicas.append(Replica(spec, launch, own, host=node_address()))
+            number = sum(len(r.workers) for r in replicas if r.role == spec.role)
+            replicas.append(Replica(spec, launch, own, host=node_address(), first_number=number))
             undo.callback(replicas[-1].close)
-        spares = [start_worker(launch, seat, None) for (seat,) in seats[len(replicas) :]]
+        spares = [
+            start_worker(launch, seat, None, title=f"spare:{number}")
+            for number, (seat,) in enumerate(seats[len(replicas) :])
+        ]
         for worker in spares:
             undo.callback(end_worker, worker)
         deadline = start + args.startup_timeout_s
@@ -90,8 +108,7 @@ def start_engines(args: EngineArgs, *, on_phase: OnPhase | None = None, engine_f
             placement.remove()
         cluster.close()
 
-    roles = [spec.role for spec in args.replica_specs]
-    return Router(replicas, roles, supervisor, close, max_num_seqs=args.max_num_seqs)
+    return Router(replicas, supervisor, close, max_num_seqs=args.max_num_seqs)
 
 
 def _seats(args: EngineArgs, placements: Sequence[Placement], *, embedded: bool) -> list[list[Seat]]:

@@ -10,17 +10,58 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from typing import Any
 
 from .actors import Launch, Seat, WorkerProcess, end_worker, start_worker
 from .assignment import Assignment
-from .liveness import Liveness, Message
-from .membership import Action, Formed, Join, Leave, Membership, Need
+from .liveness import Liveness, Message, Process
+from .membership import Action, Formed, Join, Leave, Load, Membership, Need
 
 LEFT_GRACE_S = 0.5
 """How long ranks that left may have a dead peer whose end is not known yet, before all are told to join again."""
 FORM_TIMEOUT_S = 20.0
 """A worker that has not joined after this long is treated as lost."""
+STALL_GRACE_S = 10.0
+"""A rank whose step does not end in the time of a collective and this is stuck; those that wait for it left before."""
+
+
+@dataclass(slots=True)
+class Fault:
+    """One loss and how it was mended; `*_s` without another word are seconds after it was noticed."""
+
+    at: str
+    """When it was noticed, UTC."""
+    worker: str
+    """What it was started as: decode:0, spare:1."""
+    node_id: str
+    replica: int | None
+    """None: it had no rank, it was a spare."""
+    rank: int | None
+    reason: str
+    noticed_at: float
+    """By the clock of the supervisor."""
+    silent_s: float
+    """How long it was not heard when its loss was noticed: at most what it took to notice."""
+    point: str | None = None
+    """Of the failpoint that caused it."""
+    detection_s: float | None = None
+    """From the failpoint until it was noticed, on one machine."""
+    filled_s: float | None = None
+    loaded_s: float | None = None
+    """Until the worker that took the place had its weights."""
+    formed_s: float | None = None
+    """Until all ranks of the replica were in one group again."""
+    first_token_s: float | None = None
+    """Until one of the interrupted requests told new tokens, wherever it went on."""
+    num_replayed_requests: int = 0
+    num_replayed_tokens: int = 0
+    """Generated tokens of these requests, which are computed again."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for reports."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "noticed_at"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +70,7 @@ class RankLost:
 
     replica: int
     rank: int
-    reason: str
+    fault: Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +95,6 @@ SupervisorEvent = RankLost | RankFilled | GaveUp
 
 
 @dataclass(slots=True)
-class Fault:
-    """One loss and how it was mended; times are seconds after it was noticed."""
-
-    replica: int
-    rank: int
-    worker: str
-    reason: str
-    noticed_at: float
-    """By the clock of the supervisor."""
-    filled_s: float | None = None
-    formed_s: float | None = None
-    """Until all ranks of the replica were in one group again."""
-    first_output_s: float | None = None
-    """Until the replica told something new of a request."""
-
-
-@dataclass(slots=True)
 class ReplicaPlan:
     """One replica, as the supervisor takes it over."""
 
@@ -85,6 +109,8 @@ class _Replica:
     members: Membership
     assignments: list[Assignment]
     forming_since: float | None = None
+    loading_since: dict[str, float] = field(default_factory=dict)
+    """Workers that load weights."""
     left_at: float | None = None
     left_epoch: int = -1
 
@@ -96,6 +122,17 @@ class _Wanted:
     since: float
 
 
+@dataclass(slots=True)
+class _Heard:
+    """What a connected worker told of itself."""
+
+    process: Process
+    num_steps: int = -1
+    stepped_at: float = 0.0
+    fault: tuple[str, float] | None = None
+    """Point and time, just before a failpoint struck."""
+
+
 class Supervisor:
     """Watches workers on a thread of its own; `events` is read by the thread that uses the replicas."""
 
@@ -104,24 +141,31 @@ class Supervisor:
         host: str,
         *,
         heartbeat_timeout_s: float,
+        step_timeout_s: float,
         replace_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Lost is a worker whose process ended, that was silent for `heartbeat_timeout_s`, or whose step took longer
+        than `step_timeout_s` and a grace; given up is a rank that nobody fills in `replace_timeout_s`."""
         self.events: queue.SimpleQueue[SupervisorEvent] = queue.SimpleQueue()
         self.faults: list[Fault] = []
         self._liveness = Liveness(host, timeout_s=heartbeat_timeout_s)
-        self._replace_timeout_s, self._clock = replace_timeout_s, clock
+        self._step_timeout_s, self._replace_timeout_s, self._clock = step_timeout_s, replace_timeout_s, clock
         self._replicas: list[_Replica] = []
         self._processes: dict[str, WorkerProcess] = {}
-        self._pids: dict[str, int] = {}
+        self._heard: dict[str, _Heard] = {}
+        """By name, those that are connected."""
+        self._num_spares = 0
+        """That were started, for their titles."""
         self._waiting: list[str] = []
         """Connected workers without a rank, the longest waiting first."""
         self._wanted: list[_Wanted] = []
         self._launch: Launch | None = None
         self._taken_over: tuple[list[ReplicaPlan], list[WorkerProcess]] | None = None
         """Until the thread that watches finds it."""
-        self._lost_early: dict[str, str] = {}
-        """Before it was taken over."""
+        self._suspects: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._lost_early: dict[str, tuple[str, float]] = {}
+        """Before it was taken over: how, and how long it was silent."""
 
     def launch(self, launch: Launch) -> Launch:
         """The same, for workers that report here."""
@@ -141,44 +185,101 @@ class Supervisor:
         self._liveness.close()
         self._adopt()
         for worker in self._processes.values():
-            end_worker(worker, pid=self._pids.get(worker.name))
+            end_worker(worker, process=self._process(worker.name))
         self._processes = {}
+
+    def worker(self, replica: int, rank: int) -> WorkerProcess | None:
+        """That has this rank now."""
+        name = self._replicas[replica].members.workers[rank]
+        return None if name is None else self._processes[name]
+
+    def process(self, worker: WorkerProcess) -> Process | None:
+        """Where a worker runs; None before it has connected."""
+        return self._process(worker.name)
+
+    def is_whole(self, num_spares: int) -> bool:
+        """Whether all ranks of all replicas are in their groups, and so many processes wait."""
+        formed = bool(self._replicas) and all(r.members.formed for r in self._replicas)
+        return formed and len(self._waiting) >= num_spares
+
+    def _process(self, name: str) -> Process | None:
+        return self._heard[name].process if name in self._heard else None
+
+    def suspect(self, name: str, reason: str) -> None:
+        """A worker did not answer a call. Any thread may call."""
+        self._suspects.put((name, reason))
 
     # -- on the thread that watches ----------------------------------------------------------------------------------
 
     def on_hello(self, name: str) -> None:
-        self._pids[name] = self._liveness.pid(name)
+        self._heard[name] = _Heard(self._liveness.process(name))
         if name in self._processes and not any(name in r.members.workers for r in self._replicas):
             self._wait(name)
             self._fill()
 
     def on_message(self, name: str, message: Message) -> None:
         kind, *values = message
+        heard = self._heard[name]
+        if kind == "beat":
+            if values[0] != heard.num_steps:
+                heard.num_steps, heard.stepped_at = values[0], self._clock()
+            return
+        if kind == "fault":
+            heard.fault = (values[0], values[1])
+            return
         for number, replica in enumerate(self._replicas):
             if name in replica.members.workers:
                 if kind == "joined":
                     self._act(number, replica.members.join(name, values[0]))
+                elif kind == "loaded":
+                    replica.loading_since.pop(name, None)
+                    self._note(number, "loaded_s", replica.members.workers.index(name))
+                    self._act(number, replica.members.loaded(name))
                 elif kind == "left" and values[0] > replica.left_epoch:
                     replica.left_epoch, replica.left_at = values[0], self._clock()
 
-    def on_lost(self, name: str, how: str) -> None:
+    def on_lost(self, name: str, how: str, silent_s: float) -> None:
         worker = self._processes.pop(name, None)
         if worker is None:
-            self._lost_early[name] = how
+            self._lost_early[name] = (how, silent_s)
             return
-        end_worker(worker, pid=self._pids.pop(name, None))
+        heard = self._heard.pop(name, None)
+        end_worker(worker, process=None if heard is None else heard.process)
+        fault = self._fault(worker, heard, how, silent_s)
+        self.faults.append(fault)
         if name in self._waiting:
             self._waiting.remove(name)
         for number, replica in enumerate(self._replicas):
             if name in replica.members.workers:
-                rank = replica.members.workers.index(name)
-                self.faults.append(Fault(number, rank, name, how, self._clock()))
-                self.events.put(RankLost(number, rank, how))
+                replica.loading_since.pop(name, None)
+                fault.replica, fault.rank = number, replica.members.workers.index(name)
+                self.events.put(RankLost(number, fault.rank, fault))
                 self._act(number, replica.members.lose(name))
         self._start_in(worker.seat)
 
+    def _fault(self, worker: WorkerProcess, heard: _Heard | None, how: str, silent_s: float) -> Fault:
+        now = self._clock()
+        fault = Fault(
+            at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            worker=worker.title,
+            node_id=worker.seat.node_id if heard is None else heard.process.node_id,
+            replica=None,
+            rank=None,
+            reason=how,
+            noticed_at=now,
+            silent_s=silent_s,
+        )
+        if heard is not None and heard.fault is not None:
+            fault.point, struck_at = heard.fault
+            fault.detection_s = now - struck_at
+        return fault
+
     def on_tick(self) -> None:
         self._adopt()
+        while not self._suspects.empty():
+            name, reason = self._suspects.get()
+            if name in self._heard:
+                self._give_up_on(name, f"a call to it failed: {reason}")
         now = self._clock()
         for number, replica in enumerate(self._replicas):
             if replica.left_at is not None and now - replica.left_at >= LEFT_GRACE_S:
@@ -186,11 +287,21 @@ class Supervisor:
                 self._act(number, replica.members.reform(replica.left_epoch))
             if replica.forming_since is not None and now - replica.forming_since >= FORM_TIMEOUT_S:
                 for name in replica.members.missing:
-                    self.on_lost(name, f"did not join its group in {FORM_TIMEOUT_S:g} s")
+                    self._give_up_on(name, f"did not join its group in {FORM_TIMEOUT_S:g} s")
+            for name in [n for n, t in replica.loading_since.items() if now - t >= self._replace_timeout_s]:
+                self._give_up_on(name, f"did not load its weights in {self._replace_timeout_s:g} s")
+        limit = self._step_timeout_s + STALL_GRACE_S
+        for name in [n for n, h in self._heard.items() if h.num_steps >= 0 and now - h.stepped_at >= limit]:
+            self._give_up_on(name, f"no step ended in {limit:g} s: stuck")
         for wanted in [w for w in self._wanted if now - w.since >= self._replace_timeout_s]:
             self._wanted.remove(wanted)
             reason = f"no process took its place in {self._replace_timeout_s:g} s"
             self.events.put(GaveUp(wanted.replica, wanted.rank, reason))
+
+    def _give_up_on(self, name: str, reason: str) -> None:
+        """Treat a worker that is connected as lost; the end of its connection is then no news."""
+        self._liveness.drop(name)
+        self.on_lost(name, reason, 0.0)
 
     def _adopt(self) -> None:
         if self._taken_over is None:
@@ -199,14 +310,15 @@ class Supervisor:
         self._taken_over = None
         processes = [worker for replica in replicas for worker in replica.workers]
         self._processes |= {worker.name: worker for worker in [*processes, *spares]}
+        self._num_spares += len(spares)
         self._replicas = [
             _Replica(Membership([w.name for w in plan.workers]), list(plan.assignments)) for plan in replicas
         ]
         for worker in spares:
-            if worker.name in self._pids:
+            if worker.name in self._heard:
                 self._wait(worker.name)
         for name in [n for n in self._lost_early if n in self._processes]:
-            self.on_lost(name, self._lost_early.pop(name))
+            self.on_lost(name, *self._lost_early.pop(name))
 
     def _wait(self, name: str) -> None:
         """A process is up and has no rank."""
@@ -221,6 +333,9 @@ class Supervisor:
             elif isinstance(action, Need):
                 self._wanted.append(_Wanted(number, action.rank, self._clock()))
                 replica.forming_since = None
+            elif isinstance(action, Load):
+                replica.loading_since[action.worker] = self._clock()
+                self._liveness.send(action.worker, ["load", *replica.assignments[action.rank].to_values()])
             elif isinstance(action, Join):
                 replica.forming_since, replica.left_at = self._clock(), None
                 first = replica.assignments[action.rank]
@@ -236,23 +351,21 @@ class Supervisor:
         while self._wanted and self._waiting:
             wanted, name = self._wanted.pop(0), self._waiting.pop(0)
             self.events.put(RankFilled(wanted.replica, wanted.rank, self._processes[name]))
-            for fault in self.faults:
-                if (fault.replica, fault.rank, fault.filled_s) == (wanted.replica, wanted.rank, None):
-                    fault.filled_s = self._clock() - fault.noticed_at
+            self._note(wanted.replica, "filled_s", wanted.rank)
             self._act(wanted.replica, self._replicas[wanted.replica].members.fill(wanted.rank, name))
 
     def _start_in(self, seat: Seat) -> None:
         assert self._launch is not None
-        worker = start_worker(self._launch, seat, None)
+        worker = start_worker(self._launch, seat, None, title=f"spare:{self._num_spares}")
+        self._num_spares += 1
         self._processes[worker.name] = worker
 
-    def _note(self, number: int, what: str) -> None:
+    def _note(self, number: int, what: str, rank: int | None = None) -> None:
+        """Something was reached after the faults of a replica, or of one of its ranks."""
         for fault in self.faults:
-            if fault.replica == number and getattr(fault, what) is None:
+            if fault.replica == number and rank in (None, fault.rank) and getattr(fault, what) is None:
                 setattr(fault, what, self._clock() - fault.noticed_at)
 
-    def note_output(self, replica: int) -> None:
-        """A replica told something new of a request. On the thread that uses the replicas."""
-        for fault in self.faults:
-            if fault.replica == replica and fault.first_output_s is None and fault.formed_s is not None:
-                fault.first_output_s = self._clock() - fault.noticed_at
+    def note_first_token(self, fault: Fault) -> None:
+        """An interrupted request told something new. On the thread that uses the replicas."""
+        fault.first_token_s = self._clock() - fault.noticed_at

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import Store, Work  # type: ignore[attr-defined]
 
+from .failpoints import Failpoints
 from .transport import SocketMesh
 
 _SENDER = struct.Struct("<8sqq")  # magic, rank, payload bytes
@@ -85,6 +86,7 @@ class Communicator:
         *,
         name: str = "world",
         timeout_s: float = 60.0,
+        failpoints: Failpoints | None = None,
         store_ranks: Sequence[int] | None = None,
     ) -> None:
         """Of more than one rank, it is in use after `connect`.
@@ -94,8 +96,10 @@ class Communicator:
         assert 0 <= rank < size
         self.rank, self.size, self.name, self.epoch, self.step = rank, size, name, 0, 0
         self.timeout_s = timeout_s
+        self._failpoints = failpoints or Failpoints()
         self._store_ranks = list(range(size)) if store_ranks is None else list(store_ranks)
         self._peers = [(rank + k) % size for k in range(1, size)]
+        self._sequence = 0
         self._mesh: SocketMesh | None = None
         self._nccl: NcclBackend | None = None
         self._closed: str | None = "it was never formed" if size > 1 else None
@@ -245,6 +249,7 @@ class Communicator:
         """One exchange in host memory. Returns what each rank sent (own entry: what this rank sends itself)."""
         if self._closed is not None:
             raise CollectiveError(f"{self._who()} cannot run {call}: the group ended before: {self._closed}")
+        self._failpoints.reach("collective")
         deadline = time.monotonic() + self.timeout_s
         try:
             return self._send_and_receive(call, recvs, deadline)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from .collectives import HEADER_BYTES, CollectiveError, Communicator, NcclBackend
 from .config import ParallelConfig
+from .failpoints import Failpoints
 from .transport import Patience, SocketMesh, connect_mesh
 
 MIN_CREATION_TIMEOUT_S = 30.0
@@ -38,6 +39,9 @@ class ParallelGroups:
     """Of one collective, and of forming the groups where it is above MIN_CREATION_TIMEOUT_S."""
     busy_wait_s: float = 0.0
     """How long to watch for a message before sleeping, for ranks that have their cores to themselves."""
+    failpoints: Failpoints = field(default_factory=Failpoints)
+    secret: bytes = field(default=b"", repr=False)
+    """That the ranks share and nobody else has; it opens their connections."""
 
     @property
     def dp_rank(self) -> int:
@@ -95,13 +99,56 @@ class ParallelGroups:
             group.connect(epoch, mesh, nccl, epoch_store)
 
 
-def single_process_groups(device: torch.device | None = None) -> ParallelGroups:
+def single_process_groups(
+    device: torch.device | None = None, *, failpoints: Failpoints | None = None
+) -> ParallelGroups:
     """The groups of a replica of one rank; no torch.distributed."""
     world, tp = Communicator(name="world"), Communicator(name="tp0")
-    groups = ParallelGroups(ParallelConfig(), 0, device or torch.device("cpu"), world, tp)
+    device, failpoints = device or torch.device("cpu"), failpoints or Failpoints()
+    groups = ParallelGroups(ParallelConfig(), 0, device, world, tp, failpoints=failpoints)
     world.connect(0)
     tp.connect(0)
     return groups
+
+
+def create_groups(
+    config: ParallelConfig,
+    rank: int,
+    *,
+    device: torch.device | None = None,
+    timeout_s: float = 60.0,
+    hostname: str = "127.0.0.1",
+    busy_wait_s: float = 0.0,
+    failpoints: Failpoints | None = None,
+    ranks_on_node: int = 1,
+    secret: bytes = b"",
+) -> ParallelGroups:
+    """The groups of one rank, in use after `join`: a model can be loaded before, which needs no other rank."""
+    if not 0 <= rank < config.world_size:
+        raise ValueError(
+            f"rank {rank} is not in a layout of {config.world_size} ranks; use 0 to {config.world_size - 1}"
+        )
+    failpoints = failpoints or Failpoints()
+    world = Communicator(rank, config.world_size, timeout_s=timeout_s, failpoints=failpoints)
+    tp, ranks = world, config.tp_group(rank)
+    if len(ranks) < config.world_size:
+        name = f"tp{config.dp_rank(rank)}"
+        tp = Communicator(
+            ranks.index(rank), len(ranks), name=name, timeout_s=timeout_s, failpoints=failpoints, store_ranks=ranks
+        )
+    return ParallelGroups(
+        config,
+        rank,
+        device or torch.device("cpu"),
+        world,
+        tp,
+        ranks_on_node,
+        hostname,
+        timeout_s,
+        busy_wait_s,
+        failpoints,
+        secret,
+    )
 
 
 def init_groups(
@@ -114,30 +161,24 @@ def init_groups(
     timeout_s: float = 60.0,
     hostname: str = "127.0.0.1",
     busy_wait_s: float = 0.0,
-    ranks_on_node: int | None = None,
+    failpoints: Failpoints | None = None,
+    secret: bytes = b"",
     stop: Callable[[], bool] = lambda: False,
 ) -> ParallelGroups:
-    """The groups of one rank, joined (see `ParallelGroups.join`).
-
-    `ranks_on_node` is given to a rank that takes the place of another one; the ranks of a first epoch find it out.
-    """
-    if not 0 <= rank < config.world_size:
-        raise ValueError(
-            f"rank {rank} is not in a layout of {config.world_size} ranks; use 0 to {config.world_size - 1}"
-        )
-    world = Communicator(rank, config.world_size, timeout_s=timeout_s)
-    tp, ranks = world, config.tp_group(rank)
-    if len(ranks) < config.world_size:
-        name = f"tp{config.dp_rank(rank)}"
-        tp = Communicator(ranks.index(rank), len(ranks), name=name, timeout_s=timeout_s, store_ranks=ranks)
-    groups = ParallelGroups(
-        config, rank, device or torch.device("cpu"), world, tp, ranks_on_node or 1, hostname, timeout_s, busy_wait_s
+    """The groups of one rank, joined (see `ParallelGroups.join`); the ranks find out together how many share a node."""
+    groups = create_groups(
+        config,
+        rank,
+        device=device,
+        timeout_s=timeout_s,
+        hostname=hostname,
+        busy_wait_s=busy_wait_s,
+        failpoints=failpoints,
+        secret=secret,
     )
     groups.join(store, epoch, stop=stop)
-    if ranks_on_node is not None:
-        return groups
     address = zlib.crc32(hostname.encode())
-    addresses = world.all_gather_ints([address], layer=-1, op="groups.addresses")
+    addresses = groups.world.all_gather_ints([address], layer=-1, op="groups.addresses")
     return replace(groups, ranks_on_node=addresses.count([address]))
 
 
@@ -155,6 +196,7 @@ def _create_backends(
         header_bytes=HEADER_BYTES,
         patience=Patience(timeout_s, stop),
         busy_wait_s=groups.busy_wait_s,
+        secret=groups.secret,
     )
     if groups.device.type != "cuda":
         return mesh, None

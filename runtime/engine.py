@@ -215,7 +215,6 @@ class Engine:
         if request.do_remote_prefill:
             assert self.loader is not None, "there is no transport that could bring records"
             seq.awaits_records = True
-            seq.output_token_ids = []  # until it starts
             self.loader.expect(request.request_id, seq)
             self._awaiting[request.request_id] = seq.seq_id
             others = []  # until the prompt is there: they find it in the prefix cache
@@ -291,6 +290,22 @@ class Engine:
         """Make every rank of the replica leave its loop at the next step."""
         self._stop_requested = True
 
+    def audit(self) -> list[str]:
+        """What is wrong on this rank when no request is in flight; [] when every block is given back."""
+        problems = [f"request {request_id} is not finished" for request_id in self._requests]
+        try:
+            self.block_manager.check_integrity()
+        except AssertionError as error:
+            problems.append(str(error))
+        if held := self.block_manager.num_blocks - self.block_manager.num_free_blocks:
+            problems.append(f"{held} blocks are in use")
+        if self.scheduler.num_export_tokens:
+            problems.append(f"the export buffer holds {self.scheduler.num_export_tokens} tokens")
+        for what, end in (("published", self.exporter), ("awaited", self.loader)):
+            if end is not None and end.num_requests:
+                problems.append(f"records of {end.num_requests} requests are {what}")
+        return problems
+
     def rejoin(self, replaced: Collection[int]) -> None:
         """Go on after a step failed and the groups were joined again, with new processes in the ranks `replaced`.
 
@@ -309,8 +324,12 @@ class Engine:
         """One round: schedule, agree, run, sample, update."""
         self._num_steps += 1
         self.groups.set_step(self._num_steps)
+        if self.exporter is not None:
+            self.exporter.expire()
         if self._all_idle and self.groups.world.size > 1:
             return self._wake()
+        reach = self.groups.failpoints.reach
+        reach("engine.schedule")
         self._start_loaded()
         batch, arrived = self._schedule() if self.is_leader else (EMPTY_BATCH, [])
         round_ = self._agree(batch)
@@ -318,14 +337,18 @@ class Engine:
         if round_.stopped or round_.idle:
             return StepResult([], idle=round_.idle, stopped=round_.stopped, loaded=self._take_loaded())
         self._write_records(round_.batch, arrived)
+        reach("engine.run")
         take = self._take_prompt_logits if self.is_leader else None
         logits = self.runner.run(round_.batch, round_.num_prompt_slices, take)
         if not self.is_leader:
             return StepResult([], idle=False, stopped=False)
+        reach("engine.sample")
         if self.loader is not None:
             self.loader.commit()
         chunks = self._account(batch, sampled := self._sample(batch, logits))
-        return StepResult(self._update(sampled), idle=False, stopped=False, chunks=chunks, loaded=self._take_loaded())
+        outputs = self._update(sampled)
+        reach("engine.update")
+        return StepResult(outputs, idle=False, stopped=False, chunks=chunks, loaded=self._take_loaded())
 
     def _take_loaded(self) -> list[PromptLoaded]:
         loaded, self._loaded = self._loaded, []
@@ -333,9 +356,8 @@ class Engine:
 
     def _start_loaded(self) -> None:
         """Let requests go on whose prompts arrived, or will not arrive."""
-        if self.loader is None or self.exporter is None:
+        if self.loader is None:
             return
-        self.exporter.expire()
         loaded = self.loader.advance()
         for one in loaded:
             seq_id = self._awaiting.pop(one.request_id)
@@ -353,6 +375,8 @@ class Engine:
         if self.loader is None:
             return batch, []
         arrived = self.loader.plan()
+        if self.loader.is_reading:
+            self.groups.failpoints.reach("kv.fetch")
         return replace(batch, writes=[planned.write for planned in arrived]), arrived
 
     def _write_records(self, batch: Batch, arrived: list[PlannedWrite]) -> None:
@@ -366,6 +390,7 @@ class Engine:
                 payload = torch.frombuffer(bytearray(received), dtype=torch.uint8) if payload is None else payload
             assert payload is not None
             cache.write_records(cache.slots(write.block_table, write.start, write.end), payload)
+            self.groups.failpoints.reach("kv.write")
 
     def _wake(self) -> StepResult:
         """After a step without work: learn whether there is some now, but do not start on it.
@@ -410,7 +435,10 @@ class Engine:
             return []
         exporting = [r for s in batch.sequences if (r := self._running[s.seq_id]).seq.exports]
         epoch = self.groups.world.epoch
-        return [c for r in exporting for c in self.exporter.publish(r.state.request.request_id, epoch=epoch)]
+        chunks = [c for r in exporting for c in self.exporter.publish(r.state.request.request_id, epoch=epoch)]
+        if chunks:
+            self.groups.failpoints.reach("kv.publish")
+        return chunks
 
     def _update(self, tokens: dict[int, SampledToken]) -> list[RequestOutput]:
         """Append the tokens, let go of what is finished, and collect what there is to show."""

@@ -60,6 +60,11 @@ class KVExporter:
         self._exports: dict[str, _Export] = {}
         self._num_chunks = 0
 
+    @property
+    def num_requests(self) -> int:
+        """Requests whose records are published, or will be."""
+        return len(self._exports)
+
     def begin(self, request_id: str, seq: Sequence) -> None:
         self._exports[request_id] = _Export(seq)
 
@@ -128,8 +133,9 @@ class _Load:
     """Failed reads, by number of the chunk."""
     num_preemptions: int = 0
     """Of the sequence when its current blocks were allocated: after another one, nothing is written."""
-    output_token_ids: list[int] | None = None
-    """What follows the prompt; None until the prefill ended."""
+    output_token_ids: list[int] = field(default_factory=list)
+    """What follows the prompt, as far as it is known: all of it once the prefill ended."""
+    prefill_ended: bool = False
     error: str | None = None
 
     @property
@@ -176,10 +182,18 @@ class KVLoader:
         self._loads: dict[int, _Load] = {}
         self._planned: list[tuple[_Load, PlannedWrite]] = []
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that wait for records."""
+        return len(self._loads)
+
     def expect(self, request_id: str, seq: Sequence) -> None:
-        """Chunks of the prompt of `seq`, which awaits records, will be announced."""
+        """Chunks of the prompt of `seq`, which awaits records, will be announced. What it has generated is put aside
+        until it starts."""
         assert seq.awaits_records
-        self._loads[seq.seq_id] = _Load(request_id, seq, self._clock() + self._timeout_s)
+        load = _Load(request_id, seq, self._clock() + self._timeout_s, output_token_ids=seq.output_token_ids)
+        seq.output_token_ids = []
+        self._loads[seq.seq_id] = load
 
     def add_chunk(self, seq_id: int, chunk: KVChunk) -> None:
         """A chunk was published. Duplicates and prompts that wait no longer are ignored; a gap fails the prompt."""
@@ -198,7 +212,8 @@ class KVLoader:
         if load is None:
             return
         load.deadline = self._clock() + self._timeout_s
-        load.output_token_ids = output_token_ids
+        if output_token_ids is not None:
+            load.output_token_ids, load.prefill_ended = output_token_ids, True
         if load.error is not None:
             return
         if output_token_ids is None:
@@ -218,13 +233,13 @@ class KVLoader:
         for load in list(self._loads.values()):
             if load.error is None and self._clock() >= load.deadline:
                 load.error = f"no news of the prompt in {self._timeout_s:g} s"
-            complete = load.output_token_ids is not None and load.num_written == len(load.chunks)
+            complete = load.prefill_ended and load.num_written == len(load.chunks)
             if load.error is None and not (complete and load.seq.status is SequenceStatus.LOADING):
                 continue
             seq = load.seq
             if load.error is None and load.output_token_ids:
                 self._scheduler.loaded(seq.seq_id, seq.num_prompt_tokens)
-            self._scheduler.start(seq.seq_id, load.output_token_ids or [])
+            self._scheduler.start(seq.seq_id, load.output_token_ids)
             self.drop(seq.seq_id)
             done.append(PromptLoaded(request_id=load.request_id, error=load.error))
         return done
@@ -243,6 +258,11 @@ class KVLoader:
                 budget = self._plan_one(load, budget)
         self._start_fetches()
         return [planned for _, planned in self._planned]
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether chunks are on their way."""
+        return any(load.fetches for load in self._loads.values())
 
     def commit(self) -> None:
         """The planned writes are done on every rank of the attention group."""

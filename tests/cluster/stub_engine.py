@@ -76,6 +76,9 @@ class StubEngine:
     def rejoin(self, replaced: Collection[int]) -> None:
         pass
 
+    def audit(self) -> list[str]:
+        return [f"request {request_id} is not finished" for request_id in self.requests]
+
     def request_stop(self) -> None:
         self.stop = True
 

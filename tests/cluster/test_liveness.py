@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.liveness import EXIT_ORPHAN, MAX_MESSAGE_BYTES, Liveness, LivenessLink, pack, unpack
+from shoal.cluster.liveness import EXIT_ORPHAN, MAX_MESSAGE_BYTES, Liveness, LivenessLink, Process, pack, unpack
 
 WORKER = """
 import sys, time
 from shoal.cluster.liveness import LivenessLink
 host, port, key, name = sys.argv[1:]
-link = LivenessLink((host, int(port)), key, name, on_message=lambda m: link.send(["echo", *m]))
+link = LivenessLink((host, int(port)), key, name, node_id="n", on_message=lambda m: link.send(["echo", *m]))
 link.start()
 print("up", flush=True)
 time.sleep(600)
@@ -39,10 +39,11 @@ class Observer:
         self.greet(name)
 
     def on_message(self, name: str, message: list[Any]) -> None:
-        if message != ["beat"]:
+        if message[0] != "beat":
             self.events.append(("message", name, message))
 
-    def on_lost(self, name: str, how: str) -> None:
+    def on_lost(self, name: str, how: str, silent_s: float) -> None:
+        assert 0 <= silent_s < WAIT_S
         self.events.append(("lost", name, how))
 
     def on_tick(self) -> None:
@@ -94,7 +95,7 @@ def test_a_worker_is_greeted_and_answers_and_its_death_is_known(watched: Any, sp
     liveness, observer = watched
     process = spawn(liveness, "w0")
     observer.wait_for("message", "w0", ["echo", "rank", 3])
-    assert liveness.pid("w0") == process.pid
+    assert liveness.process("w0") == Process("n", process.pid)
     time.sleep(4.0)  # it beats
     assert not [e for e in observer.events if e[0] == "lost"]
     process.kill()
@@ -126,7 +127,7 @@ def test_an_orphan_ends_itself(spawn: Any) -> None:
     "sent",
     [
         b"GET / HTTP/1.1\r\n\r\n",
-        pack(["hello", "wrong key", "w9", 1]),
+        pack(["hello", "wrong key", "w9", "n", 1]),
         pack(["beat"]),
         pack(["hello"]),
         (1 << 31).to_bytes(4, "little"),
@@ -145,10 +146,12 @@ def test_strangers_are_turned_away(watched: Any, sent: bytes) -> None:
 def test_a_second_worker_of_the_same_name_is_turned_away(watched: Any) -> None:
     liveness, observer = watched
     ended = threading.Event()
-    first = LivenessLink(liveness.address, liveness.key, "w0", on_message=lambda m: None, on_end=lambda: None)
+    first = LivenessLink(
+        liveness.address, liveness.key, "w0", node_id="n", on_message=lambda m: None, on_end=lambda: None
+    )
     first.start()
     observer.wait_for("hello", "w0")
-    LivenessLink(liveness.address, liveness.key, "w0", on_message=lambda m: None, on_end=ended.set).start()
+    LivenessLink(liveness.address, liveness.key, "w0", node_id="n", on_message=lambda m: None, on_end=ended.set).start()
     assert ended.wait(WAIT_S)
     assert observer.events == [("hello", "w0")]
     first.close()

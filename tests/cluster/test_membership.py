@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from shoal.cluster.membership import Action, Formed, Join, Leave, Membership, Need
+from shoal.cluster.membership import Action, Formed, Join, Leave, Load, Membership, Need
 
 
 def test_a_lost_worker_is_replaced_in_a_new_epoch() -> None:
@@ -14,7 +14,10 @@ def test_a_lost_worker_is_replaced_in_a_new_epoch() -> None:
     assert members.formed
     assert members.lose("b") == [Leave("a", 0), Leave("c", 0), Need(1)]
     assert members.lose("b") == [] == members.lose("stranger")
-    assert members.fill(1, "d") == [Join("a", 0, 1, (1,)), Join("d", 1, 1, (1,)), Join("c", 2, 1, (1,))]
+    assert members.fill(1, "d") == [Load("d", 1)]
+    assert members.reform(0) == [], "not before all have their weights"
+    assert members.loaded("a") == []
+    assert members.loaded("d") == [Join("a", 0, 1, (1,)), Join("d", 1, 1, (1,)), Join("c", 2, 1, (1,))]
     assert members.join("a", 1) == members.join("d", 1) == members.join("c", 0) == []
     assert members.missing == ["c"]
     assert not members.formed
@@ -26,10 +29,23 @@ def test_a_loss_while_forming_adds_to_what_was_replaced() -> None:
     members = Membership(["a", "b", "c"])
     members.lose("b")
     members.fill(1, "d")
+    members.loaded("d")
     members.join("a", 1)
     assert members.lose("c") == [Leave("a", 1), Leave("d", 1), Need(2)]
     assert members.join("d", 1) == []
-    assert members.fill(2, "e") == [Join(w, r, 2, (1, 2)) for r, w in enumerate("ade")], "a may not know of b's end yet"
+    assert members.fill(2, "e") == [Load("e", 2)]
+    assert members.missing == []
+    assert members.loaded("e") == [Join(w, r, 2, (1, 2)) for r, w in enumerate("ade")], "a may not know of b's end yet"
+
+
+def test_a_loss_while_loading_is_a_loss_like_others() -> None:
+    members = Membership(["a", "b"])
+    members.lose("b")
+    members.fill(1, "c")
+    assert members.lose("c") == [Leave("a", 0), Need(1)]
+    assert members.loaded("c") == []
+    members.fill(1, "d")
+    assert members.loaded("d") == [Join("a", 0, 1, (1,)), Join("d", 1, 1, (1,))]
 
 
 def test_ranks_that_left_although_all_live_join_again() -> None:
@@ -46,7 +62,7 @@ class MembershipMachine(RuleBasedStateMachine):
     @initialize(size=st.integers(1, 4))
     def start(self, size: int) -> None:
         self.members = Membership([f"w{i}" for i in range(size)])
-        self.inbox: dict[str, list[Leave | Join]] = {f"w{i}": [] for i in range(size)}
+        self.inbox: dict[str, list[Leave | Load | Join]] = {f"w{i}": [] for i in range(size)}
         self.epoch_of = dict.fromkeys(self.inbox, 0)
         self.wanted: list[int] = []
         self.num_workers = size
@@ -83,6 +99,8 @@ class MembershipMachine(RuleBasedStateMachine):
     def hear(self, data: st.DataObject) -> None:
         worker = data.draw(st.sampled_from(sorted(w for w, inbox in self.inbox.items() if inbox)))
         message = self.inbox[worker].pop(0)
+        if isinstance(message, Load):
+            self.act(self.members.loaded(worker))
         if isinstance(message, Join):
             assert message.epoch > self.epoch_of[worker]
             assert self.epoch_of[worker] >= 0 or message.rank in message.replaced, (
@@ -101,12 +119,13 @@ class MembershipMachine(RuleBasedStateMachine):
             return
         while self.wanted:
             self.find()
-        for worker, inbox in self.inbox.items():
-            while inbox:
-                message = inbox.pop(0)
-                if isinstance(message, Join):
-                    self.epoch_of[worker] = message.epoch
-                    self.act(self.members.join(worker, message.epoch))
+        while worker := next((w for w, inbox in self.inbox.items() if inbox), None):
+            message = self.inbox[worker].pop(0)
+            if isinstance(message, Load):
+                self.act(self.members.loaded(worker))
+            if isinstance(message, Join):
+                self.epoch_of[worker] = message.epoch
+                self.act(self.members.join(worker, message.epoch))
         assert self.members.formed
 
 

@@ -82,7 +82,7 @@ class Running:
     def outputs(self, count: int) -> list[RequestOutput]:
         found: list[RequestOutput] = []
         while len(found) < count:
-            _, messages = self.worker.poll(JOIN_S)
+            messages = self.worker.poll(JOIN_S)
             assert messages, "nothing came before the deadline, or the loop ended"
             found += map(unpack_output, messages)
         return found
@@ -131,7 +131,7 @@ def test_progress_is_told_before_the_output(monkeypatch: pytest.MonkeyPatch) -> 
         one.worker.tell([message("a", max_tokens=6, report_progress=True, generated=earlier), message("b")])
         events: list[Event] = []
         while sum(isinstance(e, RequestOutput) for e in events) < 2:
-            _, new = one.worker.poll(JOIN_S)
+            new = one.worker.poll(JOIN_S)
             assert new
             events += map(unpack_event, new)
     told = [e for e in events if isinstance(e, RequestProgress)]
@@ -166,29 +166,37 @@ def test_an_aborted_request_leaves_the_engine() -> None:
         assert engine.requests == {}
 
 
-def test_a_poll_with_nothing_to_say_returns_and_shows_that_the_loop_lives() -> None:
+def test_a_poll_with_nothing_to_say_returns_while_the_loop_lives() -> None:
     with running() as (one,):
-        before, messages = one.worker.poll(0.05)
-        assert messages == []
-        after, _ = one.worker.poll(0.05)
-        assert after > before
+        before = one.worker._num_steps
+        assert one.worker.poll(0.05) == []
+        assert one.worker._num_steps > before
+
+
+def test_an_audit_sees_what_was_told_before_it() -> None:
+    with running() as (one,):
+        assert one.worker.audit() == []
+        one.worker.tell([message("long", max_tokens=10**9)])
+        assert one.worker.audit() == ["request long is not finished"]
+        one.worker.tell([pack_command(Abort("long"))])
+        assert one.worker.audit() == []
 
 
 def test_a_poll_is_bounded_in_bytes_but_never_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(spec())
     worker._outbox.extend([b"aaaa", b"bb", b"cc", b"d"])
     monkeypatch.setattr(worker_module, "MAX_POLL_BYTES", 4)
-    assert [worker.poll(1.0)[1] for _ in range(3)] == [[b"aaaa"], [b"bb", b"cc"], [b"d"]]
+    assert [worker.poll(1.0) for _ in range(3)] == [[b"aaaa"], [b"bb", b"cc"], [b"d"]]
     worker._outbox.append(b"eeeeee")
-    assert worker.poll(1.0)[1] == [b"eeeeee"]
+    assert worker.poll(1.0) == [b"eeeeee"]
 
 
 def test_an_output_that_no_message_holds_becomes_an_error_of_that_request(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(spec())
     monkeypatch.setattr("shoal.cluster.wire.MAX_MESSAGE_BYTES", 1000)
     big = CompletionOutput(index=0, text="x" * 2000, token_ids=[1], finish_reason="stop")
-    worker._hand_out([RequestOutput(request_id="a", prompt_token_ids=[1], outputs=[big], finished=True)])
-    (found,) = map(unpack_output, worker.poll(1.0)[1])
+    worker._tell([RequestOutput(request_id="a", prompt_token_ids=[1], outputs=[big], finished=True)])
+    (found,) = map(unpack_output, worker.poll(1.0))
     assert (found.request_id, found.finished, found.outputs[0].finish_reason) == ("a", True, "error")
     assert "above the limit of 1000" in (found.outputs[0].error or "")
 
@@ -200,7 +208,7 @@ def test_an_error_ends_the_loop_with_its_traceback_and_frees_the_polls() -> None
         assert end is not None
         assert (end.rank, end.kind, end.message) == (0, "error", "RuntimeError: the stub broke")
         assert "in misbehave" in end.traceback
-        assert one.worker.poll(3600.0)[1] == []
+        assert one.worker.poll(3600.0) == []
 
 
 def test_one_rank_that_stops_stops_all_in_the_same_step() -> None:

@@ -13,7 +13,7 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 from shoal.parallel import groups as groups_module
 from shoal.parallel.collectives import CollectiveError
 from shoal.parallel.config import ParallelConfig
-from shoal.parallel.groups import init_groups, single_process_groups
+from shoal.parallel.groups import create_groups, init_groups, single_process_groups
 from tests.parallel.spawn import run_ranks
 
 LAYOUTS = [(2, 2), (4, 1), (1, 4), (2, 2), (1, 2), (2, 1)]
@@ -61,7 +61,10 @@ def survive(rank: int, store: Store) -> list[int]:
     config = ParallelConfig(data_parallel_size=3)
     if rank == 3:
         store.wait(["left/0", "left/1"], timedelta(seconds=30))
-        groups = init_groups(config, 2, store, epoch=1, ranks_on_node=3)
+        groups = create_groups(config, 2, ranks_on_node=3)
+        with pytest.raises(CollectiveError, match="it was never formed"):
+            groups.world.all_gather_ints([rank], layer=-1, op="too early")
+        groups.join(store, 1)
         return [row[0] for row in groups.world.all_gather_ints([rank], layer=-1, op="after")]
     groups = init_groups(config, rank, store)
     for number in range(100):
