@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from shoal.parallel.failpoints import DRIVER, VARIABLE, Failpoints
 from shoal.runtime.loader import Checkpoint
 
 from .batch_input import file_sha256
@@ -29,6 +31,7 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
     `command` is what the user typed, for the hint that says how to resume. ValueError for what the user must mend.
     """
     spec = job_spec(config)
+    failpoints = Failpoints(os.environ.get(VARIABLE, ""), DRIVER)
     progress = ProgressReporter(stderr)
 
     def start() -> Engines:
@@ -36,7 +39,7 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
 
     try:
         with StopSignal() as stop:
-            result = run_job(spec, start, stop=stop, progress=progress)
+            result = run_job(spec, start, stop=stop, progress=progress, failpoints=failpoints)
     finally:
         progress.close()
     report(result, config.output, command, stdout, stderr)

@@ -4,6 +4,7 @@
     part-00000.jsonl  answered rows, in the order in which they finished
     errors.jsonl      rows that could not be answered
     journal.log       which rows are finished, how much of the two files above is theirs, and tokens of unfinished rows
+    faults.json       workers that were lost, and how each loss was mended; absent while there was none
     digests.bin       per input row: state (1 byte: 0 open, 1 answered, 2 failed), digest of its content (32 bytes)
 
 A group of rows is committed in this order: lines, fsync, journal records, fsync. After a crash, lines that no record
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from shoal.parallel.failpoints import Failpoints
 from shoal.runtime.types import GeneratedTokens, RequestProgress
 
 from .journal import MAGIC, Journal, ProgressRecord, Record, RowRecord, write_fully
@@ -33,6 +35,7 @@ State = Literal["validating", "in_progress", "finalizing", "completed", "failed"
 
 RUN_FILE, PART_FILE, ERROR_FILE = "run.json", "part-00000.jsonl", "errors.jsonl"
 JOURNAL_FILE, DIGEST_FILE, LOCK_FILE, CUSTOM_ID_FILE = "journal.log", "digests.bin", "job.lock", "custom_ids.sqlite"
+FAULT_FILE = "faults.json"
 
 _SLOT_BYTES = 33
 _DIGEST_CHUNK_ROWS = 4096
@@ -68,18 +71,19 @@ class BatchOutput:
         commit_bytes: int = 8 << 20,
         commit_interval_s: float = 0.2,
         clock: Callable[[], float] = time.monotonic,
+        failpoints: Failpoints | None = None,
     ) -> None:
         """ValueError if another process has the directory, or if it holds files that are not those of a job."""
         self.directory = directory
         self.counts = RowCounts()
         self._commit_rows, self._commit_bytes, self._commit_interval_s = commit_rows, commit_bytes, commit_interval_s
-        self._clock = clock
+        self._clock, self._failpoints = clock, failpoints or Failpoints()
         self._pending: list[FinishedRow] = []
         self._pending_bytes = 0
         self._pending_progress: list[ProgressRecord] = []
         self._generated: dict[int, dict[int, GeneratedTokens]] = {}
         self._last_commit = clock()
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(0o755, parents=True, exist_ok=True)
         self._resources = ExitStack()
         try:
             self._open(overwrite)
@@ -170,6 +174,7 @@ class BatchOutput:
                 data = b"".join(row.data for row in self._pending if row.failed is failed)
                 write_fully(fd, data, self._sizes[failed])
                 os.fsync(fd)
+        self._failpoints.reach("job.commit")
         self._journal.append([*records, *progress])
         for record in records:
             self._count(record)
@@ -227,7 +232,8 @@ class BatchOutput:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file in one step."""
     new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
+    new.unlink(missing_ok=True)
+    with open(_open_file(new), "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()
@@ -246,6 +252,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def _open_file(path: Path) -> int:
+    """For reading and writing; nobody else may write to it, whatever the umask."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
@@ -268,7 +275,7 @@ def _lock(directory: Path) -> int:
 
 def _remove_job(directory: Path) -> None:
     # run.json goes first: without it the rest is not taken for a job that can be resumed.
-    for name in (RUN_FILE, JOURNAL_FILE, PART_FILE, ERROR_FILE, DIGEST_FILE, CUSTOM_ID_FILE):
+    for name in (RUN_FILE, JOURNAL_FILE, PART_FILE, ERROR_FILE, DIGEST_FILE, CUSTOM_ID_FILE, FAULT_FILE):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -128,7 +128,12 @@ def validate(input: str, **options: Any) -> None:
 )
 @click.option("--tensor-parallel-size", "-tp", type=int, metavar="N", default=2, show_default=True)
 @click.option("--data-parallel-size", "-dp", type=int, metavar="N", default=1, show_default=True)
-def demo(output: Path, tensor_parallel_size: int, data_parallel_size: int) -> None:
+@click.option(
+    "--kill",
+    type=click.Choice(["prefill:0", "decode:0", "node:1", "driver"]),
+    help="Kill that in the middle; the answers are the same. Prefill and decode are then replicas of their own.",
+)
+def demo(output: Path, tensor_parallel_size: int, data_parallel_size: int, kill: Any) -> None:
     """Answer real prompts on Ray workers and in one process, and compare every token.
 
     The model is shoal-tiny, which is bundled: DeepSeek-V3.2's architecture, small, and trained.
@@ -141,6 +146,7 @@ def demo(output: Path, tensor_parallel_size: int, data_parallel_size: int) -> No
             output,
             tensor_parallel_size=tensor_parallel_size,
             data_parallel_size=data_parallel_size,
+            kill=kill,
             stdout=sys.stdout,
             stderr=sys.stderr,
         )

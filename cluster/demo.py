@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import string
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
+from shoal.parallel.failpoints import DRIVER, Failpoints
 from shoal.runtime.tokenizer import EOS
 
 from .batch import job_spec
-from .batch_output import PART_FILE, RUN_FILE
+from .batch_output import FAULT_FILE, PART_FILE, RUN_FILE
 from .bundled import BUNDLED_MODEL
 from .engine_args import EngineArgs, read_model_config
+from .fault import read_faults
 from .inprocess import InProcessEngine
 from .job import EXIT_OK, Engines, JobResult, run_job
 from .job_config import JobConfig
+from .local_cluster import local_cluster
 from .progress import ProgressReporter
 from .start import start_engines
 from .stop_signal import StopSignal
 
 EXIT_DIFFERENT = 1
+
+Victim = Literal["prefill:0", "decode:0", "node:1", "driver"]
+FAULTS: Mapping[Victim, str] = {
+    "prefill:0": "prefill:0:kv.publish:4",
+    "decode:0": "decode:0:engine.run:40",
+    "node:1": "decode:0:engine.run:40:node",
+    "driver": "driver:0:job.answer:3",
+}
+DRIVER_TIMEOUT_S = 300.0
 
 MAX_MODEL_LEN = 1280
 SAMPLING = {"max_tokens": 160, "temperature": 0, "logprobs": 0, "skip_special_tokens": False}
@@ -103,16 +118,29 @@ class Comparison:
         )
 
 
-def demo(output: Path, *, tensor_parallel_size: int, data_parallel_size: int, stdout: TextIO, stderr: TextIO) -> int:
+def demo(
+    output: Path,
+    *,
+    tensor_parallel_size: int,
+    data_parallel_size: int,
+    stdout: TextIO,
+    stderr: TextIO,
+    kill: Victim | None = None,
+) -> int:
     """Answer prompts with the bundled model on Ray and in one process, and compare; 1 if anything differs.
 
+    With `kill`, prefill and decode are replicas of their own and a spare waits, instead of the layout given; and that
+    worker, the node of the decode worker, or the process that drives the job is killed in the middle.
     ValueError for a layout that the model or the machine cannot take.
     """
     model, prompts = str(BUNDLED_MODEL), output / "prompts.jsonl"
+    replicas: Any = ["prefill:1", "decode:1"] if kill else 1
     cluster_args = EngineArgs(
         model=model,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
+        tensor_parallel_size=1 if kill else tensor_parallel_size,
+        data_parallel_size=1 if kill else data_parallel_size,
+        replicas=replicas,
+        spares=1 if kill else 0,
         max_model_len=MAX_MODEL_LEN,
         block_size=16,
         num_kv_blocks=256,
@@ -140,10 +168,17 @@ def demo(output: Path, *, tensor_parallel_size: int, data_parallel_size: int, st
 
     workers = cluster_args.num_workers
     with steps.step(f"answer the prompts on {workers} Ray worker{'s' * (workers > 1)}, as `shoal batch` does"):
-        steps.say(
-            f"tensor parallel {tensor_parallel_size}, data parallel {data_parallel_size}; experts split over {workers}"
-        )
-        first = _answer(prompts, output / "answers", cluster_args, start_engines, stderr)
+        if kill is None:
+            steps.say(
+                f"tensor parallel {tensor_parallel_size}, data parallel {data_parallel_size}; experts split over "
+                f"{workers}"
+            )
+            first = _answer(prompts, output / "answers", cluster_args, start_engines, stderr)
+        else:
+            steps.say(f"a prefill and a decode replica and a spare; {kill} is killed in the middle")
+            first = _answer_disturbed(prompts, output / "answers", cluster_args, kill, stderr)
+            for fault in read_faults(output / "answers" / FAULT_FILE):
+                steps.say(fault)
         _show_end(steps, first)
     if first.exit_code != EXIT_OK:
         return first.exit_code
@@ -158,6 +193,25 @@ def demo(output: Path, *, tensor_parallel_size: int, data_parallel_size: int, st
     if second.exit_code != EXIT_OK:
         return second.exit_code
     return judge(output / "answers", output / "reference", stdout)
+
+
+def _answer_disturbed(prompts: Path, output: Path, args: EngineArgs, kill: Victim, stderr: TextIO) -> JobResult:
+    """Answer the prompts while something is killed."""
+    if kill == "driver":
+        driver = multiprocessing.get_context("spawn").Process(target=_answer_until_killed, args=(prompts, output, args))
+        driver.start()
+        driver.join(DRIVER_TIMEOUT_S)
+        print(f"   the process that drove the job ended with {driver.exitcode}; again, where it was", file=stderr)
+        return _answer(prompts, output, args, start_engines, stderr, overwrite=False)
+    start = functools.partial(start_engines, faults=FAULTS[kill])
+    if kill != "node:1":
+        return _answer(prompts, output, args, start, stderr)
+    with local_cluster(num_nodes=args.num_workers + args.spares, num_cpus=1):
+        return _answer(prompts, output, args, start, stderr)
+
+
+def _answer_until_killed(prompts: Path, output: Path, args: EngineArgs) -> None:
+    _answer(prompts, output, args, start_engines, sys.stderr, faults=FAULTS["driver"])
 
 
 def judge(first: Path, second: Path, stdout: TextIO) -> int:
@@ -220,8 +274,17 @@ class _Steps:
         print(f"   {text}", file=self._stdout, flush=True)
 
 
-def _answer(prompts: Path, output: Path, args: EngineArgs, start: Callable[..., Engines], stderr: TextIO) -> JobResult:
-    config = JobConfig(input=str(prompts), output=str(output), engine=args, sampling=SAMPLING, overwrite=True)
+def _answer(
+    prompts: Path,
+    output: Path,
+    args: EngineArgs,
+    start: Callable[..., Engines],
+    stderr: TextIO,
+    *,
+    overwrite: bool = True,
+    faults: str = "",
+) -> JobResult:
+    config = JobConfig(input=str(prompts), output=str(output), engine=args, sampling=SAMPLING, overwrite=overwrite)
     progress = ProgressReporter(stderr)
     try:
         with StopSignal() as stop:
@@ -230,6 +293,7 @@ def _answer(prompts: Path, output: Path, args: EngineArgs, start: Callable[..., 
                 lambda: start(args, on_phase=lambda phase: progress.message(f"   {phase}")),
                 stop=stop,
                 progress=progress,
+                failpoints=Failpoints(faults, DRIVER),
             )
     finally:
         progress.close()

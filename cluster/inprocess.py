@@ -12,6 +12,7 @@ from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs, read_model_config
+from .fault import Fault
 from .ray_cluster import num_cores
 from .replica import OnPhase, Phase
 from .wire import pack_output, unpack_output
@@ -45,6 +46,11 @@ class InProcessEngine:
     @property
     def limits(self) -> RequestLimits:
         return self._engine.limits
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """Nothing can be lost but everything."""
+        return ()
 
     @property
     def num_in_flight(self) -> int:

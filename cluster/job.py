@@ -10,20 +10,22 @@ import errno
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from shoal.parallel.failpoints import Failpoints
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .batch_input import BadRow, CustomIdIndex, InputLine, read_lines
-from .batch_output import CUSTOM_ID_FILE, BatchOutput, State
+from .batch_output import CUSTOM_ID_FILE, FAULT_FILE, BatchOutput, State, write_json
 from .batch_rows import BatchRow, RowRules, read_row
 from .batch_validation import InputSummary, validate_input
+from .fault import Fault, FaultJournal
 from .progress import JobProgress, ProgressReporter
 from .row_output import FinishedRow, answered_row
 from .stop_signal import EXIT_DRAINED, EXIT_INTERRUPTED, JobStopped, StopSignal
@@ -52,6 +54,11 @@ class Engines(Protocol):
     @property
     def num_in_flight(self) -> int:
         """Requests that were submitted and whose output was not returned yet."""
+        ...
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """Workers that were lost, in order, and how far each loss is mended."""
         ...
 
     def submit(self, requests: list[Request]) -> None:
@@ -121,19 +128,21 @@ def run_job(
     stop: StopSignal,
     progress: ProgressReporter,
     clock: Callable[[], float] = time.monotonic,
+    failpoints: Failpoints | None = None,
 ) -> JobResult:
     """Run or resume a job to its end, to a signal, or to the first failure that needs a person.
 
     ValueError for a directory or an input that cannot be used, and whatever ValueError `start_engines` raises.
     """
-    output = BatchOutput(spec.output, overwrite=spec.overwrite, clock=clock)
+    failpoints = failpoints or Failpoints()
+    output = BatchOutput(spec.output, overwrite=spec.overwrite, clock=clock, failpoints=failpoints)
     try:
         _check_same_job(output.run, spec)
         if output.run.get("state") == "completed":
             return _finished(spec, output)
         if output.num_dropped_bytes:
             progress.message(f"cut {output.num_dropped_bytes} bytes of an unfinished record off the journal")
-        return _Run(spec, output, stop, progress, clock).run(start_engines)
+        return _Run(spec, output, stop, progress, clock, failpoints).run(start_engines)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -152,8 +161,11 @@ class _Run:
         stop: StopSignal,
         progress: ProgressReporter,
         clock: Callable[[], float],
+        failpoints: Failpoints,
     ) -> None:
         self.spec, self.output, self.stop, self.progress, self.clock = spec, output, stop, progress, clock
+        self.failpoints = failpoints
+        self.faults = FaultJournal(spec.output / FAULT_FILE, write_json, progress.message)
         self.num_rows: int | None = None
         self.in_flight: dict[str, BatchRow] = {}
         self.last_saved = clock()
@@ -205,6 +217,7 @@ class _Run:
                 return self.give_up()
             if output.counts.finished < self.num_rows:
                 raise JobStopped
+        self.failpoints.reach("job.finish")
         _save_state(output, "finalizing")
         output.save_run(digest=output.digest(self.num_rows), finished_at=_now())
         _save_state(output, "completed")
@@ -265,6 +278,8 @@ class _Run:
                 break
             with _engine_errors("the engines failed"):
                 outputs = engines.poll(POLL_TIMEOUT_S)
+            if outputs:
+                self.failpoints.reach("job.answer")
             for finished in outputs:
                 row = self.in_flight.pop(finished.request_id, None)
                 if row is None:
@@ -276,6 +291,7 @@ class _Run:
                 if (row := self.in_flight.get(progress.request_id)) is not None:
                     self.output.add_progress(row.line.index, progress)
             self.output.commit_if_due()
+            self.faults.update(engines.faults)
             self.save_counts()
             self.show()
         self.output.commit()
@@ -288,6 +304,7 @@ class _Run:
             return False
         new = list(itertools.islice(rows, room))
         if new:
+            self.failpoints.reach("job.submit")
             self.in_flight |= {row.request.request_id: row for row in new}
             with _engine_errors("the engines failed"):
                 engines.submit([self.begun(row) for row in new])

@@ -11,9 +11,10 @@ import ray
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
+from .fault import Fault
 from .replica import EngineFailed, Replica
 from .routing import Deliver, Effect, GroupSpec, RequestRouter, Send
-from .supervisor import Fault, RankFilled, RankLost, Supervisor
+from .supervisor import RankFilled, RankLost, Supervisor
 from .wire import Command
 
 LOOK_S = 0.1

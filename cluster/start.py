@@ -14,7 +14,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from shoal.parallel import failpoints
+from shoal.parallel.failpoints import VARIABLE, Failpoints
 from shoal.runtime.models.config import ModelConfig
 
 from .actors import Launch, Seat, WorkerProcess, end_worker, start_worker
@@ -35,17 +35,25 @@ from .supervisor import ReplicaPlan, Supervisor
 from .worker import BUILD_ENGINE, StartReport, choose_transport
 
 
-def start_engines(args: EngineArgs, *, on_phase: OnPhase | None = None, engine_factory: str = BUILD_ENGINE) -> Router:
+def start_engines(
+    args: EngineArgs,
+    *,
+    on_phase: OnPhase | None = None,
+    engine_factory: str = BUILD_ENGINE,
+    faults: str | None = None,
+) -> Router:
     """Start all replicas in parallel and wait until they can serve.
 
     ValueError for a model or setting that cannot work, LayoutDoesNotFit for a cluster that is too small (both before
     any weight is read), EngineFailed when a worker fails. `on_phase` is told of every part of the start-up as it ends.
+    `faults` are those of `shoal.parallel.failpoints`; None: what the environment says.
     """
     tell = on_phase or (lambda phase: None)
     config = read_model_config(args)
     if args.hands_over:
         args = replace(args, kv_transport=choose_transport(args))  # chosen once, for all workers
-    _ = failpoints.Failpoints(os.environ.get(failpoints.VARIABLE, ""))  # a bad one is the user's to mend
+    faults = os.environ.get(VARIABLE, "") if faults is None else faults
+    _ = Failpoints(faults)  # a bad one is the user's to mend
     begin = time.monotonic()
     num_workers = args.num_workers + args.spares
     cluster = connect(
@@ -75,7 +83,7 @@ def start_engines(args: EngineArgs, *, on_phase: OnPhase | None = None, engine_f
                 engine_factory,
                 layout.num_cpus_per_worker,
                 layout.num_gpus_per_worker,
-                faults=os.environ.get(failpoints.VARIABLE, ""),
+                faults=faults,
             )
         )
         supervisor.start(launch)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
 
 from .actors import Launch, Seat, WorkerProcess, end_worker, start_worker
 from .assignment import Assignment
+from .fault import Fault
 from .liveness import Liveness, Message, Process
 from .membership import Action, Formed, Join, Leave, Load, Membership, Need
 
@@ -25,43 +25,6 @@ FORM_TIMEOUT_S = 20.0
 """A worker that has not joined after this long is treated as lost."""
 STALL_GRACE_S = 10.0
 """A rank whose step does not end in the time of a collective and this is stuck; those that wait for it left before."""
-
-
-@dataclass(slots=True)
-class Fault:
-    """One loss and how it was mended; `*_s` without another word are seconds after it was noticed."""
-
-    at: str
-    """When it was noticed, UTC."""
-    worker: str
-    """What it was started as: decode:0, spare:1."""
-    node_id: str
-    replica: int | None
-    """None: it had no rank, it was a spare."""
-    rank: int | None
-    reason: str
-    noticed_at: float
-    """By the clock of the supervisor."""
-    silent_s: float
-    """How long it was not heard when its loss was noticed: at most what it took to notice."""
-    point: str | None = None
-    """Of the failpoint that caused it."""
-    detection_s: float | None = None
-    """From the failpoint until it was noticed, on one machine."""
-    filled_s: float | None = None
-    loaded_s: float | None = None
-    """Until the worker that took the place had its weights."""
-    formed_s: float | None = None
-    """Until all ranks of the replica were in one group again."""
-    first_token_s: float | None = None
-    """Until one of the interrupted requests told new tokens, wherever it went on."""
-    num_replayed_requests: int = 0
-    num_replayed_tokens: int = 0
-    """Generated tokens of these requests, which are computed again."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for reports."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "noticed_at"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,20 +2,29 @@
 
     SHOAL_FAULT=decode:0:engine.run:5,prefill:1:kv.publish:2:stop
 
+    SHOAL_FAULT=decode:0:engine.run:5:node
+
 Worker 0 of the decode role is killed before the 5th step that it runs, worker 1 of the prefill role frozen after its
-2nd publication. Processes that take the place of others are spare:0, spare:1, .., in the order in which they start, so
-that they do not fail where those did; the process that drives the workers is driver:0.
+2nd publication. With the action node, the process that started the worker dies with all that it started: Ray's part of
+a node, as if it had lost power.
+
+Processes that take the place of others are spare:0, spare:1, .., in the order in which they start, so that they do not
+fail where those did; the process that drives the workers is driver:0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, get_args
 
 VARIABLE = "SHOAL_FAULT"
+DRIVER = "driver:0"
+"""The title of the process that drives the workers."""
 
 Point = Literal[
     "collective",  # before an exchange with other ranks, in a step or between
@@ -35,11 +44,9 @@ Point = Literal[
     "job.commit",  # lines are written, and not in the journal
     "job.finish",  # every row has its line; the job is not marked as completed
 ]
-Action = Literal["kill", "stop"]
+Action = Literal["kill", "stop", "node"]
 POINTS: tuple[Point, ...] = get_args(Point)
 ROLES = ("prefill", "decode", "mixed", "spare", "driver")
-
-_SIGNALS: Mapping[str, signal.Signals] = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 class Failpoints:
@@ -73,9 +80,28 @@ class Failpoints:
             return
         self._reached[point] += 1
         action = self._faults.pop((point, self._reached[point]), None)
-        if action is not None:
-            self._on_fault(point)
-            os.kill(os.getpid(), _SIGNALS[action])
+        if action is None:
+            return
+        self._on_fault(point)
+        if action == "node":
+            _kill_family(os.getppid())
+        os.kill(os.getpid(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)
+
+
+def _kill_family(parent: int) -> None:
+    """Kill a process and all that it started, but this one."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            pid, ppid = int(status.parent.name), int(status.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(ppid, []).append(pid)
+    family = [parent]
+    for pid in family:
+        family += children.get(pid, [])
+    for pid in family:
+        if pid != os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _parse(part: str) -> tuple[str, str, int, str]:
@@ -85,7 +111,7 @@ def _parse(part: str) -> tuple[str, str, int, str]:
     if len(fields) != 5 or not fields[1].isdecimal() or not fields[3].isdecimal() or int(fields[3]) < 1:
         raise ValueError(f"{VARIABLE}: {part!r} is not of the form role:number:point:nth[:action]")
     role, number, point, nth, action = fields
-    for what, value, known in (("role", role, ROLES), ("point", point, POINTS), ("action", action, tuple(_SIGNALS))):
+    for what, value, known in (("role", role, ROLES), ("point", point, POINTS), ("action", action, get_args(Action))):
         if value not in known:
             raise ValueError(f"{VARIABLE}: {part!r} has the {what} {value!r}; known are {', '.join(known)}")
     return f"{role}:{int(number)}", point, int(nth), action

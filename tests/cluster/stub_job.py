@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.cluster.batch_rows import RowRules
+from shoal.cluster.fault import Fault
 from shoal.cluster.job import Engines, JobSpec, run_job
 from shoal.cluster.progress import ProgressReporter
 from shoal.cluster.stop_signal import StopSignal
+from shoal.parallel.failpoints import DRIVER, VARIABLE, Failpoints
 from shoal.runtime.types import CompletionOutput, GeneratedTokens, Logprob, Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
@@ -95,6 +98,7 @@ class StubEngines:
     ) -> None:
         self.capacity, self.limits = capacity, limits
         self.closed = False
+        self.lost: list[Fault] = []
         self.most_in_flight = 0
         self.submitted: list[str] = []
         self._per_poll, self._poll_s, self._reply, self._on_poll = per_poll, poll_s, reply, on_poll
@@ -103,6 +107,10 @@ class StubEngines:
         self._waiting: list[Request] = []
         self._told: dict[tuple[str, int], int] = {}
         self._num_polls = 0
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        return self.lost
 
     @property
     def num_in_flight(self) -> int:
@@ -184,7 +192,8 @@ def main() -> int:
 
     with StopSignal() as stop:
         spec = make_spec(input_path, output, drain_grace_s=5.0)
-        result = run_job(spec, start, stop=stop, progress=ProgressReporter(sys.stderr))
+        failpoints = Failpoints(os.environ.get(VARIABLE, ""), DRIVER)
+        result = run_job(spec, start, stop=stop, progress=ProgressReporter(sys.stderr), failpoints=failpoints)
     print(peak_memory_kib())
     print(result.digest)
     return result.exit_code

@@ -72,6 +72,21 @@ def test_the_demo_shows_questions_and_right_answers(shown: tuple[Path, int, str]
     assert text.isascii()
 
 
+def test_the_demo_finds_no_difference_when_a_worker_is_killed(tmp_path: Path) -> None:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    threads = torch.get_num_threads()
+    layout = {"tensor_parallel_size": 2, "data_parallel_size": 1}
+    assert demo(tmp_path / "out", **layout, kill="decode:0", stdout=stdout, stderr=stderr) == 0
+    torch.set_num_threads(threads)
+    (fault,) = json.loads((tmp_path / "out" / "answers" / "faults.json").read_text())["faults"]
+    assert (fault["worker"], fault["point"]) == ("decode:0", "engine.run")
+    assert "lost decode:0 (its connection ended), noticed after" in stdout.getvalue()
+    assert "lost decode:0: its connection ended" in stderr.getvalue(), "it is told when it happens"
+    runs = [json.loads((tmp_path / "out" / name / "run.json").read_text()) for name in ("answers", "reference")]
+    assert runs[0]["digest"] == runs[1]["digest"]
+    assert [(r["role"], r["count"]) for r in runs[0]["layout"]["replicas"]] == [("prefill", 1), ("decode", 1)]
+
+
 def change_token(rows: list[Row]) -> None:
     rows[2]["response"]["body"]["choices"][0]["token_ids"][1] += 1
 
