@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, cast
 MAX_LINE_BYTES = 8 << 20
 MAX_DEPTH = 64
 MAX_INTEGER_DIGITS = 20
+MAX_MESSAGE_CHARS = 600
 
 # A string (to its end or the end of the line) or one bracket; possessive, so that time is linear in the line.
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
@@ -29,6 +30,8 @@ class BadRow(Exception):  # noqa: N818  (a finding about the input, not a fault)
     """Why one row cannot be answered: `code` is stable and for programs, `message` a sentence for people."""
 
     def __init__(self, code: str, message: str, custom_id: str | None = None) -> None:
+        """A message that quotes too much of a row is cut."""
+        message = clipped(message, MAX_MESSAGE_CHARS)
         super().__init__(message)
         self.code = code
         self.message = message
@@ -114,6 +117,11 @@ def json_type(value: object) -> str:
     """What a parsed value was in JSON, with its article, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def clipped(text: str, max_chars: int) -> str:
+    """The beginning of a text, for messages."""
+    return text if len(text) <= max_chars else text[:max_chars] + "..."
 
 
 def file_sha256(path: Path) -> str:

@@ -14,12 +14,14 @@ from typing import Any, Literal, Protocol
 from shoal.runtime.types import Request, SamplingParams
 from shoal.runtime.validation import RequestLimits, check_request
 
-from .batch_input import BadRow, InputLine, json_type, parse_line
+from .batch_input import BadRow, InputLine, clipped, json_type, parse_line
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
 ENDPOINTS: tuple[Endpoint, ...] = ("/v1/chat/completions", "/v1/completions")
 
 MAX_CUSTOM_ID_CHARS = 512
+MAX_SHOWN_CHARS = 60
+"""Of a value or a name in a message."""
 
 SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams))
 # Accepted and without effect: they say nothing about the answer.
@@ -209,7 +211,7 @@ def _build(
     try:
         params = SamplingParams(**(values | {"logprobs": 0 if num_logprobs is None else num_logprobs}))
     except ValueError as error:
-        raise BadRow("invalid_parameter", _clipped(str(error), 400)) from error
+        raise BadRow("invalid_parameter", str(error)) from error
     request = Request(request_id=f"row-{line.index}", prompt_token_ids=tuple(prompt), params=params, index=line.index)
     if (problem := check_request(request, rules.limits)) is not None:
         raise BadRow(problem.code, problem.message)
@@ -238,7 +240,7 @@ def _encode_chat(body: Mapping[str, Any], rules: RowRules) -> tuple[list[int], b
     try:
         return rules.encoder.encode_messages([_message(i, m) for i, m in enumerate(messages)], thinking), thinking
     except ValueError as error:
-        raise BadRow("invalid_messages", _clipped(str(error), 400)) from error
+        raise BadRow("invalid_messages", str(error)) from error
 
 
 def _encode_prompt(body: Mapping[str, Any], rules: RowRules) -> list[int]:
@@ -324,9 +326,10 @@ def _refuse_unknown(values: Mapping[str, Any], known: frozenset[str] | set[str],
         if name in known:
             continue
         if name not in _UNSUPPORTED_FIELDS:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
+            shown = clipped(name, MAX_SHOWN_CHARS)
+            close = difflib.get_close_matches(shown, sorted(known), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise BadRow("unknown_field", f"{path}{_clipped(name)} is not a known field{hint}")
+            raise BadRow("unknown_field", f"{path}{shown} is not a known field{hint}")
         if value is not None and not any(type(value) is type(v) and value == v for v in _UNSUPPORTED_FIELDS[name]):
             raise BadRow("unsupported_field", f"{path}{name} = {_shown(value)} is not supported; remove it")
 
@@ -334,13 +337,9 @@ def _refuse_unknown(values: Mapping[str, Any], known: frozenset[str] | set[str],
 def _shown(value: object) -> str:
     """A value for a message: short, whatever a row holds."""
     return (
-        repr(_clipped(value))
+        repr(clipped(value, MAX_SHOWN_CHARS))
         if isinstance(value, str)
         else repr(value)
         if type(value) in (int, bool)
         else json_type(value)
     )
-
-
-def _clipped(text: str, max_chars: int = 60) -> str:
-    return text if len(text) <= max_chars else text[:max_chars] + "..."

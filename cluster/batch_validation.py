@@ -57,20 +57,24 @@ def validate_input(
     """Check every row of an input; `on_bad_row` gets each bad one, `on_row` is called after every row."""
     summary = InputSummary()
     for line in read_lines(path):
-        custom_id = None
         try:
-            row = parse_line(line)
-            custom_id = row_custom_id(line, row)
-            if (first := custom_ids.add(custom_id, line.number)) is not None:
-                message = f"line {line.number} repeats the custom_id {custom_id!r} of line {first}"
-                raise BadRow("duplicate_custom_id", message, custom_id)
-            summary.count_prompt(len(parse_row(line, row, custom_id, rules).request.prompt_token_ids))
+            summary.count_prompt(_num_prompt_tokens(line, rules, custom_ids))
         except BadRow as error:
             summary.count_bad(error.code)
             bad = failed_row(
-                line.index, custom_id, error.code, error.message, line=line.number, byte_offset=line.byte_offset
+                line.index, error.custom_id, error.code, error.message, line=line.number, byte_offset=line.byte_offset
             )
             on_bad_row(bad, error, line)
         summary.num_rows += 1
         on_row(summary)
     return summary
+
+
+def _num_prompt_tokens(line: InputLine, rules: RowRules, custom_ids: CustomIdIndex) -> int:
+    """Of a row that can be answered. A function of its own, so that no row is held while the next one is read."""
+    row = parse_line(line)
+    custom_id = row_custom_id(line, row)
+    if (first := custom_ids.add(custom_id, line.number)) is not None:
+        message = f"line {line.number} repeats the custom_id {custom_id!r} of line {first}"
+        raise BadRow("duplicate_custom_id", message, custom_id)
+    return len(parse_row(line, row, custom_id, rules).request.prompt_token_ids)

@@ -68,7 +68,7 @@ class Journal:
     def __init__(self, path: Path, replay: Callable[[Record], None]) -> None:
         """Call `replay` for every intact record in order, then cut off what follows the last one.
 
-        ValueError if the file is not a journal.
+        ValueError if the file is not a journal, or holds records that this class does not write.
         """
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -142,9 +142,19 @@ def _read_record(file: BinaryIO) -> Record | None:
     payload = file.read(size)
     if len(payload) < size or zlib.crc32(payload) != checksum:
         return None
+    try:
+        return _decode(payload)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(
+            f"{file.name} holds a record of another kind ({error}); start over with --overwrite"
+        ) from error
+
+
+def _decode(payload: bytes) -> Record:
     kind, *values = msgpack.unpackb(payload)
     if kind == _ROW:
         return RowRecord(*values)
-    assert kind == _PROGRESS, f"a record of kind {kind}"
+    if kind != _PROGRESS:
+        raise ValueError(f"kind {kind!r}")
     index, continuation, start, new = values
     return ProgressRecord(index, continuation, start, unpack_tokens(new))

@@ -96,6 +96,8 @@ class Liveness:
         """Without a name; the oldest first."""
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+        """Why nobody watches any more, although nobody asked for that."""
 
     def start(self, observer: LivenessObserver) -> None:
         self._thread = threading.Thread(target=self._main, args=(observer,), name="shoal-liveness", daemon=True)
@@ -134,6 +136,13 @@ class Liveness:
         self._listener.close()
 
     def _main(self, observer: LivenessObserver) -> None:
+        try:
+            self._watch(observer)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _watch(self, observer: LivenessObserver) -> None:
         while not self._closed.is_set():
             for key, _ in self._selector.select(_TICK_S):
                 if key.fileobj is self._listener:

@@ -128,6 +128,7 @@ class Router:
         return self._supervisor.faults
 
     def _follow_supervisor(self) -> None:
+        self._supervisor.check()
         while not self._supervisor.events.empty():
             event = self._supervisor.events.get()
             replica = self._replicas[event.replica]

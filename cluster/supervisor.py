@@ -168,6 +168,11 @@ class Supervisor:
     def _process(self, name: str) -> Process | None:
         return self._heard[name].process if name in self._heard else None
 
+    def check(self) -> None:
+        """RuntimeError when workers are watched no longer. Any thread may call."""
+        if self._liveness.failure is not None:
+            raise RuntimeError("the thread that watches the workers failed") from self._liveness.failure
+
     def suspect(self, name: str, reason: str) -> None:
         """A worker did not answer a call. Any thread may call."""
         self._suspects.put((name, reason))

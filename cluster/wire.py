@@ -8,7 +8,8 @@ Values round-trip exactly: floats as their 64 bits, None as None, integer keys a
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -89,17 +90,18 @@ def unpack_request(message: bytes) -> Request:
     """The inverse of `pack_request`; WireError for anything else."""
     row = _unpack(_REQUEST, message, 9)
     request_id, prompt_token_ids, params, index, stream, report_progress, generated, *remote = row
-    return Request(
-        request_id=request_id,
-        prompt_token_ids=tuple(prompt_token_ids),
-        params=SamplingParams(**dict(zip(_PARAMS, params, strict=True))),
-        index=index,
-        stream=stream,
-        report_progress=report_progress,
-        generated=tuple(unpack_tokens(tokens) for tokens in generated),
-        do_remote_decode=remote[0],
-        do_remote_prefill=remote[1],
-    )
+    with _converting(_REQUEST):
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=SamplingParams(**dict(zip(_PARAMS, params, strict=True))),
+            index=index,
+            stream=stream,
+            report_progress=report_progress,
+            generated=tuple(unpack_tokens(tokens) for tokens in generated),
+            do_remote_decode=remote[0],
+            do_remote_prefill=remote[1],
+        )
 
 
 def pack_output(output: RequestOutput) -> bytes:
@@ -119,17 +121,18 @@ def pack_output(output: RequestOutput) -> bytes:
 def unpack_output(message: bytes) -> RequestOutput:
     """The inverse of `pack_output`; WireError for anything else."""
     request_id, prompt_token_ids, outputs, finished, prompt, prompt_logprobs, num_cached = _unpack(_OUTPUT, message, 7)
-    return RequestOutput(
-        request_id=request_id,
-        prompt_token_ids=prompt_token_ids,
-        outputs=[_completion(row) for row in outputs],
-        finished=finished,
-        prompt=prompt,
-        prompt_logprobs=None
-        if prompt_logprobs is None
-        else [p if p is None else _logprobs(p) for p in prompt_logprobs],
-        num_cached_tokens=num_cached,
-    )
+    with _converting(_OUTPUT):
+        return RequestOutput(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            outputs=[_completion(row) for row in outputs],
+            finished=finished,
+            prompt=prompt,
+            prompt_logprobs=None
+            if prompt_logprobs is None
+            else [p if p is None else _logprobs(p) for p in prompt_logprobs],
+            num_cached_tokens=num_cached,
+        )
 
 
 def pack_progress(progress: RequestProgress) -> bytes:
@@ -141,7 +144,8 @@ def pack_progress(progress: RequestProgress) -> bytes:
 def unpack_progress(message: bytes) -> RequestProgress:
     """The inverse of `pack_progress`; WireError for anything else."""
     request_id, index, start, new = _unpack(_PROGRESS, message, 4)
-    return RequestProgress(request_id=request_id, index=index, start=start, new=unpack_tokens(new))
+    with _converting(_PROGRESS):
+        return RequestProgress(request_id=request_id, index=index, start=start, new=unpack_tokens(new))
 
 
 def pack_chunk(chunk: KVChunk) -> bytes:
@@ -212,7 +216,8 @@ def _by_kind(unpack: dict[bytes, Callable[[bytes], T]], message: bytes) -> Calla
 
 def _unpack_end_prefill(message: bytes) -> EndPrefill:
     request_id, rows = _unpack(_END_PREFILL, message, 2)
-    return EndPrefill(request_id, None if rows is None else tuple(unpack_tokens(row) for row in rows))
+    with _converting(_END_PREFILL):
+        return EndPrefill(request_id, None if rows is None else tuple(unpack_tokens(row) for row in rows))
 
 
 def _unpack_loaded(message: bytes) -> PromptLoaded:
@@ -271,6 +276,15 @@ def _logprobs(rows: dict[int, list[Any]]) -> dict[int, Logprob]:
     return {token: Logprob(*row) for token, row in rows.items()}
 
 
+@contextmanager
+def _converting(magic: bytes) -> Iterator[None]:
+    """Fields of a message become values; those of another type than was packed fail in ways of their own."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise WireError(f"a message {magic!r} holds something else than its fields: {error}") from error
+
+
 def _pack(magic: bytes, row: list[Any], request_id: str) -> bytes:
     try:
         payload = msgpack.packb(row, unicode_errors="surrogatepass")
@@ -296,7 +310,7 @@ def _unpack(magic: bytes, message: bytes, num_fields: int) -> list[Any]:
         raise WireError(f"a message announces {size} bytes and has {len(message) - _HEADER.size}")
     try:
         row = msgpack.unpackb(message[_HEADER.size :], strict_map_key=False, unicode_errors="surrogatepass")
-    except (ValueError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, msgpack.UnpackException) as error:  # TypeError: a list as a key
         raise WireError(f"a message is not msgpack: {error}") from error
     if not isinstance(row, list) or len(row) != num_fields:
         raise WireError(f"a message must hold {num_fields} fields")

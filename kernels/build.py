@@ -83,7 +83,7 @@ def build_library(sources: Path = SOURCE_DIR, *, timeout_s: float = COMPILE_TIME
     if library.exists():
         return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # what lies here is run
         with _one_at_a_time(folder / "build.lock", timeout_s):
             if not library.exists():
                 _compile([compiler, *flags], library, timeout_s)

@@ -17,7 +17,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,8 @@ _HELLO = struct.Struct("<8sq32s")  # magic, rank, session key
 _MAGIC = b"shoal-t1"
 _SOCKET_BUFFER_BYTES = 4 << 20
 _HELLO_TIMEOUT_S = 5.0
+_MAX_STRANGERS = 64
+"""Connections that have not said yet who they are, besides those of the ranks."""
 
 _CHECK_S = 0.01
 """How often a rank that waits for its peers looks whether it still should."""
@@ -183,41 +185,38 @@ def connect_mesh(
     header_bytes: int,
     patience: Patience,
     busy_wait_s: float = 0.0,
+    secret: bytes = b"",
 ) -> SocketMesh:
     """Connect `rank` to all others; every rank calls it with the same store.
 
-    Each rank listens on `hostname` and publishes where; of two ranks the higher one connects. A session key from the
-    store keeps strangers out: a connection that does not open with it is closed. TimeoutError when patience ends.
+    Each rank listens on `hostname` and publishes where; of two ranks the higher one connects. A connection that does
+    not open with the session's key is closed, and holds nobody up until then. The key follows from `secret`, which the
+    ranks share, and what rank 0 puts into the store, which everybody can read. TimeoutError when patience ends.
     """
     if rank == 0:
         store.set("session", secrets.token_hex(16))
     machine = _machine()
+    backlog = size + _MAX_STRANGERS
     with contextlib.ExitStack() as stack:
-        tcp = stack.enter_context(socket.create_server((hostname, 0), backlog=size))
+        tcp = stack.enter_context(socket.create_server((hostname, 0), backlog=backlog))
         listeners = [tcp]
         unix_name = ""
         if machine:
             unix_name = f"shoal-{secrets.token_hex(16)}"
             listeners.append(stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)))
             listeners[1].bind("\0" + unix_name)
-            listeners[1].listen(size)
+            listeners[1].listen(backlog)
         store.set(f"address/{rank}", json.dumps(asdict(_Address(hostname, tcp.getsockname()[1], unix_name, machine))))
-        key = _await_key(store, "session", patience)
+        key = hmac.digest(secret, _await_key(store, "session", patience), "sha256")
         sockets: dict[int, socket.socket] = {}
         for peer in range(rank):
             address = _Address(**json.loads(_await_key(store, f"address/{peer}", patience)))
             sockets[peer] = address.connect(machine, patience.left())
             sockets[peer].sendall(_HELLO.pack(_MAGIC, rank, key))
-        arrivals = select.poll()
-        for listener in listeners:
-            arrivals.register(listener, select.POLLIN)
+        arrivals = stack.enter_context(contextlib.closing(_Arrivals(listeners, key, max_waiting=backlog)))
         while len(sockets) < size - 1:
-            ready = {fd for fd, _ in arrivals.poll(min(_CHECK_S, patience.left()) * 1000)}
-            for listener in (one for one in listeners if one.fileno() in ready):
-                listener.settimeout(patience.left())
-                connection, _ = listener.accept()
-                caller = _read_hello(connection, key)
-                if caller is None or not rank < caller < size or caller in sockets:
+            for caller, connection in arrivals.take(min(_CHECK_S, patience.left())):
+                if not rank < caller < size or caller in sockets:
                     connection.close()
                 else:
                     sockets[caller] = connection
@@ -237,21 +236,78 @@ def _machine() -> str:
         return ""
 
 
-def _read_hello(connection: socket.socket, key: bytes) -> int | None:
-    """The rank that opened a connection; None when it is not one of ours."""
-    connection.settimeout(_HELLO_TIMEOUT_S)
-    data = b""
-    try:
-        while len(data) < _HELLO.size:
-            part = connection.recv(_HELLO.size - len(data))
-            if not part:
-                return None
-            data += part
-    except OSError:
+@dataclass(slots=True)
+class _Stranger:
+    """A connection that has not said yet which rank it is."""
+
+    connection: socket.socket
+    deadline: float
+    received: bytes = b""
+
+
+class _Arrivals:
+    """Accepts connections and reads what they open with, from all of them at a time."""
+
+    def __init__(self, listeners: Sequence[socket.socket], key: bytes, *, max_waiting: int) -> None:
+        """Of more than `max_waiting` strangers the oldest is turned away."""
+        self._key, self._max_waiting = key, max_waiting
+        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._strangers: dict[int, _Stranger] = {}
+        self._poll = select.poll()
+        for listener in listeners:
+            listener.setblocking(False)
+            self._poll.register(listener, select.POLLIN)
+
+    def take(self, timeout_s: float) -> list[tuple[int, socket.socket]]:
+        """Connections that opened with the key, and the ranks that they say they are; waits for the first event."""
+        known = []
+        for fd, _ in self._poll.poll(timeout_s * 1000):
+            if fd in self._listeners:
+                self._accept(self._listeners[fd])
+            elif fd in self._strangers and (hello := self._read_hello(self._strangers[fd])) is not None:
+                known.append((hello, self._forget(fd)))
+        now = time.monotonic()
+        for fd in [fd for fd, stranger in self._strangers.items() if stranger.deadline <= now]:
+            self._forget(fd).close()
+        return known
+
+    def close(self) -> None:
+        """Turn everybody away who has not been taken."""
+        for fd in list(self._strangers):
+            self._forget(fd).close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except (BlockingIOError, ConnectionError):  # it is gone already
+            return
+        connection.setblocking(False)
+        self._poll.register(connection, select.POLLIN)
+        self._strangers[connection.fileno()] = _Stranger(connection, time.monotonic() + _HELLO_TIMEOUT_S)
+        if len(self._strangers) > self._max_waiting:
+            self._forget(next(iter(self._strangers))).close()
+
+    def _read_hello(self, stranger: _Stranger) -> int | None:
+        """The rank that it is, once it has said so; what says something else is turned away."""
+        try:
+            data = stranger.connection.recv(_HELLO.size - len(stranger.received))
+        except BlockingIOError:
+            return None
+        except OSError:
+            data = b""
+        stranger.received += data
+        if data and len(stranger.received) < _HELLO.size:
+            return None
+        if data:
+            magic, rank, sent_key = _HELLO.unpack(stranger.received)
+            if magic == _MAGIC and hmac.compare_digest(sent_key, self._key):
+                return int(rank)
+        self._forget(stranger.connection.fileno()).close()
         return None
-    magic, peer, sent_key = _HELLO.unpack(data)
-    known = magic == _MAGIC and hmac.compare_digest(sent_key, key)
-    return int(peer) if known else None
+
+    def _forget(self, fd: int) -> socket.socket:
+        self._poll.unregister(fd)
+        return self._strangers.pop(fd).connection
 
 
 def _await_key(store: Store, key: str, patience: Patience) -> bytes:

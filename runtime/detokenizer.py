@@ -30,7 +30,6 @@ class IncrementalDetokenizer:
             raise ValueError("stop strings need a tokenizer, and the model directory has no tokenizer.json")
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._stop_beginnings = frozenset(s[:i] for s in self._stop for i in range(1, len(s)))
         self._include_stop = include_stop_str_in_output
         self._skip_special_tokens = skip_special_tokens
         self._min_tokens = min_tokens
@@ -98,10 +97,15 @@ class IncrementalDetokenizer:
 
     def _length_of_possible_stop(self, window: str) -> int:
         """Length of the longest end of `window` with which a stop string begins."""
-        for length in range(min(self._context_length, len(window)), 0, -1):
-            if window[-length:] in self._stop_beginnings:
-                return length
-        return 0
+        longest = 0
+        for stop in self._stop:
+            start = window.find(stop[0], max(0, len(window) - len(stop) + 1))
+            while 0 <= start < len(window) - longest:
+                if stop.startswith(window[start:]):
+                    longest = len(window) - start
+                    break
+                start = window.find(stop[0], start + 1)
+        return longest
 
     def _release(self, window: str, end: int | None) -> None:
         """Move `window[:end]` to the text, less what was released before."""

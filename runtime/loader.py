@@ -34,6 +34,7 @@ SCALE_SUFFIX = "_scale_inv"
 _BLOCK = 128
 _SAMPLE_BYTES = 4096
 _NUM_NAMED = 5
+_PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -64,7 +65,8 @@ class TensorEntry:
 class Checkpoint:
     """The tensors of a model directory, by name. Opening reads headers only; `read` copies one slice of one tensor.
 
-    A directory holds `model.safetensors`, or `model.safetensors.index.json` and the files that it lists.
+    A directory holds `model.safetensors`, or `model.safetensors.index.json` and the files that it lists. Those may be
+    symbolic links to anywhere, as in the cache of Hugging Face: who made the directory chose them, not the index.
     Every ValueError names the file, and the tensor where there is one.
     """
 
@@ -77,7 +79,7 @@ class Checkpoint:
         elif (single := self.model_dir / SINGLE_FILE).exists():
             self._entries = read_header(single)
         else:
-            raise ValueError(f"{self.model_dir} has neither {SINGLE_FILE} nor {INDEX_FILE}; is it a model directory?")
+            raise ValueError(f"{self.model_dir} has neither {SINGLE_FILE} nor {INDEX_FILE}{_hint(self.model_dir)}")
 
     @property
     def names(self) -> list[str]:
@@ -327,6 +329,14 @@ def _entry_from_header(path: Path, name: str, value: object) -> TensorEntry:
 
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _hint(model_dir: Path) -> str:
+    """What a directory without safetensors files may be."""
+    pickled = sorted(path.name for path in model_dir.glob("*") if path.suffix in _PICKLED_SUFFIXES)
+    if not pickled:
+        return "; is it a model directory?"
+    return f"; {_some(pickled)} can hold code and is not read: convert the weights to safetensors"
 
 
 def _is_basename(file: str) -> bool:

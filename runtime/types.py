@@ -15,7 +15,11 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_N = 1024
 MAX_LOGPROBS = 1024
 MAX_STOP_STRINGS = 64
-MAX_SEED = 2**63 - 1
+MAX_STOP_CHARS = 4096
+"""Of all stop strings of a request: each new token is held against each of them."""
+MAX_STOP_TOKEN_IDS = 1024
+MAX_INTEGER = 2**63 - 1
+"""What fits into a message between processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +59,11 @@ class SamplingParams:
             raise ValueError("stop must be a non-empty string or a list of non-empty strings")
         if len(stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
+        if (num_chars := sum(map(len, stop))) > MAX_STOP_CHARS:
+            raise ValueError(f"stop has {num_chars} characters in all, at most {MAX_STOP_CHARS} are allowed")
         object.__setattr__(self, "stop", stop)
+        if (count := len(self.stop_token_ids or ())) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"stop_token_ids has {count} ids, at most {MAX_STOP_TOKEN_IDS} are allowed")
         object.__setattr__(
             self, "stop_token_ids", tuple(_integer("stop_token_ids", i, 0) for i in self.stop_token_ids or ())
         )
@@ -72,7 +80,7 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
         if self.seed is not None:
-            _integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+            _integer("seed", self.seed, -MAX_INTEGER - 1)
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 _integer(name, value, 0, MAX_LOGPROBS)
@@ -228,11 +236,10 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> int:
+def _integer(name: str, value: object, low: int, high: int = MAX_INTEGER) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(
-            f"{name} must be {f'at least {low}' if high is None else f'between {low} and {high}'}, got {value}"
-        )
+    if not low <= value <= high:
+        bounds = f"at least {low}" if value < low and high == MAX_INTEGER else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
     return value

@@ -16,7 +16,7 @@ ONLY_IN = {
     "deep_gemm": "kernels",
     "flash_mla": "kernels",
     "deep_ep": "parallel",
-    "nixl": "parallel",
+    "nixl_cu13": "parallel",
     "safetensors": "runtime",
     "tokenizers": "runtime",
     "ray": "cluster",
@@ -112,25 +112,3 @@ def test_source_links_cover_the_package() -> None:
     links = {p.name: p.resolve() for p in (ROOT / ".src" / "shoal").iterdir()}
     assert all(p.exists() for p in links.values())
     assert {*LAYERS, "__init__.py", "__main__.py"} <= set(links)
-
-
-def test_no_pickle_reaches_our_sockets() -> None:
-    banned = {
-        "broadcast_object_list",
-        "all_gather_object",
-        "scatter_object_list",
-        "gather_object",
-        "recv_pyobj",
-        "send_pyobj",
-    }
-    used = [
-        f"{path.name}: {node.attr}"
-        for path in sources()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute)
-        and (
-            node.attr in banned
-            or (node.attr == "load" and isinstance(node.value, ast.Name) and node.value.id == "torch")
-        )
-    ]
-    assert used == []

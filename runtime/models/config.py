@@ -22,6 +22,10 @@ _MAX_CONFIG_BYTES = 16 << 20
 _MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 10_000
 _MAX_EXPERTS = 100_000
+_MAX_EXPERTS_OF_ALL_LAYERS = 200_000
+"""Many times what any model has; the names of their tensors are listed before weights are looked at."""
+_MAX_POSITIONS = 1 << 22
+"""Rotary tables of all positions are computed."""
 _WEIGHT_BLOCK_SIZE = (128, 128)
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -170,7 +174,7 @@ class ModelConfig:
             rope_theta=rope_theta,
             yarn=yarn,
             rope_interleave=read.boolean("rope_interleave", default=True),
-            max_position_embeddings=read.integer("max_position_embeddings"),
+            max_position_embeddings=read.integer("max_position_embeddings", high=_MAX_POSITIONS),
             tie_word_embeddings=read.boolean("tie_word_embeddings", default=False),
             num_nextn_predict_layers=read.integer(
                 # transformers writes the same number as num_mtp_layers
@@ -205,6 +209,11 @@ class ModelConfig:
             raise ValueError(
                 f"index_head_dim ({self.index_head_dim}) must be at least qk_rope_head_dim ({self.qk_rope_head_dim}): "
                 "the rotated part is the head of every index key"
+            )
+        if self.num_hidden_layers * self.n_routed_experts > _MAX_EXPERTS_OF_ALL_LAYERS:
+            raise ValueError(
+                f"num_hidden_layers ({self.num_hidden_layers}) x n_routed_experts ({self.n_routed_experts}) is above "
+                f"{_MAX_EXPERTS_OF_ALL_LAYERS}, which no model has"
             )
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_group ({self.n_group}) must divide n_routed_experts ({self.n_routed_experts})")

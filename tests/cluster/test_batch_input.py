@@ -14,7 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cluster.batch_input import MAX_LINE_BYTES, BadRow, CustomIdIndex, InputLine, parse_line, read_lines
+from shoal.cluster.batch_input import (
+    MAX_LINE_BYTES,
+    MAX_MESSAGE_CHARS,
+    BadRow,
+    CustomIdIndex,
+    InputLine,
+    parse_line,
+    read_lines,
+)
 from shoal.cluster.batch_rows import BatchRow, RowRules, parse_row, read_row, row_custom_id
 from shoal.cluster.batch_validation import InputSummary, validate_input
 from shoal.cluster.prompts import ModelPrompts
@@ -89,6 +97,7 @@ BAD_ROWS = [
     BadCase("temperature below 0", b'{"prompt": "x", "temperature": -1}', "invalid_parameter", "temperature must be between 0 and 100, got -1"),
     BadCase("temperature as text", b'{"prompt": "x", "temperature": "hot"}', "invalid_parameter", "temperature must be a finite number, got 'hot'"),
     BadCase("true for a number", b'{"prompt": "x", "max_tokens": true}', "invalid_parameter", "max_tokens must be a whole number, got True"),
+    BadCase("a count above 64 bits", b'{"prompt": "x", "top_k": 99999999999999999999}', "invalid_parameter", "top_k must be between -1 and 9223372036854775807, got 99999999999999999999"),
     BadCase("a million answers", b'{"prompt": "x", "n": 1000000}', "invalid_parameter", "n must be between 1 and 1024, got 1000000"),
     BadCase("more output than a row may have", b'{"prompt": "x", "n": 1024, "max_tokens": 100, "logprobs": 100}', "request_too_large", "n x max_tokens x (logprobs + 1) plus the prompt's logprobs is 10342402, at most 4000000 are allowed; lower n, max_tokens or logprobs"),
     BadCase("more logprobs than tokens exist", b'{"prompt": "x", "prompt_logprobs": 600}', "invalid_parameter", "600 logprobs were asked for, but the vocabulary has 512 tokens"),
@@ -98,6 +107,8 @@ BAD_ROWS = [
     BadCase("a field given twice in two places", b'{"prompt": "x", "n": 1, "sampling_params": {"n": 2}}', "invalid_parameter", "n is given both in the row and in sampling_params"),
     BadCase("stop of another type", b'{"prompt": "x", "stop": 5}', "invalid_type", "stop must be a string or a list of strings, got a number"),
     BadCase("an empty stop string", b'{"prompt": "x", "stop": [""]}', "invalid_parameter", "stop must be a non-empty string or a list of non-empty strings"),
+    BadCase("stop strings without end", b'{"prompt": "x", "stop": "' + b"x" * 5000 + b'"}', "invalid_parameter", "stop has 5000 characters in all, at most 4096 are allowed", '{"prompt": "x", "stop": "xxx... 5000 times"}'),
+    BadCase("more stop tokens than are looked for", b'{"prompt": "x", "stop_token_ids": [' + b"1, " * 1024 + b"1]}", "invalid_parameter", "stop_token_ids has 1025 ids, at most 1024 are allowed", '{"prompt": "x", "stop_token_ids": [1, 1, ... 1025 times]}'),
     BadCase("a stop token outside the vocabulary", b'{"prompt": "x", "stop_token_ids": [512]}', "token_out_of_vocabulary", "stop token id 512 is outside the vocabulary [0, 512)"),
     BadCase("a bias on no token", b'{"prompt": "x", "logit_bias": {"yes": 5}}', "invalid_type", "logit_bias keys must be token ids, got 'yes'"),
     BadCase("a bias outside the vocabulary", b'{"prompt": "x", "logit_bias": {"9999": 5}}', "token_out_of_vocabulary", "logit_bias token id 9999 is outside the vocabulary [0, 512)"),
@@ -378,7 +389,7 @@ def test_any_object_is_a_row_or_a_bad_row(tmp_path_factory: pytest.TempPathFacto
     except BadRow as error:
         message = error.message
     assert bool(message) != bool(prompt)
-    assert len(message) < 600
+    assert len(message) <= MAX_MESSAGE_CHARS + 3
 
 
 @given(data=st.binary(max_size=40) | st.text(max_size=40).map(str.encode))

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,3 +138,25 @@ def test_another_file_is_not_taken_for_a_journal(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a journal"):
         Journal(path, lambda _: None)
     assert path.read_text() == "something else"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\xc1",
+        b"\x91" * 5000,
+        b"\xdd\xff\xff\xff\xff",
+        msgpack.packb(1),
+        msgpack.packb([]),
+        msgpack.packb([3, 1]),
+        msgpack.packb([[1], 2]),
+        msgpack.packb([1, 2]),
+        msgpack.packb([2, 0, 0, 0, 5]),
+        msgpack.packb([2, 0, 0, 0, [[1], [[1, 2]]]]),
+    ],
+)
+def test_an_intact_record_of_another_kind_is_refused(tmp_path: Path, payload: bytes) -> None:
+    path = tmp_path / "journal.log"
+    path.write_bytes(MAGIC + struct.pack("<II", len(payload), zlib.crc32(payload)) + payload)
+    with pytest.raises(ValueError, match=r"journal\.log holds a record of another kind"):
+        Journal(path, lambda _: None)

@@ -29,6 +29,10 @@ time.sleep(600)
 WAIT_S = 20.0
 
 
+class Broken(Exception):  # noqa: N818
+    """What an observer must not raise."""
+
+
 class Observer:
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
@@ -168,3 +172,20 @@ def test_messages_come_in_any_pieces() -> None:
     assert received == b""
     with pytest.raises(ValueError, match="announces"):
         unpack(bytearray((MAX_MESSAGE_BYTES + 1).to_bytes(4, "little")))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_observer_that_fails_is_found_out(watched: tuple[Liveness, Observer]) -> None:
+    liveness, observer = watched
+    assert liveness.failure is None
+
+    def greet(name: str) -> None:
+        raise Broken
+
+    observer.greet = greet
+    LivenessLink(liveness.address, liveness.key, "w0", node_id="n", on_message=print, on_end=lambda: None).start()
+    deadline = time.monotonic() + WAIT_S
+    while liveness.failure is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert isinstance(liveness.failure, Broken)

@@ -8,10 +8,17 @@ from typing import Any
 import pytest
 
 from shoal import LLM, SamplingParams
+from shoal.cluster import worker as worker_module
+from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.routing import Effect, RequestRouter
+from shoal.cluster.worker import choose_transport
+from shoal.parallel.nixl_transport import is_installed
 from shoal.runtime.tokenizer import write_byte_tokenizer
-from shoal.runtime.types import RequestOutput
+from shoal.runtime.types import PromptLoaded, RequestOutput
 from tests.checkpoints import make_checkpoint
 from tests.invariance import bits, rows
+
+needs_nixl = pytest.mark.skipif(not is_installed(), reason="nixl-cu13 is not installed")
 
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
@@ -46,23 +53,41 @@ def reference(model: str) -> list[tuple[Any, ...]]:
     return answers(model, executor="inprocess")
 
 
-@pytest.mark.parametrize("transport", ["ray"])
+ONE_EACH = ["prefill:1", "decode:1"]
+UNEQUAL = [
+    {"role": "prefill", "count": 2, "tensor_parallel_size": 2},
+    {"role": "decode", "count": 1, "data_parallel_size": 4},
+]
+WITH_A_MIXED_ONE = ["prefill:1:dp=2", "decode:1:tp=2", "mixed:1"]
+
+
 @pytest.mark.parametrize(
-    "replicas",
+    ("replicas", "transport"),
     [
-        ["prefill:1", "decode:1"],
-        [
-            {"role": "prefill", "count": 2, "tensor_parallel_size": 2},
-            {"role": "decode", "count": 1, "data_parallel_size": 4},
-        ],
-        ["prefill:1:dp=2", "decode:1:tp=2", "mixed:1"],
+        pytest.param(ONE_EACH, "nixl", id="1 + 1, nixl", marks=needs_nixl),
+        pytest.param(UNEQUAL, "nixl", id="2 x tp 2 -> dp 4, nixl", marks=needs_nixl),
+        pytest.param(WITH_A_MIXED_ONE, "nixl", id="dp 2 -> tp 2 and a mixed one, nixl", marks=needs_nixl),
+        pytest.param(WITH_A_MIXED_ONE, "ray", id="dp 2 -> tp 2 and a mixed one, ray"),
     ],
-    ids=["1 + 1", "2 x tp 2 -> dp 4", "dp 2 -> tp 2, and a mixed one"],
 )
 def test_the_answers_of_one_process(
-    model: str, reference: list[tuple[Any, ...]], replicas: list[Any], transport: str
+    model: str,
+    reference: list[tuple[Any, ...]],
+    replicas: list[Any],
+    transport: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    loaded: list[PromptLoaded] = []
+    handle = RequestRouter._loaded
+
+    def note(self: RequestRouter, tracked: Any, event: PromptLoaded) -> list[Effect]:
+        loaded.append(event)
+        return handle(self, tracked, event)
+
+    monkeypatch.setattr(RequestRouter, "_loaded", note)
     assert answers(model, replicas=replicas, kv_transport=transport) == reference
+    assert loaded
+    assert [one.error for one in loaded if one.error is not None] == [], "prompts that were computed again"
 
 
 def test_streams_go_on_across_the_hand_over(model: str) -> None:
@@ -78,3 +103,13 @@ def test_streams_go_on_across_the_hand_over(model: str) -> None:
     assert split[-1] == whole[-1]
     assert len(split[-1]) == 6
     assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(split))
+
+
+def test_auto_takes_nixl_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, nixl, ray = (EngineArgs(model="m", kv_transport=name) for name in ("auto", "nixl", "ray"))
+    monkeypatch.setattr(worker_module, "nixl_is_installed", lambda: True)
+    assert [choose_transport(args) for args in (auto, nixl, ray)] == ["nixl", "nixl", "ray"]
+    monkeypatch.setattr(worker_module, "nixl_is_installed", lambda: False)
+    assert [choose_transport(args) for args in (auto, ray)] == ["ray", "ray"]
+    with pytest.raises(ValueError, match=r"needs the package nixl-cu13; .*pip install 'shoal\[nixl\]'"):
+        choose_transport(nixl)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from dataclasses import fields
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.cluster import wire
@@ -186,6 +187,39 @@ def test_anything_else_is_refused(message: bytes, says: str) -> None:
         wire.unpack_request(message)
 
 
+MESSAGES = st.one_of(
+    st.builds(wire.pack_command, st.one_of(REQUESTS, CHUNKS, END_PREFILLS)),
+    st.builds(wire.pack_event, st.one_of(PROGRESS, OUTPUTS, LOADED)),
+)
+PIECES = st.binary(max_size=4) | st.sampled_from(
+    [
+        b"\x91" * 900,  # deep, but not too deep for msgpack
+        b"\x91" * 5000,
+        b"\x81\x90\x01",  # a list as a key
+        b"\x81\x80\x01",
+        b"\xdd\xff\xff\xff\xff",  # a list, an object, bytes of 4 GB
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\xc7\x0c\xff" + b"\xff" * 12,  # no point in time
+        b"\xc0",
+        b"\xcb\x7f\xf8" + bytes(6),  # NaN
+    ]
+)
+
+
+@given(MESSAGES, st.lists(st.tuples(st.integers(0, 400), st.integers(0, 4), PIECES), min_size=1, max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_message_is_a_message_or_an_error(message: bytes, damages: list[tuple[int, int, bytes]]) -> None:
+    payload = message[8:]
+    for start, length, piece in damages:
+        start %= len(payload) + 1
+        payload = payload[:start] + piece + payload[start + length :]
+    message = message[:4] + len(payload).to_bytes(4, "big") + payload
+    for unpack in (wire.unpack_command, wire.unpack_event):
+        with contextlib.suppress(wire.WireError):
+            unpack(message)
+
+
 def test_bad_parameters_do_not_pass_as_a_request() -> None:
     good = msgpack.unpackb(message_with()[8:])
     good[2][[f.name for f in fields(SamplingParams)].index("temperature")] = -1.0
@@ -205,6 +239,6 @@ def test_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_integer_above_64_bits_is_refused_by_name() -> None:
-    request = Request(request_id="7", prompt_token_ids=(1,), params=SamplingParams(top_k=2**70))
+    request = Request(request_id="7", prompt_token_ids=(1,), params=SamplingParams(), index=2**70)
     with pytest.raises(wire.WireError, match="request 7: an integer does not fit"):
         wire.pack_request(request)

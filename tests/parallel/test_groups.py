@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -130,3 +131,24 @@ def test_peers_that_do_not_come_are_an_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(groups_module, "MIN_CREATION_TIMEOUT_S", 0.3)
     with pytest.raises(CollectiveError, match=r"rank 0 could not form group 'world' of ranks \[0, 1\] in epoch 7"):
         init_groups(ParallelConfig(data_parallel_size=2), 0, HashStore(), epoch=7, timeout_s=0.1)
+
+
+def test_ranks_need_the_same_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups_module, "MIN_CREATION_TIMEOUT_S", 1.0)
+
+    def join(secrets: list[bytes]) -> list[str]:
+        config, store = ParallelConfig(data_parallel_size=2), HashStore()
+
+        def one(rank: int) -> str:
+            try:
+                return str(init_groups(config, rank, store, timeout_s=1.0, secret=secrets[rank]).world.size)
+            except CollectiveError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(one, range(2)))
+
+    assert join([b"ours", b"ours"]) == ["2", "2"]
+    first, second = join([b"ours", b"theirs"])
+    assert "rank 0 could not form group 'world'" in first
+    assert "lost a connection" in second

@@ -12,6 +12,7 @@ import pytest
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from shoal.parallel.transport import Patience, SocketMesh, connect_mesh
+from tests.sockets import listening
 
 HEADER = 16
 
@@ -43,15 +44,25 @@ def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-def connect(store: Store, rank: int, size: int, timeout_s: float = 10.0, *, busy_wait_s: float = 0.0) -> SocketMesh:
+def connect(
+    store: Store,
+    rank: int,
+    size: int,
+    timeout_s: float = 10.0,
+    *,
+    busy_wait_s: float = 0.0,
+    hostname: str = "127.0.0.1",
+    secret: bytes = b"",
+) -> SocketMesh:
     return connect_mesh(
         store,
         rank,
         size,
-        hostname="127.0.0.1",
+        hostname=hostname,
         header_bytes=HEADER,
         patience=Patience(timeout_s),
         busy_wait_s=busy_wait_s,
+        secret=secret,
     )
 
 
@@ -97,6 +108,65 @@ def test_strangers_are_turned_away() -> None:
         return swap(connect(store, 1, 2), {0: b"from 1"})
 
     assert on_threads(2, work) == [{1: b"from 1"}, {0: b"from 0"}]
+
+
+def test_silent_strangers_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.parallel.transport._HELLO_TIMEOUT_S", 1000.0)
+    store = HashStore()
+
+    def work(rank: int) -> Any:
+        if rank == 0:
+            return swap(connect(store, 0, 2), {1: b"from 0"})
+        address = json.loads(store.get("address/0"))
+        with contextlib.ExitStack() as crowd:
+            for number in range(100):  # more than are kept
+                if number % 2 and address["unix_name"]:
+                    stranger = crowd.enter_context(socket.socket(socket.AF_UNIX))
+                    stranger.connect("\0" + address["unix_name"])
+                else:
+                    stranger = crowd.enter_context(socket.create_connection((address["host"], address["port"])))
+                stranger.sendall(b"shoal-t1"[: number % 8])
+            return swap(connect(store, 1, 2), {0: b"from 1"})
+
+    assert on_threads(2, work) == [{1: b"from 1"}, {0: b"from 0"}]
+
+
+def test_a_stranger_is_turned_away_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.parallel.transport._HELLO_TIMEOUT_S", 0.05)
+    store = HashStore()
+
+    def work(rank: int) -> Any:
+        if rank == 0:
+            return swap(connect(store, 0, 2), {1: b"from 0"})
+        address = json.loads(store.get("address/0"))
+        with socket.create_connection((address["host"], address["port"])) as stranger:
+            stranger.settimeout(10)
+            assert stranger.recv(1) == b""
+        return swap(connect(store, 1, 2), {0: b"from 1"})
+
+    assert on_threads(2, work) == [{1: b"from 1"}, {0: b"from 0"}]
+
+
+def test_what_the_store_tells_everybody_opens_nothing() -> None:
+    store = HashStore()
+    alone, _ = on_threads(2, lambda rank: connect(store, rank, 2, timeout_s=0.5, secret=b"ours" if rank == 0 else b""))
+    assert "did not connect" in str(alone)
+
+
+def test_a_rank_listens_on_its_own_address_and_only_while_it_waits() -> None:
+    store = HashStore()
+    before = listening()
+
+    def work(rank: int) -> Any:
+        if rank == 0:
+            return connect(store, 0, 2, hostname="127.0.0.2")
+        port = json.loads(store.get("address/0"))["port"]
+        waiting = listening() - before
+        connect(store, 1, 2, hostname="127.0.0.2")
+        return waiting == {("127.0.0.2", port)}
+
+    assert on_threads(2, work)[1] is True
+    assert listening() == before
 
 
 def test_ranks_of_one_machine_are_connected_by_unix_sockets(wire: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.runtime.detokenizer import IncrementalDetokenizer
 from shoal.runtime.tokenizer import Tokenizer, write_byte_tokenizer
+from shoal.runtime.types import MAX_STOP_CHARS
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +167,17 @@ def test_without_a_tokenizer_there_is_no_text() -> None:
     assert detokenizer.text == ""
     with pytest.raises(ValueError, match="stop strings need a tokenizer"):
         IncrementalDetokenizer(None, stop=["x"])
+
+
+def test_a_long_stop_string_takes_its_own_length_of_memory(tokenizer: Tokenizer) -> None:
+    stop = "ab" * (MAX_STOP_CHARS // 2)
+    tracemalloc.start()
+    try:
+        detokenizer = IncrementalDetokenizer(tokenizer, stop=[stop])
+        assert feed(detokenizer, "ab" * 300 + "a") is None
+        assert detokenizer.text == ""
+        assert feed(detokenizer, "x") is None
+        assert detokenizer.text == "ab" * 300 + "ax"
+        assert tracemalloc.get_traced_memory()[1] < 100 * MAX_STOP_CHARS
+    finally:
+        tracemalloc.stop()

@@ -204,6 +204,8 @@ def test_moe_layer_freq() -> None:
         ({"hidden_size": True}, "hidden_size must be a whole number"),
         ({"hidden_size": "7168"}, "hidden_size must be a whole number"),
         ({"num_hidden_layers": 1 << 30}, "num_hidden_layers must be a whole number from 1 to 10000"),
+        ({"num_hidden_layers": 10_000}, r"num_hidden_layers \(10000\) x n_routed_experts \(256\) is above 200000"),
+        ({"max_position_embeddings": 1 << 23}, "max_position_embeddings must be a whole number from 1 to 4194304"),
         ({"torch_dtype": ["float32"]}, "torch_dtype"),
         ({"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported"),
         ({"topk_method": "greedy"}, "topk_method 'greedy' is not supported"),
