@@ -16,6 +16,7 @@ from shoal.parallel.groups import ParallelGroups, init_groups
 from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.types import GeneratedTokens, Logprob, Request, RequestOutput, SamplingParams
+from tests.checkpoints import make_checkpoint
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class Point:
     @property
     def world_size(self) -> int:
         return self.tp * self.dp
+
+
+def make_model(directory: Path, model_type: str, dtype: str) -> Path:
+    """Four heads, so that tp 4 divides them; `index_topk` is 8, so that every row but the shortest crosses it."""
+    overrides = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    if model_type == "glm_moe_dsa":
+        overrides |= {"indexer_types": ["full", "shared", "full"], "num_hidden_layers": 3}  # type: ignore[dict-item]
+    path = directory / f"{model_type}-{dtype}"
+    make_checkpoint(path, model_type, seed=11, dtype=getattr(torch, dtype), overrides=overrides)
+    return path
 
 
 BASE_ENGINE = {

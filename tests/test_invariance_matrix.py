@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from shoal.kernels.registry import use_backend
 from shoal.parallel.groups import single_process_groups
 from shoal.runtime.engine import Engine, check_layout
 from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.models.config import ModelConfig
-from tests.checkpoints import make_checkpoint
-from tests.invariance import Point, run_point, run_points_on_rank
+from tests.invariance import Point, make_model, run_point, run_points_on_rank
 from tests.parallel.spawn import run_ranks
+from tests.tables import write_or_compare
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "invariance.md"
 MODELS = [(m, d) for m in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa") for d in ("float32", "bfloat16")]
@@ -75,16 +73,6 @@ Refused, with the reason, when the engine is configured:
 Rows = dict[int, tuple[Any, ...]]
 
 
-def make_model(directory: Path, model_type: str, dtype: str) -> Path:
-    """Four heads, so that tp 4 divides them; `index_topk` is 8, so that every row but the shortest crosses it."""
-    overrides = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    if model_type == "glm_moe_dsa":
-        overrides |= {"indexer_types": ["full", "shared", "full"], "num_hidden_layers": 3}  # type: ignore[dict-item]
-    path = directory / f"{model_type}-{dtype}"
-    make_checkpoint(path, model_type, seed=11, dtype=getattr(torch, dtype), overrides=overrides)
-    return path
-
-
 def reference(model_dir: Path, dtype: str) -> Rows:
     """One rank, one thread, everything together."""
     rows = run_point(Point("reference"), model_dir, dtype, single_process_groups())
@@ -120,7 +108,7 @@ def test_the_answer_does_not_depend_on_how_it_is_computed(tmp_path: Path) -> Non
 
     wrong = {name: {m: r for m, r in models.items() if r} for name, models in cells.items()}
     assert {name: models for name, models in wrong.items() if models} == {}, "rows that differ"
-    write_or_compare(document(cells))
+    write_or_compare(DOCUMENT, document(cells))
 
 
 def test_the_rows_differ_from_each_other_and_between_models(tmp_path: Path) -> None:
@@ -147,9 +135,3 @@ def document(cells: dict[tuple[str, str], dict[str, list[int]]]) -> str:
         row = ["same" if models.get(c) == [] else "-" for c in columns]
         lines.append(f"| {layout} | {schedule} | " + " | ".join(row) + " |")
     return "\n".join([*lines, TAIL])
-
-
-def write_or_compare(text: str) -> None:
-    if os.environ.get("SHOAL_WRITE_DOCS"):
-        DOCUMENT.write_text(text)
-    assert DOCUMENT.read_text() == text, "run `make docs`"
