@@ -15,7 +15,8 @@ from .assignment import Assignment
 from .engine_args import EngineArgs
 from .liveness import Process
 from .ray_cluster import CoreShare, Placement
-from .worker import Worker, WorkerSpec
+from .worker import Worker
+from .worker_spec import WorkerSpec
 
 ENGINE_THREAD = "engine"
 """The group of one thread in a worker that `start` and `run` share."""

@@ -12,11 +12,13 @@ from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs, read_model_config
+from .engine_factory import BUILD_ENGINE, resolve_factory
 from .fault import Fault
 from .ray_cluster import num_cores
 from .replica import OnPhase, Phase
 from .wire import pack_output, unpack_output
-from .worker import BUILD_ENGINE, StartReport, admit, resolve_factory
+from .worker import admit
+from .worker_spec import StartReport
 
 
 class InProcessEngine:

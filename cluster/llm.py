@@ -17,12 +17,12 @@ from shoal.runtime.validation import RequestLimits, check_request
 
 from .bundled import BUNDLED_MODEL
 from .engine_args import EngineArgs
+from .engine_factory import BUILD_ENGINE
 from .engine_thread import AbortableEngines, EngineThread
 from .inprocess import InProcessEngine
 from .prompts import ModelPrompts
 from .replica import OnPhase
 from .start import start_engines
-from .worker import BUILD_ENGINE
 
 Executor = Literal["auto", "ray", "inprocess"]
 Prompt = str | Sequence[int] | Mapping[str, Any]

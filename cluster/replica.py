@@ -18,7 +18,8 @@ from .actors import INBOX_THREAD, Launch, ObjectRef, Seat, WorkerProcess, end_wo
 from .assignment import Assignment
 from .replica_spec import ReplicaSpec
 from .wire import Command, Event, pack_command, unpack_event
-from .worker import AUDIT_TIMEOUT_S, StartReport, WorkerFailure
+from .worker import AUDIT_TIMEOUT_S
+from .worker_spec import StartReport, WorkerFailure
 
 POLL_WAIT_S = 1.0
 """How long a worker holds a poll that has nothing to say."""

@@ -19,6 +19,8 @@ from shoal.runtime.models.config import ModelConfig
 
 from .actors import Launch, Seat, WorkerProcess, end_worker, start_worker
 from .engine_args import EngineArgs, read_model_config
+from .engine_factory import BUILD_ENGINE
+from .kv_transports import choose_transport
 from .ray_cluster import (
     Layout,
     Placement,
@@ -32,7 +34,7 @@ from .ray_cluster import (
 from .replica import EngineFailed, OnPhase, Phase, Replica
 from .router import Router
 from .supervisor import ReplicaPlan, Supervisor
-from .worker import BUILD_ENGINE, StartReport, choose_transport
+from .worker_spec import StartReport
 
 
 def start_engines(
@@ -50,8 +52,6 @@ def start_engines(
     """
     tell = on_phase or (lambda phase: None)
     config = read_model_config(args)
-    if args.hands_over:
-        args = replace(args, kv_transport=choose_transport(args))  # chosen once, for all workers
     faults = os.environ.get(VARIABLE, "") if faults is None else faults
     _ = Failpoints(faults)  # a bad one is the user's to mend
     begin = time.monotonic()
@@ -62,6 +62,8 @@ def start_engines(
     tell(Phase("ray", time.monotonic() - begin))
     with ExitStack() as undo:
         undo.callback(cluster.close)
+        if args.hands_over:
+            args = replace(args, kv_transport=choose_transport(args, len(nodes())))  # once, for all workers
         start = time.monotonic()
         layout = _layout(args, config)
         check_fits(layout, nodes())

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
-from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import ray
@@ -26,26 +24,22 @@ from shoal.parallel.collectives import CollectiveError
 from shoal.parallel.failpoints import Failpoints
 from shoal.parallel.groups import ParallelGroups, create_groups, init_groups, single_process_groups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
-from shoal.parallel.nixl_transport import INSTALL, NixlTransport
-from shoal.parallel.nixl_transport import is_installed as nixl_is_installed
 from shoal.runtime.types import (
     CompletionOutput,
-    GeneratedTokens,
-    PromptLoaded,
     Request,
     RequestOutput,
-    RequestProgress,
 )
-from shoal.runtime.validation import RequestLimits
 
 from .assignment import Assignment
 from .engine_args import EngineArgs
+from .engine_factory import EngineLike, prepare, resolve_factory
+from .kv_transports import create_transport
 from .liveness import LivenessLink
-from .ray_cluster import node_address, nodes
+from .ray_cluster import node_address
 from .ray_transport import RayTransport
 from .wire import Abort, Command, EndPrefill, Event, WireError, pack_event, unpack_command
+from .worker_spec import StartReport, WorkerFailure, WorkerSpec, failure_of
 
-BUILD_ENGINE = "shoal.cluster.worker:build_engine"
 IDLE_WAIT_S = 0.01
 """How long an idle rank waits for a request before it asks the others again; bounds the delay of a first token."""
 GATHER_S = 0.005
@@ -59,146 +53,6 @@ FAULT_NOTICE_S = 0.02
 MAX_REASON_CHARS = 2000
 MAX_POLL_BYTES = 32 << 20
 """A poll returns at most this much, and at least one output."""
-
-
-class StepResult(Protocol):
-    """What a step says to the loop around it."""
-
-    @property
-    def outputs(self) -> list[RequestOutput]: ...
-    @property
-    def idle(self) -> bool: ...
-    @property
-    def stopped(self) -> bool: ...
-    @property
-    def woke(self) -> bool: ...
-    @property
-    def chunks(self) -> list[KVChunk]: ...
-    @property
-    def loaded(self) -> list[PromptLoaded]: ...
-
-
-class EngineLike(Protocol):
-    """The engine as its loop sees it. All ranks of a replica call `step` together and see `stopped` in the same one."""
-
-    @property
-    def limits(self) -> RequestLimits: ...
-    def add_request(self, request: Request) -> None: ...
-    def abort(self, request_id: str) -> None: ...
-    def add_chunk(self, chunk: KVChunk) -> None: ...
-    def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None: ...
-    def take_progress(self) -> list[RequestProgress]: ...
-    def rejoin(self, replaced: Collection[int]) -> None: ...
-    def step(self) -> StepResult: ...
-    def request_stop(self) -> None: ...
-    def audit(self) -> list[str]: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerSpec:
-    """What a worker process is, whatever rank it has."""
-
-    args: EngineArgs
-    name: str
-    """Of the actor, under which other workers of this cluster find it."""
-    assignment: Assignment | None
-    """Its first rank; None: a spare, which waits for one."""
-    num_threads: int
-    dedicated_cores: bool
-    """Whether the node has a core for every thread of every worker on it."""
-    engine_factory: str
-    """`module:function` with the signature of `build_engine`, resolved inside the worker."""
-    supervisor: tuple[str, int] | None = None
-    """Where to report; None: nobody replaces ranks, and a failure ends this one."""
-    supervisor_key: str = field(default="", repr=False)
-    """Known to the processes of this run alone."""
-    title: str = ""
-    """What people and failpoints call it: decode:0 for the first worker of that role, spare:1 for the second spare."""
-    faults: str = ""
-    """See `Failpoints`."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerFailure:
-    """Why a rank cannot go on."""
-
-    rank: int
-    kind: Literal["value", "collective", "error"]
-    """value: what the user asked for cannot work; collective: another rank did not answer, the likelier cause."""
-    message: str
-    traceback: str
-
-
-@dataclass(slots=True)
-class StartReport:
-    """How a rank started; filled while it does."""
-
-    phases: dict[str, float] = field(default_factory=dict)
-    """Seconds, in order."""
-    notices: list[str] = field(default_factory=list)
-    """What a user should know although nothing is wrong."""
-    limits: RequestLimits | None = None
-    num_kv_tokens: int = 1 << 20
-    """Tokens that the cache of this rank's attention group holds."""
-    num_kv_blocks: int | None = None
-    ranks_on_node: int = 1
-    failure: WorkerFailure | None = None
-
-
-EngineFactory = Callable[[EngineArgs, ParallelGroups, StartReport, KVTransport | None], EngineLike]
-
-
-def build_engine(
-    args: EngineArgs, groups: ParallelGroups, report: StartReport, transport: KVTransport | None
-) -> EngineLike:
-    """Load this rank's part of the model; reports the seconds."""
-    from shoal.runtime.engine import Engine  # here, so that a stub needs no model code
-
-    prepare(args, report)
-    start = time.monotonic()
-    engine = Engine(args.model, args.to_engine_config(), groups, transport=transport, on_phase=report.notices.append)
-    report.phases["weights"] = time.monotonic() - start
-    report.num_kv_blocks = engine.block_manager.num_blocks
-    report.num_kv_tokens = engine.block_manager.num_blocks * engine.block_manager.block_size
-    return engine
-
-
-def prepare(args: EngineArgs, report: StartReport) -> None:
-    """What needs no rank: model code and kernels."""
-    import shoal.runtime.engine
-    from shoal.kernels.build import load_library
-
-    assert shoal.runtime.engine
-    if args.device == "cpu" and args.kernel_backend != "reference":
-        start = time.monotonic()
-        load_library()  # compiled once per machine
-        report.phases["kernels"] = time.monotonic() - start
-
-
-def resolve_factory(path: str) -> EngineFactory:
-    """The function that `module:function` names."""
-    module, _, name = path.partition(":")
-    factory: EngineFactory = getattr(import_module(module), name)
-    return factory
-
-
-def create_transport(spec: WorkerSpec) -> KVTransport:
-    """This rank's end of the transport that the arguments name."""
-    if choose_transport(spec.args) == "ray":
-        return RayTransport(spec.name)
-    host = "127.0.0.1" if len(nodes()) == 1 else node_address()  # nobody outside need reach a port that trusts all
-    return NixlTransport(spec.name, host=host, buffer_bytes=spec.args.kv_buffer_size)
-
-
-def choose_transport(args: EngineArgs) -> Literal["nixl", "ray"]:
-    """What `kv_transport` stands for on this machine; ValueError when it is not installed."""
-    if args.kv_transport == "ray":
-        return "ray"
-    if nixl_is_installed():
-        return "nixl"
-    if args.kv_transport == "nixl":
-        raise ValueError(f"kv_transport nixl needs the package nixl-cu13; {INSTALL}")
-    return "ray"
 
 
 def _is_alone(assignment: Assignment, args: EngineArgs) -> bool:
@@ -539,16 +393,6 @@ class Worker:
         with self._changed:
             self._stop_requested = True
             self._changed.notify_all()
-
-
-def failure_of(rank: int, error: Exception) -> WorkerFailure:
-    """The exception as plain data; call it while the exception is being handled."""
-    kind: Literal["value", "collective", "error"] = "error"
-    if isinstance(error, CollectiveError):
-        kind = "collective"
-    elif isinstance(error, ValueError):
-        kind = "value"
-    return WorkerFailure(rank, kind, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def _message(event: Event) -> bytes:

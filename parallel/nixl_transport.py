@@ -43,7 +43,7 @@ _ENVIRONMENT = {
     "UCX_LOG_LEVEL": "fatal",  # what goes wrong is a TransferError, not a line in the output
     "NIXL_LOG_LEVEL": "FATAL",
 }
-_ADDRESS = struct.Struct("<Q")
+_ADDRESS_BYTES = 8
 _SIOCGIFADDR = 0x8915
 
 
@@ -73,7 +73,7 @@ class NixlTransport:
         memory = self._memory.allocate(payload.numel())
         memory.tensor.copy_(payload)
         self._published[generation] = memory
-        return _ADDRESS.pack(memory.address) + memory.region.metadata
+        return memory.address.to_bytes(_ADDRESS_BYTES, "little") + memory.region.metadata
 
     def release(self, generation: int) -> None:
         memory = self._published.pop(generation, None)
@@ -103,7 +103,7 @@ class NixlTransport:
         return sum(read.memory.num_bytes for read in self._reads if read.given_up)
 
     def state(self, read: _Read) -> State:
-        """How far a read is; never waits."""
+        """How far a read is. Moves bytes that are there, but never waits for some."""
         if read.state == "running" and self._agent is not None:
             read.state = self._agent.state(read.handle)
         return read.state
@@ -118,8 +118,8 @@ class NixlTransport:
         assert self._agent is not None, "fetch after close"
         if (held := self.num_quarantined_bytes) >= self._max_quarantined:
             raise TransferError(f"reads that were given up and may still arrive hold {held} bytes")
-        (address,) = _ADDRESS.unpack_from(chunk.address)
-        peer = self._peer(chunk.address[_ADDRESS.size :])
+        address = int.from_bytes(chunk.address[:_ADDRESS_BYTES], "little")
+        peer = self._peer(chunk.address[_ADDRESS_BYTES:])
         memory = self._memory.allocate(chunk.num_bytes)
         try:
             handle = self._agent.prepare_read(peer.name, address, memory)

@@ -17,10 +17,12 @@ from torch import Tensor
 from shoal.cluster import worker as worker_module
 from shoal.cluster.assignment import Assignment
 from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.engine_factory import BUILD_ENGINE
 from shoal.cluster.replica import listen
 from shoal.cluster.routing import Deliver, Effect, GroupSpec, RequestRouter
 from shoal.cluster.wire import pack_command, unpack_event
-from shoal.cluster.worker import BUILD_ENGINE, Worker, WorkerFailure, WorkerSpec
+from shoal.cluster.worker import Worker
+from shoal.cluster.worker_spec import WorkerFailure, WorkerSpec
 from shoal.parallel.kv_transport import KVChunk, KVTransport
 from shoal.parallel.nixl_transport import NixlTransport
 from shoal.runtime.types import PromptLoaded, Request, RequestOutput

@@ -26,7 +26,8 @@ from shoal.cluster.job import run_job
 from shoal.cluster.job_config import JobConfig
 from shoal.cluster.prompts import ModelPrompts
 from shoal.cluster.stop_signal import StopSignal
-from shoal.cluster.worker import Worker, WorkerSpec
+from shoal.cluster.worker import Worker
+from shoal.cluster.worker_spec import WorkerSpec
 from shoal.kernels import build
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import create_groups
@@ -67,7 +68,7 @@ NEVER_PASSED = ("allow_pickle", "weights_only", "trust_remote_code", "shell")
 ONLY_IN = {
     "subprocess": ["kernels/build.py"],  # the compiler
     "multiprocessing": ["cluster/demo.py"],  # a child that is killed
-    "importlib.import_module": ["cluster/worker.py", "shoal/__init__.py"],  # of names that are ours
+    "importlib.import_module": ["cluster/engine_factory.py", "shoal/__init__.py"],  # of names that are ours
     "ctypes.CDLL": ["kernels/build.py"],  # what was compiled from the package's own source
     "yaml.load": ["cluster/job_config.py"],  # with a subclass of SafeLoader
 }

@@ -16,6 +16,7 @@ ONLY_IN = {
     "deep_gemm": "kernels",
     "flash_mla": "kernels",
     "deep_ep": "parallel",
+    "nixl": "parallel",
     "nixl_cu13": "parallel",
     "safetensors": "runtime",
     "tokenizers": "runtime",

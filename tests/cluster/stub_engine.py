@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from shoal.cluster.engine_args import EngineArgs
-from shoal.cluster.worker import StartReport
+from shoal.cluster.worker_spec import StartReport
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.types import CompletionOutput, GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from shoal.cluster.progress import ProgressReporter
 from shoal.cluster.stop_signal import StopSignal
 from shoal.runtime.tokenizer import write_byte_tokenizer
 from tests.checkpoints import make_checkpoint
+from tests.faults import gone
 
 NUM_ROWS, MAX_TOKENS = 10, 800
 DEADLINE_S = 300.0
@@ -63,8 +64,28 @@ def batch_process(model: Path, rows: Path, output: Path) -> Iterator[subprocess.
     try:
         yield process
     finally:
+        # Two agents of Ray's end by themselves, a minute later.
+        started = [pid for pid in descendants(process.pid) if b"Agent" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
         process.kill()
         process.wait()
+        deadline = time.monotonic() + 30
+        while left := [pid for pid in started if not gone(pid)]:
+            assert time.monotonic() < deadline, f"processes {left} were left behind"
+            time.sleep(0.05)
+
+
+def descendants(pid: int) -> list[int]:
+    """What a process has started, and those have started."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            children.setdefault(int(status.read_text().rpartition(")")[2].split()[1]), []).append(
+                int(status.parent.name)
+            )
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
 
 
 def wait_for_journal(process: subprocess.Popen[str], journal: Path, num_bytes: int) -> None:
@@ -85,6 +106,7 @@ def test_a_killed_driver_goes_on_in_the_middle_of_answers(tmp_path: Path) -> Non
     for more in (15_000, 50_000):  # the second time far enough that it has tokens of two runs
         with batch_process(model, rows, output) as process:
             wait_for_journal(process, journal, size + more)
+            assert len(descendants(process.pid)) > 4, "Ray and two workers"
         size = journal.stat().st_size
     with batch_process(model, rows, output) as process:
         stdout, stderr = process.communicate(timeout=DEADLINE_S)

@@ -15,7 +15,7 @@ from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.ray_cluster import CoreShare, Layout, Placement, connect, node_address, nodes, place
 from shoal.cluster.replica import EngineFailed, Replica, cause_of_end
 from shoal.cluster.wire import Abort, Event
-from shoal.cluster.worker import WorkerFailure
+from shoal.cluster.worker_spec import WorkerFailure
 from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, RequestProgress, SamplingParams
 from tests.cluster import stub_engine
 from tests.cluster.stub_engine import KILLED, RAISES, REFUSED, STUB

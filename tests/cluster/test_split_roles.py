@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from shoal import LLM, SamplingParams
-from shoal.cluster import worker as worker_module
+from shoal.cluster import kv_transports
 from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.kv_transports import choose_transport
 from shoal.cluster.routing import Effect, RequestRouter
-from shoal.cluster.worker import choose_transport
 from shoal.parallel.nixl_transport import is_installed
 from shoal.runtime.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import PromptLoaded, RequestOutput
@@ -105,11 +105,12 @@ def test_streams_go_on_across_the_hand_over(model: str) -> None:
     assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(split))
 
 
-def test_auto_takes_nixl_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_nixl_on_one_node_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     auto, nixl, ray = (EngineArgs(model="m", kv_transport=name) for name in ("auto", "nixl", "ray"))
-    monkeypatch.setattr(worker_module, "nixl_is_installed", lambda: True)
-    assert [choose_transport(args) for args in (auto, nixl, ray)] == ["nixl", "nixl", "ray"]
-    monkeypatch.setattr(worker_module, "nixl_is_installed", lambda: False)
-    assert [choose_transport(args) for args in (auto, ray)] == ["ray", "ray"]
+    monkeypatch.setattr(kv_transports, "is_installed", lambda: True)
+    assert [choose_transport(args, 1) for args in (auto, nixl, ray)] == ["nixl", "nixl", "ray"]
+    assert [choose_transport(args, 2) for args in (auto, nixl, ray)] == ["ray", "nixl", "ray"]
+    monkeypatch.setattr(kv_transports, "is_installed", lambda: False)
+    assert [choose_transport(args, 1) for args in (auto, ray)] == ["ray", "ray"]
     with pytest.raises(ValueError, match=r"needs the package nixl-cu13; .*pip install 'shoal\[nixl\]'"):
-        choose_transport(nixl)
+        choose_transport(nixl, 1)

@@ -16,7 +16,8 @@ from shoal.cluster.assignment import Assignment
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replica import listen
 from shoal.cluster.wire import Abort, Event, pack_command, pack_request, unpack_event, unpack_output
-from shoal.cluster.worker import StartReport, Worker, WorkerFailure, WorkerSpec, failure_of
+from shoal.cluster.worker import Worker
+from shoal.cluster.worker_spec import StartReport, WorkerFailure, WorkerSpec, failure_of
 from shoal.parallel.collectives import CollectiveError
 from shoal.runtime.types import (
     CompletionOutput,

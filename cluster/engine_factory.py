@@ -1,0 +1,88 @@
+"""The engine as the loop around it sees it, and how one is built inside a worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from importlib import import_module
+from typing import Protocol
+
+from shoal.parallel.groups import ParallelGroups
+from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.runtime.types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
+from shoal.runtime.validation import RequestLimits
+
+from .engine_args import EngineArgs
+from .worker_spec import StartReport
+
+BUILD_ENGINE = "shoal.cluster.engine_factory:build_engine"
+
+
+class StepResult(Protocol):
+    """What a step says to the loop around it."""
+
+    @property
+    def outputs(self) -> list[RequestOutput]: ...
+    @property
+    def idle(self) -> bool: ...
+    @property
+    def stopped(self) -> bool: ...
+    @property
+    def woke(self) -> bool: ...
+    @property
+    def chunks(self) -> list[KVChunk]: ...
+    @property
+    def loaded(self) -> list[PromptLoaded]: ...
+
+
+class EngineLike(Protocol):
+    """The engine as its loop sees it. All ranks of a replica call `step` together and see `stopped` in the same one."""
+
+    @property
+    def limits(self) -> RequestLimits: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def add_chunk(self, chunk: KVChunk) -> None: ...
+    def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None: ...
+    def take_progress(self) -> list[RequestProgress]: ...
+    def rejoin(self, replaced: Collection[int]) -> None: ...
+    def step(self) -> StepResult: ...
+    def request_stop(self) -> None: ...
+    def audit(self) -> list[str]: ...
+
+
+EngineFactory = Callable[[EngineArgs, ParallelGroups, StartReport, KVTransport | None], EngineLike]
+
+
+def build_engine(
+    args: EngineArgs, groups: ParallelGroups, report: StartReport, transport: KVTransport | None
+) -> EngineLike:
+    """Load this rank's part of the model; reports the seconds."""
+    from shoal.runtime.engine import Engine  # here, so that a stub needs no model code
+
+    prepare(args, report)
+    start = time.monotonic()
+    engine = Engine(args.model, args.to_engine_config(), groups, transport=transport, on_phase=report.notices.append)
+    report.phases["weights"] = time.monotonic() - start
+    report.num_kv_blocks = engine.block_manager.num_blocks
+    report.num_kv_tokens = engine.block_manager.num_blocks * engine.block_manager.block_size
+    return engine
+
+
+def prepare(args: EngineArgs, report: StartReport) -> None:
+    """What needs no rank: model code and kernels."""
+    import shoal.runtime.engine
+    from shoal.kernels.build import load_library
+
+    assert shoal.runtime.engine
+    if args.device == "cpu" and args.kernel_backend != "reference":
+        start = time.monotonic()
+        load_library()  # compiled once per machine
+        report.phases["kernels"] = time.monotonic() - start
+
+
+def resolve_factory(path: str) -> EngineFactory:
+    """The function that `module:function` names."""
+    module, _, name = path.partition(":")
+    factory: EngineFactory = getattr(import_module(module), name)
+    return factory
