@@ -64,6 +64,7 @@ class Membership:
         self.workers: list[str | None] = list(workers)
         self._replaced: set[int] = set()
         self._loading: set[int] = set()
+        self._joining: set[int] = set()
         self._joined = set(range(len(workers)))
 
     @property
@@ -78,10 +79,15 @@ class Membership:
 
     @property
     def missing(self) -> list[str]:
-        """Workers that were told to join and have not."""
+        """Whom the others wait for: workers that were told to join and have not begun to.
+
+        When all have begun and do not find each other, all that have not joined.
+        """
         if not self.complete:
             return []
-        return [w for rank, w in enumerate(self.workers) if w is not None and rank not in self._joined]
+        absent = [rank for rank in range(len(self.workers)) if rank not in self._joined]
+        late = [rank for rank in absent if rank not in self._joining] or absent
+        return [w for rank in late if (w := self.workers[rank]) is not None]
 
     def lose(self, worker: str) -> list[Action]:
         """A worker is dead, or is treated as if it were; one that has no rank is none of this replica's."""
@@ -113,6 +119,11 @@ class Membership:
             return []
         return [*self._leave(), *self._join()]
 
+    def joining(self, worker: str, epoch: int) -> None:
+        """A worker began to join an epoch, and waits for the others."""
+        if epoch == self.epoch and worker in self.workers:
+            self._joining.add(self.workers.index(worker))
+
     def join(self, worker: str, epoch: int) -> list[Action]:
         """A worker joined an epoch."""
         if epoch != self.epoch or worker not in self.workers or self.workers.index(worker) in self._loading:
@@ -128,6 +139,7 @@ class Membership:
 
     def _join(self) -> list[Action]:
         self.epoch += 1
+        self._joining.clear()
         self._joined.clear()
         replaced = tuple(sorted(self._replaced))
         return [Join(w, rank, self.epoch, replaced) for rank, w in enumerate(self.workers) if w is not None]

@@ -197,7 +197,9 @@ class Supervisor:
             return
         for number, replica in enumerate(self._replicas):
             if name in replica.members.workers:
-                if kind == "joined":
+                if kind == "joining":
+                    replica.members.joining(name, values[0])
+                elif kind == "joined":
                     self._act(number, replica.members.join(name, values[0]))
                 elif kind == "loaded":
                     replica.loading_since.pop(name, None)
@@ -212,7 +214,6 @@ class Supervisor:
             self._lost_early[name] = (how, silent_s)
             return
         heard = self._heard.pop(name, None)
-        end_worker(worker, process=None if heard is None else heard.process)
         fault = self._fault(worker, heard, how, silent_s)
         self.faults.append(fault)
         if name in self._waiting:
@@ -223,6 +224,8 @@ class Supervisor:
                 fault.replica, fault.rank = number, replica.members.workers.index(name)
                 self.events.put(RankLost(number, fault.rank, fault))
                 self._act(number, replica.members.lose(name))
+        # Calls of Ray take their time: the others know by now.
+        end_worker(worker, process=None if heard is None else heard.process)
         self._start_in(worker.seat)
 
     def _fault(self, worker: WorkerProcess, heard: _Heard | None, how: str, silent_s: float) -> Fault:

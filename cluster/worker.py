@@ -271,11 +271,12 @@ class Worker:
         if assignment.epoch == self._epoch:
             return
         assert self._engine is not None
+        assert self._link is not None
         self._failpoints.reach("worker.join")
+        self._link.send(["joining", assignment.epoch])
         self._join(assignment)
         self._epoch = assignment.epoch
-        if self._link is not None:
-            self._link.send(["joined", assignment.epoch])
+        self._link.send(["joined", assignment.epoch])
         self._engine.rejoin(assignment.replaced)
 
     def _join(self, assignment: Assignment) -> None:

@@ -2,11 +2,13 @@
 
     SHOAL_FAULT=decode:0:engine.run:5,prefill:1:kv.publish:2:stop
 
-    SHOAL_FAULT=decode:0:engine.run:5:node
-
 Worker 0 of the decode role is killed before the 5th step that it runs, worker 1 of the prefill role frozen after its
-2nd publication. With the action node, the process that started the worker dies with all that it started: Ray's part of
-a node, as if it had lost power.
+2nd publication. What can happen:
+
+    kill    the process is killed; this is meant when nothing is said
+    stop    the process is frozen
+    hang    the thread that comes by goes no further, others do
+    node    the process that started this one is killed with all that it started: Ray's part of a node loses power
 
 Processes that take the place of others are spare:0, spare:1, .., in the order in which they start, so that they do not
 fail where those did; the process that drives the workers is driver:0.
@@ -17,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +47,7 @@ Point = Literal[
     "job.commit",  # lines are written, and not in the journal
     "job.finish",  # every row has its line; the job is not marked as completed
 ]
-Action = Literal["kill", "stop", "node"]
+Action = Literal["kill", "stop", "hang", "node"]
 POINTS: tuple[Point, ...] = get_args(Point)
 ROLES = ("prefill", "decode", "mixed", "spare", "driver")
 
@@ -85,6 +88,8 @@ class Failpoints:
         self._on_fault(point)
         if action == "node":
             _kill_family(os.getppid())
+        while action == "hang":
+            time.sleep(3600)
         os.kill(os.getpid(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)
 
 

@@ -48,6 +48,7 @@ def arguments(model: str, **changes: Any) -> EngineArgs:
         "max_model_len": 256,
         "kv_transport": "ray",
         "heartbeat_timeout_s": 2.0,
+        "collective_timeout_s": 10.0,
         "startup_timeout_s": 60.0,
         "num_threads_per_worker": 1,
     }

@@ -38,6 +38,22 @@ def test_a_loss_while_forming_adds_to_what_was_replaced() -> None:
     assert members.loaded("e") == [Join(w, r, 2, (1, 2)) for r, w in enumerate("ade")], "a may not know of b's end yet"
 
 
+def test_who_has_not_begun_to_join_is_to_blame_and_otherwise_all() -> None:
+    members = Membership(["a", "b", "c"])
+    members.reform(0)
+    members.joining("a", 1)
+    members.joining("b", 0)
+    members.joining("stranger", 1)
+    members.joining("c", 1)
+    assert members.missing == ["b"]
+    members.joining("b", 1)
+    assert members.missing == ["a", "b", "c"]
+    members.join("b", 1)
+    assert members.missing == ["a", "c"]
+    members.reform(1)
+    assert members.missing == ["a", "b", "c"]
+
+
 def test_a_loss_while_loading_is_a_loss_like_others() -> None:
     members = Membership(["a", "b"])
     members.lose("b")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from shoal.cluster import supervisor as supervisor_module
 from tests.faults import Bits, Rig, Target, answers_of_one_process, make_model, rig
 
 
@@ -28,7 +29,7 @@ def test_a_cluster_of_one_worker_without_spares(model: str, expected: list[Bits]
 
 @pytest.fixture(scope="module")
 def mixed(model: str, expected: list[Bits]) -> Iterator[Rig]:
-    with rig(model, expected, tensor_parallel_size=2, data_parallel_size=2) as built:
+    with rig(model, expected, tensor_parallel_size=2, data_parallel_size=2, collective_timeout_s=5.0) as built:
         yield built
 
 
@@ -46,3 +47,10 @@ def test_the_ranks_of_a_replica_are_replaced(mixed: Rig, targets: list[Target], 
     lost = [(f.rank, f.point) for f in faults if f.rank is not None]
     assert {(t.rank, t.point) for t in targets} <= set(lost)
     assert len(lost) == len(targets) + bool(spares), mixed.router.faults
+
+
+def test_a_rank_that_hangs_is_found_by_its_missing_steps(mixed: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It beats, and the others wait for it in a collective until that has taken too long."""
+    monkeypatch.setattr(supervisor_module, "STALL_GRACE_S", 4.0)
+    (fault,) = mixed.run(lambda: mixed.arm([Target(0, 1, "engine.run", 9, "hang")]))
+    assert (fault.rank, fault.point, fault.reason) == (1, "engine.run", "no step ended in 9 s: stuck")

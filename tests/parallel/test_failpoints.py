@@ -85,7 +85,7 @@ def test_other_faults_replace_those_before_and_are_counted_anew(monkeypatch: pyt
         ("decode:0:engine.run:0", "is not of the form"),
         ("leader:0:engine.run:1", "has the role 'leader'; known are prefill, decode, mixed, spare, driver"),
         ("decode:0:engine.walk:1", "has the point 'engine.walk'; known are collective, engine.schedule,"),
-        ("decode:0:engine.run:1:hurt", "has the action 'hurt'; known are kill, stop, node"),
+        ("decode:0:engine.run:1:hurt", "has the action 'hurt'; known are kill, stop, hang, node"),
     ],
 )
 def test_what_means_nothing_is_refused(faults: str, message: str) -> None:
