@@ -49,6 +49,18 @@ def test_a_file_holds_everything(tmp_path: Path) -> None:
     assert config.error_limit == ErrorLimit(percent=2.0)
 
 
+def test_the_example_of_the_readme(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    config = load_job_config(write(tmp_path, text.split("```yaml\n")[1].split("```")[0]), {})
+    specs = config.engine.replica_specs
+    assert [(s.role, s.tensor_parallel_size, s.data_parallel_size) for s in specs] == [
+        ("prefill", 2, 1),
+        ("prefill", 2, 1),
+        ("decode", 1, 8),
+    ]
+    assert (config.engine.spares, config.engine.num_workers) == (1, 12)
+
+
 def test_flags_stand_before_the_file(tmp_path: Path) -> None:
     config = load_job_config(write(tmp_path, FULL), {"replicas": 1, "output": "other", "overwrite": True})
     assert (config.engine.replicas, config.output, config.overwrite) == (1, "other", True)
