@@ -212,6 +212,26 @@ def test_a_prefill_that_fails_leaves_what_was_loaded(model_dir: Path, num_chunks
     assert split.prefill.scheduler.num_export_tokens == 0
 
 
+@pytest.mark.parametrize("ends", ["the prefill failed", "no news"])
+def test_a_resumed_request_without_records_goes_on_after_what_it_had(model_dir: Path, ends: str) -> None:
+    clock = Clock()
+    split, _, _ = make_split(model_dir, clock=clock)
+    request = requests()[0]
+    request = replace(request, params=replace(request.params, logprobs=None))
+    whole = expected(model_dir, [request])
+    known = GeneratedTokens(whole["greedy"][0][1][:4])
+    split.decode.add_request(replace(request, do_remote_prefill=True, generated=(known,)))
+    split.decode.step()
+    if ends == "no news":
+        clock.now += TRANSFER_TIMEOUT_S + 1
+    else:
+        split.decode.end_prefill("greedy", None)
+    finished: dict[str, tuple[Any, ...]] = {}
+    while not finished:
+        finished = {o.request_id: bits(o) for o in split.decode.step().outputs}
+    assert finished == whole
+
+
 def test_no_news_for_too_long(model_dir: Path) -> None:
     clock = Clock()
     split, published, _ = make_split(model_dir, clock=clock, spoil=lambda chunk, payload: None)

@@ -1,0 +1,145 @@
+"""Defects to put in on purpose: whoever looks for defects must see them, or proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from shoal.cluster import membership
+from shoal.cluster.journal import Journal, ProgressRecord, Record
+from shoal.cluster.routing import RequestRouter
+from shoal.cluster.wire import Event
+from shoal.parallel import kv_transport
+from shoal.runtime import handoff
+from shoal.runtime.block_manager import BlockManager
+from shoal.runtime.engine import Engine
+from shoal.runtime.handoff import KVExporter, KVLoader
+from shoal.runtime.scheduler import Scheduler
+from shoal.runtime.sequence import Sequence
+
+Patch = pytest.MonkeyPatch
+
+
+def records_are_not_checked(patch: Patch) -> None:
+    patch.setattr(kv_transport, "check_payload", lambda chunk, payload: None)
+
+
+def a_preempted_load_goes_on(patch: Patch) -> None:
+    def begin_again(load: Any) -> None:
+        load.num_preemptions = load.seq.num_preemptions
+
+    patch.setattr(handoff._Load, "begin_again", begin_again)
+
+
+def records_count_before_they_are_written(patch: Patch) -> None:
+    commit = KVLoader.commit
+
+    def early(loader: KVLoader) -> None:
+        for load, planned in loader._planned:
+            if planned.write.end < load.seq.num_prompt_tokens:
+                object.__setattr__(planned.write, "end", planned.write.end + 1)
+        commit(loader)
+
+    patch.setattr(KVLoader, "commit", early)
+
+
+def an_export_is_released_when_it_is_complete(patch: Patch) -> None:
+    patch.setattr(KVExporter, "end", KVExporter.release)
+
+
+def an_export_is_never_released(patch: Patch) -> None:
+    patch.setattr(KVExporter, "release", lambda exporter, request_id: None)
+
+
+def what_was_generated_is_forgotten_when_the_prefill_fails(patch: Patch) -> None:
+    start = Scheduler.start
+
+    def begin(scheduler: Scheduler, seq_id: int, output_token_ids: list[int]) -> None:
+        whole = scheduler._sequences[seq_id].num_computed_tokens >= scheduler._sequences[seq_id].num_prompt_tokens
+        start(scheduler, seq_id, output_token_ids if whole else [])
+
+    patch.setattr(Scheduler, "start", begin)
+
+
+def a_new_rank_finds_the_old_records(patch: Patch) -> None:
+    def rejoin(engine: Engine, replaced: Collection[int]) -> None:
+        engine._all_idle = True
+
+    patch.setattr(Engine, "rejoin", rejoin)
+
+
+def nobody_is_told_who_was_replaced(patch: Patch) -> None:
+    join = membership.Membership._join
+
+    def forgetful(members: membership.Membership) -> list[membership.Action]:
+        members._replaced.clear()
+        return join(members)
+
+    patch.setattr(membership.Membership, "_join", forgetful)
+
+
+def attempts_are_not_told_apart(patch: Patch) -> None:
+    handle = RequestRouter.handle
+
+    def any_attempt(router: RequestRouter, group: int, event: Event) -> Any:
+        tracked = router._tracked.get(event.request_id.rpartition("#")[0])
+        if tracked is not None:
+            event = replace(event, request_id=tracked.engine_id)
+        return handle(router, group, event)
+
+    patch.setattr(RequestRouter, "handle", any_attempt)
+
+
+def a_lost_group_keeps_its_requests(patch: Patch) -> None:
+    def lose(router: RequestRouter, group: int) -> list[Any]:
+        router._groups[group].alive = False
+        return []
+
+    patch.setattr(RequestRouter, "lose", lose)
+
+
+def blocks_are_free_while_they_are_read(patch: Patch) -> None:
+    allocate = BlockManager.allocate
+
+    def greedy(manager: BlockManager, seq: Sequence, num_tokens: int, prefix_blocks: list[int] | None = None) -> None:
+        allocate(manager, seq, num_tokens, prefix_blocks)
+        for block_id in prefix_blocks or ():
+            manager._free.append(block_id)
+
+    patch.setattr(BlockManager, "allocate", greedy)
+
+
+def what_failed_counts_as_computed(patch: Patch) -> None:
+    schedule = Scheduler.schedule
+
+    def early(scheduler: Scheduler) -> Any:
+        batch = schedule(scheduler)
+        for part in batch.sequences:
+            seq = scheduler._sequences[part.seq_id]
+            if not part.sample:
+                scheduler.block_manager.mark_computed(seq, part.start + len(part.token_ids))
+        return batch
+
+    update = Scheduler.update
+
+    def late(scheduler: Scheduler, batch: Any, sampled: Any) -> None:
+        for part in batch.sequences:
+            seq = scheduler._sequences.get(part.seq_id)
+            if seq is not None and not part.sample:
+                seq.num_computed_tokens = part.start
+        update(scheduler, batch, sampled)
+
+    patch.setattr(Scheduler, "schedule", early)
+    patch.setattr(Scheduler, "update", late)
+
+
+def progress_is_journalled_twice(patch: Patch) -> None:
+    append = Journal.append
+
+    def twice(journal: Journal, records: list[Record]) -> None:
+        append(journal, [*records, *[r for r in records if isinstance(r, ProgressRecord)]])
+
+    patch.setattr(Journal, "append", twice)

@@ -1,0 +1,86 @@
+"""What must be true of every run, whatever fails in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from shoal.cluster.routing import RequestRouter
+from shoal.runtime.types import RequestOutput, RequestProgress
+
+from .engine import SimulatedEngine
+from .expectations import lacks_prompt_logprobs
+from .model import BROKEN, Row
+
+
+@dataclass
+class Ledger:
+    """What whoever asked was told: each row is answered once, with the right tokens, which are told in order."""
+
+    rows: Mapping[str, Row]
+    told: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Tokens by row and continuation."""
+    answered: set[str] = field(default_factory=set)
+    aborted: set[str] = field(default_factory=set)
+
+    @property
+    def open(self) -> set[str]:
+        return set(self.rows) - self.answered - self.aborted
+
+    def take(self, event: RequestOutput | RequestProgress) -> None:
+        name = event.request_id
+        assert name not in self.aborted, f"{name}: was told of after it was aborted"
+        assert name not in self.answered, f"{name}: was told of after its answer"
+        if isinstance(event, RequestProgress):
+            self._take_progress(event)
+        else:
+            check_output(self.rows[name], event)
+            if event.finished:
+                self.answered.add(name)
+
+    def _take_progress(self, progress: RequestProgress) -> None:
+        name, index = progress.request_id, progress.index
+        told = self.told.get((name, index), 0)
+        assert progress.start == told, f"{name}: {told} tokens were told, and now those from {progress.start} on"
+        answer = self.rows[name].answers[index]
+        end = told + len(progress.new.token_ids)
+        assert list(progress.new.token_ids) == answer.output[told:end], f"{name}: wrong tokens are told from {told} on"
+        if self.rows[name].request.params.logprobs is not None:
+            assert list(progress.new.logprobs or ()) == answer.logprobs()[told:end], f"{name}: wrong logprobs"
+        self.told[name, index] = end
+
+
+def check_output(row: Row, output: RequestOutput) -> None:
+    """The answer, or its beginning where the row is streamed."""
+    name = row.request.request_id
+    assert len(output.outputs) == len(row.answers), f"{name}: {len(output.outputs)} continuations"
+    for completion, answer in zip(output.outputs, row.answers, strict=True):
+        count = len(answer.output) if output.finished else len(completion.token_ids)
+        assert completion.token_ids == answer.output[:count], (
+            f"{name}: {completion.token_ids} is not the answer {answer.output}"
+        )
+        if output.finished:
+            assert completion.finish_reason == answer.finish_reason, f"{name}: {completion}"
+            assert completion.error == (BROKEN if answer.finish_reason == "error" else None), f"{name}: {completion}"
+        if row.request.params.logprobs is not None:
+            assert completion.logprobs == answer.logprobs()[:count], f"{name}: wrong logprobs"
+    if lacks_prompt_logprobs(row, output):
+        return
+    if output.finished and row.request.params.prompt_logprobs is not None:
+        assert output.prompt_logprobs == row.prompt_logprobs(), f"{name}: wrong logprobs of the prompt"
+
+
+def check_run(ledger: Ledger, routing: RequestRouter | None, engines: Iterable[SimulatedEngine]) -> None:
+    """After a run in which nothing more will happen: all is answered, and nobody holds anything for it any more."""
+    assert not ledger.open, f"never answered: {sorted(ledger.open)}"
+    for engine in engines:
+        engine.check_nothing_left()
+    if routing is not None:
+        check_routing(routing)
+
+
+def check_routing(routing: RequestRouter) -> None:
+    assert routing.num_in_flight == 0
+    for number, group in enumerate(routing._groups):
+        left = (group.requests, group.num_tokens, group.num_prompt_tokens)
+        assert left == ({}, 0, 0), f"the router thinks that group {number} still has {left}"
