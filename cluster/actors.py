@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from .assignment import Assignment
@@ -110,6 +112,22 @@ def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None, *, t
         max_task_retries=0,
     ).remote(spec)
     return WorkerProcess(spec.name, title, seat, handle, _on_engine_thread(handle.start))
+
+
+def failed_starts(workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess, str]]:
+    """The workers whose start failed, each with the reason; does not wait for those that are starting."""
+    starts = {worker.started: worker for worker in workers}
+    ready, _ = ray.wait(list(starts), num_returns=len(starts), timeout=0) if starts else ([], [])
+    failed = []
+    for ref in ready:
+        try:
+            report: Any = ray.get(ref)
+        except RayError as error:
+            failed.append((starts[ref], f"its process died while it started: {error}"))
+            continue
+        if report.failure is not None:
+            failed.append((starts[ref], f"it did not start: {report.failure.message}"))
+    return failed
 
 
 def end_worker(worker: WorkerProcess, *, process: Process | None = None) -> None:

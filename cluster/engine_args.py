@@ -31,7 +31,7 @@ class EngineArgs(EngineConfig):
     """Copies of the model, each with data_parallel_size x tensor_parallel_size workers; or a list of `ReplicaSpec`
     (as such, as mappings, or as "prefill:2:tp=1:dp=2"), which give roles and sizes of their own."""
     kv_transport: KVTransportName = "auto"
-    """How cache records go from prefill to decode replicas; auto takes nixl on one node where it is installed, else ray.
+    """How cache records go from prefill to decode replicas; auto is nixl on one node where it is installed, else ray.
 
     nixl is fast and trusts its network: whoever reaches a worker's port can read and write the worker's memory."""
     device: Device = "cpu"

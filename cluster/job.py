@@ -22,7 +22,7 @@ from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .batch_input import BadRow, CustomIdIndex, InputLine, read_lines
-from .batch_output import CUSTOM_ID_FILE, FAULT_FILE, BatchOutput, State, write_json
+from .batch_output import CUSTOM_ID_FILE, FAULT_FILE, BatchOutput, RowCounts, State, write_json
 from .batch_rows import BatchRow, RowRules, read_row
 from .batch_validation import InputSummary, validate_input
 from .fault import Fault, FaultJournal
@@ -135,7 +135,10 @@ def run_job(
     ValueError for a directory or an input that cannot be used, and whatever ValueError `start_engines` raises.
     """
     failpoints = failpoints or Failpoints()
-    output = BatchOutput(spec.output, overwrite=spec.overwrite, clock=clock, failpoints=failpoints)
+    try:
+        output = BatchOutput(spec.output, overwrite=spec.overwrite, clock=clock, failpoints=failpoints)
+    except OSError as error:
+        return _disk_failed(spec, error)
     try:
         _check_same_job(output.run, spec)
         if output.run.get("state") == "completed":
@@ -144,9 +147,7 @@ def run_job(
             progress.message(f"cut {output.num_dropped_bytes} bytes of an unfinished record off the journal")
         return _Run(spec, output, stop, progress, clock, failpoints).run(start_engines)
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        return _ended(output, EXIT_DRAINED, f"cannot write to {spec.output}: {error.strerror}; make room there")
+        return _disk_failed(spec, error, output)
     finally:
         output.close()
 
@@ -405,12 +406,20 @@ def _finished(spec: JobSpec, output: BatchOutput) -> JobResult:
     )
 
 
-def _ended(output: BatchOutput, exit_code: int, message: str) -> JobResult:
+def _disk_failed(spec: JobSpec, error: OSError, output: BatchOutput | None = None) -> JobResult:
+    """The end of a run that could not write, perhaps not even to open its directory; other errors are raised again."""
+    if error.errno not in _DISK_ERRORS:
+        raise error
+    return _ended(output, EXIT_DRAINED, f"cannot write to {spec.output}: {error.strerror}; make room there")
+
+
+def _ended(output: BatchOutput | None, exit_code: int, message: str) -> JobResult:
+    counts = RowCounts() if output is None else output.counts
     return JobResult(
         exit_code=exit_code,
-        num_rows=output.run.get("input", {}).get("num_rows"),
-        completed=output.counts.completed,
-        failed=output.counts.failed,
+        num_rows=None if output is None else output.run.get("input", {}).get("num_rows"),
+        completed=counts.completed,
+        failed=counts.failed,
         message=message,
     )
 

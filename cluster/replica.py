@@ -269,21 +269,25 @@ class Replica:
 
     def _check_ends(self, ready: set[ObjectRef]) -> None:
         """A loop that ended by itself ends the replica; of a process that died the supervisor knows."""
-        ended = [rank for rank, worker in self._running.items() if worker.ended in ready]
-        if not ended:
+        if not self._ends(ready):
             return
-        runs = {worker.ended: rank for rank, worker in self._running.items()}
-        done, _ = ray.wait(list(runs), num_returns=len(runs), timeout=BLAME_WAIT_S)
-        failures: list[WorkerFailure] = []
-        for ref in done:
+        # The rank to blame may be another one, which is about to end.
+        everyone = [worker.ended for worker in self._running.values()]
+        done, _ = ray.wait(everyone, num_returns=len(everyone), timeout=BLAME_WAIT_S)
+        self._fail(*cause_of_end(self._ends(set(done))))
+
+    def _ends(self, refs: set[ObjectRef]) -> list[WorkerFailure]:
+        """How loops ended; forgets those whose processes died."""
+        failures = []
+        ended: dict[int, ObjectRef] = {rank: worker.ended for rank, worker in self._running.items()}
+        for rank, ref in [(rank, ref) for rank, ref in ended.items() if ref in refs]:
             try:
                 failure = ray.get(ref)
             except RayError:
-                del self._running[runs[ref]]
+                del self._running[rank]
                 continue
-            failures.append(failure or WorkerFailure(runs[ref], "error", "its loop ended although nobody asked", ""))
-        if failures:
-            self._fail(*cause_of_end(failures))
+            failures.append(failure or WorkerFailure(rank, "error", "its loop ended although nobody asked", ""))
+        return failures
 
 
 def cause_of_end(failures: Sequence[WorkerFailure]) -> tuple[int, str]:

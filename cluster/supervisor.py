@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from .actors import Launch, Seat, WorkerProcess, end_worker, start_worker
+from .actors import Launch, Seat, WorkerProcess, end_worker, failed_starts, start_worker
 from .assignment import Assignment
 from .fault import Fault
 from .liveness import Liveness, Message, Process
@@ -21,6 +21,10 @@ from .membership import Action, Formed, Join, Leave, Load, Membership, Need
 
 LEFT_GRACE_S = 0.5
 """How long ranks that left may have a dead peer whose end is not known yet, before all are told to join again."""
+START_CHECK_S = 0.5
+"""How often to look after processes that have not connected yet."""
+MAX_FAILED_STARTS = 5
+"""In a row, after which no more processes are started: there is a reason then that does not go away."""
 FORM_TIMEOUT_S = 20.0
 """A worker that has not joined after this long is treated as lost."""
 STALL_GRACE_S = 10.0
@@ -123,6 +127,9 @@ class Supervisor:
         self._waiting: list[str] = []
         """Connected workers without a rank, the longest waiting first."""
         self._wanted: list[_Wanted] = []
+        self._starts_checked_at = 0.0
+        self._num_failed_starts = 0
+        """Since a process last connected."""
         self._launch: Launch | None = None
         self._taken_over: tuple[list[ReplicaPlan], list[WorkerProcess]] | None = None
         """Until the thread that watches finds it."""
@@ -181,6 +188,7 @@ class Supervisor:
 
     def on_hello(self, name: str) -> None:
         self._heard[name] = _Heard(self._liveness.process(name))
+        self._num_failed_starts = 0
         if name in self._processes and not any(name in r.members.workers for r in self._replicas):
             self._wait(name)
             self._fill()
@@ -261,6 +269,9 @@ class Supervisor:
                     self._give_up_on(name, f"did not join its group in {FORM_TIMEOUT_S:g} s")
             for name in [n for n, t in replica.loading_since.items() if now - t >= self._replace_timeout_s]:
                 self._give_up_on(name, f"did not load its weights in {self._replace_timeout_s:g} s")
+        if now - self._starts_checked_at >= START_CHECK_S:
+            self._starts_checked_at = now
+            self._check_starts()
         limit = self._step_timeout_s + STALL_GRACE_S
         for name in [n for n, h in self._heard.items() if h.num_steps >= 0 and now - h.stepped_at >= limit]:
             self._give_up_on(name, f"no step ended in {limit:g} s: stuck")
@@ -268,6 +279,16 @@ class Supervisor:
             self._wanted.remove(wanted)
             reason = f"no process took its place in {self._replace_timeout_s:g} s"
             self.events.put(GaveUp(wanted.replica, wanted.rank, reason))
+
+    def _check_starts(self) -> None:
+        """Processes that end before they connect have no connection whose end would tell."""
+        silent = [worker for name, worker in self._processes.items() if name not in self._heard]
+        for worker, reason in failed_starts(silent):
+            self._num_failed_starts += 1
+            self.on_lost(worker.name, reason, 0.0)
+            if self._num_failed_starts == MAX_FAILED_STARTS:
+                for wanted in self._wanted:
+                    self.events.put(GaveUp(wanted.replica, wanted.rank, f"no process starts: {reason}"))
 
     def _give_up_on(self, name: str, reason: str) -> None:
         """Treat a worker that is connected as lost; the end of its connection is then no news."""
@@ -327,6 +348,8 @@ class Supervisor:
 
     def _start_in(self, seat: Seat) -> None:
         assert self._launch is not None
+        if self._num_failed_starts >= MAX_FAILED_STARTS:
+            return
         worker = start_worker(self._launch, seat, None, title=f"spare:{self._num_spares}")
         self._num_spares += 1
         self._processes[worker.name] = worker

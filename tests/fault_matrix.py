@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -169,26 +169,27 @@ def _batch(path: Path, output: str, faults: str) -> tuple[subprocess.CompletedPr
 # -- random faults ---------------------------------------------------------------------------------------------------
 
 
-def chaos(cluster: Rig, sizes: Sequence[int], rng: random.Random) -> list[Fault]:
+def chaos(cluster: Rig, roles: Mapping[tuple[int, int], str], rng: random.Random) -> list[Fault]:
     """Up to three ranks that are killed or frozen at random points, and spares that may die in their places."""
-    places = [(replica, rank) for replica, size in enumerate(sizes) for rank in range(size)]
-    points = [*LEADER, "collective", "kv.publish", "kv.fetch", "kv.write", "worker.join"]
+    places = rng.sample(sorted(roles), rng.randint(1, min(3, len(roles))))
     targets = [
-        Target(*place, rng.choice(points), rng.randint(1, 30), rng.choices(["kill", "stop"], [5, 1])[0])
-        for place in rng.sample(places, rng.randint(1, min(3, len(places))))
+        Target(*place, rng.choice(CASES[roles[place]]), rng.randint(1, 12), rng.choices(["kill", "stop"], [5, 1])[0])
+        for place in places
     ]
-    dying = f"{{}}:{rng.choice([*points, 'worker.build'])}:{rng.randint(1, 5)}" if rng.random() < 0.3 else ""
-    return cluster.run(lambda: cluster.arm(targets, dying))
+    dying = f"{{}}:{rng.choice([*LOOP, 'worker.build', 'worker.join'])}:{rng.randint(1, 5)}"
+    return cluster.run(lambda: cluster.arm(targets, dying if rng.random() < 0.3 else ""))
 
 
 def run_chaos(model: str, expected: list[Bits], num_runs: int, first_seed: int) -> dict[str, Any]:
     runs: list[dict[str, Any]] = []
-    layouts = (([4], RANKS), ([1, 1, 2], SEVERAL))
-    for number, (sizes, layout) in enumerate(layouts):
+    ranks = {(0, rank): ("leader", "follower")[rank % 2] for rank in range(4)}
+    several = {(0, 0): "prefill", (1, 0): "prefill", (2, 0): "decode", (2, 1): "decode"}
+    layouts = ((ranks, RANKS), (several, SEVERAL))
+    for number, (roles, layout) in enumerate(layouts):
         with rig(model, expected, **layout) as cluster:
             for seed in range(first_seed + number, first_seed + num_runs, len(layouts)):
                 start = time.monotonic()
-                faults = chaos(cluster, sizes, random.Random(seed))
+                faults = chaos(cluster, roles, random.Random(seed))
                 runs.append(
                     {
                         "seed": seed,

@@ -53,6 +53,15 @@ def test_a_job_killed_at_a_failpoint_goes_on(tmp_path: Path, point: str) -> None
     assert sorted(ids) == sorted(f"batch_req_{i}" for i in range(NUM_ROWS))
 
 
+def test_no_room_to_begin_with_is_no_end_either(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.jsonl")
+    command = [sys.executable, str(Path(stub_job.__file__)), str(source), str(tmp_path / "out"), "0", "4"]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / '.src'}"}
+    full = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert full.returncode == 75, full.stderr
+    assert run_process(source, tmp_path / "out").returncode == 0
+
+
 def fault(worker: str, **fields: Any) -> Fault:
     values: dict[str, Any] = {"replica": 1, "rank": 0, "reason": "its connection ended", "noticed_at": 5.0}
     return Fault(at="2026-01-01T00:00:00.000+00:00", worker=worker, node_id="n", silent_s=0.1, **(values | fields))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -165,6 +165,9 @@ class Cluster:
         if not self.plan.is_out_of_reach(self.world.rng):
             self.world.at(self.world.latency(0.05), ended.die)
 
+    def failed_starts(self, workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess, str]]:
+        return [(worker, "dead") for worker in workers if not self.processes[worker.name].alive]
+
     def listen(self, _host: str) -> Any:
         self._num_stores += 1
         return _Store(self._num_stores - 1)
@@ -217,7 +220,12 @@ def installed(cluster: Cluster) -> Iterator[None]:
         replaced(routing_module, PREFIX_TOKENS=2),
         progress_may_be_told_twice(),
         replaced(replica_module, ray=ray, time=cluster.world, listen=cluster.listen, **processes, **wire),
-        replaced(supervisor_module, Liveness=lambda _, timeout_s: cluster.liveness, **processes),
+        replaced(
+            supervisor_module,
+            Liveness=lambda _, timeout_s: cluster.liveness,
+            failed_starts=cluster.failed_starts,
+            **processes,
+        ),
     ):
         yield
 

@@ -54,7 +54,7 @@ class Plan:
 
     def __init__(self, rng: Random, *, num_faults: int, kill_driver: bool) -> None:
         self.is_empty = num_faults == 0
-        self.kills_newcomers = num_faults > 0 and rng.random() < 0.02
+        self.kills_newcomers = num_faults > 0 and rng.random() < 0.2
         """Also those that are not up yet."""
         self.killed_at_call = -1
         self._strikes: dict[int, tuple[str, Fault]] = {}

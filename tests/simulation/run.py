@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from random import Random
 
 from shoal.cluster import journal as journal_module
-from shoal.cluster.replica import EngineFailed
 from shoal.cluster.replica_spec import ReplicaSpec, Role
 from shoal.cluster.router import Router
 
@@ -95,11 +94,6 @@ def _live(job: Job, rows: dict[str, Row], layout: Layout, rng: Random, outcome: 
             job_run.answer(world, router)
             settle(cluster, router)
         except DriverKilled:
-            return False
-        except EngineFailed:
-            # One that dies before it has connected is never missed, and its seat stays empty.
-            if not plan.kills_newcomers:
-                raise
             return False
         except OSError as error:
             if error.errno != errno.ENOSPC:

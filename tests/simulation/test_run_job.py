@@ -19,7 +19,7 @@ from shoal.cluster import batch_output as batch_output_module
 from shoal.cluster import journal as journal_module
 from shoal.cluster.batch_input import read_lines
 from shoal.cluster.batch_rows import BatchRow, RowRules, read_row
-from shoal.cluster.job import EXIT_ENGINE, EXIT_OK, JobResult, JobSpec, run_job
+from shoal.cluster.job import EXIT_OK, JobResult, JobSpec, run_job
 from shoal.cluster.progress import ProgressReporter
 from shoal.cluster.row_output import answered_row
 from shoal.cluster.stop_signal import EXIT_DRAINED, StopSignal
@@ -88,8 +88,7 @@ def run_to_the_end(directory: Path, rng: Random) -> Iterator[int | None]:
             check_files(directory / "output", asked)
             shutil.rmtree(directory)
             return
-        gave_up = plan.kills_newcomers and result is not None and result.exit_code == EXIT_ENGINE
-        assert result is None or result.exit_code == EXIT_DRAINED or gave_up, result
+        assert result is None or result.exit_code == EXIT_DRAINED, result
 
 
 def run_once(directory: Path, cluster: Cluster, disk: Disk) -> JobResult | None:
