@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -282,7 +283,7 @@ class Replica:
         ended: dict[int, ObjectRef] = {rank: worker.ended for rank, worker in self._running.items()}
         for rank, ref in [(rank, ref) for rank, ref in ended.items() if ref in refs]:
             try:
-                failure = ray.get(ref)
+                failure: Any = ray.get(ref)
             except RayError:
                 del self._running[rank]
                 continue
