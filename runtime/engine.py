@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.numerics import pin_floating_point
-from shoal.kernels.registry import current_backend, is_invariant, set_backend
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
 
@@ -20,12 +17,8 @@ from .batch import EMPTY_BATCH, Batch, ScheduledSequence
 from .block_manager import BlockManager
 from .engine_config import EngineConfig
 from .handoff import Clock, KVExporter, KVLoader, PlannedWrite
-from .kv_cache import KVCache, RecordSpec, bytes_per_block
-from .loader import Checkpoint
-from .memory import available_memory
-from .model_runner import ModelRunner, prompt_slices
-from .models.config import ModelConfig
-from .models.deepseek import DeepseekModel, expected_tensors, record_specs
+from .model_loading import OnPhase, load_model
+from .model_runner import prompt_slices
 from .output_processor import Completion, OutputProcessor, RequestState
 from .sampler import SampledToken, Sampler, resolve_seed
 from .scheduler import Scheduler, SchedulerConfig
@@ -34,15 +27,10 @@ from .tokenizer import Tokenizer, read_eos_token_ids
 from .types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
 from .validation import RequestLimits, check_request, max_output_tokens
 
-KV_MEMORY_FRACTION = 0.5
-"""Of the memory that is free once the weights are there, what the cache may take when its size is not given."""
-
 TRANSFER_TIMEOUT_S = 30.0
 """The longest wait for news of a prompt that another replica computes; then it is computed here."""
 EXPORT_LEASE_S = 600.0
 """How long a computed prompt is held for a replica that never says that it has read it."""
-
-OnPhase = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,44 +89,16 @@ class Engine:
 
         `transport` brings cache records from and to other replicas; without it, requests begin and end here.
         """
-        if config.kernel_backend != "auto":
-            set_backend(config.kernel_backend)
-        if config.invariance == "strict" and not is_invariant(current_backend()):
-            raise ValueError(
-                f"kernels {current_backend()!r} do not promise that a row's result is independent of its batch; "
-                f"choose others or set invariance to relaxed"
-            )
-        self.float_settings = pin_floating_point()
+        loaded = load_model(model_dir, config, groups, on_phase)
         self.groups = groups
-        self.model_config = ModelConfig.from_pretrained(model_dir)
-        check_layout(self.model_config, groups.config.tensor_parallel_size)
-        dtype = _compute_dtype(self.model_config) if config.dtype == "auto" else getattr(torch, config.dtype)
-        specs = record_specs(self.model_config)
-        wanted_len = config.max_model_len or self.model_config.max_position_embeddings
-        if wanted_len > self.model_config.max_position_embeddings:
-            raise ValueError(
-                f"max_model_len {wanted_len} is above the model's max_position_embeddings "
-                f"({self.model_config.max_position_embeddings})"
-            )
-        model, fingerprint = self._load(model_dir, dtype, wanted_len, on_phase)
-        num_blocks = self._num_kv_blocks(config, specs, dtype, wanted_len)
-        self.max_model_len = min(wanted_len, num_blocks * config.block_size)
-        if config.max_model_len is not None and self.max_model_len < wanted_len:
-            raise ValueError(
-                f"the cache holds {num_blocks} blocks of {config.block_size} tokens, which is less than "
-                f"max_model_len = {wanted_len}; lower max_model_len or raise num_kv_blocks"
-            )
-        if self.max_model_len < wanted_len:
-            on_phase(f"notice: max_model_len is {self.max_model_len}, which is what the cache can hold")
-
-        cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=groups.device)
-        self.runner = ModelRunner(model, cache, groups.device)
-        record_fingerprint = hashlib.sha256(f"{fingerprint}/{dtype}/{current_backend()}".encode()).digest()
+        self.model_config, self.max_model_len = loaded.config, loaded.max_model_len
+        self.runner = loaded.runner
+        cache = loaded.runner.cache
         self.block_manager = BlockManager(
-            num_blocks,
-            config.block_size,
+            cache.num_blocks,
+            cache.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
-            fingerprint=record_fingerprint,
+            fingerprint=loaded.record_fingerprint,
         )
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -156,7 +116,7 @@ class Engine:
                 transport,
                 cache,
                 self.scheduler,
-                fingerprint=record_fingerprint,
+                fingerprint=loaded.record_fingerprint,
                 chunk_tokens=config.max_num_batched_tokens,
                 lease_s=EXPORT_LEASE_S,
                 clock=clock,
@@ -164,7 +124,7 @@ class Engine:
             self.loader = KVLoader(
                 transport,
                 self.scheduler,
-                fingerprint=record_fingerprint,
+                fingerprint=loaded.record_fingerprint,
                 bytes_per_token=cache.bytes_per_token,
                 max_step_tokens=config.max_num_batched_tokens,
                 timeout_s=TRANSFER_TIMEOUT_S,
@@ -483,46 +443,3 @@ class Engine:
         scored = self.sampler.prompt_logprobs(logits[: len(following)], following, k)
         del state.prompt_logprobs[position + 1 :]  # of a step that failed after this, and is done again
         state.prompt_logprobs.extend(self.processor.decoded(token.logprobs or {}) for token in scored)
-
-    # -- construction --------------------------------------------------------------------------------------------
-
-    def _load(
-        self, model_dir: str | Path, dtype: torch.dtype, max_len: int, on_phase: OnPhase
-    ) -> tuple[DeepseekModel, str]:
-        """This rank's part of the model, and what tells its checkpoint from others."""
-        with Checkpoint(model_dir) as checkpoint:
-            leftovers = set(checkpoint.check_names(expected_tensors(self.model_config)))
-            mtp = set(checkpoint.mtp_names(self.model_config))
-            if mtp:
-                on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
-            if unused := sorted(leftovers - mtp):
-                on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
-            model = DeepseekModel(self.model_config, checkpoint, self.groups, dtype=dtype, max_model_len=max_len)
-            return model, checkpoint.fingerprint
-
-    def _num_kv_blocks(self, config: EngineConfig, specs: list[RecordSpec], dtype: torch.dtype, max_len: int) -> int:
-        """Blocks of this attention group: as asked for, or what its sequences can use and its memory can hold."""
-        if config.num_kv_blocks is not None:
-            return config.num_kv_blocks
-        per_sequence = -(-max_len // config.block_size)
-        budget = available_memory(self.groups.device) * KV_MEMORY_FRACTION / self.groups.ranks_on_node
-        fits = int(budget // bytes_per_block(specs, config.block_size, dtype))
-        wanted = max(1, min(per_sequence * config.max_num_seqs, fits))
-        agreed = self.groups.tp.all_gather_ints([wanted], layer=-1, op="engine.num_kv_blocks")
-        return min(row[0] for row in agreed)
-
-
-def _compute_dtype(config: ModelConfig) -> torch.dtype:
-    """The checkpoint's own dtype where it is one that is computed in."""
-    return torch.float32 if config.torch_dtype is torch.float32 else torch.bfloat16
-
-
-def check_layout(config: ModelConfig, tensor_parallel_size: int) -> None:
-    """ValueError, naming the size that does not divide, when the model cannot be split over that many ranks."""
-    for name in ("num_attention_heads", "hidden_size", "intermediate_size"):
-        value = getattr(config, name)
-        if value % tensor_parallel_size:
-            raise ValueError(
-                f"{name} = {value} cannot be split over tensor_parallel_size = {tensor_parallel_size}; "
-                f"choose a divisor of it, or use data_parallel_size"
-            )

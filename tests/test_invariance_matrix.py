@@ -9,8 +9,9 @@ import pytest
 
 from shoal.kernels.registry import use_backend
 from shoal.parallel.groups import single_process_groups
-from shoal.runtime.engine import Engine, check_layout
+from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
+from shoal.runtime.model_loading import check_layout
 from shoal.runtime.models.config import ModelConfig
 from tests.invariance import Point, make_model, run_point, run_points_on_rank
 from tests.parallel.spawn import run_ranks

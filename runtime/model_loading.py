@@ -1,0 +1,128 @@
+"""From a checkpoint directory to one rank's part of a model, with a cache of the size that fits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.kernels.numerics import pin_floating_point
+from shoal.kernels.registry import current_backend, is_invariant, set_backend
+from shoal.parallel.groups import ParallelGroups
+
+from .engine_config import EngineConfig
+from .kv_cache import KVCache, RecordSpec, bytes_per_block
+from .loader import Checkpoint
+from .memory import available_memory
+from .model_runner import ModelRunner
+from .models.config import ModelConfig
+from .models.deepseek import DeepseekModel, expected_tensors, record_specs
+
+KV_MEMORY_FRACTION = 0.5
+"""Of the memory that is free once the weights are there, what the cache may take when its size is not given."""
+
+OnPhase = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What can be run."""
+
+    runner: ModelRunner
+    config: ModelConfig
+    max_model_len: int
+    """Tokens of a sequence, at most: what was asked for, or what the model and the cache can take."""
+    record_fingerprint: bytes
+    """Of everything that decides about the bits of a cache record: checkpoint, dtype and kernels."""
+
+
+def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGroups, on_phase: OnPhase) -> LoadedModel:
+    """ValueError for a checkpoint or a setting that cannot work; `on_phase` is told what a user should know."""
+    if config.kernel_backend != "auto":
+        set_backend(config.kernel_backend)
+    if config.invariance == "strict" and not is_invariant(current_backend()):
+        raise ValueError(
+            f"kernels {current_backend()!r} do not promise that a row's result is independent of its batch; "
+            f"choose others or set invariance to relaxed"
+        )
+    pin_floating_point()
+    model_config = ModelConfig.from_pretrained(model_dir)
+    check_layout(model_config, groups.config.tensor_parallel_size)
+    dtype = _compute_dtype(model_config) if config.dtype == "auto" else getattr(torch, config.dtype)
+    specs = record_specs(model_config)
+    wanted_len = config.max_model_len or model_config.max_position_embeddings
+    if wanted_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len {wanted_len} is above the model's max_position_embeddings "
+            f"({model_config.max_position_embeddings})"
+        )
+    model, fingerprint = _load_weights(model_dir, model_config, groups, dtype, wanted_len, on_phase)
+    num_blocks = _num_kv_blocks(config, groups, specs, dtype, wanted_len)
+    max_model_len = min(wanted_len, num_blocks * config.block_size)
+    if config.max_model_len is not None and max_model_len < wanted_len:
+        raise ValueError(
+            f"the cache holds {num_blocks} blocks of {config.block_size} tokens, which is less than "
+            f"max_model_len = {wanted_len}; lower max_model_len or raise num_kv_blocks"
+        )
+    if max_model_len < wanted_len:
+        on_phase(f"notice: max_model_len is {max_model_len}, which is what the cache can hold")
+    cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=groups.device)
+    return LoadedModel(
+        runner=ModelRunner(model, cache, groups.device),
+        config=model_config,
+        max_model_len=max_model_len,
+        record_fingerprint=hashlib.sha256(f"{fingerprint}/{dtype}/{current_backend()}".encode()).digest(),
+    )
+
+
+def _load_weights(
+    model_dir: str | Path,
+    config: ModelConfig,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+    max_len: int,
+    on_phase: OnPhase,
+) -> tuple[DeepseekModel, str]:
+    """This rank's part of the model, and what tells its checkpoint from others."""
+    with Checkpoint(model_dir) as checkpoint:
+        leftovers = set(checkpoint.check_names(expected_tensors(config)))
+        mtp = set(checkpoint.mtp_names(config))
+        if mtp:
+            on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
+        if unused := sorted(leftovers - mtp):
+            on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
+        model = DeepseekModel(config, checkpoint, groups, dtype=dtype, max_model_len=max_len)
+        return model, checkpoint.fingerprint
+
+
+def _num_kv_blocks(
+    config: EngineConfig, groups: ParallelGroups, specs: list[RecordSpec], dtype: torch.dtype, max_len: int
+) -> int:
+    """Blocks of this attention group: as asked for, or what its sequences can use and its memory can hold."""
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    per_sequence = -(-max_len // config.block_size)
+    budget = available_memory(groups.device) * KV_MEMORY_FRACTION / groups.ranks_on_node
+    fits = int(budget // bytes_per_block(specs, config.block_size, dtype))
+    wanted = max(1, min(per_sequence * config.max_num_seqs, fits))
+    agreed = groups.tp.all_gather_ints([wanted], layer=-1, op="engine.num_kv_blocks")
+    return min(row[0] for row in agreed)
+
+
+def _compute_dtype(config: ModelConfig) -> torch.dtype:
+    """The checkpoint's own dtype where it is one that is computed in."""
+    return torch.float32 if config.torch_dtype is torch.float32 else torch.bfloat16
+
+
+def check_layout(config: ModelConfig, tensor_parallel_size: int) -> None:
+    """ValueError, naming the size that does not divide, when the model cannot be split over that many ranks."""
+    for name in ("num_attention_heads", "hidden_size", "intermediate_size"):
+        value = getattr(config, name)
+        if value % tensor_parallel_size:
+            raise ValueError(
+                f"{name} = {value} cannot be split over tensor_parallel_size = {tensor_parallel_size}; "
+                f"choose a divisor of it, or use data_parallel_size"
+            )
