@@ -13,7 +13,8 @@ from shoal.runtime.validation import RequestLimits
 
 from .fault import Fault
 from .replica import EngineFailed, Replica
-from .routing import Deliver, Effect, GroupSpec, RequestRouter, Send
+from .routing import Deliver, Effect, RequestRouter, Send
+from .routing_groups import GroupSpec
 from .supervisor import RankFilled, RankLost, Supervisor
 from .wire import Command
 
@@ -33,6 +34,7 @@ class Router:
         close: Callable[[], None],
         *,
         max_num_seqs: int,
+        block_size: int,
     ) -> None:
         """Takes over the replicas, which are ready, and the supervisor, which watches them; `close` ends what they
         run on, after them."""
@@ -52,7 +54,7 @@ class Router:
         ]
         self.capacity = 2 * max_num_seqs * len(specs)
         """Requests in flight that keep every replica busy."""
-        self._routing = RequestRouter(specs, max_model_len=self.limits.max_model_len)
+        self._routing = RequestRouter(specs, max_model_len=self.limits.max_model_len, block_size=block_size)
         self._outputs: list[RequestOutput] = []
         self._progress: list[RequestProgress] = []
         self._interrupted: list[tuple[Fault, frozenset[str]]] = []

@@ -118,7 +118,7 @@ def start_engines(
             placement.remove()
         cluster.close()
 
-    return Router(replicas, supervisor, close, max_num_seqs=args.max_num_seqs)
+    return Router(replicas, supervisor, close, max_num_seqs=args.max_num_seqs, block_size=args.block_size)
 
 
 def _seats(args: EngineArgs, placements: Sequence[Placement], *, embedded: bool) -> list[list[Seat]]:

@@ -70,7 +70,7 @@ def obey(engine: EngineLike, command: Command) -> RequestOutput | None:
     """Do what a command says; a request that the engine refuses is answered at once."""
     match command:
         case Request():
-            return admit(engine, command)
+            return None if engine.has_request(command.request_id) else admit(engine, command)
         case KVChunk():
             engine.add_chunk(command)
         case EndPrefill(request_id, generated):

@@ -157,6 +157,10 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._requests)
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether it was added and is not finished."""
+        return request_id in self._requests
+
     def add_request(self, request: Request) -> None:
         """Queue a request (leaders only); ValueError when it cannot be answered or its id is in use."""
         assert self.is_leader, "requests go to the leader of an attention group"

@@ -19,7 +19,8 @@ from shoal.cluster.assignment import Assignment
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.engine_factory import BUILD_ENGINE
 from shoal.cluster.replica import listen
-from shoal.cluster.routing import Deliver, Effect, GroupSpec, RequestRouter
+from shoal.cluster.routing import Deliver, Effect, RequestRouter
+from shoal.cluster.routing_groups import GroupSpec
 from shoal.cluster.wire import pack_command, unpack_event
 from shoal.cluster.worker import Worker
 from shoal.cluster.worker_spec import WorkerFailure, WorkerSpec

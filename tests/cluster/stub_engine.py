@@ -46,6 +46,9 @@ class StubEngine:
         self.stop = False
         self.num_steps = 0
 
+    def has_request(self, request_id: str) -> bool:
+        return request_id in self.requests
+
     def add_request(self, request: Request) -> None:
         if request.prompt_token_ids[0] == REFUSED:
             raise ValueError("refused by the stub")

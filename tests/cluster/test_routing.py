@@ -1,27 +1,22 @@
-"""The router's decisions, event by event; and any order of events, losses included, answers every request once."""
+"""The router's decisions, event by event."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.cluster.replica_spec import Role
 from shoal.cluster.routing import (
-    PREFIX_TOKENS,
     Deliver,
     Effect,
-    GroupSpec,
     RequestRouter,
     Send,
-    num_tokens_at_most,
-    prefix_hashes,
 )
-from shoal.cluster.wire import Abort, EndPrefill, Event
-from shoal.parallel.kv_transport import KVChunk
+from shoal.cluster.routing_groups import GroupSpec
+from shoal.cluster.routing_prefixes import PREFIX_TOKENS
+from shoal.cluster.wire import EndPrefill, Event
 from shoal.runtime.types import (
     CompletionOutput,
     GeneratedTokens,
@@ -32,6 +27,8 @@ from shoal.runtime.types import (
     RequestProgress,
     SamplingParams,
 )
+
+from .model_engine import chunk
 
 
 def spec(role: Role, max_num_seqs: int = 4, num_kv_tokens: int = 1000) -> GroupSpec:
@@ -47,20 +44,6 @@ def ask(request_id: str, num_prompt: int = 4, max_tokens: int | None = 6, **fiel
     prompt = fields.pop("prompt", (1,) * num_prompt)
     return Request(
         request_id=request_id, prompt_token_ids=prompt, params=SamplingParams(max_tokens=max_tokens, **params), **fields
-    )
-
-
-def chunk(engine_id: str, start: int = 0, end: int = 4) -> KVChunk:
-    return KVChunk(
-        request_id=engine_id,
-        start=start,
-        end=end,
-        fingerprint=b"",
-        epoch=0,
-        generation=0,
-        num_bytes=1,
-        checksum=0,
-        address=b"",
     )
 
 
@@ -155,9 +138,6 @@ def test_a_known_beginning_is_worth_its_tokens() -> None:
     r.submit([ask("busy", 500, max_tokens=1)])  # to group 0, the first of two idle ones
     # 501 tokens before 768 that need not be computed; group 1 is idle and computed the same beginning: less still.
     assert sent(r.submit([ask("d", prompt=(*beginning, 3), max_tokens=1)])) == [(1, "whole d#0")]
-    assert prefix_hashes(beginning) == prefix_hashes((*beginning, 1))
-    assert len(prefix_hashes(beginning)) == 3
-    assert prefix_hashes(beginning[:-1]) == prefix_hashes(beginning)[:2]
 
 
 def test_more_than_a_group_can_hold_waits_where_any_group_can_take_it() -> None:
@@ -167,12 +147,116 @@ def test_more_than_a_group_can_hold_waits_where_any_group_can_take_it() -> None:
     assert r.num_in_flight == 13
 
 
-def test_what_no_decode_group_has_room_for_waits_for_an_idle_group() -> None:
+def test_a_prefill_group_with_time_answers_what_no_decode_group_has_room_for() -> None:
     r = router(spec("prefill", 8), spec("decode", 8, num_kv_tokens=20))
-    assert sent(r.submit([ask("a", 12), ask("b", 9), ask("c", 2)])) == [(0, "prefill a#0")], "c must not overtake b"
-    r.handle(0, chunk("a#0"))
-    effects = r.handle(1, PromptLoaded(request_id="a#0"))
-    assert sent(effects) == [(0, "Abort a#0"), (0, "whole b#0"), (0, "prefill c#0")], "an idle group helps"
+    assert sent(r.submit([ask("a", 12), ask("b", 9), *(ask(i, 2) for i in "cdefg")])) == [(0, "prefill a#0")], (
+        "the decode group is kept for b, and a waits for the prefill group"
+    )
+    r.handle(0, chunk("a#0", 0, 12))
+    effects = r.handle(0, output("a#0", 9, finished=False))
+    assert sent(effects) == [(1, "EndPrefill a#0"), (0, "whole b#0"), (0, "prefill c#0"), (0, "prefill d#0")]
+    assert sent(r.handle(0, output("c#0", 9, finished=True))) == [(1, "Abort c#0"), (0, "prefill e#0")]
+    assert sent(r.handle(1, output("a#0", 9, 8, finished=True))) == [
+        (0, "Abort a#0"),
+        (0, "prefill f#0"),
+        (0, "prefill g#0"),
+    ]
+
+
+def test_half_of_a_prefill_group_is_left_for_prompts_to_come() -> None:
+    r = router(spec("prefill", 4), spec("decode", 1))
+    assert sent(r.submit([ask(str(i)) for i in range(9)])) == [(0, "prefill 0#0"), (0, "prefill 1#0")]
+    assert sent(r.handle(0, output("0#0", 9, finished=False))) == [(1, "decode 0#0"), (1, "EndPrefill 0#0")]
+    # Nobody waits for it any more.
+    assert sent(r.handle(0, output("1#0", 9, finished=False)))[2:] == [(0, "whole 2#0"), (0, "whole 3#0")]
+    assert sent(r.handle(1, output("0#0", 9, 8, finished=True))) == [(0, "Abort 0#0"), (0, "prefill 4#0")]
+
+
+def test_a_decode_group_with_nothing_to_do_computes_prompts() -> None:
+    r = router(spec("prefill", 1), *[spec("decode", 8)] * 3)
+    effects = r.submit([ask(i) for i in "abcd"])
+    assert sent(effects) == [(0, "prefill a#0"), (0, "prefill b#0"), (3, "whole c#0")], "no place for another prompt"
+    assert sent(r.handle(3, output("c#0", 1, finished=True))) == [(3, "whole d#0")]
+
+
+def test_room_is_for_sequences_and_for_what_is_known_of_them() -> None:
+    r = router(spec("mixed", 8, 64), max_model_len=64)
+    assert len(r.submit([ask("n", 4, params={"n": 8}), ask("a", 4), ask("b", 4), ask("c", 4)])) == 3
+    r.abort("n")
+    r.abort("a")
+    # b and c have 10 tokens with the next ones of each; the known ones count from the beginning.
+    known = (GeneratedTokens((7,) * 40),)
+    assert sent(r.submit([ask("d", 10, 50, generated=known), ask("e", 2)])) == [(0, "whole d#0"), (0, "whole e#0")]
+    assert sent(r.submit([ask("f", 1)])) == [], "64 of 64 are taken"
+    r.abort("b")
+    r.check_integrity()
+
+
+def test_what_is_generated_takes_room() -> None:
+    r = router(spec("mixed", 8, 64), max_model_len=64)
+    r.submit([ask("a", 4, 60)])
+    r.handle(0, progress("a#0", 0, *range(40)))
+    assert sent(r.submit([ask("b", 19), ask("c", 18)])) == [], "45 are taken, and 20 wanted"
+    assert sent(r.abort("b")) == [(0, "whole c#0")]
+    r.check_integrity()
+
+
+def test_a_partner_is_reserved_with_all_that_is_known() -> None:
+    r = router(spec("prefill", 8), spec("decode", 8, 40), spec("decode", 8, 40))
+    assert sent(r.submit([ask("a", 4, 30, generated=(GeneratedTokens((7,) * 20),))])) == [(0, "prefill a#0")]
+    assert r._tracked["a"].decode == 1
+    r.submit([ask("b", 10)])
+    assert r._tracked["b"].decode == 2
+    r.submit([ask("c", 20)])
+    assert r._tracked["c"].decode == 2, "25 of 40 are taken in the one, 11 in the other"
+    r.check_integrity()
+
+
+def test_a_request_without_room_is_passed_elsewhere_but_not_for_ever() -> None:
+    r = router(*[spec("mixed", 8, 100)] * 2, max_model_len=100)
+    r.submit([ask("a", 40), ask("b", 50)])
+    assert sent(r.submit([ask("big", 90), *(ask(str(i), 9) for i in range(5))])) == [
+        *((1, f"whole {i}#0") for i in range(4)),
+    ], "group 0, which has less to do, is kept for it"
+    assert sent(r.handle(1, output("b#0", 1, finished=True))) == [(1, "whole 4#0")]
+    assert sent(r.submit([ask("late", 9)])) == [(1, "whole late#0")]
+    assert sent(r.handle(0, output("a#0", 1, finished=True))) == [(0, "whole big#0")]
+    r.check_integrity()
+
+
+@pytest.mark.parametrize("end", ["abort", "another has room", "the group is lost"])
+def test_a_group_is_kept_only_as_long_as_somebody_waits_for_it(end: str) -> None:
+    r = router(*[spec("mixed", 8, 100)] * 2, max_model_len=100)
+    r.submit([ask("a", 40), ask("b", 50), ask("big", 90), ask("c", 40)])
+    assert r._tracked["c"].decode == 1
+    assert r._groups[0].kept_for == "big"
+    if end == "abort":
+        r.abort("big")
+        assert r._groups[0].kept_for is None
+    elif end == "another has room":
+        r.abort("b")
+        assert sent(r.abort("c")) == [(1, "Abort c#0"), (1, "whole big#0")]
+        assert r._groups[0].kept_for is None
+    else:
+        r.lose(0)
+        assert r._groups[1].kept_for == "a", "which was given back and comes first"
+        assert sent(r.restore(0)) == [(0, "whole a#1")]
+        assert [g.kept_for for g in r._groups] == ["big", None]
+    r.check_integrity()
+
+
+def test_a_request_may_need_a_prefill_and_a_decode_group_to_empty() -> None:
+    r = router(spec("prefill", 8, 100), spec("decode", 8, 100), max_model_len=100)
+    r.submit([ask("a", 50)])
+    r.handle(0, output("a#0", 1, finished=False))
+    r.submit([ask("b", 40), ask("c", 2)])
+    assert sent(r.submit([ask("big", 90)])) == []
+    assert [g.kept_for for g in r._groups] == ["big", None]
+    r.handle(0, output("b#0", 1, finished=False))
+    assert sent(r.submit([ask("d", 2)])) == [], "the prefill group is kept"
+    effects = r.handle(0, output("c#0", 1, finished=False))
+    assert sent(effects)[-2:] == [(0, "whole big#0"), (0, "whole d#0")], "with nothing else to do, it answers alone"
+    r.check_integrity()
 
 
 def test_a_lost_decode_group_gives_back_what_it_had_with_what_is_known() -> None:
@@ -201,9 +285,12 @@ def test_a_lost_prefill_group_leaves_the_rest_to_the_decode_group_or_to_another(
     assert sent(effects)[1:] == [(2, "Abort not begun#0"), (1, "prefill not begun#1")]
     assert r.handle(0, chunk("begun#0", 2, 4)) == []
     assert delivered(r.handle(2, output("begun#0", 1, finished=True))) == [output("begun", 1, finished=True)]
-    r.lose(1)
-    assert r.num_in_flight == 2
-    assert sent(r.restore(0)) == [(0, "prefill other#1"), (0, "prefill not begun#2")], "in order of arrival"
+    assert sent(r.lose(1)) == [
+        (2, "Abort other#0"),
+        (2, "Abort not begun#1"),
+        (2, "whole other#1"),
+        (2, "whole not begun#2"),
+    ], "in order of arrival, where somebody is left"
 
 
 def test_an_abort_reaches_everyone_who_knows_of_the_request() -> None:
@@ -216,183 +303,91 @@ def test_an_abort_reaches_everyone_who_knows_of_the_request() -> None:
     assert r.num_in_flight == 2
 
 
+def test_events_that_come_twice_or_late_or_never_change_nothing() -> None:
+    r = router(spec("prefill"), spec("decode"))
+    r.submit([ask("a", max_tokens=9, report_progress=True)])
+    first: list[Event] = [chunk("a#0", 0, 2), chunk("a#0", 2, 4), output("a#0", 9, finished=False)]
+    for event in first:
+        r.handle(0, event)
+    assert sent(r.handle(0, first[0])) == [(1, "KVChunk a#0")], "the engine knows it"
+    assert r.handle(0, first[2]) == []
+    failed = PromptLoaded(request_id="a#0", error="cut off")
+    assert sent(r.handle(1, failed)) == [(0, "Abort a#0")]
+    assert r.handle(1, failed) == []
+    assert r.num_failed_transfers == 1
+    assert [r.handle(0, event) for event in first] == [[], [], []], "it has nothing to do with it any more"
+    assert delivered(r.handle(1, progress("a#0", 1, 8, 7))) == [progress("a", 1, 8, 7)]
+    assert r.handle(1, progress("a#0", 1, 8, 7)) == []
+    assert r.handle(1, progress("a#0", 5, 4)) == [], "behind a gap"
+    assert delivered(r.handle(1, progress("a#0", 2, 7, 6, 5))) == [progress("a", 3, 6, 5)]
+    assert r.handle(1, progress("a#0", 0, 9)) == []
+    r.lose(1)
+    assert r.handle(1, progress("a#0", 5, 4)) == [], "of an earlier attempt"
+    assert r.handle(1, output("a#0", 9, 8, 7, 6, 5, 4, 3, 2, 1, finished=True)) == []
+    r.check_integrity()
+
+
+def test_logprobs_of_overlapping_progress_stay_with_their_tokens() -> None:
+    r = router(spec("mixed"))
+    r.submit([ask("a", report_progress=True, params={"logprobs": 0})])
+    scored = [{t: Logprob(-t / 10, 1)} for t in range(4)]
+
+    def told(start: int, end: int) -> RequestProgress:
+        new = GeneratedTokens(tuple(range(start, end)), tuple(scored[start:end]))
+        return RequestProgress(request_id="a#0", index=0, start=start, new=new)
+
+    r.handle(0, told(0, 3))
+    (event,) = delivered(r.handle(0, told(1, 4)))
+    assert event == replace(told(3, 4), request_id="a")
+    assert r._tracked["a"].generated == [GeneratedTokens((0, 1, 2, 3), tuple(scored))]
+
+
+def test_a_stream_never_goes_back() -> None:
+    r = router(spec("mixed"), spec("mixed"))
+    r.submit([ask("a", stream=True)])
+    assert delivered(r.handle(0, output("a#0", 9, 8, finished=False))) == [output("a", 9, 8, finished=False)]
+    assert r.handle(0, output("a#0", 9, finished=False)) == [], "late"
+    assert r.handle(0, output("a#0", 9, 8, finished=False)) == [], "twice"
+    assert sent(r.lose(0)) == [(1, "whole a#1")], "only streamed, nothing is known"
+    assert r.handle(1, output("a#1", 9, finished=False)) == []
+    assert r.handle(1, output("a#1", 9, 8, finished=False)) == []
+    assert len(r.handle(1, output("a#1", 9, 8, 7, finished=False))) == 1
+    assert len(r.handle(1, output("a#1", 9, 8, 7, finished=True))) == 1
+
+
+@pytest.mark.parametrize("what", ["prefill is lost", "transfer fails", "decode answers"])
+def test_scores_of_a_prompt_are_not_lost_with_its_prefill(what: str) -> None:
+    r = router(spec("prefill"), spec("prefill"), spec("decode"))
+    r.submit([ask("a", params={"prompt_logprobs": 1})])
+    r.handle(0, chunk("a#0", 0, 2))
+    if what == "prefill is lost":
+        effects = r.lose(0)
+    elif what == "transfer fails":
+        effects = r.handle(2, PromptLoaded(request_id="a#0", error="cut off"))
+    else:  # its news that the transfer failed is late
+        effects = r.handle(2, output("a#0", 9, 8, finished=True))
+    (asked,) = [e.command for e in effects if isinstance(e, Send) and isinstance(e.command, Request)]
+    assert asked.request_id == "a#1"
+    assert asked.params.prompt_logprobs == 1
+    assert not asked.do_remote_decode, "nothing of it can get lost between two groups again"
+    r.check_integrity()
+
+
+def test_an_id_that_is_free_again_is_sent_once() -> None:
+    r = router(spec("mixed", 1))
+    r.submit([ask("x"), ask("y"), ask("a")])
+    r.abort("a")
+    r.submit([ask("b"), ask("a")])
+    assert sent(r.abort("x")) == [(0, "Abort x#0"), (0, "whole b#0")]
+    assert sent(r.abort("y")) == [(0, "Abort y#0"), (0, "whole a#0")]
+    assert sent(r.abort("b")) == [(0, "Abort b#0")]
+    r.check_integrity()
+
+
 def test_an_id_in_use_is_refused_and_nothing_taken() -> None:
     r = router(spec("mixed"))
     r.submit([ask("a")])
-    with pytest.raises(ValueError, match="'a' is already in flight"):
-        r.submit([ask("b"), ask("a")])
+    for asked in ([ask("b"), ask("a")], [ask("c"), ask("c")]):
+        with pytest.raises(ValueError, match="is already in flight"):
+            r.submit(asked)
     assert r.num_in_flight == 1
-
-
-def answer_of(request: Request) -> list[int]:
-    """What any engine answers."""
-    total = sum(request.prompt_token_ids)
-    assert request.params.max_tokens is not None
-    return [total * 7 % 11 + i for i in range(request.params.max_tokens)]
-
-
-class RouterMachine(RuleBasedStateMachine):
-    """Engines that do any possible next thing at any time, and die; messages of one engine keep their order."""
-
-    @initialize(
-        roles=st.sampled_from(
-            [
-                ("mixed",),
-                ("mixed", "mixed"),
-                ("prefill", "decode"),
-                ("prefill", "prefill", "decode", "decode"),
-                ("prefill", "decode", "mixed"),
-            ]
-        )
-    )
-    def start(self, roles: tuple[Role, ...]) -> None:
-        self.router = router(*(spec(role, 2, 30) for role in roles))
-        self.alive = [True] * len(roles)
-        self.engines: list[dict[str, Any]] = [{} for _ in roles]
-        self.asked: dict[str, Request] = {}
-        self.answers: dict[str, list[int]] = {}
-        self.known: dict[str, list[int]] = {}
-
-    def carry_out(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Deliver):
-                self.deliver(effect.event)
-                continue
-            assert self.alive[effect.group], "told a group that is lost"
-            self.obey(self.engines[effect.group], effect.command)
-
-    def obey(self, engine: dict[str, Any], command: Any) -> None:
-        if isinstance(command, Request):
-            assert command.request_id not in engine
-            tokens = list(command.generated[0].token_ids) if command.generated else []
-            engine[command.request_id] = {
-                "request": command,
-                "tokens": tokens,
-                "sent": 0,
-                "ready": not command.do_remote_prefill,
-            }
-        elif isinstance(command, Abort):
-            engine.pop(command.request_id, None)
-        elif isinstance(command, EndPrefill):
-            state = engine[command.request_id]
-            if command.generated is not None and not state["tokens"]:
-                state["tokens"] = list(command.generated[0].token_ids)
-            state["ended"] = True
-        else:
-            assert command.start == engine[command.request_id].get("loaded", 0), "chunks come in order"
-            engine[command.request_id]["loaded"] = command.end
-
-    def deliver(self, event: RequestOutput | RequestProgress) -> None:
-        whole = answer_of(self.asked[event.request_id])
-        if isinstance(event, RequestProgress):
-            known = self.known[event.request_id]
-            assert event.start == len(known)
-            known.extend(event.new.token_ids)
-            assert known == whole[: len(known)]
-        elif event.finished:
-            assert event.request_id not in self.answers, "answered twice"
-            assert event.outputs[0].token_ids == whole
-            self.answers[event.request_id] = whole
-
-    @rule(num_prompt=st.integers(1, 12), max_tokens=st.integers(1, 4))
-    def submit(self, num_prompt: int, max_tokens: int) -> None:
-        request = ask(str(len(self.asked)), num_prompt, max_tokens, report_progress=True)
-        self.asked[request.request_id] = request
-        self.known[request.request_id] = []
-        self.carry_out(self.router.submit([request]))
-
-    @precondition(lambda self: any(self.engines))
-    @rule(data=st.data())
-    def work(self, data: st.DataObject) -> None:
-        busy = [(g, i) for g, engine in enumerate(self.engines) for i in engine if self.can_work(engine[i])]
-        if busy:
-            self.advance(*data.draw(st.sampled_from(busy)))
-
-    @staticmethod
-    def can_work(state: dict[str, Any]) -> bool:
-        return bool(state["ready"] or state.get("ended")) and not state.get("handed over")
-
-    def advance(self, group: int, engine_id: str) -> None:
-        """One step of one request: publish, load, generate, tell."""
-        engine = self.engines[group]
-        state = engine[engine_id]
-        request = state["request"]
-        whole, num_prompt = answer_of(request), len(request.prompt_token_ids)
-
-        def tell(event: Event) -> None:
-            self.carry_out(self.router.handle(group, event))
-
-        if not state["ready"]:
-            state["ready"] = True
-            state["told"] = len(state["tokens"])
-            tell(PromptLoaded(request_id=engine_id))
-        elif request.do_remote_decode and state["sent"] < num_prompt:
-            start, state["sent"] = state["sent"], min(num_prompt, state["sent"] + 5)
-            tell(chunk(engine_id, start, state["sent"]))
-        elif request.do_remote_decode:
-            finished = len(whole) == 1
-            state["handed over"] = True
-            if finished:
-                del engine[engine_id]
-            tell(output(engine_id, whole[0], finished=finished))
-        else:
-            state["tokens"].append(whole[len(state["tokens"])])
-            told = state.get("told", sum(len(g.token_ids) for g in request.generated))
-            if len(state["tokens"]) == len(whole):
-                del engine[engine_id]
-                tell(output(engine_id, *whole, finished=True))
-            elif len(state["tokens"]) % 2:
-                state["told"] = len(state["tokens"])
-                tell(progress(engine_id, told, *state["tokens"][told:]))
-
-    @rule(data=st.data())
-    def lose(self, data: st.DataObject) -> None:
-        group = data.draw(st.integers(0, len(self.alive) - 1))
-        if self.alive[group]:
-            self.alive[group] = False
-            self.engines[group].clear()
-            self.carry_out(self.router.lose(group))
-        else:
-            self.alive[group] = True
-            self.carry_out(self.router.restore(group))
-
-    @precondition(lambda self: self.asked.keys() - self.answers.keys())
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        request_id = data.draw(st.sampled_from(sorted(self.asked.keys() - self.answers.keys())))
-        self.carry_out(self.router.abort(request_id))
-        self.answers[request_id] = []
-        assert not any(i.startswith(f"{request_id}#") for engine in self.engines for i in engine)
-
-    @invariant()
-    def nothing_is_lost(self) -> None:
-        if hasattr(self, "router"):
-            assert self.router.num_in_flight == len(self.asked) - len(self.answers)
-            for group, engine in zip(self.router._groups, self.engines, strict=True):
-                assert group.num_tokens == sum(self.router._tracked[i].num_tokens for i in group.requests)
-                unfinished = {i.split("#")[0] for i, s in engine.items() if not s.get("handed over")}
-                assert unfinished <= set(group.requests)
-
-    def teardown(self) -> None:
-        if not hasattr(self, "router"):
-            return
-        for group, alive in enumerate(self.alive):
-            if not alive:
-                self.alive[group] = True
-                self.carry_out(self.router.restore(group))
-        for _ in range(10_000):
-            busy = [(g, i) for g, engine in enumerate(self.engines) for i in engine if self.can_work(engine[i])]
-            if not busy:
-                break
-            self.advance(*busy[0])
-        assert self.answers.keys() == self.asked.keys(), "a request was never answered"
-        assert not any(self.engines), "an engine still holds something"
-
-
-TestRouterMachine = RouterMachine.TestCase
-TestRouterMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
-
-
-def test_tokens_at_most() -> None:
-    assert num_tokens_at_most(ask("a", 10, None), 80) == 80
-    assert num_tokens_at_most(ask("a", 10, 5, params={"n": 3}), 80) == 25

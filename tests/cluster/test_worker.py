@@ -155,6 +155,15 @@ def test_a_refused_request_is_answered_and_the_others_go_on() -> None:
         assert tokens(outputs["good"]) == [2, 3, 4]
 
 
+def test_a_request_that_is_told_twice_is_answered_once() -> None:
+    with running() as (one,):
+        one.worker.tell([message("a", max_tokens=30), message("a", max_tokens=30)])
+        one.worker.tell([message("a", max_tokens=30), message("b", 10)])
+        outputs = {o.request_id: o for o in one.outputs(2)}
+        assert tokens(outputs["a"]) == list(range(2, 32))
+        assert one.worker.poll(0.05) == []
+
+
 def test_an_aborted_request_leaves_the_engine() -> None:
     with running() as (one,):
         one.worker.tell([message("long", max_tokens=10**9)])

@@ -11,7 +11,7 @@ from typing import Any, cast
 from shoal.cluster import liveness as liveness_module
 from shoal.cluster import replica as replica_module
 from shoal.cluster import router as router_module
-from shoal.cluster import routing as routing_module
+from shoal.cluster import routing_prefixes as prefixes_module
 from shoal.cluster import supervisor as supervisor_module
 from shoal.cluster.actors import Launch, Seat, WorkerProcess
 from shoal.cluster.assignment import Assignment
@@ -23,7 +23,6 @@ from shoal.cluster.supervisor import ReplicaPlan, Supervisor
 from shoal.cluster.wire import Event
 
 from .engine import EngineSettings
-from .expectations import progress_may_be_told_twice
 from .faults import Plan, Strike
 from .lockstep import Epoch
 from .model import Row
@@ -137,7 +136,7 @@ class Cluster:
         supervisor.take_over([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
         supervisor.on_tick()
         self.plan.begin(self)
-        return Router(replicas, supervisor, lambda: None, max_num_seqs=MAX_NUM_SEQS)
+        return Router(replicas, supervisor, lambda: None, max_num_seqs=MAX_NUM_SEQS, block_size=1)
 
     @property
     def members(self) -> list[Process]:
@@ -217,8 +216,7 @@ def installed(cluster: Cluster) -> Iterator[None]:
     wire = {"pack_command": _as_it_is, "unpack_event": _as_it_is}
     with (
         replaced(router_module, ray=ray, time=cluster.world),
-        replaced(routing_module, PREFIX_TOKENS=2),
-        progress_may_be_told_twice(),
+        replaced(prefixes_module, PREFIX_TOKENS=2),
         replaced(replica_module, ray=ray, time=cluster.world, listen=cluster.listen, **processes, **wire),
         replaced(
             supervisor_module,

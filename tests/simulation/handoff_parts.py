@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.cluster.replica_spec import Role
-from shoal.cluster.routing import Deliver, Effect, GroupSpec, RequestRouter
+from shoal.cluster.routing import Deliver, Effect, RequestRouter
+from shoal.cluster.routing_groups import GroupSpec
 from shoal.cluster.wire import Abort, Command, EndPrefill, Event
 from shoal.cluster.worker import obey
 from shoal.parallel import kv_transport

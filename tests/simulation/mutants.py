@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from shoal.cluster import membership
+from shoal.cluster import membership, routing
 from shoal.cluster.journal import Journal, ProgressRecord, Record
 from shoal.cluster.routing import RequestRouter
-from shoal.cluster.wire import Event
 from shoal.parallel import kv_transport
 from shoal.runtime import handoff
 from shoal.runtime.block_manager import BlockManager
@@ -81,16 +79,8 @@ def nobody_is_told_who_was_replaced(patch: Patch) -> None:
     patch.setattr(membership.Membership, "_join", forgetful)
 
 
-def attempts_are_not_told_apart(patch: Patch) -> None:
-    handle = RequestRouter.handle
-
-    def any_attempt(router: RequestRouter, group: int, event: Event) -> Any:
-        tracked = router._tracked.get(event.request_id.rpartition("#")[0])
-        if tracked is not None:
-            event = replace(event, request_id=tracked.engine_id)
-        return handle(router, group, event)
-
-    patch.setattr(RequestRouter, "handle", any_attempt)
+def what_is_known_is_told_again(patch: Patch) -> None:
+    patch.setattr(routing, "tokens_from", lambda generated, start: generated)
 
 
 def a_lost_group_keeps_its_requests(patch: Patch) -> None:

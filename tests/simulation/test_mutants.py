@@ -24,7 +24,7 @@ NUM_SEEDS = 1000
         mutants.what_was_generated_is_forgotten_when_the_prefill_fails,
         mutants.a_new_rank_finds_the_old_records,
         mutants.nobody_is_told_who_was_replaced,
-        mutants.attempts_are_not_told_apart,
+        mutants.what_is_known_is_told_again,
         mutants.a_lost_group_keeps_its_requests,
         mutants.blocks_are_free_while_they_are_read,
         mutants.what_failed_counts_as_computed,
