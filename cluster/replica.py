@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -61,6 +61,9 @@ class _Leader:
     worker: WorkerProcess | None
     """None: lost, and not replaced yet."""
     poll: ObjectRef | None = None
+    tells: list[ObjectRef] = field(default_factory=list)
+    """Calls that may fail yet."""
+    num_told: int = 0
 
 
 def listen(host: str) -> TCPStore:
@@ -182,8 +185,9 @@ class Replica:
         leader = next(leader for leader in self._leaders if leader.rank == rank)
         if leader.worker is None:
             return  # its loss is about to be told, and whatever it was told counts for nothing then
-        actor = leader.worker.actor
-        actor.tell.options(concurrency_group=INBOX_THREAD).remote([pack_command(c) for c in commands])
+        tell = leader.worker.actor.tell.options(concurrency_group=INBOX_THREAD)
+        leader.tells.append(tell.remote(leader.num_told, [pack_command(c) for c in commands]))
+        leader.num_told += 1
 
     def refs(self) -> list[ObjectRef]:
         """What to wait for: news of the leaders, and the end of any rank's loop."""
@@ -199,7 +203,7 @@ class Replica:
         self._running.pop(rank, None)
         for leader in self._leaders:
             if leader.rank == rank:
-                leader.worker = leader.poll = None
+                leader.worker, leader.poll, leader.tells, leader.num_told = None, None, [], 0
                 return True
         return False
 
@@ -219,19 +223,34 @@ class Replica:
         """
         events: list[tuple[int, Event]] = []
         for leader in self._leaders:
+            self._check_tells(leader)
             if leader.poll is not None and leader.poll in ready:
                 poll, leader.poll = leader.poll, None
-                assert leader.worker is not None
                 try:
                     messages = ray.get(poll)
                 except RayError as error:
-                    self.unreachable.append((leader.worker.name, str(error)))
-                    leader.worker = None
+                    self._miss(leader, error)
                     continue
                 events += [(leader.rank, unpack_event(message)) for message in messages]
         if not events:
             self._check_ends(ready)
         return events
+
+    def _check_tells(self, leader: _Leader) -> None:
+        """A command that did not arrive would be missed for ever."""
+        if leader.worker is None or not leader.tells:
+            return
+        done, leader.tells = ray.wait(leader.tells, num_returns=len(leader.tells), timeout=0)
+        try:
+            for ref in done:
+                ray.get(ref)
+        except RayError as error:
+            self._miss(leader, error)
+
+    def _miss(self, leader: _Leader, error: RayError) -> None:
+        if leader.worker is not None:
+            self.unreachable.append((leader.worker.name, str(error)))
+        leader.worker, leader.poll, leader.tells = None, None, []
 
     def stop(self) -> None:
         """Let the loops end in the same step, and wait for that a little."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -23,8 +24,8 @@ LEFT_GRACE_S = 0.5
 """How long ranks that left may have a dead peer whose end is not known yet, before all are told to join again."""
 START_CHECK_S = 0.5
 """How often to look after processes that have not connected yet."""
-MAX_FAILED_STARTS = 5
-"""In a row, after which no more processes are started: there is a reason then that does not go away."""
+MAX_FAILED_STARTS = 6
+"""In one seat, one after another, each after a longer pause: there is a reason then that does not go away."""
 FORM_TIMEOUT_S = 20.0
 """A worker that has not joined after this long is treated as lost."""
 STALL_GRACE_S = 10.0
@@ -128,8 +129,10 @@ class Supervisor:
         """Connected workers without a rank, the longest waiting first."""
         self._wanted: list[_Wanted] = []
         self._starts_checked_at = 0.0
-        self._num_failed_starts = 0
-        """Since a process last connected."""
+        self._failed_starts: Counter[Seat] = Counter()
+        """Since a process last connected from there."""
+        self._restarts: list[tuple[float, Seat]] = []
+        """When and where to start one."""
         self._launch: Launch | None = None
         self._taken_over: tuple[list[ReplicaPlan], list[WorkerProcess]] | None = None
         """Until the thread that watches finds it."""
@@ -188,7 +191,8 @@ class Supervisor:
 
     def on_hello(self, name: str) -> None:
         self._heard[name] = _Heard(self._liveness.process(name))
-        self._num_failed_starts = 0
+        if name in self._processes:
+            self._failed_starts.pop(self._processes[name].seat, None)
         if name in self._processes and not any(name in r.members.workers for r in self._replicas):
             self._wait(name)
             self._fill()
@@ -234,7 +238,10 @@ class Supervisor:
                 self._act(number, replica.members.lose(name))
         # Calls of Ray take their time: the others know by now.
         end_worker(worker, process=None if heard is None else heard.process)
-        self._start_in(worker.seat)
+        if not (num_failed := self._failed_starts[worker.seat]):
+            self._start_in(worker.seat)
+        elif num_failed < MAX_FAILED_STARTS:
+            self._restarts.append((self._clock() + START_CHECK_S * 2**num_failed, worker.seat))
 
     def _fault(self, worker: WorkerProcess, heard: _Heard | None, how: str, silent_s: float) -> Fault:
         now = self._clock()
@@ -284,11 +291,12 @@ class Supervisor:
         """Processes that end before they connect have no connection whose end would tell."""
         silent = [worker for name, worker in self._processes.items() if name not in self._heard]
         for worker, reason in failed_starts(silent):
-            self._num_failed_starts += 1
+            self._failed_starts[worker.seat] += 1
             self.on_lost(worker.name, reason, 0.0)
-            if self._num_failed_starts == MAX_FAILED_STARTS:
-                for wanted in self._wanted:
-                    self.events.put(GaveUp(wanted.replica, wanted.rank, f"no process starts: {reason}"))
+        now = self._clock()
+        for due, seat in [entry for entry in self._restarts if entry[0] <= now]:
+            self._restarts.remove((due, seat))
+            self._start_in(seat)
 
     def _give_up_on(self, name: str, reason: str) -> None:
         """Treat a worker that is connected as lost; the end of its connection is then no news."""
@@ -348,8 +356,6 @@ class Supervisor:
 
     def _start_in(self, seat: Seat) -> None:
         assert self._launch is not None
-        if self._num_failed_starts >= MAX_FAILED_STARTS:
-            return
         worker = start_worker(self._launch, seat, None, title=f"spare:{self._num_spares}")
         self._num_spares += 1
         self._processes[worker.name] = worker

@@ -103,6 +103,9 @@ class Worker:
         self._spec = spec
         self._changed = threading.Condition()
         self._commands: deque[Command] = deque()
+        self._told: dict[int, list[Command]] = {}
+        """Calls that came before an earlier one."""
+        self._num_told = 0
         self._outbox: deque[bytes] = deque()
         self._num_steps = 0
         self._in_loop = False
@@ -354,11 +357,14 @@ class Worker:
                 self._outbox.extend(messages)
                 self._changed.notify_all()
 
-    def tell(self, messages: list[bytes]) -> None:
-        """Queue packed commands."""
+    def tell(self, number: int, messages: list[bytes]) -> None:
+        """Queue packed commands. Calls are numbered from 0 on: Ray may let one overtake another."""
         commands = [unpack_command(message) for message in messages]
         with self._changed:
-            self._commands.extend(commands)
+            self._told[number] = commands
+            while (following := self._told.pop(self._num_told, None)) is not None:
+                self._num_told += 1
+                self._commands.extend(following)
             self._changed.notify_all()
 
     def read_chunk(self, generation: int) -> NDArray[np.uint8] | None:

@@ -54,6 +54,7 @@ class _Rank:
     worker: Worker
     thread: threading.Thread
     failures: list[WorkerFailure]
+    num_told: int = 0
 
 
 class RolesCluster:
@@ -151,7 +152,9 @@ class RolesCluster:
     def _carry_out(self, effects: Iterable[Effect], answers: dict[str, tuple[Any, ...]]) -> None:
         for effect in effects:
             if not isinstance(effect, Deliver):
-                self._leaders[effect.group].worker.tell([pack_command(effect.command)])
+                leader = self._leaders[effect.group]
+                leader.worker.tell(leader.num_told, [pack_command(effect.command)])
+                leader.num_told += 1
             elif isinstance(effect.event, RequestOutput) and effect.event.finished:
                 answers[effect.event.request_id] = bits(effect.event)
 

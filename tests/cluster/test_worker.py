@@ -65,6 +65,7 @@ class Running:
         self.worker = worker
         self.report: StartReport | None = None
         self.end: WorkerFailure | None = None
+        self.num_told = 0
         self.started = threading.Event()
         self.thread = threading.Thread(target=self.main, daemon=True)
         self.thread.start()
@@ -74,6 +75,10 @@ class Running:
         self.started.set()
         if self.report.failure is None:
             self.end = self.worker.run()
+
+    def tell(self, messages: list[bytes]) -> None:
+        self.worker.tell(self.num_told, messages)
+        self.num_told += 1
 
     def join(self) -> WorkerFailure | None:
         self.thread.join(JOIN_S)
@@ -113,15 +118,15 @@ def test_requests_go_in_and_outputs_come_out() -> None:
         assert one.report.notices == ["this is a stub"]
         assert one.report.limits is not None
         assert one.report.limits.max_model_len == 128
-        one.worker.tell([message("a"), message("b", 10)])
+        one.tell([message("a"), message("b", 10)])
         assert sorted((o.request_id, tokens(o)) for o in one.outputs(2)) == [("a", [2, 3, 4]), ("b", [11, 12, 13])]
-        one.worker.tell([message("c", 20)])  # after an idle time
+        one.tell([message("c", 20)])  # after an idle time
         assert tokens(one.outputs(1)[0]) == [21, 22, 23]
 
 
 def test_a_stream_is_a_series_of_snapshots() -> None:
     with running() as (one,):
-        one.worker.tell([message("a", stream=True)])
+        one.tell([message("a", stream=True)])
         assert [(tokens(o), o.finished) for o in one.outputs(3)] == [([2], False), ([2, 3], False), ([2, 3, 4], True)]
 
 
@@ -129,7 +134,7 @@ def test_progress_is_told_before_the_output(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(worker_module, "PROGRESS_INTERVAL_S", 0.0)
     with running() as (one,):
         earlier = (GeneratedTokens((2, 3)),)
-        one.worker.tell([message("a", max_tokens=6, report_progress=True, generated=earlier), message("b")])
+        one.tell([message("a", max_tokens=6, report_progress=True, generated=earlier), message("b")])
         events: list[Event] = []
         while sum(isinstance(e, RequestOutput) for e in events) < 2:
             new = one.worker.poll(JOIN_S)
@@ -147,7 +152,7 @@ def test_progress_is_told_before_the_output(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_refused_request_is_answered_and_the_others_go_on() -> None:
     with running() as (one,):
-        one.worker.tell([message("bad", REFUSED), message("good")])
+        one.tell([message("bad", REFUSED), message("good")])
         outputs = {o.request_id: o for o in one.outputs(2)}
         assert outputs["bad"].finished
         assert outputs["bad"].outputs[0].finish_reason == "error"
@@ -157,18 +162,30 @@ def test_a_refused_request_is_answered_and_the_others_go_on() -> None:
 
 def test_a_request_that_is_told_twice_is_answered_once() -> None:
     with running() as (one,):
-        one.worker.tell([message("a", max_tokens=30), message("a", max_tokens=30)])
-        one.worker.tell([message("a", max_tokens=30), message("b", 10)])
+        one.tell([message("a", max_tokens=30), message("a", max_tokens=30)])
+        one.tell([message("a", max_tokens=30), message("b", 10)])
         outputs = {o.request_id: o for o in one.outputs(2)}
         assert tokens(outputs["a"]) == list(range(2, 32))
         assert one.worker.poll(0.05) == []
 
 
+def test_calls_that_overtake_each_other_are_put_in_order() -> None:
+    with running() as (one,):
+        one.worker.tell(2, [message("b", 10)])
+        one.worker.tell(1, [pack_command(Abort("a"))])
+        assert one.worker.audit() == []
+        one.worker.tell(0, [message("a", max_tokens=10**9)])
+        assert [o.request_id for o in one.outputs(1)] == ["b"]
+        engine = one.worker._engine
+        assert isinstance(engine, stub_engine.StubEngine)
+        assert engine.aborted == ["a"]
+
+
 def test_an_aborted_request_leaves_the_engine() -> None:
     with running() as (one,):
-        one.worker.tell([message("long", max_tokens=10**9)])
-        one.worker.tell([pack_command(Abort("long")), pack_command(Abort("unknown"))])
-        one.worker.tell([message("next")])
+        one.tell([message("long", max_tokens=10**9)])
+        one.tell([pack_command(Abort("long")), pack_command(Abort("unknown"))])
+        one.tell([message("next")])
         assert [o.request_id for o in one.outputs(1)] == ["next"]
         engine = one.worker._engine
         assert isinstance(engine, stub_engine.StubEngine)
@@ -186,9 +203,9 @@ def test_a_poll_with_nothing_to_say_returns_while_the_loop_lives() -> None:
 def test_an_audit_sees_what_was_told_before_it() -> None:
     with running() as (one,):
         assert one.worker.audit() == []
-        one.worker.tell([message("long", max_tokens=10**9)])
+        one.tell([message("long", max_tokens=10**9)])
         assert one.worker.audit() == ["request long is not finished"]
-        one.worker.tell([pack_command(Abort("long"))])
+        one.tell([pack_command(Abort("long"))])
         assert one.worker.audit() == []
 
 
@@ -213,7 +230,7 @@ def test_an_output_that_no_message_holds_becomes_an_error_of_that_request(monkey
 
 def test_an_error_ends_the_loop_with_its_traceback_and_frees_the_polls() -> None:
     with running() as (one,):
-        one.worker.tell([message("a", RAISES)])
+        one.tell([message("a", RAISES)])
         end = one.join()
         assert end is not None
         assert (end.rank, end.kind, end.message) == (0, "error", "RuntimeError: the stub broke")
@@ -223,7 +240,7 @@ def test_an_error_ends_the_loop_with_its_traceback_and_frees_the_polls() -> None
 
 def test_one_rank_that_stops_stops_all_in_the_same_step() -> None:
     with running(2, tensor_parallel_size=2) as (first, second):
-        first.worker.tell([message("a")])
+        first.tell([message("a")])
         assert tokens(first.outputs(1)[0]) == [2, 3, 4]
         second.worker.stop()
         assert first.join() is None

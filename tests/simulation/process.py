@@ -38,6 +38,7 @@ class Process:
         self.is_connected = False
         """To the supervisor."""
         self.commands: list[Command] = []
+        self._num_told = 0
         self.transport = Transport(self)
         self.place: Assignment | None = None
         self.groups: Groups | None = None
@@ -256,7 +257,9 @@ class Process:
                 ref.settle()
         return self._call()
 
-    def _on_tell(self, messages: Sequence[Command]) -> Ref:
+    def _on_tell(self, number: int, messages: Sequence[Command]) -> Ref:
+        assert number == self._num_told, "calls are numbered"
+        self._num_told += 1
         self.cluster.count_call()
         weather, rng = self.cluster.weather, self.world.rng
         on_time: list[Command] = []
@@ -272,7 +275,10 @@ class Process:
                 on_time.append(message)
         self._heard_at = max(self._heard_at, self.world.now + self.world.latency())
         self.world.at(self._heard_at - self.world.now, self._hear, on_time)
-        return self._call()
+        told = self._call()
+        if self.alive:
+            told.settle()
+        return told
 
     def _hear(self, messages: list[Command]) -> None:
         if self._is_able(self._hear, messages):
