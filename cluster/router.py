@@ -79,7 +79,7 @@ class Router:
     def poll(self, timeout_s: float) -> list[RequestOutput]:
         """Outputs, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight.
 
-        EngineFailed when a worker failed, finished no step for `collective_timeout_s`, or died and cannot be replaced.
+        EngineFailed when a loop failed, or a rank was lost that nobody can take over, or too often.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -154,7 +154,8 @@ class Router:
     def _note_interrupted(self, fault: Fault, group: int) -> None:
         num_tokens = self._routing.generated_in(group)
         fault.num_replayed_requests, fault.num_replayed_tokens = len(num_tokens), sum(num_tokens.values())
-        self._interrupted.append((fault, frozenset(num_tokens)))
+        if num_tokens:
+            self._interrupted.append((fault, frozenset(num_tokens)))
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         sent: list[Send] = []
