@@ -75,7 +75,7 @@ class Bench:
         for number in range(0, MAX_PREFIXES, 4):
             self.router._placement._prefixes.add(prefixes[number : number + 4], number % len(roles))
         while (
-            self.router.num_queued < NUM_QUEUED if num_in_flight is None else self.router.num_in_flight < num_in_flight
+            len(self.router._queue) < NUM_QUEUED if num_in_flight is None else self.router.num_in_flight < num_in_flight
         ):
             for _ in range(100):
                 self.submit()

@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
 
-from .routing_groups import Group, GroupSpec, Share
+from .routing_groups import Group, GroupSpec
 from .routing_placement import Place, Placement
 from .routing_requests import TrackedRequest, generated_by, tokens_from
 from .wire import Abort, Command, EndPrefill, Event
 
 MAX_BLOCKED = 3
-"""Requests that nobody has room for, and behind which others are looked at."""
+"""After so many requests that nobody has room for, no other is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ class RequestRouter:
     """Requests and groups; every method is one event and returns what to do about it, in order.
 
     A group is given what `Group.has_room` for, in order of arrival. Fair means: a request that nobody has room for may
-    be passed by later ones, but one group is kept free of those, so that it waits for that group to empty at most.
+    be passed by later ones, but the first such one has the least loaded group of each kind that it lacks kept free of
+    them, so that it waits for those to empty at most.
 
     Once nothing is queued, a group without requests takes some over from the one that has most: those that only wait
     there, and, one at a time, those that are being generated.
@@ -78,11 +79,6 @@ class RequestRouter:
     @property
     def num_in_flight(self) -> int:
         return len(self._tracked)
-
-    @property
-    def num_queued(self) -> int:
-        """Requests that are with no group."""
-        return sum([tracked.decode is None for tracked in self._tracked.values()])
 
     def generated_in(self, group: int) -> dict[str, int]:
         """The requests that are with a group, and how many of their generated tokens are known."""
@@ -151,18 +147,7 @@ class RequestRouter:
 
     def check_integrity(self) -> None:
         """Raise AssertionError, with a sentence, unless every request is where the tables say, and nowhere else."""
-        for number, state in enumerate(self._groups):
-            assert state.alive or not state.requests, f"group {number} is lost and has {list(state.requests)}"
-            for request_id, share in state.requests.items():
-                tracked = self._tracked[request_id]
-                assert number in (tracked.prefill, tracked.decode), f"{request_id} is not with group {number}"
-                wanted = tracked.share_of(number)
-                assert share == wanted, f"{request_id} has {share} of group {number}, not {wanted}"
-            sums = [sum(getattr(s, f.name) for s in state.requests.values()) for f in fields(Share)]
-            counted = [state.num_seqs, state.num_tokens, state.num_kv_tokens, state.num_handovers]
-            assert counted == sums, f"group {number} counts {counted}, its requests have {sums}"
-            idle = state.alive and not state.requests
-            assert not idle or number in self._placement.ready, f"group {number} is idle and offers no help"
+        self._placement.check_integrity(self._tracked)
         queued = set(self._queue)
         for request_id, tracked in self._tracked.items():
             is_queued = (tracked.arrival, request_id) in queued
@@ -241,26 +226,30 @@ class RequestRouter:
     # -- what groups tell --------------------------------------------------------------------------------------------
 
     def _progress(self, tracked: TrackedRequest, progress: RequestProgress) -> list[Effect]:
+        assert tracked.decode is not None
+        before = len(tracked.generated[progress.index].token_ids)
+        effects = self._learn(tracked, progress)
+        after = len(tracked.generated[progress.index].token_ids)
+        if tracked.catching_up and after > before:
+            tracked.catching_up = False
+            self._placement.ready[tracked.decode] = None
+            effects += self._spread()
+        elif before.bit_length() < after.bit_length():  # with twice as many tokens, more are expected
+            self._placement.unsettle(tracked.decode)
+            effects += self._spread()
+        return effects
+
+    def _learn(self, tracked: TrackedRequest, progress: RequestProgress) -> list[Effect]:
         """New tokens are those behind the known ones; behind a gap there are none: the answer will have them all."""
         start = len(tracked.generated[progress.index].token_ids)
         new = tokens_from(progress.new, start - progress.start) if progress.start <= start else None
         if new is None or not new.token_ids:
             return []
         self._placement.grow(tracked, tracked.extend(progress.index, new))
-        effects: list[Effect] = []
-        if tracked.request.report_progress:
-            told = RequestProgress(request_id=tracked.request.request_id, index=progress.index, start=start, new=new)
-            effects.append(Deliver(told))
-        assert tracked.decode is not None
-        if tracked.catching_up:
-            tracked.catching_up = False
-            self._placement.ready[tracked.decode] = None
-            effects += self._spread()
-        elif start.bit_length() < (start + len(new.token_ids)).bit_length():
-            # With twice as many tokens, more are expected.
-            self._placement.unsettle(tracked.decode)
-            effects += self._spread()
-        return effects
+        if not tracked.request.report_progress:
+            return []
+        told = RequestProgress(request_id=tracked.request.request_id, index=progress.index, start=start, new=new)
+        return [Deliver(told)]
 
     def _chunk(self, tracked: TrackedRequest, chunk: KVChunk) -> list[Effect]:
         assert tracked.decode is not None
@@ -294,7 +283,7 @@ class RequestRouter:
         effects = [*self._announce(tracked), *self._show(tracked, output)]
         for index, tokens in enumerate(first):
             told = RequestProgress(request_id=output.request_id, index=index, start=0, new=tokens)
-            effects += self._progress(tracked, told)
+            effects += self._learn(tracked, told)
         effects += self._end_prefill(tracked, first)
         self._placement.leave(tracked, group)  # the records are still there
         self._placement.unsettle(tracked.decode)

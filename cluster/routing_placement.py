@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 from .routing_groups import Group, Ranking, Share, crowd, decode_load, prefill_load
 from .routing_prefixes import PrefixIndex
@@ -84,6 +85,25 @@ class Placement:
         """A request waits no longer."""
         if self._kept_for == tracked.request.request_id:
             self._keep_none()
+
+    def check_integrity(self, requests: Mapping[str, TrackedRequest]) -> None:
+        """Raise AssertionError, with a sentence, unless every group has what its requests say, and counts it right."""
+        for number, state in enumerate(self._groups):
+            assert state.alive or not state.requests, f"group {number} is lost and has {list(state.requests)}"
+            for request_id, share in state.requests.items():
+                tracked = requests[request_id]
+                assert number in (tracked.prefill, tracked.decode), f"{request_id} is not with group {number}"
+                wanted = tracked.share_of(number)
+                assert share == wanted, f"{request_id} has {share} of group {number}, not {wanted}"
+            sums = [sum(getattr(s, f.name) for s in state.requests.values()) for f in fields(Share)]
+            counted = [state.num_seqs, state.num_tokens, state.num_kv_tokens, state.num_handovers]
+            assert counted == sums, f"group {number} counts {counted}, its requests have {sums}"
+            assert state.requests or not state.alive or number in self.ready, f"group {number} is idle and not ready"
+            kept_for = self._kept_for if number in self._kept else None
+            assert state.kept_for == kept_for, f"group {number} is kept for {state.kept_for}, not {kept_for}"
+        assert all(self._groups[number].alive for number in (*self.ready, *self._kept)), "a lost group is counted on"
+        assert len(self._kept) <= 2, f"groups {self._kept} are kept for one request"
+        assert self._kept_for is None or requests[self._kept_for].decode is None, f"{self._kept_for} waits no longer"
 
     # -- where to --------------------------------------------------------------------------------------------------
 
@@ -177,7 +197,7 @@ class Placement:
         return next((g for g in groups if self._fits(tracked, g, tracked.answer_share)), None)
 
     def _choose_alone(self, tracked: TrackedRequest) -> Place | None:
-        """A group that has time to answer a request alone, as nobody has room to share it."""
+        """A group that has time to answer a request alone, for want of two that have room to share it."""
         nobody = self._prefill_loads.first() is None
         for loads in (self._prefill_loads, self._decode_loads):
             for group in self._least_loaded(loads, tracked):

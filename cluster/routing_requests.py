@@ -184,7 +184,6 @@ def choose_to_move(
         one
         for one in generating
         if one.num_moves < MAX_MOVES
-        and not one.catching_up
         and not one.request.stream  # somebody watches, who would see it stand still
         and one.num_tokens_left > one.num_tokens_again
         and expected - one.num_tokens_expected > MOVE_GAIN * one.num_tokens_again

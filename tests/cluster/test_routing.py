@@ -125,19 +125,21 @@ def test_an_answer_of_one_token_needs_no_decode() -> None:
 
 
 def test_a_known_beginning_is_worth_its_tokens() -> None:
-    r = router(spec("mixed", num_kv_tokens=10**6), spec("mixed", num_kv_tokens=10**6), max_model_len=10**6)
+    r = router(*[spec("mixed", num_kv_tokens=10**6)] * 2, max_model_len=10**6)
     beginning = tuple(range(3 * PREFIX_TOKENS))
     r.submit([ask("a", prompt=(*beginning, 1), max_tokens=1)])  # to group 0
     assert sent(r.submit([ask("b", prompt=(*beginning, 2), max_tokens=1)])) == [(1, "whole b#0")], (
-        "0 is busy for longer"
+        "770 tokens are ahead of it there, more than the 768 that need not be computed"
     )
     r.handle(0, output("a#0", 1, finished=True))
+    r.submit([ask("other", prompt=(5,) * 600, max_tokens=1)])
     r.handle(1, output("b#0", 1, finished=True))
-    r.submit([ask("c", 100, max_tokens=None, params={"min_tokens": 1})])
-    r.abort("c")
-    r.submit([ask("busy", 500, max_tokens=1)])  # to group 0, the first of two idle ones
-    # 501 tokens before 768 that need not be computed; group 1 is idle and computed the same beginning: less still.
-    assert sent(r.submit([ask("d", prompt=(*beginning, 3), max_tokens=1)])) == [(1, "whole d#0")]
+    # Both computed the beginning; group 0 has 601 tokens to compute.
+    assert sent(r.submit([ask("c", prompt=(*beginning, 3), max_tokens=1)])) == [(1, "whole c#0")]
+    r.handle(1, output("c#0", 1, finished=True))
+    assert sent(r.submit([ask("d", prompt=(6,) * 700, max_tokens=1)])) == [(1, "whole d#0")]
+    # Group 1 has 701 tokens to compute, group 0 has 601; but group 1 knows 512 of these.
+    assert sent(r.submit([ask("e", prompt=(6,) * 600, max_tokens=1)])) == [(1, "whole e#0")]
 
 
 def test_more_than_a_group_can_hold_waits_where_any_group_can_take_it() -> None:
@@ -224,6 +226,20 @@ def test_a_request_without_room_is_passed_elsewhere_but_not_for_ever() -> None:
     r.check_integrity()
 
 
+def test_a_kept_group_is_not_joined_for_what_its_cache_has() -> None:
+    r = router(*[spec("mixed", 8, 1000)] * 2, max_model_len=1000)
+    known = (7,) * PREFIX_TOKENS
+    r.submit([ask("a", prompt=known), ask("b", 600), ask("big", 900)])
+    assert r._groups[0].kept_for == "big"
+    assert sent(r.submit([ask("c", prompt=known)])) == [(1, "whole c#0")]
+
+
+def test_one_that_needs_many_places_is_passed_by_one_that_needs_more_cache() -> None:
+    r = router(*[spec("mixed", 8, 100)] * 2)
+    r.submit([ask("a", 4, params={"n": 8}), ask("b", 4, params={"n": 8})])
+    assert sent(r.submit([ask("c", 1, params={"n": 4}), ask("d", 20)])) == [(1, "whole d#0")]
+
+
 @pytest.mark.parametrize("end", ["abort", "another has room", "the group is lost"])
 def test_a_group_is_kept_only_as_long_as_somebody_waits_for_it(end: str) -> None:
     r = router(*[spec("mixed", 8, 100)] * 2, max_model_len=100)
@@ -242,6 +258,16 @@ def test_a_group_is_kept_only_as_long_as_somebody_waits_for_it(end: str) -> None
         assert r._groups[1].kept_for == "a", "which was given back and comes first"
         assert sent(r.restore(0)) == [(0, "whole a#1")]
         assert [g.kept_for for g in r._groups] == ["big", None]
+    r.check_integrity()
+
+
+def test_a_lost_prefill_group_is_kept_for_nobody() -> None:
+    r = router(spec("prefill", 8, 100), spec("prefill", 8, 100), spec("decode", 8, 1000), max_model_len=100)
+    r.submit([ask("a", 40), ask("b", 50), ask("big", 90)])
+    assert [g.kept_for for g in r._groups] == ["big", None, None]
+    r.handle(0, chunk("a#0"))
+    assert sent(r.lose(0)) == [(2, "EndPrefill a#0")]
+    assert [g.kept_for for g in r._groups] == [None, "big", None]
     r.check_integrity()
 
 
@@ -276,6 +302,16 @@ def test_a_lost_decode_group_gives_back_what_it_had_with_what_is_known() -> None
     assert r.num_replays == 1
 
 
+def test_what_a_group_told_in_an_earlier_life_counts_for_nothing() -> None:
+    r = router(spec("mixed"))
+    r.submit([ask("a")])
+    r.lose(0)
+    assert sent(r.restore(0)) == [(0, "whole a#1")]
+    assert r.handle(0, output("a#0", 9, 8, finished=True)) == []
+    assert r.handle(0, progress("a#0", 0, 9)) == []
+    assert len(r.handle(0, output("a#1", 9, 8, finished=True))) == 1
+
+
 def test_a_lost_prefill_group_leaves_the_rest_to_the_decode_group_or_to_another() -> None:
     r = router(spec("prefill"), spec("prefill"), spec("decode"))
     r.submit([ask("begun"), ask("other"), ask("not begun")])
@@ -291,6 +327,17 @@ def test_a_lost_prefill_group_leaves_the_rest_to_the_decode_group_or_to_another(
         (2, "whole other#1"),
         (2, "whole not begun#2"),
     ], "in order of arrival, where somebody is left"
+
+
+def test_a_prefill_group_that_is_lost_after_its_work_is_told_nothing() -> None:
+    r = router(spec("prefill"), spec("decode"))
+    r.submit([ask("a"), ask("b")])
+    r.handle(0, output("a#0", 9, finished=False))
+    r.handle(0, output("b#0", 9, finished=False))
+    assert sent(r.lose(0)) == []
+    assert sent(r.handle(1, PromptLoaded(request_id="a#0"))) == []
+    assert sent(r.handle(1, output("b#0", 9, 8, finished=True))) == []
+    assert sent(r.abort("a")) == [(1, "Abort a#0")]
 
 
 def test_an_abort_reaches_everyone_who_knows_of_the_request() -> None:
@@ -371,6 +418,14 @@ def test_scores_of_a_prompt_are_not_lost_with_its_prefill(what: str) -> None:
     assert asked.params.prompt_logprobs == 1
     assert not asked.do_remote_decode, "nothing of it can get lost between two groups again"
     r.check_integrity()
+
+
+def test_a_prompt_whose_scores_were_lost_need_not_wait_for_an_idle_group() -> None:
+    r = router(spec("prefill"), spec("decode"))
+    r.submit([ask("a", params={"prompt_logprobs": 1}), ask("b")])
+    r.handle(0, chunk("a#0", 0, 2))
+    effects = r.handle(1, PromptLoaded(request_id="a#0", error="cut off"))
+    assert sent(effects) == [(0, "Abort a#0"), (1, "Abort a#0"), (0, "whole a#1")]
 
 
 def test_an_id_that_is_free_again_is_sent_once() -> None:

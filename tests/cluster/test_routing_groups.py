@@ -129,10 +129,11 @@ def test_a_ranking_does_not_grow_with_the_number_of_changes() -> None:
     groups = [Group(GroupSpec(role="mixed", max_num_seqs=3, num_kv_tokens=20)) for _ in range(3)]
     ranking = Ranking(groups, decode_load, {"mixed"})
     for step in range(1000):
-        groups[step % 3].add(str(step), Share(1, 1, 1))
-        ranking.update(step % 3)
-        ranking.first()
-    assert len(ranking._heap) <= 16 * 3 + 64
+        group = groups[1 + step % 2]
+        group.add("x", Share(1, 1, 1)) if not group.requests else group.remove("x")
+        ranking.update(1 + step % 2)
+        assert ranking.first() == 0
+        assert len(ranking._heap) <= 16 * 3 + 65
 
 
 def test_prefixes_are_known_by_their_beginnings() -> None:

@@ -36,17 +36,6 @@ def test_what_only_waits_moves_to_an_idle_group() -> None:
     assert (r.num_moves, r.num_replays) == (1, 0)
 
 
-def test_nothing_moves_while_something_is_queued() -> None:
-    r = router(spec("mixed"), spec("prefill"), spec("decode"))
-    names = [chr(ord("a") + i) for i in range(20)]
-    r.submit([ask(i) for i in names])
-    queued = r.num_queued
-    assert queued
-    for name in names[:queued]:
-        r.abort(name)
-    assert (r.num_queued, r.num_moves) == (0, 0)
-
-
 def test_prompts_that_nobody_began_move_to_an_idle_prefill_group() -> None:
     r = router(spec("prefill"), spec("prefill"), spec("decode", 16))
     r.submit([ask("a", 9), ask("A", 9), ask("b"), ask("B"), ask("c"), ask("C")])
@@ -84,11 +73,50 @@ def test_what_is_generated_moves_one_at_a_time() -> None:
     r.check_integrity()
 
 
+def test_what_caught_up_only_with_its_answer_makes_room_for_the_next() -> None:
+    r = begun(("a", 30), ("b", 20), ("c", 40), ("d", 50), ("e", 50))
+    assert finish(r, 0, "x") == [(1, "Abort b#0"), (0, "whole b#1")]
+    r.submit([ask("y", 2, 500)])
+    assert r._tracked["y"].decode == 0
+    assert finish(r, 0, "b") == [(1, "Abort a#0"), (0, "whole a#1")]
+
+
+def test_nothing_moves_while_something_is_queued() -> None:
+    r = begun(("a", 30), ("b", 20), ("c", 40), ("d", 50), ("e", 50))
+    finish(r, 0, "x")
+    r.submit([ask(str(i), 1, 1) for i in range(20)])
+    assert r._queue
+    assert sent(r.handle(0, progress("b#1", 20, 1))) == []
+
+
+def test_a_move_becomes_worthwhile_with_what_is_generated() -> None:
+    r = begun(("a", 1), ("b", 2), ("c", 2))
+    assert finish(r, 0, "x") == [], "3 tokens again, and 4 expected"
+    assert sent(r.handle(1, progress("b#0", 2, 7))) == []
+    assert sent(r.handle(1, progress("b#0", 3, 7))) == [], "3, and 6: 4 of b and 2 of c"
+    assert sent(r.handle(1, progress("c#0", 2, 7, 7))) == [(1, "Abort a#0"), (0, "whole a#1")]
+
+
+def test_many_continuations_do_not_swap_sides() -> None:
+    r = router(spec("mixed"), spec("mixed"))
+    r.submit([ask("a"), ask("x"), ask("b", params={"n": 4})])
+    assert r._tracked["a"].decode == r._tracked["b"].decode == 0
+    assert finish(r, 1, "x") == [], "b waits, but its four would be as crowded there"
+
+
+def test_a_prompt_that_was_begun_stays() -> None:
+    r = router(spec("prefill"), spec("prefill"), spec("decode", 16))
+    r.submit([ask("a"), ask("A"), ask("b")])
+    r.handle(0, chunk("a#0"))
+    r.handle(0, chunk("b#0"))
+    assert finish(r, 1, "A") == [(2, "Abort A#0")]
+
+
 @pytest.mark.parametrize(
     ("rows", "max_tokens", "stream"),
     [
-        ([("a", 30), ("b", 30), ("c", 30)], 60, False),  # 30 are left, and 32 computed again
-        ([("a", 30), ("b", 30), ("c", 30)], 100, True),
+        ([("a", 30), ("b", 30), ("c", 30), ("d", 30)], 60, False),  # 30 are left, and 32 computed again
+        ([("a", 30), ("b", 30), ("c", 30), ("d", 30)], 100, True),
         ([("a", 30), ("b", 30)], 100, False),  # the others expect 30
         ([("a", 90)], 100, False),
         ([("a", 0), ("b", 0), ("c", 0)], 100, False),  # nothing is known of them yet
@@ -101,17 +129,13 @@ def test_what_stays(rows: list[tuple[str, int]], max_tokens: int, stream: bool) 
 
 
 def test_a_request_moves_once() -> None:
-    r = begun(("a", 10), ("b", 20), ("c", 20))
+    r = begun(("a", 10), ("b", 20), ("c", 30), ("d", 30))
     assert finish(r, 0, "x") == [(1, "Abort a#0"), (0, "whole a#1")]
-    r.submit([ask("y", 2, 100), ask("z", 2, 100)])
-    assert [len(g.requests) for g in r._groups] == [3, 2]
-    for name in "yz":
-        group = r._tracked[name].decode
-        assert group is not None
-        r.handle(group, progress(f"{name}#0", 0, *range(40)))
-    assert finish(r, 1, "b", "c") == []
-    assert r.num_moves == 1
-    assert r._tracked["a"].attempt == 1
+    r.lose(0)
+    assert r._tracked["a"].decode == 1
+    r.handle(1, progress("a#2", 10, *range(3)))
+    assert sent(r.restore(0)) == [(1, "Abort b#0"), (0, "whole b#1")], "a is cheaper, but was moved before"
+    r.check_integrity()
 
 
 # -- what it is worth ------------------------------------------------------------------------------------------------
