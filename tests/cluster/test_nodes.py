@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -30,4 +31,7 @@ def test_the_ranks_of_a_lost_node_go_to_spares(tmp_path_factory: pytest.TempPath
         (fault,) = [f for f in faults if f.rank is not None]
         assert (fault.replica, fault.rank, fault.worker) == (1, 1, "decode:1")
         assert cluster.worker(1, 1).title == "spare:0"
-        assert len(ray_cluster.nodes()) == 4, "the head and three more"
+        deadline = time.monotonic() + 60
+        while len(ray_cluster.nodes()) > 4:  # the head and three more, once Ray has noticed, too
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
