@@ -16,7 +16,7 @@ order within an attempt changes no answer: at most, something is computed again.
 
 from __future__ import annotations
 
-import heapq
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -67,8 +67,8 @@ class RequestRouter:
         self._placement = Placement(self._groups)
         self._max_model_len, self._block_size = max_model_len, block_size
         self._tracked: dict[str, TrackedRequest] = {}
-        self._queue: list[tuple[int, str]] = []
-        """A heap, by arrival; an aborted request stays until its turn."""
+        self._queue: deque[tuple[int, str]] = deque()
+        """By arrival; an aborted request stays until its turn."""
         self._num_submitted = 0
         self.num_failed_transfers = 0
         self.num_replays = 0
@@ -95,8 +95,7 @@ class RequestRouter:
             )
         self._num_submitted += len(new)
         self._tracked |= new
-        for tracked in new.values():
-            self._enqueue(tracked)
+        self._queue.extend((tracked.arrival, request_id) for request_id, tracked in new.items())
         return self._dispatch()
 
     def abort(self, request_id: str) -> list[Effect]:
@@ -157,34 +156,33 @@ class RequestRouter:
 
     # -- where requests go -------------------------------------------------------------------------------------------
 
-    def _enqueue(self, tracked: TrackedRequest) -> None:
-        heapq.heappush(self._queue, (tracked.arrival, tracked.request.request_id))
-
     def _dispatch(self) -> list[Effect]:
         """Send queued requests on their ways while there is room; with none left, let idle groups take some over."""
         effects: list[Effect] = []
-        blocked: list[TrackedRequest] = []
+        placement, queue = self._placement, self._queue
+        num_blocked = 0
         smallest: TrackedRequest | None = None
         """Of those for which no place was found."""
-        placement = self._placement
-        while self._queue and len(blocked) < MAX_BLOCKED and (placement.has_place or (placement.keeps and not blocked)):
-            arrival, request_id = heapq.heappop(self._queue)
+        while num_blocked < min(MAX_BLOCKED, len(queue)):
+            if not placement.has_place and (num_blocked > 0 or not placement.keeps):
+                break
+            arrival, request_id = queue[num_blocked]
             tracked = self._tracked.get(request_id)
             if tracked is None or tracked.arrival != arrival:
-                continue  # aborted
-            if not blocked:
+                del queue[num_blocked]  # aborted
+                continue
+            if num_blocked == 0:
                 placement.yield_to(tracked)
             if smallest is not None and tracked.needs_no_less_than(smallest):
-                blocked.append(tracked)
+                num_blocked += 1
             elif (place := placement.choose(tracked)) is not None:
+                del queue[num_blocked]
                 effects.append(self._send(tracked, place))
             else:
-                if not blocked:
+                if num_blocked == 0:
                     placement.keep_for(tracked)
-                blocked.append(tracked)
+                num_blocked += 1
                 smallest = tracked
-        for tracked in blocked:
-            self._enqueue(tracked)
         return effects + self._spread()
 
     def _send(self, tracked: TrackedRequest, place: Place) -> Send:
@@ -248,7 +246,7 @@ class RequestRouter:
         self._placement.grow(tracked, tracked.extend(progress.index, new))
         if not tracked.request.report_progress:
             return []
-        told = RequestProgress(request_id=tracked.request.request_id, index=progress.index, start=start, new=new)
+        told = RequestProgress(request_id=tracked.request_id, index=progress.index, start=start, new=new)
         return [Deliver(told)]
 
     def _chunk(self, tracked: TrackedRequest, chunk: KVChunk) -> list[Effect]:
@@ -339,7 +337,7 @@ class RequestRouter:
     @staticmethod
     def _complete(tracked: TrackedRequest, output: RequestOutput) -> RequestOutput:
         """Under its own name, and with what only the prefill group knew."""
-        output = replace(output, request_id=tracked.request.request_id)
+        output = replace(output, request_id=tracked.request_id)
         if tracked.prefilled is not None:
             output.prompt_logprobs = tracked.prefilled.prompt_logprobs
             output.num_cached_tokens = tracked.prefilled.num_cached_tokens
@@ -351,13 +349,16 @@ class RequestRouter:
         """Forget a request; groups that still know of it are told to forget it, too."""
         effects = self._withdraw(tracked, except_group=by)
         self._placement.forget(tracked)
-        del self._tracked[tracked.request.request_id]
+        del self._tracked[tracked.request_id]
         return effects
 
     def _give_back(self, tracked: TrackedRequest, *, except_group: int | None) -> list[Effect]:
-        """To the queue, for another attempt."""
+        """To the queue, in front of all that arrived later, for another attempt."""
         effects = self._withdraw(tracked, except_group=except_group)
-        self._enqueue(tracked)
+        place = 0
+        while place < len(self._queue) and self._queue[place][0] < tracked.arrival:
+            place += 1
+        self._queue.insert(place, (tracked.arrival, tracked.request_id))
         return effects
 
     def _withdraw(self, tracked: TrackedRequest, *, except_group: int | None) -> list[Effect]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from .replica_spec import Role
 
@@ -104,36 +104,43 @@ class Group:
         self.num_kv_tokens += num_kv_tokens
 
 
-Key = tuple[bool, float]
+LATER = 1e6
+"""Puts a group behind all that do not have this in their keys."""
 
 
-def prefill_load(group: Group) -> Key:
+def prefill_load(group: Group) -> float:
     """Those with a place first, then by tokens to compute."""
-    return not group.is_open, group.num_tokens / group.spec.num_kv_tokens
+    return group.num_tokens / group.spec.num_kv_tokens + (0.0 if group.is_open else LATER)
 
 
-def decode_load(group: Group) -> Key:
+def decode_load(group: Group) -> float:
     """Those with a place first, then by what is used, of the cache or of the places."""
-    used = group.num_kv_tokens / group.spec.num_kv_tokens
-    return not group.is_open, max(used, group.num_seqs / group.spec.max_num_seqs)
+    cache = group.num_kv_tokens / group.spec.num_kv_tokens
+    places = group.num_seqs / group.spec.max_num_seqs
+    return (cache if cache > places else places) + (0.0 if group.is_open else LATER)
 
 
-def crowd(group: Group) -> Key:
+def crowd(group: Group) -> float:
     """Those with something to give away first, then by sequences, most first."""
-    return group.settled or len(group.requests) < 2, -group.num_seqs
+    return (LATER if group.settled or len(group.requests) < 2 else 0.0) - group.num_seqs
 
 
 class Ranking:
     """The living groups of some roles by a key, found without looking at all of them; equal ones by number, so that the
-    same events always lead to the same decisions."""
+    same events always lead to the same decisions.
 
-    def __init__(self, groups: Sequence[Group], key: Callable[[Group], Key], roles: set[Role]) -> None:
+    A tournament: `_winners[i]` has the smaller key of `_winners[2 * i]` and `_winners[2 * i + 1]`; the last of them are
+    the groups themselves.
+    """
+
+    def __init__(self, groups: Sequence[Group], key: Callable[[Group], float], roles: set[Role]) -> None:
         self._groups, self._key = groups, key
         self._members = frozenset(number for number, group in enumerate(groups) if group.spec.role in roles)
         self._changed = set(self._members)
-        self._entries: dict[int, tuple[Key, int]] = {}
-        """By group; others in the heap are old."""
-        self._heap: list[tuple[Key, int]] = []
+        self._keys = [inf] * len(groups)
+        self._winners = [0] * len(groups) + list(range(len(groups)))
+        for node in range(len(groups) - 1, 0, -1):
+            self._winners[node] = min(self._winners[2 * node], self._winners[2 * node + 1])
 
     def __contains__(self, group: int) -> bool:
         return group in self._members and self._groups[group].alive
@@ -146,22 +153,23 @@ class Ranking:
     def first(self) -> int | None:
         if self._changed:
             for group in self._changed:
-                self._update(group)
+                self._play_again(group)
             self._changed.clear()
-        heap = self._heap
-        while heap and self._entries.get(heap[0][1]) is not heap[0]:
-            heapq.heappop(heap)
-        return heap[0][1] if heap else None
+        winner = self._winners[1]
+        return None if self._keys[winner] == inf else winner
 
-    def _update(self, group: int) -> None:
+    def _play_again(self, group: int) -> None:
+        keys, winners = self._keys, self._winners
         state = self._groups[group]
-        if not state.alive:
-            self._entries.pop(group, None)
+        key = self._key(state) if state.alive else inf
+        if key == keys[group]:
             return
-        entry = self._key(state), group
-        if self._entries.get(group) != entry:
-            self._entries[group] = entry
-            heapq.heappush(self._heap, entry)
-            if len(self._heap) > 16 * len(self._entries) + 64:
-                self._heap = list(self._entries.values())
-                heapq.heapify(self._heap)
+        keys[group] = key
+        node = (len(keys) + group) // 2
+        while node:
+            one, other = winners[2 * node], winners[2 * node + 1]
+            wins = one if keys[one] < keys[other] or (keys[one] == keys[other] and one < other) else other
+            if winners[node] == wins != group:
+                return  # as before
+            winners[node] = wins
+            node //= 2

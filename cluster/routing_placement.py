@@ -12,7 +12,7 @@ from .routing_requests import TrackedRequest, choose_to_move
 Place = tuple[int | None, int]
 """The prefill group, unless one group answers the whole request, and the group that answers."""
 
-MAX_SEARCHED = 4
+MAX_SEARCHED = 2
 """Groups in which something to move is looked for at a time."""
 
 
@@ -48,8 +48,8 @@ class Placement:
     def leave(self, tracked: TrackedRequest, group: int) -> None:
         """A group has nothing to do for a request any more; it may have left before."""
         state = self._groups[group]
-        if tracked.request.request_id in state.requests:
-            state.remove(tracked.request.request_id)
+        if tracked.request_id in state.requests:
+            state.remove(tracked.request_id)
             if state.alive and (not state.requests or tracked.catching_up):
                 self.ready[group] = None
             self._touch(group)
@@ -58,7 +58,7 @@ class Placement:
         """A request takes more of the cache of the group that answers it."""
         assert tracked.decode is not None
         if num_kv_tokens:
-            self._groups[tracked.decode].grow(tracked.request.request_id, num_kv_tokens)
+            self._groups[tracked.decode].grow(tracked.request_id, num_kv_tokens)
             self._touch(tracked.decode)
 
     def unsettle(self, group: int) -> None:
@@ -83,7 +83,7 @@ class Placement:
 
     def forget(self, tracked: TrackedRequest) -> None:
         """A request waits no longer."""
-        if self._kept_for == tracked.request.request_id:
+        if self._kept_for == tracked.request_id:
             self._keep_none()
 
     def check_integrity(self, requests: Mapping[str, TrackedRequest]) -> None:
@@ -133,14 +133,15 @@ class Placement:
 
     def yield_to(self, tracked: TrackedRequest) -> None:
         """A request is the first in the queue: groups are kept for no other."""
-        if self._kept_for != tracked.request.request_id:
+        if self._kept_for != tracked.request_id:
             self._keep_none()
 
     def keep_for(self, tracked: TrackedRequest) -> None:
         """Let the least loaded group become empty for the first request, as nobody has room for it."""
-        self._kept_for = tracked.request.request_id
-        if any(not self._groups[group].has_room(self._part_for(group, tracked)) for group in self._kept):
-            return  # it is not empty enough yet
+        self._kept_for = tracked.request_id
+        for kept in self._kept:
+            if not self._groups[kept].has_room(self._part_for(kept, tracked)):
+                return  # it is not empty enough yet
         loads = self._prefill_loads if self._choose_first(tracked) is None else self._decode_loads
         group = loads.first()
         if group is not None:
@@ -160,7 +161,7 @@ class Placement:
             found = choose_to_move(group, crowded, requests)
             if found is not None:
                 tracked, _ = found
-                uneven = crowded.num_seqs - room.num_seqs >= 2 * tracked.request.params.n
+                uneven = crowded.num_seqs - room.num_seqs >= 2 * tracked.n
                 return found if uneven and self._fits(tracked, target, tracked.whole_share) else None
             crowded.settled = True
             self._touch(group)
@@ -179,8 +180,9 @@ class Placement:
         cached = self._prefixes.find(tracked.prefixes)
         best: tuple[int, int] | None = None
         for group in {*cached, *self._least_loaded(self._prefill_loads, tracked)}:
-            if group in self._prefill_loads and self._fits(tracked, group, self._part_for(group, tracked)):
-                found = self._groups[group].num_tokens - cached.get(group, 0), group
+            state = self._groups[group]
+            if state.spec.role != "decode" and self._fits(tracked, group, self._part_for(group, tracked)):
+                found = state.num_tokens - cached.get(group, 0), group
                 best = found if best is None else min(best, found)
         return None if best is None else best[1]
 
@@ -193,35 +195,38 @@ class Placement:
 
     def _choose_partner(self, tracked: TrackedRequest) -> int | None:
         """The decode group with the most room."""
-        groups = self._least_loaded(self._decode_loads, tracked)
-        return next((g for g in groups if self._fits(tracked, g, tracked.answer_share)), None)
+        share = tracked.answer_share
+        for group in self._least_loaded(self._decode_loads, tracked):
+            if self._fits(tracked, group, share):
+                return group
+        return None
 
     def _choose_alone(self, tracked: TrackedRequest) -> Place | None:
         """A group that has time to answer a request alone, for want of two that have room to share it."""
-        nobody = self._prefill_loads.first() is None
-        for loads in (self._prefill_loads, self._decode_loads):
-            for group in self._least_loaded(loads, tracked):
-                state = self._groups[group]
-                has_time = state.may_answer or not state.requests or nobody
-                if has_time and self._fits(tracked, group, tracked.whole_share):
-                    return None, group
+        least_loaded = self._least_loaded(self._prefill_loads, tracked)
+        nobody = not least_loaded
+        for group in (*least_loaded, *self._least_loaded(self._decode_loads, tracked)):
+            state = self._groups[group]
+            has_time = not state.requests or state.may_answer or nobody
+            if has_time and self._fits(tracked, group, tracked.whole_share):
+                return None, group
         return None
 
-    def _least_loaded(self, loads: Ranking, tracked: TrackedRequest) -> list[int]:
+    def _least_loaded(self, loads: Ranking, tracked: TrackedRequest) -> tuple[int, ...]:
         """The one of those that anyone may join, and what is kept for this request."""
         first = loads.first()
-        found = [] if first is None else [first]
-        if self._kept and self._kept_for == tracked.request.request_id:
-            found += [group for group in self._kept if group in loads]
-        return found
+        found = () if first is None else (first,)
+        if self._kept_for != tracked.request_id:
+            return found
+        return *found, *[group for group in self._kept if group in loads]
 
     def _fits(self, tracked: TrackedRequest, group: int, share: Share) -> bool:
         state = self._groups[group]
-        return state.kept_for in (None, tracked.request.request_id) and state.has_room(share)
+        return state.kept_for in (None, tracked.request_id) and state.has_room(share)
 
     def _add(self, tracked: TrackedRequest, group: int, share: Share) -> None:
         state = self._groups[group]
-        state.add(tracked.request.request_id, share)
+        state.add(tracked.request_id, share)
         self.ready.pop(group, None)
         self._touch(group)
 

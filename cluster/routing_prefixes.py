@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 
 PREFIX_TOKENS = 256
@@ -14,35 +13,36 @@ MAX_HOLDERS = 4
 
 
 class PrefixIndex:
-    """Beginnings that were not used for long are forgotten, longer ones before those that they begin with."""
+    """What was not used for long is forgotten: beginnings move to the younger of two halves when they are used, and the
+    older half goes when the younger is full."""
 
     def __init__(self) -> None:
-        self._holders: OrderedDict[int, tuple[int, ...]] = OrderedDict()
+        self._young: dict[int, tuple[int, ...]] = {}
+        self._old: dict[int, tuple[int, ...]] = {}
 
     def __len__(self) -> int:
-        return len(self._holders)
+        return len(self._young.keys() | self._old.keys())
+
+    def __contains__(self, prefix: int) -> bool:
+        return prefix in self._young or prefix in self._old
 
     def add(self, prefixes: Sequence[int], group: int) -> None:
         """A group computes a prompt with these beginnings, the shortest first."""
-        holders = self._holders
-        for prefix in reversed(prefixes):
-            known = holders.get(prefix)
-            if known is None:
-                holders[prefix] = (group,)
-                continue
-            holders.move_to_end(prefix)
-            if known[-1] != group:
-                holders[prefix] = (*[g for g in known if g != group], group)[-MAX_HOLDERS:]
-        while len(holders) > MAX_PREFIXES:
-            holders.popitem(last=False)
+        young, old = self._young, self._old
+        for prefix in prefixes:
+            known = young.get(prefix) or old.get(prefix)
+            young[prefix] = (group,) if known is None else (*[g for g in known if g != group], group)[-MAX_HOLDERS:]
+        if len(young) >= MAX_PREFIXES // 2:
+            self._young, self._old = {}, young
 
     def find(self, prefixes: Sequence[int]) -> dict[int, int]:
         """Groups with the longest known beginning, and its length in tokens."""
-        # Whoever is known is known with all that it begins with.
-        number = bisect_right(prefixes, False, key=lambda prefix: prefix not in self._holders)
+        # Whoever is known is known with all that it begins with, as those are used together.
+        number = bisect_right(prefixes, False, key=lambda prefix: prefix not in self)
         if number == 0:
             return {}
-        return dict.fromkeys(self._holders[prefixes[number - 1]], number * PREFIX_TOKENS)
+        longest = prefixes[number - 1]
+        return dict.fromkeys(self._young.get(longest) or self._old[longest], number * PREFIX_TOKENS)
 
 
 def prefix_hashes(token_ids: tuple[int, ...]) -> list[int]:

@@ -22,6 +22,9 @@ class TrackedRequest:
     """A request that is not finished."""
 
     request: Request
+    request_id: str
+    n: int
+    num_prompt_tokens: int
     arrival: int
     block_size: int
     """Of the caches: a sequence takes whole blocks."""
@@ -53,6 +56,9 @@ class TrackedRequest:
         generated = [*request.generated, *[GeneratedTokens()] * (n - len(request.generated))]
         return cls(
             request,
+            request.request_id,
+            n,
+            num_prompt,
             arrival,
             block_size,
             max(0, max_output_tokens(request, max_model_len)),
@@ -79,16 +85,12 @@ class TrackedRequest:
 
     @property
     def engine_id(self) -> str:
-        return f"{self.request.request_id}#{self.attempt}"
+        return f"{self.request_id}#{self.attempt}"
 
     @property
     def known(self) -> tuple[GeneratedTokens, ...]:
         """For an engine that is to go on from there."""
         return tuple(self.generated) if self.num_known_tokens else ()
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_known_tokens(self) -> int:
@@ -97,7 +99,7 @@ class TrackedRequest:
     @property
     def num_tokens_left(self) -> int:
         """To generate, at most."""
-        return self.request.params.n * self.max_output_tokens - self.num_known_tokens
+        return self.n * self.max_output_tokens - self.num_known_tokens
 
     @property
     def num_tokens_expected(self) -> int:
@@ -131,24 +133,24 @@ class TrackedRequest:
 
     def needs_no_less_than(self, other: TrackedRequest) -> bool:
         """So that it finds no room if the other one does not, as a rule."""
-        return self.num_kv_tokens >= other.num_kv_tokens and self.request.params.n >= other.request.params.n
+        return self.num_kv_tokens >= other.num_kv_tokens and self.n >= other.n
 
     @property
     def prompt_share(self) -> Share:
         """The prompt, and one token of every continuation."""
-        n, num_prompt = self.request.params.n, self.num_prompt_tokens
+        n, num_prompt = self.n, self.num_prompt_tokens
         return Share(n, num_prompt, n * in_blocks(num_prompt + 1, self.block_size), hands_over=True)
 
     @property
     def answer_share(self) -> Share:
         """What follows a prompt that is computed elsewhere."""
-        n = self.request.params.n
+        n = self.n
         return Share(n, n * self.max_output_tokens, self.num_kv_tokens)
 
     @property
     def whole_share(self) -> Share:
         """The prompt and what follows it."""
-        n = self.request.params.n
+        n = self.n
         return Share(n, self.num_prompt_tokens + n * self.max_output_tokens, self.num_kv_tokens)
 
     def share_of(self, group: int) -> Share:

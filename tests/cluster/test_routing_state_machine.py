@@ -234,7 +234,7 @@ class RouterMachine(RuleBasedStateMachine):
             self.the_tables_are_right()
         assert self.ended == self.asked.keys(), "a request was never answered"
         assert not any(engine.rows for engine in self.engines if engine), "an engine still holds something"
-        assert self.router._queue == []
+        assert not self.router._queue
 
 
 TestRouterMachine = RouterMachine.TestCase
