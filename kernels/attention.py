@@ -1,12 +1,20 @@
-"""Multi-head latent attention in the absorbed form over paged records, for prompt and generated tokens alike.
+"""Multi-head latent attention over paged records, in two forms with the same mathematics and different roundings.
 
-T tokens of B sequences, h heads, Dl latent and Dr rotary columns. All heads of a token share one key, the record's
-[latent | rotary key], and one value, its latent.
+T tokens of B sequences, h heads; Dl latent, Dr rotary, Dn other key and Dv value columns.
+
+per head (`mha_attention`)    keys [W_UK latent | rotary] and values W_UV latent are made for each head: few operations
+                              per pair of tokens, for prompts
+absorbed (`mla_attention`)    queries are brought to the latents (q W_UK) and so are the outputs: all heads of a token
+                              share one key [latent | rotary] and one value, the latent; for generated tokens and for
+                              sparse selections
+
+Which one a token takes is a function of its row alone, never of the schedule: the two differ in their last bits.
 """
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int64, c_void_p
+import ctypes
+from ctypes import POINTER, byref, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,28 +22,55 @@ import torch
 from torch import Tensor
 
 from .build import c_function, num_threads
-from .linear import DTYPE_CODES
+from .linear import DTYPE_CODES, PackedWeight
 from .registry import implementation, register
 
 BLOCK_KEYS = 64
 """Keys between two rescalings of the online softmax; part of the contract, not a tuning knob."""
+SPLIT_KEYS = 512
+"""Keys of a split of the absorbed form; part of the contract as well."""
+
+
+class PagedArgs(ctypes.Structure):
+    """shoal::PagedArgs of the compiled kernels."""
+
+    _fields_ = (
+        ("records", c_void_p),
+        ("row_stride", c_int64),
+        ("num_slots", c_int64),
+        ("block_tables", c_void_p),
+        ("max_blocks", c_int64),
+        ("block_size", c_int64),
+        ("cu_seqlens_q", c_void_p),
+        ("num_sequences", c_int64),
+        ("positions", c_void_p),
+    )
+
 
 _MLA_ATTENTION = (
     "shoal_mla_attention",
     c_int64,
-    *[c_void_p, c_int64, c_int64] * 3,
-    c_void_p,
-    *[c_int64] * 2,
-    c_void_p,
-    c_int64,
-    c_void_p,
+    *[c_void_p, c_int64, c_int64] * 2,
+    POINTER(PagedArgs),
     *[c_int64] * 3,
     c_float,
     c_void_p,
     c_int64,
     c_void_p,
     c_int64,
+    POINTER(c_int64),
+)
+_MHA_ATTENTION = (
+    "shoal_mha_attention",
+    c_int64,
+    *[c_void_p, c_int64, c_int64],
+    POINTER(PagedArgs),
+    *[c_void_p] * 2,
+    *[c_int64] * 5,
+    c_float,
     c_void_p,
+    c_int64,
+    POINTER(c_int64),
 )
 
 
@@ -44,7 +79,7 @@ class PagedLayout:
     """Where the tokens of a step sit in their sequences, and where the sequences' records are.
 
     Token t of sequence b attends to positions 0..positions[t] of b, and the record of position p is in slot
-    block_tables[b, p // block_size] * block_size + p % block_size.
+    block_tables[b, p // block_size] * block_size + p % block_size. ValueError unless shapes and dtypes fit each other.
     """
 
     block_tables: Tensor
@@ -52,23 +87,45 @@ class PagedLayout:
     cu_seqlens_q: Tensor
     """[B + 1] int32: tokens [cu_seqlens_q[b], cu_seqlens_q[b + 1]) belong to sequence b, which may have none."""
     positions: Tensor
-    """[T] int64."""
+    """[T] int64, ascending within a sequence."""
     block_size: int
 
-    def check(self, op: str, num_tokens: int) -> None:
-        """ValueError unless shapes and dtypes fit `num_tokens` tokens."""
+    def __post_init__(self) -> None:
         wanted = (("block_tables", torch.int32, 2), ("cu_seqlens_q", torch.int32, 1), ("positions", torch.int64, 1))
         for name, dtype, dims in wanted:
             tensor: Tensor = getattr(self, name)
             if tensor.dtype != dtype or tensor.dim() != dims or not tensor.is_contiguous():
-                raise ValueError(f"{op}: {name} must be contiguous {dtype} with {dims} dimensions")
+                raise ValueError(f"PagedLayout: {name} must be contiguous {dtype} with {dims} dimensions")
         if self.block_size < 1 or self.cu_seqlens_q.shape[0] != self.block_tables.shape[0] + 1:
-            raise ValueError(f"{op}: cu_seqlens_q needs one entry more than block_tables has rows, and block_size >= 1")
-        bounds = self.cu_seqlens_q
-        if self.positions.shape[0] != num_tokens or int(bounds[0]) != 0 or int(bounds[-1]) != num_tokens:
-            raise ValueError(f"{op}: positions and cu_seqlens_q must cover the {num_tokens} query tokens")
-        if bool((bounds.diff() < 0).any()):
-            raise ValueError(f"{op}: cu_seqlens_q must not decrease")
+            raise ValueError(
+                "PagedLayout: cu_seqlens_q needs one entry more than block_tables has rows; block_size >= 1"
+            )
+        bounds = self.cu_seqlens_q.tolist()
+        if bounds[0] != 0 or bounds[-1] != self.num_tokens or any(a > b for a, b in pairwise(bounds)):
+            raise ValueError(
+                f"PagedLayout: cu_seqlens_q must ascend from 0 to the {self.num_tokens} tokens of positions"
+            )
+        positions = self.positions.tolist()
+        if any(positions[t] >= positions[t + 1] for a, b in pairwise(bounds) for t in range(a, b - 1)):
+            raise ValueError("PagedLayout: positions must ascend within a sequence")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[0]
+
+    def args(self, records: Tensor) -> PagedArgs:
+        """For the compiled kernels; its pointers live as long as the tensors."""
+        return PagedArgs(
+            records.data_ptr(),
+            records.stride(0),
+            records.shape[0],
+            self.block_tables.data_ptr(),
+            self.block_tables.shape[1],
+            self.block_size,
+            self.cu_seqlens_q.data_ptr(),
+            self.block_tables.shape[0],
+            self.positions.data_ptr(),
+        )
 
     def slots(self, sequence: int, positions: Tensor) -> Tensor:
         """Slots of some positions ([n] int64) of a sequence -> [n] int64."""
@@ -90,7 +147,7 @@ def mla_attention(
     *,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale * q . key) . value per token and head -> [T, h, Dl] in the queries' dtype.
+    """The absorbed form: softmax(scale * q . key) . value per token and head -> [T, h, Dl] in the queries' dtype.
 
     q_latent: [T, h, Dl], q_rope: [T, h, Dr], last dimension contiguous. records: [num_slots, W], rows at any distance,
     columns [0, Dl) the latent, [Dl, Dl + Dr) the rotary key, others ignored. All three fp32 or all three bf16.
@@ -100,11 +157,13 @@ def mla_attention(
     Numerics, per row (token, head); bf16 operands are widened to fp32, which is exact:
     1. s[j] = scale * (one fma chain from 0 over the columns of [latent | rotary key], ascending); j is the key's index
        in the row's list.
-    2. Blocks of 64 list entries: m' = max(m, s of the block); a = exp(m - m'); p[j] = exp(s[j] - m');
-       l = l * a, then + p[j] ascending; o = o * a, then fma(p[j], value[j], o) ascending; p stays fp32.
-    3. o / l, rounded once. A row with no key is zero.
-    Keys outside a row's list take no part at all, not even as zeros, so its bits depend on its own list only: not on
-    other rows, chunking, block size, where blocks are, or threads; and selecting every position changes nothing.
+    2. Splits of 512 list entries, each in blocks of 64: m' = max(m, s of the block); a = exp(m - m');
+       p[j] = exp(s[j] - m'); l = l * a, then + p[j] ascending; o = o * a, then fma(p[j], value[j], o) ascending, where
+       p[j] is rounded to the records' dtype.
+    3. Splits join in order: m' = max(m, m2); o = o * exp(m - m') + o2 * exp(m2 - m'), l likewise.
+    4. o / l, rounded once. A row with no key is zero.
+    Keys outside a row's list take no part, so its bits depend on its own list only: not on other rows, chunking, block
+    size, where blocks are, or threads; and selecting every position changes nothing.
     ValueError when a position lies outside the block table or a slot outside the records.
     """
     shapes_fit = q_latent.dim() == q_rope.dim() == 3 and q_latent.shape[:2] == q_rope.shape[:2] and records.dim() == 2
@@ -118,7 +177,7 @@ def mla_attention(
             f"mla_attention needs queries and records all in float32 or all in bfloat16, got {q_latent.dtype}, "
             f"{q_rope.dtype}, {records.dtype}"
         )
-    layout.check("mla_attention", q_latent.shape[0])
+    _check_tokens("mla_attention", q_latent, layout)
     if selected is not None and (
         selected.dtype != torch.int32 or selected.dim() != 2 or selected.shape[0] != q_latent.shape[0]
     ):
@@ -129,16 +188,60 @@ def mla_attention(
     return out
 
 
+def mha_attention(
+    q: Tensor, records: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
+) -> Tensor:
+    """The per-head form: causal softmax(scale * q . key) . value per token and head -> [T, h, Dv] in q's dtype.
+
+    q: [T, h, Dn + Dr], last dimension contiguous: what meets W_UK | what meets the rotary key. records: as in
+    `mla_attention`. w_uk: h weights [Dn, Dl]; w_uv: h weights [Dv, Dl]. All fp32 or all bf16.
+
+    Numerics, per row (token, head):
+    1. key[j] = [W_UK latent[j] | rotary key[j]], value[j] = W_UV latent[j], products as those of `linear`.
+    2. s[j] = scale * (one fma chain from 0 over the columns, ascending).
+    3. Blocks of 64 positions as in `mla_attention` (no splits), except that l has 16 parts: part i sums the p[j] with
+       j % 16 = i, ascending; at the end they add up in a tree (halves, quarters, ..).
+    4. o / l, rounded once.
+    Positions after a token's own take no part in its row, not even as zeros; bits depend on the row only, as above.
+    ValueError when a position lies outside the block table or a slot outside the records.
+    """
+    fits = q.dim() == 3 and records.dim() == 2 and w_uk.num_matrices == w_uv.num_matrices == q.shape[1]
+    latent_dim, rope_dim = w_uk.in_features, q.shape[-1] - w_uk.out_features
+    if not fits or w_uv.in_features != latent_dim or rope_dim < 0 or records.shape[1] < latent_dim + rope_dim:
+        raise ValueError(
+            f"mha_attention needs q [T, h, Dn + Dr], h weights [Dn, Dl] and [Dv, Dl], records [num_slots, >= Dl + Dr], "
+            f"got {list(q.shape)}, {w_uk.num_matrices} of [{w_uk.out_features}, {w_uk.in_features}], "
+            f"{w_uv.num_matrices} of [{w_uv.out_features}, {w_uv.in_features}], {list(records.shape)}"
+        )
+    if not q.dtype == records.dtype == w_uk.dtype == w_uv.dtype or w_uk.backend != w_uv.backend:
+        raise ValueError(
+            f"mha_attention needs queries, records and weights of one dtype and backend, got {q.dtype}, "
+            f"{records.dtype}, {w_uk.dtype}, {w_uv.dtype}"
+        )
+    _check_tokens("mha_attention", q, layout)
+    out: Tensor = implementation("mha_attention", w_uk.backend)(q, records, layout, w_uk, w_uv, scale)
+    return out
+
+
+def _check_tokens(op: str, q: Tensor, layout: PagedLayout) -> None:
+    if q.shape[0] != layout.num_tokens:
+        raise ValueError(f"{op}: {q.shape[0]} query tokens, but the layout has {layout.num_tokens}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @register("mla_attention", "cpu")
 def _mla_attention_cpu(
     q_latent: Tensor, q_rope: Tensor, records: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
 ) -> Tensor:
-    q_latent, q_rope, records = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope, records))
+    q_latent, q_rope, records = _rows(q_latent), _rows(q_rope), _rows(records)
     if selected is not None:
         selected = selected.contiguous()
     num_tokens, num_heads, latent_dim = q_latent.shape
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
-    status = torch.zeros(1, dtype=torch.int64)
+    status = c_int64()
     c_function(*_MLA_ATTENTION)(
         DTYPE_CODES[records.dtype],
         q_latent.data_ptr(),
@@ -147,15 +250,7 @@ def _mla_attention_cpu(
         q_rope.data_ptr(),
         q_rope.stride(0),
         q_rope.stride(1),
-        records.data_ptr(),
-        records.stride(0),
-        records.shape[0],
-        layout.block_tables.data_ptr(),
-        layout.block_tables.shape[1],
-        layout.block_size,
-        layout.cu_seqlens_q.data_ptr(),
-        layout.block_tables.shape[0],
-        layout.positions.data_ptr(),
+        byref(layout.args(records)),
         num_heads,
         latent_dim,
         q_rope.shape[2],
@@ -164,10 +259,41 @@ def _mla_attention_cpu(
         0 if selected is None else selected.shape[1],
         out.data_ptr(),
         num_threads(num_tokens * num_heads * latent_dim * BLOCK_KEYS),
-        status.data_ptr(),
+        byref(status),
     )
-    if status.item():
+    if status.value:
         raise slot_error("mla_attention")
+    return out
+
+
+@register("mha_attention", "cpu")
+def _mha_attention_cpu(
+    q: Tensor, records: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
+) -> Tensor:
+    q, records = _rows(q), _rows(records)
+    num_tokens, num_heads, key_dim = q.shape
+    out = q.new_empty(num_tokens, num_heads, w_uv.out_features)
+    status = c_int64()
+    c_function(*_MHA_ATTENTION)(
+        DTYPE_CODES[q.dtype],
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        byref(layout.args(records)),
+        w_uk.data.data_ptr(),
+        w_uv.data.data_ptr(),
+        num_heads,
+        w_uk.in_features,
+        w_uk.out_features,
+        key_dim - w_uk.out_features,
+        w_uv.out_features,
+        scale,
+        out.data_ptr(),
+        num_threads(num_tokens * num_heads * key_dim * BLOCK_KEYS),
+        byref(status),
+    )
+    if status.value:
+        raise slot_error("mha_attention")
     return out
 
 
@@ -177,29 +303,44 @@ def _mla_attention_reference(
 ) -> Tensor:
     out = torch.zeros_like(q_latent, memory_format=torch.contiguous_format)
     queries = torch.cat([q_latent, q_rope], dim=-1).float()
-    num_heads, latent_dim, key_dim = q_latent.shape[1], q_latent.shape[2], queries.shape[2]
-    bounds = layout.cu_seqlens_q.tolist()
-    for sequence, (first, last) in enumerate(pairwise(bounds)):
+    latent_dim, key_dim = q_latent.shape[2], queries.shape[2]
+    for sequence, (first, last) in enumerate(pairwise(layout.cu_seqlens_q.tolist())):
         for t in range(first, last):
             if selected is None:
-                context = torch.arange(int(layout.positions[t]) + 1)
+                context = torch.arange(int(layout.positions[t]) + 1, device=records.device)
             else:
                 context = selected[t][(selected[t] < 0).cumsum(0) == 0].long()
-            if context.numel() == 0:
-                continue
-            try:
-                keys = records[layout.slots(sequence, context), :key_dim].float()
-            except IndexError as error:
-                raise slot_error("mla_attention") from error
-            maximum = torch.full((num_heads,), -torch.inf)
-            total, output = torch.zeros(num_heads), torch.zeros(num_heads, latent_dim)
-            for block in torch.split(keys, BLOCK_KEYS):
-                scores = queries[t] @ block.T * scale
-                new_maximum = torch.maximum(maximum, scores.amax(dim=1))
-                rescale = torch.exp(maximum - new_maximum)
-                weights = torch.exp(scores - new_maximum[:, None])
-                total = total * rescale + weights.sum(dim=1)
-                output = output * rescale[:, None] + weights @ block[:, :latent_dim]
-                maximum = new_maximum
-            out[t] = (output / total[:, None]).to(out.dtype)
+            keys = _gather("mla_attention", records, layout, sequence, context)[:, :key_dim]
+            weights = torch.softmax(queries[t] @ keys.T * scale, dim=1) if len(context) else keys.new_zeros(1, 0)
+            out[t] = (weights @ keys[:, :latent_dim]).to(out.dtype)
     return out
+
+
+@register("mha_attention", "reference")
+def _mha_attention_reference(
+    q: Tensor, records: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
+) -> Tensor:
+    out = q.new_zeros(q.shape[0], q.shape[1], w_uv.out_features)
+    latent_dim, rope_dim = w_uk.in_features, q.shape[2] - w_uk.out_features
+    for sequence, (first, last) in enumerate(pairwise(layout.cu_seqlens_q.tolist())):
+        if first == last:
+            continue
+        positions = layout.positions[first:last]
+        context = torch.arange(int(positions[-1]) + 1, device=records.device)
+        gathered = _gather("mha_attention", records, layout, sequence, context)
+        latents, rope = gathered[:, :latent_dim], gathered[:, latent_dim : latent_dim + rope_dim]
+        made = torch.einsum("sl,hnl->hsn", latents, w_uk.data.float()).to(q.dtype).float()
+        keys = torch.cat([made, rope.expand(q.shape[1], -1, -1)], dim=-1)
+        values = torch.einsum("sl,hvl->hsv", latents, w_uv.data.float()).to(q.dtype).float()
+        scores = torch.einsum("thk,hsk->hts", q[first:last].float(), keys) * scale
+        scores = scores.masked_fill(context > positions[:, None], -torch.inf)
+        out[first:last] = torch.einsum("hts,hsv->thv", torch.softmax(scores, dim=2), values).to(q.dtype)
+    return out
+
+
+def _gather(op: str, records: Tensor, layout: PagedLayout, sequence: int, context: Tensor) -> Tensor:
+    """Records of some positions of a sequence, in fp32."""
+    try:
+        return records[layout.slots(sequence, context)].float()
+    except IndexError as error:
+        raise slot_error(op) from error

@@ -127,7 +127,7 @@ def load_library() -> ctypes.CDLL:
 
 
 @functools.cache
-def c_function(name: str, *argument_types: type[ctypes._SimpleCData[Any]]) -> Callable[..., None]:
+def c_function(name: str, *argument_types: type[Any]) -> Callable[..., None]:
     """`name` of the library, taking these argument types and returning nothing."""
     function = getattr(load_library(), name)
     function.argtypes = argument_types

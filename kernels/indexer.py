@@ -5,13 +5,13 @@ T tokens, Hi index heads of dimension D, S keys.
 
 from __future__ import annotations
 
-from ctypes import c_int64, c_void_p
+from ctypes import POINTER, byref, c_int64, c_void_p
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .attention import PagedLayout, slot_error
+from .attention import PagedArgs, PagedLayout, slot_error
 from .build import c_function, num_threads
 from .linear import DTYPE_CODES
 from .registry import implementation, register
@@ -23,17 +23,11 @@ _INDEX_TOPK = (
     *[c_int64] * 2,
     c_void_p,
     *[c_int64] * 3,
-    c_void_p,
-    *[c_int64] * 3,
-    c_void_p,
+    POINTER(PagedArgs),
     *[c_int64] * 2,
     c_void_p,
     c_int64,
-    c_void_p,
-    c_int64,
-    c_void_p,
-    c_int64,
-    c_void_p,
+    POINTER(c_int64),
 )
 _INDEX_SCORES = (
     "shoal_index_scores",
@@ -63,7 +57,8 @@ def index_topk(q: Tensor, weights: Tensor, records: Tensor, key_offset: int, lay
             f"index_topk needs records [num_slots, W] in {q.dtype} with columns [{key_offset}, "
             f"{key_offset + q.shape[2]}), got {list(records.shape)} in {records.dtype}"
         )
-    layout.check("index_topk", q.shape[0])
+    if q.shape[0] != layout.num_tokens:
+        raise ValueError(f"index_topk: {q.shape[0]} query tokens, but the layout has {layout.num_tokens}")
     selected: Tensor = implementation("index_topk")(q, weights, records, key_offset, layout, topk)
     return selected
 
@@ -114,7 +109,7 @@ def _index_topk_cpu(
     q, records = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, records))
     weights = weights.contiguous()
     out = torch.empty(q.shape[0], topk, dtype=torch.int32)
-    status = torch.zeros(1, dtype=torch.int64)
+    status = c_int64()
     c_function(*_INDEX_TOPK)(
         DTYPE_CODES[q.dtype],
         q.data_ptr(),
@@ -122,22 +117,14 @@ def _index_topk_cpu(
         q.stride(1),
         weights.data_ptr(),
         *q.shape,
-        records.data_ptr(),
-        records.stride(0),
-        records.shape[0],
+        byref(layout.args(records)),
         key_offset,
-        layout.block_tables.data_ptr(),
-        layout.block_tables.shape[1],
-        layout.block_size,
-        layout.cu_seqlens_q.data_ptr(),
-        layout.block_tables.shape[0],
-        layout.positions.data_ptr(),
         topk,
         out.data_ptr(),
         num_threads(q.numel() * topk),
-        status.data_ptr(),
+        byref(status),
     )
-    if status.item():
+    if status.value:
         raise slot_error("index_topk")
     return out
 

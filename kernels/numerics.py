@@ -8,8 +8,9 @@ import torch
 def pin_floating_point() -> dict[str, str | bool]:
     """Fix everything in torch that can change the bits of a float operation; returns it for the run manifest.
 
-    Subnormal numbers are kept, because that is the mode in which threads start: a flag set on one thread would make
-    results depend on which thread computes them. fp32 products stay fp32, and bf16 and fp16 sums stay fp32.
+    torch keeps subnormal numbers, because that is the mode in which threads start: a flag set on one thread would make
+    results depend on which thread computes them. The compiled kernels flush them to zero, each thread for the time of a
+    call, as bf16 dot products do in hardware. fp32 products stay fp32, and bf16 and fp16 sums stay fp32.
     """
     torch.set_flush_denormal(False)
     torch.set_float32_matmul_precision("highest")

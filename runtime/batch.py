@@ -16,6 +16,8 @@ class ScheduledSequence:
     token_ids: list[int]
     block_table: list[int]
     """Blocks that hold positions `[0, start + len(token_ids))`, in order."""
+    num_prompt_tokens: int
+    """Of the sequence: its tokens from this position on were generated."""
     sample: bool
     """Whether the last scheduled token is the last known one, so that its logits give the next."""
     num_prompt_logits: int = 0
@@ -52,7 +54,10 @@ class Batch:
 
     def pack(self) -> bytes:
         """To msgpack bytes; `unpack` is the inverse."""
-        rows = [(s.seq_id, s.start, s.token_ids, s.block_table, s.sample, s.num_prompt_logits) for s in self.sequences]
+        rows = [
+            (s.seq_id, s.start, s.token_ids, s.block_table, s.num_prompt_tokens, s.sample, s.num_prompt_logits)
+            for s in self.sequences
+        ]
         writes = [(w.seq_id, w.start, w.end, w.num_bytes, w.block_table) for w in self.writes]
         packed = msgpack.packb([rows, writes])
         assert isinstance(packed, bytes)

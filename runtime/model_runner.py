@@ -20,6 +20,7 @@ from .models.forward import AttentionMetadata, Tap
 PROMPT_LOGITS_ROWS = 128
 """Prompt logits are made and consumed this many rows at a time, so that they never exist all at once."""
 
+Rows = NDArray[np.int64]
 OnPromptLogits = Callable[[ScheduledSequence, int, Tensor], None]
 """(sequence, position of the first row, logits [n, V]) of prompt positions."""
 
@@ -40,45 +41,57 @@ class ModelRunner:
         `num_prompt_slices` is the largest `len(prompt_slices(batch))` of the replica's attention groups.
         Returns logits [N, vocab_size] fp32, one row per sequence with `sample`, in batch order (N = 0 on followers).
         """
-        input_ids, metadata = self._prepare(batch)
+        input_ids, metadata, rows = self._prepare(batch)
         hidden = self.model.forward(input_ids, self.cache, metadata)
-        self._prompt_logits(batch, hidden, num_prompt_slices, on_prompt_logits)
-        ends = np.cumsum([len(s.token_ids) for s in batch.sequences])
-        last = [int(end) - 1 for s, end in zip(batch.sequences, ends, strict=True) if s.sample]
-        return self.model.compute_logits(hidden[torch.tensor(last, dtype=torch.int64, device=self.device)])
+        self._prompt_logits(batch, hidden, rows, num_prompt_slices, on_prompt_logits)
+        last = [r[-1] for s, r in zip(batch.sequences, rows, strict=True) if s.sample]
+        return self.model.compute_logits(hidden[self._tensor(np.array(last, np.int64))])
 
-    def _prepare(self, batch: Batch) -> tuple[Tensor, AttentionMetadata]:
+    def _prepare(self, batch: Batch) -> tuple[Tensor, AttentionMetadata, list[Rows]]:
+        """Input ids and metadata of the step, and for each sequence the rows of its tokens."""
         sequences, block_size = batch.sequences, self.cache.block_size
-        lengths = [len(s.token_ids) for s in sequences]
-        total = sum(lengths)
-        input_ids = np.fromiter((t for s in sequences for t in s.token_ids), np.int64, total)
-        cu_seqlens = np.zeros(len(sequences) + 1, np.int32)
-        np.cumsum(lengths, out=cu_seqlens[1:])
+        lengths = np.array([len(s.token_ids) for s in sequences], np.int64)
+        starts = np.array([s.start for s in sequences], np.int64)
+        limits = [self.model.config.num_per_head_tokens(s.num_prompt_tokens) for s in sequences]
+        firsts = np.clip(np.array(limits, np.int64) - starts, 0, lengths)  # tokens of the per-head form
         block_tables = np.zeros((len(sequences), max((len(s.block_table) for s in sequences), default=0)), np.int32)
-        positions = np.empty(total, np.int64)
-        slots = np.empty(total, np.int64)
+        rows, total = _rows(firsts, lengths), int(lengths.sum())
+        input_ids, positions, slots = (np.empty(total, np.int64) for _ in range(3))
         for i, s in enumerate(sequences):
             block_tables[i, : len(s.block_table)] = s.block_table
-            rows = slice(cu_seqlens[i], cu_seqlens[i + 1])
-            positions[rows] = where = np.arange(s.start, s.start + lengths[i])
-            slots[rows] = block_tables[i, where // block_size].astype(np.int64) * block_size + where % block_size
-        layout = PagedLayout(
-            block_tables=self._tensor(block_tables),
-            cu_seqlens_q=self._tensor(cu_seqlens),
+            where = np.arange(s.start, s.start + lengths[i])
+            input_ids[rows[i]] = s.token_ids
+            positions[rows[i]] = where
+            slots[rows[i]] = block_tables[i, where // block_size].astype(np.int64) * block_size + where % block_size
+        tables, boundary = self._tensor(block_tables), int(firsts.sum())
+        metadata = AttentionMetadata(
+            per_head=self._layout(tables, firsts, positions[:boundary]),
+            absorbed=self._layout(tables, lengths - firsts, positions[boundary:]),
             positions=self._tensor(positions),
-            block_size=block_size,
+            slot_mapping=self._tensor(slots),
+            tap=self.tap,
         )
-        return self._tensor(input_ids), AttentionMetadata(layout=layout, slot_mapping=self._tensor(slots), tap=self.tap)
+        return self._tensor(input_ids), metadata, rows
+
+    def _layout(self, block_tables: Tensor, num_tokens: Rows, positions: Rows) -> PagedLayout:
+        cu_seqlens = np.zeros(len(num_tokens) + 1, np.int32)
+        np.cumsum(num_tokens, out=cu_seqlens[1:])
+        return PagedLayout(block_tables, self._tensor(cu_seqlens), self._tensor(positions), self.cache.block_size)
 
     def _prompt_logits(
-        self, batch: Batch, hidden: Tensor, num_slices: int, on_prompt_logits: OnPromptLogits | None
+        self,
+        batch: Batch,
+        hidden: Tensor,
+        rows: list[Rows],
+        num_slices: int,
+        on_prompt_logits: OnPromptLogits | None,
     ) -> None:
         """Show the prompt logits that were asked for; every rank of the replica takes part in every slice."""
         slices = prompt_slices(batch)
-        for s, start, rows in slices:
-            logits = self.model.compute_logits(hidden[rows])
+        for i, tokens in slices:
+            logits = self.model.compute_logits(hidden[self._tensor(rows[i][tokens])])
             if on_prompt_logits is not None:
-                on_prompt_logits(s, start, logits)
+                on_prompt_logits(batch.sequences[i], batch.sequences[i].start + tokens.start, logits)
         for _ in range(num_slices - len(slices)):
             self.model.compute_logits(hidden[:0])
 
@@ -86,13 +99,24 @@ class ModelRunner:
         return torch.from_numpy(array).to(self.device)
 
 
-def prompt_slices(batch: Batch) -> list[tuple[ScheduledSequence, int, slice]]:
-    """The prompt logits that a batch asks for: (sequence, position of the first one, rows of the batch's tokens)."""
-    slices, offset = [], 0
-    for s in batch.sequences:
+def _rows(firsts: Rows, lengths: Rows) -> list[Rows]:
+    """Where the tokens of each sequence are when the first ones of all sequences come before the others.
+
+    s0 has 2 + 1 tokens, s1 3 + 0, s2 0 + 2:    s0 s0 s1 s1 s1 | s0 s2 s2
+    """
+    rests = lengths - firsts
+    first_ends, rest_ends = np.cumsum(firsts), firsts.sum() + np.cumsum(rests)
+    return [
+        np.concatenate([np.arange(f_end - f, f_end), np.arange(r_end - r, r_end)])
+        for f, f_end, r, r_end in zip(firsts, first_ends, rests, rest_ends, strict=True)
+    ]
+
+
+def prompt_slices(batch: Batch) -> list[tuple[int, slice]]:
+    """The prompt logits that a batch asks for: (index of the sequence, which of its scheduled tokens)."""
+    slices = []
+    for i, s in enumerate(batch.sequences):
         length = len(s.token_ids)
         for first in range(length - s.num_prompt_logits, length, PROMPT_LOGITS_ROWS):
-            rows = slice(offset + first, offset + min(first + PROMPT_LOGITS_ROWS, length))
-            slices.append((s, s.start + first, rows))
-        offset += length
+            slices.append((i, slice(first, min(first + PROMPT_LOGITS_ROWS, length))))
     return slices

@@ -311,6 +311,7 @@ def _scheduled(seq: Sequence, end: int) -> ScheduledSequence:
         start,
         seq.slice(start, end),
         list(seq.block_table),
+        seq.num_prompt_tokens,
         sample=end == seq.num_tokens,
         num_prompt_logits=max(0, pending),
     )

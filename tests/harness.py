@@ -56,6 +56,7 @@ def logits_in_chunks(
             start=start,
             token_ids=token_ids[start:end],
             block_table=table[: -(-end // block_size)],
+            num_prompt_tokens=len(token_ids),
             sample=False,
             num_prompt_logits=size,
         )

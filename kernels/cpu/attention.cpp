@@ -1,249 +1,273 @@
-// Multi-head latent attention in the absorbed form over paged records; kernels/attention.py states the contract.
+// Multi-head latent attention in the absorbed form over paged records; mla_attention in kernels/attention.py states the
+// contract.
 //
-// Rows (token x head) are lanes in the scores and in the softmax, columns are lanes in the sum of the values, so that
-// no sum crosses lanes and no row sees another:
-//   S [key][row] = record (broadcast) * packed queries      O [row][column] += P (broadcast) * record
-#include <algorithm>
+// A task is one token and one split of its keys. In the scores and in the softmax the heads are lanes, in the sum of the
+// values the columns, so no sum crosses lanes:
+//   S [key][head] = records x packed queries      O [head][column] += P [head][key] x interleaved records
 #include <atomic>
 #include <vector>
 
-#include "attention.h"
+#include "paged.h"
+#include "vec.h"
 
 namespace shoal {
 namespace {
 
-constexpr int64_t kBlockKeys = 64;  // part of the contract: where the online softmax rescales
-constexpr int64_t kTileRows = 128;  // this and the rest only shape the work
-constexpr int64_t kTileHeads = 64;
-constexpr int64_t kStripPanels = 4;
-constexpr int64_t kStrip = kStripPanels * kLanes;
+constexpr int64_t kBlockKeys = 64;   // part of the contract: where the online softmax rescales
+constexpr int64_t kSplitKeys = 512;  // part of the contract: where a row's keys are cut into splits
 
 template <typename T>
-struct Attention {
+struct AbsorbedAttention {
   const T *q_latent, *q_rope;
   int64_t latent_token_stride, latent_head_stride, rope_token_stride, rope_head_stride;
   PagedRecords<T> paged;
-  const int64_t* positions;
   int64_t num_heads, latent_dim, rope_dim;
   float scale;
   const int32_t* selected;  // [T, topk] or nullptr
   int64_t topk;
   T* out;  // [T, h, latent_dim]
+
+  int64_t key_dim() const { return latent_dim + rope_dim; }
+  int64_t width() const { return round_up(latent_dim, kPanel); }
+  int64_t head_groups() const { return (num_heads + kLanes - 1) / kLanes; }
+  int64_t padded_heads() const { return head_groups() * kLanes; }
 };
 
-// Neighbouring query tokens of a sequence, and some of their heads.
-struct Tile {
-  int64_t sequence, token, num_tokens, head, num_heads;
+// Keys [begin, end) of a token's list.
+struct Split {
+  int64_t token, sequence, begin, end;
+  bool whole;  // there is no other split of this token
 };
 
-Vec exp_lanes(Vec x) {
-  float lanes[kLanes];
-  store_vec(lanes, x);
-  for (int i = 0; i < kLanes; ++i) lanes[i] = exp_fixed(lanes[i]);
-  return load_vec(lanes);
-}
+// What a split leaves behind for the merge: per head the maximum, the sum and the unnormalised output.
+struct Partial {
+  float *max, *sum, *output;  // [heads], [heads], [heads, width]
+};
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// Memory of one thread, reused by its tiles.
-struct Scratch {
-  std::vector<float> queries;  // packed panels of rows
-  std::vector<float> keys;     // [key][key_width]: latent | rope | padding
-  std::vector<float> output;   // [row][width]
-  alignas(64) float scores[kBlockKeys * kTileRows];  // [key][row], then the weights
-  alignas(64) float max[kTileRows], sum[kTileRows], rescale[kTileRows];
-  alignas(64) int32_t context[kTileRows], limit[kTileRows];  // keys a row attends to: in all, in this block
+// Memory of one thread, reused by its tasks.
+template <typename T>
+struct Workspace {
+  Buffer<T> queries;  // packed panels of heads
+  Buffer<T> keys;     // [key][key_dim] as rows of A
+  Buffer<T> values;   // [panel of columns][key step][16]
+  Buffer<T> weights;  // [head][key] as rows of A
+  Buffer<T> rows;     // 16 padded rows of something to pack
+  Buffer<float> scores;
+  Buffer<float> state;
 };
 
 template <typename T>
-class TileAttention {
+class SplitAttention {
  public:
-  TileAttention(const Attention<T>& args, const Tile& tile, Scratch& scratch)
-      : a_(args),
-        t_(tile),
-        s_(scratch),
-        rows_(tile.num_tokens * tile.num_heads),
-        lanes_(round_up(rows_, kLanes)),
-        key_dim_(args.latent_dim + args.rope_dim),
-        width_(round_up(args.latent_dim, kStrip)),
-        key_width_(std::max(key_dim_, width_)) {}
+  SplitAttention(const AbsorbedAttention<T>& args, const Split& split, Workspace<T>& w)
+      : a_(args), s_(split), w_(w), key_stride_(padded_terms<T>(args.key_dim())) {}
 
-  Status run() {
+  // Fills `to`; false when a key cannot be found.
+  bool run(const Partial& to) {
     pack_queries();
-    int64_t num_keys = 0;
-    for (int64_t r = 0; r < lanes_; ++r) {
-      s_.max[r] = -kInfinity;
-      s_.sum[r] = 0.0f;
-      s_.context[r] = r < rows_ ? int32_t(context_of(t_.token + r / t_.num_heads)) : 0;
-      num_keys = std::max<int64_t>(num_keys, s_.context[r]);
-    }
-    s_.keys.resize(kBlockKeys * key_width_);
-    s_.output.assign(rows_ * width_, 0.0f);
-    for (int64_t begin = 0; begin < num_keys; begin += kBlockKeys) {
-      const int64_t count = std::min(kBlockKeys, num_keys - begin);
-      if (!gather_keys(begin, count, num_keys)) return kOutOfRange;
-      dot_keys(s_.keys.data(), key_width_, round_up(count, kLanes), s_.queries.data(), lanes_ / kLanes, key_dim_, s_.scores);
-      for (int64_t r = 0; r < lanes_; ++r) s_.limit[r] = int32_t(std::clamp<int64_t>(s_.context[r] - begin, 0, count));
-      for (int64_t r = 0; r < lanes_; r += kLanes) softmax(r, count);
-      add_values();
-    }
-    write();
-    return kOk;
-  }
-
- private:
-  int64_t context_of(int64_t token) const {
-    if (a_.selected == nullptr) return a_.positions[token] + 1;
-    const int32_t* list = a_.selected + token * a_.topk;
-    return std::find(list, list + a_.topk, -1) - list;
-  }
-
-  void pack_queries() {
-    s_.queries.assign(lanes_ / kLanes * query_panel_size(key_dim_), 0.0f);
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t token = t_.token + r / t_.num_heads, head = t_.head + r % t_.num_heads;
-      float* lane = s_.queries.data() + r / kLanes * query_panel_size(key_dim_) + r % kLanes;
-      pack_query(a_.q_latent + token * a_.latent_token_stride + head * a_.latent_head_stride, a_.latent_dim, lane);
-      pack_query(a_.q_rope + token * a_.rope_token_stride + head * a_.rope_head_stride, a_.rope_dim,
-                 lane + query_panel_size(a_.latent_dim));
-    }
-  }
-
-  const T* find_key(int64_t index) const {
-    const int64_t position = a_.selected ? a_.selected[t_.token * a_.topk + index] : index;
-    return a_.paged.find(t_.sequence, position);
-  }
-
-  bool gather_keys(int64_t begin, int64_t count, int64_t num_keys) {
-    for (int64_t j = 0; j < count; ++j) {
-      const T* record = find_key(begin + j);
-      if (record == nullptr) return false;
-      to_floats(record, key_dim_, s_.keys.data() + j * key_width_);
-      if (const int64_t next = begin + j + kBlockKeys; next < num_keys) prefetch(find_key(next));
+    keys_ = w_.keys.reserve(kBlockKeys * key_stride_);
+    values_ = w_.values.reserve(a_.width() / kPanel * panel_size<T>(kBlockKeys));
+    std::fill(to.max, to.max + a_.padded_heads(), -kInfinity);
+    std::fill(to.sum, to.sum + a_.padded_heads(), 0.0f);
+    std::fill(to.output, to.output + a_.num_heads * a_.width(), 0.0f);
+    for (int64_t begin = s_.begin; begin < s_.end; begin += kBlockKeys) {
+      const int64_t count = std::min(kBlockKeys, s_.end - begin);
+      if (!gather(begin, count)) return false;
+      for (int64_t group = 0; group < a_.head_groups(); ++group) add_block(group, count, to);
     }
     return true;
   }
 
-  // Ask for a record of the next block while this one is computed.
-  void prefetch(const T* record) const {
-    if (record == nullptr) return;
-    for (int64_t i = 0; i < key_dim_; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(record + i);
+ private:
+  void pack_queries() {
+    const int64_t padded = round_up(a_.key_dim(), kVector<T>);
+    queries_ = w_.queries.reserve(a_.head_groups() * panel_size<T>(a_.key_dim()));
+    T* rows = w_.rows.reserve(kLanes * padded);
+    for (int64_t group = 0; group < a_.head_groups(); ++group) {
+      std::memset(static_cast<void*>(rows), 0, size_t(kLanes * padded) * sizeof(T));
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, a_.num_heads - group * kLanes); ++i) {
+        const int64_t head = group * kLanes + i;
+        std::copy_n(a_.q_latent + s_.token * a_.latent_token_stride + head * a_.latent_head_stride, a_.latent_dim,
+                    rows + i * padded);
+        std::copy_n(a_.q_rope + s_.token * a_.rope_token_stride + head * a_.rope_head_stride, a_.rope_dim,
+                    rows + i * padded + a_.latent_dim);
+      }
+      pack_panel(rows, padded, a_.key_dim(), queries_ + group * panel_size<T>(a_.key_dim()));
+    }
   }
 
-  // Scores to weights for 16 rows; keys at or beyond a row's limit weigh exactly nothing.
-  void softmax(int64_t row, int64_t count) {
-    IntVec limit;
-    std::memcpy(&limit, s_.limit + row, sizeof(limit));
-    const Vec old_max = load_vec(s_.max + row);
-    Vec max = old_max;
-    for (int64_t j = 0; j < count; ++j) {
-      float* scores = s_.scores + j * lanes_ + row;
-      const Vec s = limit > int32_t(j) ? load_vec(scores) * a_.scale : splat(-kInfinity);
-      max = s > max ? s : max;
-      store_vec(scores, s);
-    }
-    const Vec base = max == -kInfinity ? Vec{} : max;
-    const Vec rescale = exp_lanes(old_max - base);
-    Vec sum = load_vec(s_.sum + row) * rescale;
-    for (int64_t j = 0; j < count; ++j) {
-      float* scores = s_.scores + j * lanes_ + row;
-      const Vec p = exp_lanes(load_vec(scores) - base);
-      sum += p;
-      store_vec(scores, p);
-    }
-    store_vec(s_.max + row, max);
-    store_vec(s_.sum + row, sum);
-    store_vec(s_.rescale + row, rescale);
+  const T* find_key(int64_t index) const {
+    const int64_t position = a_.selected ? a_.selected[s_.token * a_.topk + index] : index;
+    return a_.paged.find(s_.sequence, position);
   }
 
-  void add_values() {
-    for (int64_t column = 0; column < width_; column += kStrip) {
-      // neighbouring rows with the same limit go together
-      for (int64_t begin = 0, end; begin < rows_; begin = end) {
-        for (end = begin + 1; end < rows_ && s_.limit[end] == s_.limit[begin];) ++end;
-        if (s_.limit[begin] > 0) add_rows(begin, end, s_.limit[begin], column);
+  // The keys as rows, and their latents interleaved as the terms of a sum over keys.
+  bool gather(int64_t begin, int64_t count) {
+    constexpr int64_t width = Step<T>::width;
+    T* zero = w_.rows.reserve(a_.width());
+    std::fill_n(zero, a_.width(), T{});
+    for (int64_t j = 0; j < count; j += width) {
+      const T* records[width];
+      for (int64_t i = 0; i < width; ++i) {
+        records[i] = zero;
+        if (j + i >= count) continue;
+        records[i] = find_key(begin + j + i);
+        if (records[i] == nullptr) return false;
+        copy_terms(records[i], a_.key_dim(), keys_ + (j + i) * key_stride_);
+        if (const int64_t next = begin + j + i + kBlockKeys; next < s_.end) prefetch_record(find_key(next), a_.key_dim());
+      }
+      interleave_latents(records, j / width);
+    }
+    return true;
+  }
+
+  void interleave_latents(const T* const (&records)[Step<T>::width], int64_t step) {
+    T* values = values_ + step * Step<T>::step;
+    const int64_t full = a_.latent_dim / kPanel * kPanel;
+    interleave(records, full, values, panel_size<T>(kBlockKeys));
+    if (full == a_.latent_dim) return;
+    T last[Step<T>::width][kPanel] = {};  // nothing is read past the latent
+    const T* rows[Step<T>::width];
+    for (int64_t i = 0; i < Step<T>::width; ++i) {
+      std::copy_n(records[i] + full, a_.latent_dim - full, last[i]);
+      rows[i] = last[i];
+    }
+    interleave(rows, kPanel, values + full / kPanel * panel_size<T>(kBlockKeys), panel_size<T>(kBlockKeys));
+  }
+
+  // 64 keys more for 16 heads.
+  void add_block(int64_t group, int64_t count, const Partial& to) {
+    const int64_t first = group * kLanes, heads = std::min<int64_t>(kLanes, a_.num_heads - first);
+    float* scores = w_.scores.reserve(kBlockKeys * kLanes);
+    gemm_panels<T>(keys_, key_stride_, count, {queries_ + group * panel_size<T>(a_.key_dim()), 1, 0}, a_.key_dim(), scores,
+                   kLanes);
+    const Vec rescale = softmax(scores, count, to.max + first, to.sum + first);
+    const T* weights = transpose_weights(scores, count, heads);
+    float* output = to.output + first * a_.width();
+    for (int64_t h = 0; h < heads; ++h) {
+      if (rescale[h] == 1.0f) continue;
+      for (int64_t c = 0; c < a_.width(); c += kLanes)
+        store_vec(output + h * a_.width() + c, load_vec(output + h * a_.width() + c) * rescale[h]);
+    }
+    gemm_panels<T>(weights, kBlockKeys, heads, {values_, a_.width() / kPanel, panel_size<T>(kBlockKeys)}, count, output,
+                   a_.width(), true);
+  }
+
+  // Scores to weights for 16 heads; returns the factor for what was added before.
+  Vec softmax(float* scores, int64_t count, float* max, float* sum) const {
+    const Vec old_max = load_vec(max);
+    Vec new_max = old_max;
+    for (int64_t j = 0; j < count; ++j) {
+      const Vec s = load_vec(scores + j * kLanes) * a_.scale;
+      new_max = s > new_max ? s : new_max;
+      store_vec(scores + j * kLanes, s);
+    }
+    const Vec base = new_max == -kInfinity ? Vec{} : new_max;
+    const Vec rescale = exp_vec(old_max - base);
+    Vec total = load_vec(sum) * rescale;
+    for (int64_t j = 0; j < count; ++j) {
+      const Vec p = exp_vec(load_vec(scores + j * kLanes) - base);
+      total += p;
+      store_vec(scores + j * kLanes, p);
+    }
+    store_vec(max, new_max);
+    store_vec(sum, total);
+    return rescale;
+  }
+
+  // [key][head] fp32 -> [head][key] rows of A.
+  const T* transpose_weights(const float* scores, int64_t count, int64_t heads) {
+    T* weights = w_.weights.reserve(kLanes * kBlockKeys);
+    for (int64_t j = 0; j < count; j += kLanes) {
+      Vec block[kLanes] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - j); ++i) block[i] = load_vec(scores + (j + i) * kLanes);
+      transpose(block);
+      for (int64_t h = 0; h < heads; ++h) {
+        T row[kLanes];
+        store_vec(row, block[h]);
+        copy_terms(row, kLanes, weights + h * kBlockKeys + j);
       }
     }
+    return weights;
   }
 
-  void add_rows(int64_t begin, int64_t end, int64_t limit, int64_t column) {
-    for (; begin + 6 <= end; begin += 6) add_block<6>(begin, limit, column);
-    switch (end - begin) {
-      case 5: return add_block<5>(begin, limit, column);
-      case 4: return add_block<4>(begin, limit, column);
-      case 3: return add_block<3>(begin, limit, column);
-      case 2: return add_block<2>(begin, limit, column);
-      case 1: return add_block<1>(begin, limit, column);
-    }
-  }
-
-  template <int Rows>
-  void add_block(int64_t row, int64_t limit, int64_t column) {
-    Lanes acc[Rows][kStripPanels];
-    float* output = s_.output.data() + row * width_ + column;
-#pragma GCC unroll 6
-    for (int r = 0; r < Rows; ++r) {
-      const Lanes rescale = broadcast_lanes(s_.rescale[row + r]);
-#pragma GCC unroll 4
-      for (int p = 0; p < kStripPanels; ++p)
-        acc[r][p] = fma_lanes(load_lanes(output + r * width_ + p * kLanes), rescale, broadcast_lanes(0.0f));
-    }
-    const float* key = s_.keys.data() + column;
-    const float* weights = s_.scores + row;
-    for (int64_t j = 0; j < limit; ++j, key += key_width_, weights += lanes_) {
-      Lanes value[kStripPanels];
-#pragma GCC unroll 4
-      for (int p = 0; p < kStripPanels; ++p) value[p] = load_lanes(key + p * kLanes);
-#pragma GCC unroll 6
-      for (int r = 0; r < Rows; ++r) {
-        const Lanes weight = broadcast_lanes(weights[r]);
-#pragma GCC unroll 4
-        for (int p = 0; p < kStripPanels; ++p) acc[r][p] = fma_lanes(weight, value[p], acc[r][p]);
-      }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-      for (int p = 0; p < kStripPanels; ++p) store_lanes(output + r * width_ + p * kLanes, acc[r][p]);
-  }
-
-  void write() {
-    for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t token = t_.token + r / t_.num_heads, head = t_.head + r % t_.num_heads;
-      T* out = a_.out + (token * a_.num_heads + head) * a_.latent_dim;
-      const float sum = s_.context[r] > 0 ? s_.sum[r] : 1.0f;
-      for (int64_t c = 0; c < a_.latent_dim; ++c) out[c] = from_float<T>(s_.output[r * width_ + c] / sum);
-    }
-  }
-
-  const Attention<T>& a_;
-  const Tile& t_;
-  Scratch& s_;
-  const int64_t rows_, lanes_, key_dim_, width_, key_width_;
+  const AbsorbedAttention<T>& a_;
+  const Split& s_;
+  Workspace<T>& w_;
+  const int64_t key_stride_;
+  T *queries_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
 };
 
-std::vector<Tile> make_tiles(const int32_t* cu_seqlens_q, int64_t num_sequences, int64_t num_heads, bool sparse) {
-  std::vector<Tile> tiles;
-  const int64_t heads = std::min(num_heads, kTileHeads);
-  const int64_t tokens = sparse ? 1 : kTileRows / heads;
-  for (int64_t b = 0; b < num_sequences; ++b)
-    for (int64_t t = cu_seqlens_q[b]; t < cu_seqlens_q[b + 1]; t += tokens)
-      for (int64_t h = 0; h < num_heads; h += heads)
-        tiles.push_back({b, t, std::min(tokens, cu_seqlens_q[b + 1] - t), h, std::min(heads, num_heads - h)});
-  return tiles;
+// The next split joins what is there: the same step as the softmax over blocks, with a split for a block.
+template <typename T>
+void merge(const AbsorbedAttention<T>& a, const Partial& next, const Partial& to) {
+  for (int64_t h = 0; h < a.num_heads; ++h) {
+    const float max = next.max[h] > to.max[h] ? next.max[h] : to.max[h], base = max == -kInfinity ? 0.0f : max;
+    const float old_factor = exp_fixed(to.max[h] - base), new_factor = exp_fixed(next.max[h] - base);
+    to.max[h] = max;
+    to.sum[h] = to.sum[h] * old_factor + next.sum[h] * new_factor;
+    float *output = to.output + h * a.width(), *added = next.output + h * a.width();
+    for (int64_t c = 0; c < a.width(); c += kLanes)
+      store_vec(output + c, load_vec(output + c) * old_factor + load_vec(added + c) * new_factor);
+  }
 }
 
 template <typename T>
-Status run_tiles(const Attention<T>& args, const std::vector<Tile>& tiles, int64_t num_threads) {
+void write(const AbsorbedAttention<T>& a, int64_t token, bool empty, const Partial& from) {
+  for (int64_t h = 0; h < a.num_heads; ++h) {
+    T* out = a.out + (token * a.num_heads + h) * a.latent_dim;
+    const Vec sum = splat(empty ? 1.0f : from.sum[h]);
+    for (int64_t c = 0; c < a.latent_dim; c += kLanes)
+      store_vec(out + c, load_vec(from.output + h * a.width() + c) / sum, std::min<int64_t>(kLanes, a.latent_dim - c));
+  }
+}
+
+template <typename T>
+std::vector<Split> make_splits(const AbsorbedAttention<T>& a, const PagedArgs& args) {
+  std::vector<Split> splits;
+  for (int64_t b = 0; b < args.num_sequences; ++b)
+    for (int64_t t = args.cu_seqlens_q[b]; t < args.cu_seqlens_q[b + 1]; ++t) {
+      int64_t keys = args.positions[t] + 1;
+      if (a.selected) keys = std::find(a.selected + t * a.topk, a.selected + (t + 1) * a.topk, -1) - (a.selected + t * a.topk);
+      const bool whole = keys <= kSplitKeys;
+      for (int64_t begin = 0; begin == 0 || begin < keys; begin += kSplitKeys)
+        splits.push_back({t, b, begin, std::min(keys, begin + kSplitKeys), whole});
+    }
+  return splits;
+}
+
+template <typename T>
+Partial partial_at(const AbsorbedAttention<T>& a, float* memory) {
+  return {memory, memory + a.padded_heads(), memory + 2 * a.padded_heads()};
+}
+
+template <typename T>
+Status mla_attention(const AbsorbedAttention<T>& a, const PagedArgs& args, int64_t num_threads) {
+  const std::vector<Split> splits = make_splits(a, args);
+  const int64_t partial_size = 2 * a.padded_heads() + a.num_heads * a.width();
+  const bool any_cut = std::any_of(splits.begin(), splits.end(), [](const Split& s) { return !s.whole; });
+  std::vector<float> partials(any_cut ? splits.size() * size_t(partial_size) : 0);
   std::atomic<int64_t> status{kOk};
 #pragma omp parallel num_threads(int(num_threads))
   {
     const FlushDenormals flush;
-    Scratch scratch;
+    static thread_local Workspace<T> workspace;
 #pragma omp for schedule(dynamic)
-    for (int64_t i = int64_t(tiles.size()) - 1; i >= 0; --i) {  // the longest contexts first
-      const Status result = TileAttention<T>(args, tiles[i], scratch).run();
-      if (result != kOk) status = result;
+    for (int64_t i = 0; i < int64_t(splits.size()); ++i) {
+      const Split& s = splits[i];
+      float* memory = s.whole ? workspace.state.reserve(partial_size) : partials.data() + i * partial_size;
+      const Partial partial = partial_at(a, memory);
+      if (!SplitAttention<T>(a, s, workspace).run(partial)) status = kOutOfRange;
+      if (s.whole) write(a, s.token, s.end == 0, partial);
+    }
+    // The barrier at the end of the loop above completes the partials.
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < int64_t(splits.size()); ++i) {
+      if (splits[i].whole || splits[i].begin > 0) continue;
+      const Partial total = partial_at(a, partials.data() + i * partial_size);
+      for (size_t j = size_t(i) + 1; j < splits.size() && splits[j].token == splits[i].token; ++j)
+        merge(a, partial_at(a, partials.data() + j * partial_size), total);
+      write(a, splits[i].token, false, total);
     }
   }
   return Status(status.load());
@@ -255,34 +279,26 @@ Status run_tiles(const Attention<T>& args, const std::vector<Tile>& tiles, int64
 // Strides are in elements. Writes a shoal::Status.
 extern "C" void shoal_mla_attention(int64_t dtype, const void* q_latent, int64_t latent_token_stride,
                                     int64_t latent_head_stride, const void* q_rope, int64_t rope_token_stride,
-                                    int64_t rope_head_stride, const void* records, int64_t row_stride,
-                                    int64_t num_slots, const int32_t* block_tables, int64_t max_blocks,
-                                    int64_t block_size, const int32_t* cu_seqlens_q, int64_t num_sequences,
-                                    const int64_t* positions, int64_t num_heads, int64_t latent_dim, int64_t rope_dim,
-                                    float scale, const int32_t* selected, int64_t topk, void* out, int64_t num_threads,
-                                    int64_t* status) {
+                                    int64_t rope_head_stride, const shoal::PagedArgs* paged, int64_t num_heads,
+                                    int64_t latent_dim, int64_t rope_dim, float scale, const int32_t* selected,
+                                    int64_t topk, void* out, int64_t num_threads, int64_t* status) {
   using namespace shoal;
-  const std::vector<Tile> tiles = make_tiles(cu_seqlens_q, num_sequences, num_heads, selected != nullptr);
-  const auto run = [&](auto element) {
+  with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const PagedRecords<T> paged{static_cast<const T*>(records), row_stride, num_slots, block_tables, max_blocks,
-                                block_size};
-    const Attention<T> args{static_cast<const T*>(q_latent),
-                            static_cast<const T*>(q_rope),
-                            latent_token_stride,
-                            latent_head_stride,
-                            rope_token_stride,
-                            rope_head_stride,
-                            paged,
-                            positions,
-                            num_heads,
-                            latent_dim,
-                            rope_dim,
-                            scale,
-                            selected,
-                            topk,
-                            static_cast<T*>(out)};
-    *status = run_tiles(args, tiles, num_threads);
-  };
-  dtype == kBFloat16 ? run(bf16{}) : run(0.0f);
+    const AbsorbedAttention<T> attention{static_cast<const T*>(q_latent),
+                                         static_cast<const T*>(q_rope),
+                                         latent_token_stride,
+                                         latent_head_stride,
+                                         rope_token_stride,
+                                         rope_head_stride,
+                                         paged->paged<T>(),
+                                         num_heads,
+                                         latent_dim,
+                                         rope_dim,
+                                         scale,
+                                         selected,
+                                         topk,
+                                         static_cast<T*>(out)};
+    *status = mla_attention(attention, *paged, num_threads);
+  });
 }

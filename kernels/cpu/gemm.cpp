@@ -13,36 +13,36 @@ constexpr int64_t kRowBlock = 64;
 // Panels per task: a multiple of the register tile that `rows` rows use.
 int64_t panels_per_task(int64_t rows) { return rows > kMaxRows ? 6 : 2 * max_panels(int(rows)); }
 
-// A thread's fp32 copy of a block of input rows; fp32 input is read in place.
+// A thread's copy of a block of input rows in swapped pairs; fp32 input is read in place.
 template <typename T>
 struct RowBlock {
-  std::vector<float> copy;
+  std::vector<T> copy;
   int64_t loaded = -1;
-  const float* data = nullptr;
+  const T* data = nullptr;
   int64_t stride = 0;
 
-  // `id` names the block within this product, so that consecutive tasks on one block convert it once.
+  // `id` names the block within this product, so that consecutive tasks on one block copy it once.
   void load(int64_t id, const T* rows, int64_t ld, int64_t count, int64_t k) {
     if (id == loaded) return;
     loaded = id;
-    if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (std::is_same_v<T, float>) {
       data = rows;
       stride = ld;
     } else {
-      if (copy.size() < size_t(count * k)) copy.resize(size_t(count * k));
-      for (int64_t r = 0; r < count; ++r) to_floats(rows + r * ld, k, copy.data() + r * k);
+      stride = padded_terms<T>(k);
+      if (copy.size() < size_t(count * stride)) copy.resize(size_t(count * stride));
+      for (int64_t r = 0; r < count; ++r) swap_pairs(rows + r * ld, k, copy.data() + r * stride);
       data = copy.data();
-      stride = k;
     }
   }
 };
 
 // One tile of a product: rows of an input block times `count` panels.
-template <typename W, typename X>
-void multiply(const RowBlock<X>& a, int64_t rows, const W* w, int64_t first_panel, int64_t count, int64_t k,
+template <typename T>
+void multiply(const RowBlock<T>& a, int64_t rows, const T* w, int64_t first_panel, int64_t count, int64_t k,
               std::vector<float>& tile) {
   tile.resize(size_t(rows * count * kPanel));
-  gemm_panels<W>(a.data, a.stride, rows, {w + first_panel * panel_size<W>(k), count, panel_size<W>(k)}, k, tile.data(),
+  gemm_panels<T>(a.data, a.stride, rows, {w + first_panel * panel_size<T>(k), count, panel_size<T>(k)}, k, tile.data(),
                  count * kPanel, false, Source::kMemory);
 }
 
@@ -72,7 +72,7 @@ void linear(const T* x, int64_t x_batch, int64_t x_row, const T* w, Out* out, in
   const int64_t group = panels_per_task(m), groups = (panels + group - 1) / group;
 #pragma omp parallel num_threads(threads)
   {
-    const IeeeMode mode;
+    const FlushDenormals flush;
     RowBlock<T> a;
     std::vector<float> tile;
 #pragma omp for schedule(dynamic)
@@ -99,7 +99,7 @@ template <typename T>
 void swiglu(const T* gate_up, int64_t row_stride, T* out, int64_t rows, int64_t intermediate, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    const IeeeMode mode;
+    const FlushDenormals flush;
 #pragma omp for
     for (int64_t r = 0; r < rows; ++r) {
       const T* gate = gate_up + r * row_stride;
@@ -135,7 +135,7 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t e
   const auto second = expert_tasks(num_tokens, experts, num_panels(h));
 #pragma omp parallel num_threads(threads)
   {
-    const IeeeMode mode;
+    const FlushDenormals flush;
     RowBlock<T> a;
     std::vector<float> gate, up;
 #pragma omp for schedule(dynamic)
@@ -175,7 +175,7 @@ void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float*
                   int64_t top_k, int64_t h, int threads) {
 #pragma omp parallel num_threads(threads)
   {
-    const IeeeMode mode;
+    const FlushDenormals flush;
 #pragma omp for
     for (int64_t t = 0; t < tokens; ++t) {
       float* acc = out + t * h;
@@ -188,12 +188,6 @@ void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float*
       }
     }
   }
-}
-
-// Calls f with a value of the element type that `code` names.
-template <typename F>
-void with_dtype(int64_t code, F f) {
-  code == kBFloat16 ? f(bf16{}) : f(float{});
 }
 
 }  // namespace

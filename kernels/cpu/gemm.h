@@ -1,19 +1,20 @@
-// The matrix product of every CPU kernel: fp32 rows of A times packed panels of B, in fp32.
+// The matrix product of every CPU kernel: rows of A times packed panels of B, both fp32 or both bf16, summed in fp32.
 //
 // Contract. C[i][j] is one fp32 chain over k ascending that starts at 0 (or at C[i][j] when accumulating):
-//   acc = fma(A[i][k], B[j][k], acc)        bf16 operands are widened to fp32, which is exact
-// So an element's bits never depend on how many rows or columns there are, on tiling, on threads, on the type B is
-// stored in, or on the instruction set. A product cut in two along k, the second part accumulating, equals the
-// uncut one. (vdpbf16ps is not used: it rounds in another way, few CPUs have it, and on Sapphire Rapids it does 64
-// operations every other cycle where fma does 64 in each.)
+//   acc = fma(A[i][k], B[j][k], acc)        bf16 operands are widened to fp32, which is exact; subnormals are zero
+// So an element's bits never depend on how many rows or columns there are, on tiling, on threads or on the instruction
+// set, and bf16 gives the bits that fp32 gives for the same numbers. A product cut in two along k, at an even term, the
+// second part accumulating, equals the uncut one.
 //
 // Packed layout. B has n output columns and k terms each. 16 columns form a panel; a step is 64 bytes:
-//   float [ceil(n/16)][k][16]              panel p, step k,   lane j      = B[16p + j][k]
-//   bf16  [ceil(n/16)][ceil(k/2)][16][2]   panel p, step k/2, lane j, k%2 = B[16p + j][k]
-// Missing columns and the missing odd term are zero. packed_size<T>(n, k) is the number of elements.
+//   float [ceil(n/16)][k][16]              panel p, step k,   lane j          = B[16p + j][k]
+//   bf16  [ceil(n/16)][ceil(k/2)][16][2]   panel p, step k/2, lane j, 1 - k%2 = B[16p + j][k]
+// Rows of bf16 A have the terms of each pair swapped in the same way (swap_pairs): vdpbf16ps adds the product of the upper
+// halves first, so the chain ascends. Missing columns and the missing odd term are zero. packed_size<T>(n, k) is the
+// number of elements.
 //
-// Use: pack_rows / pack_columns once per B (bf16 sources may be packed as float: faster to multiply, twice the size),
-// to_floats for a row of A, then gemm_panels. All are single-threaded and allocate nothing.
+// Use: pack_rows / pack_columns once per B, swap_pairs for bf16 rows of A, then gemm_panels. All are single-threaded,
+// allocate nothing and need FlushDenormals.
 #pragma once
 
 #include <cstdint>
@@ -21,10 +22,6 @@
 #include <type_traits>
 
 #include "types.h"
-
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-#include <immintrin.h>
-#endif
 
 namespace shoal {
 
@@ -40,8 +37,9 @@ inline void store_lanes(float* p, Lanes x) { _mm512_storeu_ps(p, x.v); }
 inline Lanes broadcast_lanes(float x) { return {_mm512_set1_ps(x)}; }
 inline Lanes fma_lanes(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 constexpr int kMaxRows = 8;
+constexpr int kMaxRowsOfOnePanel = 16;
 // Panels per tile: at most 24 accumulators, and at least 8 chains for few rows.
-constexpr int max_panels(int rows) { return rows <= 3 ? 8 : rows <= 6 ? 4 : 3; }
+constexpr int max_panels(int rows) { return rows <= 3 ? 8 : rows <= 6 ? 4 : rows <= 8 ? 3 : 1; }
 #elif defined(__AVX2__) && defined(__FMA__)
 struct Lanes {
   __m256 lo, hi;
@@ -56,6 +54,7 @@ inline Lanes fma_lanes(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
 constexpr int kMaxRows = 4;
+constexpr int kMaxRowsOfOnePanel = 4;
 constexpr int max_panels(int rows) { return rows <= 1 ? 4 : rows <= 2 ? 2 : 1; }
 #else
 struct Lanes {
@@ -77,10 +76,11 @@ inline Lanes fma_lanes(Lanes a, Lanes b, Lanes c) {
   return c;
 }
 constexpr int kMaxRows = 4;
+constexpr int kMaxRowsOfOnePanel = 4;
 constexpr int max_panels(int) { return 1; }
 #endif
 
-// The terms of one 64-byte step of a panel: `width` of them, `step` packed elements.
+// One 64-byte step of a chain: `width` terms, `step` packed elements. `fma` adds them to 16 lanes in order.
 template <typename T>
 struct Step;
 
@@ -88,33 +88,78 @@ template <>
 struct Step<float> {
   static constexpr int width = 1;
   static constexpr int step = 16;
-  template <int>
-  static Lanes load(const float* p) {
-    return load_lanes(p);
-  }
+  using Terms = Lanes;
+  static Terms load(const float* p) { return load_lanes(p); }
+  static Terms broadcast(const float* p) { return broadcast_lanes(*p); }
+  static Lanes fma(Terms a, Terms b, Lanes acc) { return fma_lanes(a, b, acc); }
 };
 
 template <>
 struct Step<bf16> {
   static constexpr int width = 2;
   static constexpr int step = 32;
-  template <int term>
-  static Lanes load(const bf16* p) {
-#if defined(__AVX512F__)
-    __m512i pairs = _mm512_loadu_si512(p);
-    return {_mm512_castsi512_ps(term == 0 ? _mm512_slli_epi32(pairs, 16)
-                                          : _mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))))};
+#if defined(__AVX512BF16__)
+  using Terms = __m512i;
+  static Terms load(const bf16* p) { return _mm512_loadu_si512(p); }
+  static Terms broadcast(const bf16* p) { return _mm512_set1_epi32(pair_at(p)); }
+  static Lanes fma(Terms a, Terms b, Lanes acc) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)a, (__m512bh)b)}; }
 #else
-    float lanes[16];
+  struct Terms {
+    Lanes first, second;
+  };
+  static Terms load(const bf16* p) {
+#if defined(__AVX512F__)
+    const __m512i pairs = _mm512_loadu_si512(p);
+    return {{_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))))},
+            {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))}};
+#else
+    float first[16], second[16];
     for (int j = 0; j < 16; ++j) {
-      uint32_t pair;
-      std::memcpy(&pair, p + 2 * j, 4);
-      lanes[j] = bits_to_float(term == 0 ? pair << 16 : pair & 0xffff0000u);
+      first[j] = to_float(p[2 * j + 1]);
+      second[j] = to_float(p[2 * j]);
     }
-    return load_lanes(lanes);
+    return {load_lanes(first), load_lanes(second)};
 #endif
   }
+  static Terms broadcast(const bf16* p) { return {broadcast_lanes(to_float(p[1])), broadcast_lanes(to_float(p[0]))}; }
+  static Lanes fma(Terms a, Terms b, Lanes acc) {
+    return fma_lanes(a.second, b.second, fma_lanes(a.first, b.first, acc));
+  }
+#endif
+
+ private:
+  static int32_t pair_at(const bf16* p) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    return pair;
+  }
 };
+
+// Where term t of a packed column is within its step; swapped pairs for bf16.
+template <typename T>
+constexpr int64_t place_in_step(int64_t t) {
+  return Step<T>::width == 1 ? 0 : 1 - t % 2;
+}
+
+// Terms that a row of A takes up: k, or the next even number for bf16.
+template <typename T>
+constexpr int64_t padded_terms(int64_t k) {
+  return (k + Step<T>::width - 1) / Step<T>::width * Step<T>::width;
+}
+
+// A row of A as gemm_panels reads it: k terms in swapped pairs, padded with a zero to an even number.
+inline void swap_pairs(const bf16* source, int64_t k, bf16* out) {
+  for (int64_t t = 0; t + 2 <= k; t += 2) {
+    uint32_t pair;
+    std::memcpy(&pair, source + t, sizeof(pair));
+    pair = pair << 16 | pair >> 16;
+    std::memcpy(out + t, &pair, sizeof(pair));
+  }
+  if (k % 2) {
+    out[k - 1] = bf16{0};
+    out[k] = source[k - 1];
+  }
+}
 
 // Elements of one packed panel of k terms.
 template <typename T>
@@ -135,11 +180,6 @@ inline To convert(From x) {
   return from_float<To>(to_float(x));
 }
 
-template <typename T>
-inline void to_floats(const T* source, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = to_float(source[i]);
-}
-
 // Packs B[j][t] = rows[j * stride + t], j < n, t < k (each row of the source is an output column) into `out`.
 template <typename T, typename Source>
 void pack_rows(const Source* rows, int64_t stride, int64_t n, int64_t k, T* out) {
@@ -154,13 +194,15 @@ void pack_rows(const Source* rows, int64_t stride, int64_t n, int64_t k, T* out)
       if (columns == kPanel && stride < (1 << 24)) {  // 32-bit offsets, a step of 16 words at once
         const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         const __m512i offsets = _mm512_mullo_epi32(lane, _mm512_set1_epi32(int32_t(stride * int64_t(sizeof(T)))));
-        for (; t + width <= k; t += width)
-          _mm512_storeu_si512(out + t / width * Step<T>::step, _mm512_i32gather_epi32(offsets, panel + t, 1));
+        for (; t + width <= k; t += width) {
+          const __m512i words = _mm512_i32gather_epi32(offsets, panel + t, 1);
+          _mm512_storeu_si512(out + t / width * Step<T>::step, width == 1 ? words : _mm512_rol_epi32(words, 16));
+        }
       }
     }
 #endif
     for (; t < k; ++t) {
-      T* step = out + t / width * Step<T>::step + t % width;
+      T* step = out + t / width * Step<T>::step + place_in_step<T>(t);
       for (int64_t j = 0; j < columns; ++j) step[j * width] = convert<T>(panel[j * stride + t]);
     }
   }
@@ -175,7 +217,7 @@ void pack_columns(const Source* source, int64_t stride, int64_t n, int64_t k, T*
     if (columns < kPanel || k % width) std::memset(out, 0, panel_size<T>(k) * sizeof(T));
     for (int64_t t = 0; t < k; ++t) {
       const Source* row = source + t * stride + p * kPanel;
-      T* step = out + t / width * Step<T>::step + t % width;
+      T* step = out + t / width * Step<T>::step + place_in_step<T>(t);
       for (int64_t j = 0; j < columns; ++j) step[j * width] = convert<T>(row[j]);
     }
   }
@@ -189,20 +231,6 @@ struct Panels {
   int64_t stride;
 };
 
-// acc[r][p] += one term of the chain, for all rows and panels of a tile.
-template <typename T, int term, int MR, int NP>
-inline void add_term(Lanes (&acc)[MR][NP], const float* a, int64_t lda, const T* step, int64_t stride) {
-  Lanes b[NP];
-#pragma GCC unroll 8
-  for (int p = 0; p < NP; ++p) b[p] = Step<T>::template load<term>(step + p * stride);
-#pragma GCC unroll 8
-  for (int r = 0; r < MR; ++r) {
-    const Lanes ar = broadcast_lanes(a[r * lda + term]);
-#pragma GCC unroll 8
-    for (int p = 0; p < NP; ++p) acc[r][p] = fma_lanes(ar, b[p], acc[r][p]);
-  }
-}
-
 // What to bring into the cache while a tile is computed: `lines` cache lines in each step, from `next` on.
 struct Prefetch {
   const char* next;
@@ -211,22 +239,28 @@ struct Prefetch {
 
 // One register tile: MR rows x NP panels.
 template <typename T, int MR, int NP>
-void gemm_tile(const float* a, int64_t lda, const T* packed, int64_t stride, int64_t k, float* c, int64_t ldc,
+void gemm_tile(const T* a, int64_t lda, const T* packed, int64_t stride, int64_t k, float* c, int64_t ldc,
                bool accumulate, Prefetch ahead) {
-  constexpr int width = Step<T>::width;
+  using S = Step<T>;
   Lanes acc[MR][NP];
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p)
       acc[r][p] = accumulate ? load_lanes(c + r * ldc + p * kPanel) : broadcast_lanes(0.0f);
-  for (int64_t s = 0; s < k / width; ++s, a += width, packed += Step<T>::step) {
+  for (int64_t t = 0; t < k; t += S::width, a += S::width, packed += S::step) {
     for (int64_t line = 0; line < ahead.lines; ++line, ahead.next += 64)
       __builtin_prefetch(ahead.next, 0, 2);
-    add_term<T, 0>(acc, a, lda, packed, stride);
-    if constexpr (width == 2) add_term<T, 1>(acc, a, lda, packed, stride);
+    typename S::Terms b[NP];
+#pragma GCC unroll 8
+    for (int p = 0; p < NP; ++p) b[p] = S::load(packed + p * stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const typename S::Terms row = S::broadcast(a + r * lda);
+#pragma GCC unroll 8
+      for (int p = 0; p < NP; ++p) acc[r][p] = S::fma(row, b[p], acc[r][p]);
+    }
   }
-  if (k % width) add_term<T, 0>(acc, a, lda, packed, stride);
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -235,7 +269,7 @@ void gemm_tile(const float* a, int64_t lda, const T* packed, int64_t stride, int
 
 // MR rows x all panels: as many NP-panel tiles as fit, then narrower ones.
 template <typename T, int MR, int NP = max_panels(MR)>
-void gemm_rows(const float* a, int64_t lda, Panels<T> b, int64_t k, float* c, int64_t ldc, bool accumulate,
+void gemm_rows(const T* a, int64_t lda, Panels<T> b, int64_t k, float* c, int64_t ldc, bool accumulate,
                Prefetch ahead) {
   for (; b.count >= NP; b.count -= NP, b.data += NP * b.stride, c += NP * kPanel) {
     gemm_tile<T, MR, NP>(a, lda, b.data, b.stride, k, c, ldc, accumulate, ahead);
@@ -243,8 +277,8 @@ void gemm_rows(const float* a, int64_t lda, Panels<T> b, int64_t k, float* c, in
   if constexpr (NP > 1) gemm_rows<T, MR, (NP > 4 ? 4 : NP - 1)>(a, lda, b, k, c, ldc, accumulate, ahead);
 }
 
-template <typename T, int MR = kMaxRows>
-void gemm_row_tile(int64_t rows, const float* a, int64_t lda, Panels<T> b, int64_t k, float* c, int64_t ldc,
+template <typename T, int MR = kMaxRowsOfOnePanel>
+void gemm_row_tile(int64_t rows, const T* a, int64_t lda, Panels<T> b, int64_t k, float* c, int64_t ldc,
                    bool accumulate, Prefetch ahead) {
   if (rows == MR) return gemm_rows<T, MR>(a, lda, b, k, c, ldc, accumulate, ahead);
   if constexpr (MR > 1) gemm_row_tile<T, MR - 1>(rows, a, lda, b, k, c, ldc, accumulate, ahead);
@@ -261,18 +295,21 @@ constexpr int64_t prefetch_lines(int64_t rows, int64_t tiles, int64_t panels) {
 
 // C[m][16 * b.count] = A[m][k] * B, or C += A * B when `accumulate`.
 //
-// a: fp32 rows, `lda` floats apart; nothing is read past term k. b: packed panels; b.data may point into a panel, at a
+// a: rows `lda` elements apart, of padded_terms<T>(k) terms (bf16 in swapped pairs). b: packed panels; b.data may point into a panel, at a
 // step, to multiply part of a chain. c: fp32 rows, `ldc` floats apart; all 16 * b.count columns are written.
 // With kMemory, b's panels follow each other, and what comes after them is likely to be needed next.
 template <typename T>
-void gemm_panels(const float* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, float* c, int64_t ldc,
+void gemm_panels(const T* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, float* c, int64_t ldc,
                  bool accumulate = false, Source source = Source::kCache) {
   if (m <= 0) return;
-  const int64_t tiles = (m + kMaxRows - 1) / kMaxRows, steps = (k + Step<T>::width - 1) / Step<T>::width;
-  // Few panels at a time stay in cache while all rows pass over them.
-  const int64_t group = tiles == 1 ? max_panels(int(m)) : max_panels(kMaxRows);
-  for (int64_t p = 0; p < b.count; p += group) {
-    const Panels<T> part{b.data + p * b.stride, b.count - p < group ? b.count - p : group, b.stride};
+  const int64_t highest = b.count == 1 ? kMaxRowsOfOnePanel : kMaxRows;
+  const int64_t tiles = (m + highest - 1) / highest, steps = (k + Step<T>::width - 1) / Step<T>::width;
+  // Few panels at a time stay in cache while all rows pass over them: groups of nearly equal width.
+  const int64_t widest = max_panels(int(tiles == 1 ? m : highest));
+  const int64_t groups = (b.count + widest - 1) / widest;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t p = b.count * group / groups;
+    const Panels<T> part{b.data + p * b.stride, b.count * (group + 1) / groups - p, b.stride};
     const T* next = part.data + part.count * part.stride;
     const int64_t lines = source == Source::kMemory ? prefetch_lines(m, tiles, part.count) : 0;
     for (int64_t tile = 0; tile < tiles; ++tile, next += lines * steps * Step<T>::step) {

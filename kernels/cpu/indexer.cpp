@@ -4,62 +4,90 @@
 #include <utility>
 #include <vector>
 
-#include "attention.h"
+#include "paged.h"
+#include "vec.h"
 
 namespace shoal {
 namespace {
 
-// Scores of one token: heads are lanes of the dots, which are then transposed so that keys are lanes of the sum.
+constexpr int64_t kTileTokens = 16;   // tokens that share packed keys
+constexpr int64_t kChunkKeys = 512;   // keys that are packed at a time
+constexpr int64_t kWaveTokens = 256;  // tokens whose scores are in memory at a time
+
+// Index queries of T tokens.
+template <typename T>
+struct IndexQueries {
+  const T* q;  // [T, heads, dim]
+  int64_t token_stride, head_stride;
+  const float* weights;  // [T, heads]
+  int64_t num_heads, dim;
+};
+
+// Scores of a tile of tokens for a chunk of keys: keys are lanes, heads add up in a register.
+template <typename T>
 class Scorer {
  public:
-  Scorer(int64_t num_heads, int64_t dim)
-      : num_heads_(num_heads),
-        dim_(dim),
-        lanes_((num_heads + kLanes - 1) / kLanes * kLanes),
-        queries_(lanes_ / kLanes * query_panel_size(dim)),
-        keys_(kLanes * dim),
-        dots_(kLanes * lanes_) {}
+  explicit Scorer(const IndexQueries<T>& queries) : q_(queries) {}
 
-  template <typename T>
-  void set_query(const T* q, int64_t head_stride, const float* weights) {
-    weights_ = weights;
-    for (int64_t h = 0; h < num_heads_; ++h)
-      pack_query(q + h * head_stride, dim_, queries_.data() + h / kLanes * query_panel_size(dim_) + h % kLanes);
-  }
-
-  // Scores of keys [0, n), find(s) giving key s; false when one cannot be found.
+  // find(s) is key s in [begin, end); row t of `scores`, `stride` apart, gets them from column `begin` on. False when a
+  // key cannot be found.
   template <typename Find>
-  bool score(int64_t n, Find find, float* scores) {
-    for (int64_t s = 0; s < n; s += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, n - s);
-      for (int64_t i = 0; i < count; ++i) {
-        const auto* key = find(s + i);
-        if (key == nullptr) return false;
-        to_floats(key, dim_, keys_.data() + i * dim_);
+  bool score(int64_t token, int64_t num_tokens, int64_t begin, int64_t end, Find find, float* scores, int64_t stride) {
+    if (!pack(begin, end, find)) return false;
+    const int64_t terms = padded_terms<T>(q_.dim), count = end - begin, panels = num_panels(count);
+    T* queries = queries_.reserve(q_.num_heads * terms);
+    float* dots = dots_.reserve(q_.num_heads * kPanelsAtOnce * kPanel);
+    for (int64_t t = token; t < token + num_tokens; ++t, scores += stride) {
+      for (int64_t h = 0; h < q_.num_heads; ++h)
+        copy_terms(q_.q + t * q_.token_stride + h * q_.head_stride, q_.dim, queries + h * terms);
+      for (int64_t p = 0; p < panels; p += kPanelsAtOnce) {
+        const int64_t width = std::min(kPanelsAtOnce, panels - p);
+        gemm_panels<T>(queries, terms, q_.num_heads,
+                       {keys_.reserve(0) + p * panel_size<T>(q_.dim), width, panel_size<T>(q_.dim)}, q_.dim, dots,
+                       width * kPanel);
+        for (int64_t i = 0; i < width; ++i) {
+          const int64_t key = (p + i) * kPanel;
+          store_vec(scores + begin + key, sum_heads(t, dots + i * kPanel, width * kPanel), std::min(kPanel, count - key));
+        }
       }
-      dot_keys(keys_.data(), dim_, kLanes, queries_.data(), lanes_ / kLanes, dim_, dots_.data());
-      store_vec(scores + s, sum_heads(), count);
     }
     return true;
   }
 
  private:
+  static constexpr int64_t kPanelsAtOnce = 3;
+
+  template <typename Find>
+  bool pack(int64_t begin, int64_t end, Find find) {
+    const int64_t padded = round_up(q_.dim, kVector<T>), panel = panel_size<T>(q_.dim);
+    T* keys = keys_.reserve(num_panels(kChunkKeys) * panel);
+    T* rows = rows_.reserve(kPanel * padded);
+    std::memset(static_cast<void*>(rows), 0, size_t(kPanel * padded) * sizeof(T));
+    for (int64_t s = begin; s < end; s += kPanel, keys += panel) {
+      for (int64_t i = 0; i < std::min(kPanel, end - s); ++i) {
+        const T* key = find(s + i);
+        if (key == nullptr) return false;
+        std::copy_n(key, q_.dim, rows + i * padded);
+        if (s + i + kPanel < end) prefetch_record(find(s + i + kPanel), q_.dim);
+      }
+      pack_panel(rows, padded, q_.dim, keys);
+    }
+    return true;
+  }
+
   // sum over heads ascending of weight * relu(dot), for 16 keys
-  Vec sum_heads() const {
+  Vec sum_heads(int64_t token, const float* dots, int64_t stride) const {
     Vec total = {};
-    for (int64_t head = 0; head < num_heads_; head += kLanes) {
-      Vec dots[kLanes];
-      for (int i = 0; i < kLanes; ++i) dots[i] = load_vec(dots_.data() + i * lanes_ + head);
-      transpose(dots);
-      for (int64_t h = 0; h < std::min<int64_t>(kLanes, num_heads_ - head); ++h)
-        total += weights_[head + h] * (dots[h] < 0.0f ? Vec{} : dots[h]);  // NaN passes
+    for (int64_t h = 0; h < q_.num_heads; ++h) {
+      const Vec dot = load_vec(dots + h * stride);
+      total += q_.weights[token * q_.num_heads + h] * (dot < 0.0f ? Vec{} : dot);  // NaN passes
     }
     return total;
   }
 
-  const int64_t num_heads_, dim_, lanes_;
-  const float* weights_ = nullptr;
-  std::vector<float> queries_, keys_, dots_;
+  const IndexQueries<T>& q_;
+  Buffer<T> keys_, rows_, queries_;
+  Buffer<float> dots_;
 };
 
 // A float as an integer of the same order; -0 equals 0, and NaN is below -infinity.
@@ -106,23 +134,80 @@ class TopK {
   std::vector<int64_t> counts_;
 };
 
-// Calls body(token, thread's own state) for all tokens, the last first: contexts grow within a sequence.
-template <typename State, typename Make, typename Body>
-void for_tokens(int64_t num_tokens, int64_t num_threads, Make make, Body body) {
-#pragma omp parallel num_threads(int(num_threads))
-  {
-    const FlushDenormals flush;
-    State state = make();
-#pragma omp for schedule(dynamic)
-    for (int64_t t = num_tokens - 1; t >= 0; --t) body(t, state);
-  }
-}
-
-struct IndexState {
-  Scorer scorer;
-  TopK topk;
-  std::vector<float> scores;
+// Neighbouring tokens of one sequence and a chunk of the keys that the last of them sees.
+struct ScoreTask {
+  int64_t token, num_tokens, sequence, begin, end;
 };
+
+// Selects for tokens [first, last), whose contexts are longer than topk or are returned whole.
+template <typename T>
+class Wave {
+ public:
+  Wave(const IndexQueries<T>& queries, const PagedArgs& args, int64_t key_offset, int64_t topk, int64_t first,
+       int64_t last, Buffer<float>& scores)
+      : queries_(queries), args_(args), paged_(args.paged<T>()), key_offset_(key_offset), topk_(topk), first_(first) {
+    for (int64_t t = first; t < last; ++t) stride_ = std::max(stride_, round_up(args.positions[t] + 1, kLanes));
+    scores_ = scores.reserve((last - first) * stride_);
+    for (int64_t t = first, next; t < last; t = next) {
+      const int64_t sequence = args.sequence_of(t);
+      next = std::min({last, t + kTileTokens, int64_t(args.cu_seqlens_q[sequence + 1])});
+      int64_t context = 0;
+      for (int64_t i = t; i < next; ++i) context = std::max(context, args.positions[i] + 1);
+      for (int64_t begin = 0; begin < context && context > topk; begin += kChunkKeys)
+        tasks_.push_back({t, next - t, sequence, begin, std::min(context, begin + kChunkKeys)});
+    }
+  }
+
+  int64_t num_tasks() const { return int64_t(tasks_.size()); }
+
+  bool score(int64_t i, Scorer<T>& scorer) {
+    const ScoreTask& task = tasks_[i];
+    const auto find = [&](int64_t s) {
+      const T* record = paged_.find(task.sequence, s);
+      return record == nullptr ? record : record + key_offset_;
+    };
+    return scorer.score(task.token, task.num_tokens, task.begin, task.end, find,
+                        scores_ + (task.token - first_) * stride_, stride_);
+  }
+
+  void select(int64_t token, TopK& state, int32_t* out) const {
+    state.select(scores_ + (token - first_) * stride_, args_.positions[token] + 1, topk_, out);
+  }
+
+ private:
+  const IndexQueries<T>& queries_;
+  const PagedArgs& args_;
+  const PagedRecords<T> paged_;
+  const int64_t key_offset_, topk_, first_;
+  int64_t stride_ = 0;
+  float* scores_;
+  std::vector<ScoreTask> tasks_;
+};
+
+template <typename T>
+Status index_topk(const IndexQueries<T>& queries, const PagedArgs& args, int64_t key_offset, int64_t topk,
+                  int64_t num_tokens, int32_t* out, int64_t num_threads) {
+  static thread_local Buffer<float> scores;
+  std::atomic<int64_t> status{kOk};
+  for (int64_t first = 0; first < num_tokens; first += kWaveTokens) {
+    const int64_t last = std::min(num_tokens, first + kWaveTokens);
+    Wave<T> wave(queries, args, key_offset, topk, first, last, scores);
+#pragma omp parallel num_threads(int(num_threads))
+    {
+      const FlushDenormals flush;
+      Scorer<T> scorer(queries);
+      TopK state;
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < wave.num_tasks(); ++i)
+        if (!wave.score(i, scorer)) status = kOutOfRange;
+      // The barrier at the end of the loop above completes the scores.
+#pragma omp for schedule(dynamic)
+      for (int64_t t = first; t < last; ++t) wave.select(t, state, out + t * topk);
+    }
+    if (status != kOk) break;
+  }
+  return Status(status.load());
+}
 
 }  // namespace
 }  // namespace shoal
@@ -130,36 +215,14 @@ struct IndexState {
 // Strides are in elements; the index key is `key_offset` into a record. Writes a shoal::Status.
 extern "C" void shoal_index_topk(int64_t dtype, const void* q, int64_t token_stride, int64_t head_stride,
                                  const float* weights, int64_t num_tokens, int64_t num_heads, int64_t dim,
-                                 const void* records, int64_t row_stride, int64_t num_slots, int64_t key_offset,
-                                 const int32_t* block_tables, int64_t max_blocks, int64_t block_size,
-                                 const int32_t* cu_seqlens_q, int64_t num_sequences, const int64_t* positions,
-                                 int64_t topk, int32_t* out, int64_t num_threads, int64_t* status) {
+                                 const shoal::PagedArgs* paged, int64_t key_offset, int64_t topk, int32_t* out,
+                                 int64_t num_threads, int64_t* status) {
   using namespace shoal;
-  const auto run = [&](auto element) {
+  with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    const PagedRecords<T> paged{static_cast<const T*>(records), row_stride, num_slots, block_tables, max_blocks,
-                                block_size};
-    std::atomic<int64_t> result{kOk};
-    const auto make = [&] { return IndexState{Scorer(num_heads, dim), {}, {}}; };
-    for_tokens<IndexState>(num_tokens, num_threads, make, [&](int64_t t, IndexState& state) {
-      const int64_t context = positions[t] + 1;
-      if (context <= topk) return TopK::select_all(context, topk, out + t * topk);
-      const int64_t sequence = std::upper_bound(cu_seqlens_q, cu_seqlens_q + num_sequences + 1, t) - cu_seqlens_q - 1;
-      state.scorer.set_query(static_cast<const T*>(q) + t * token_stride, head_stride, weights + t * num_heads);
-      state.scores.resize(context);
-      const auto find = [&](int64_t s) {
-        const T* record = paged.find(sequence, s);
-        return record == nullptr ? record : record + key_offset;
-      };
-      if (!state.scorer.score(context, find, state.scores.data())) {
-        result = kOutOfRange;
-        return;
-      }
-      state.topk.select(state.scores.data(), context, topk, out + t * topk);
-    });
-    *status = result;
-  };
-  dtype == kBFloat16 ? run(bf16{}) : run(0.0f);
+    const IndexQueries<T> queries{static_cast<const T*>(q), token_stride, head_stride, weights, num_heads, dim};
+    *status = index_topk(queries, *paged, key_offset, topk, num_tokens, out, num_threads);
+  });
 }
 
 // keys: [num_keys, dim] contiguous; q: [T, num_heads, dim] contiguous; out: [T, num_keys].
@@ -167,23 +230,29 @@ extern "C" void shoal_index_scores(int64_t dtype, const void* q, const float* we
                                    int64_t num_heads, int64_t dim, const void* keys, int64_t num_keys, float* out,
                                    int64_t num_threads) {
   using namespace shoal;
-  const auto run = [&](auto element) {
+  with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    for_tokens<Scorer>(
-        num_tokens, num_threads, [&] { return Scorer(num_heads, dim); },
-        [&](int64_t t, Scorer& scorer) {
-          scorer.set_query(static_cast<const T*>(q) + t * num_heads * dim, dim, weights + t * num_heads);
-          scorer.score(num_keys, [&](int64_t s) { return static_cast<const T*>(keys) + s * dim; }, out + t * num_keys);
-        });
-  };
-  dtype == kBFloat16 ? run(bf16{}) : run(0.0f);
+    const IndexQueries<T> queries{static_cast<const T*>(q), num_heads * dim, dim, weights, num_heads, dim};
+    const auto find = [&](int64_t s) { return static_cast<const T*>(keys) + s * dim; };
+#pragma omp parallel num_threads(int(num_threads))
+    {
+      const FlushDenormals flush;
+      Scorer<T> scorer(queries);
+#pragma omp for schedule(dynamic)
+      for (int64_t begin = 0; begin < num_keys; begin += kChunkKeys)
+        scorer.score(0, num_tokens, begin, std::min(num_keys, begin + kChunkKeys), find, out, num_keys);
+    }
+  });
 }
 
 // scores: [T, num_keys] with rows `row_stride` apart; of row t the first lengths[t] count.
 extern "C" void shoal_topk_positions(const float* scores, int64_t row_stride, const int64_t* lengths,
                                      int64_t num_tokens, int64_t topk, int32_t* out, int64_t num_threads) {
   using namespace shoal;
-  for_tokens<TopK>(num_tokens, num_threads, [] { return TopK(); }, [&](int64_t t, TopK& state) {
-    state.select(scores + t * row_stride, lengths[t], topk, out + t * topk);
-  });
+#pragma omp parallel num_threads(int(num_threads))
+  {
+    TopK state;
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < num_tokens; ++t) state.select(scores + t * row_stride, lengths[t], topk, out + t * topk);
+  }
 }

@@ -4,7 +4,8 @@
 #include <cmath>
 #include <vector>
 
-#include "attention.h"
+#include "paged.h"
+#include "vec.h"
 
 namespace shoal {
 namespace {
@@ -134,25 +135,23 @@ class Router {
 extern "C" void shoal_rms_norm(int64_t dtype, const void* x, int64_t stride, int64_t rows, int64_t n,
                                const float* weight, float eps, void* out, int64_t num_threads) {
   using namespace shoal;
-  const auto run = [&](auto element) {
+  with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for_rows(rows, num_threads, [&](int64_t r) {
       rms_norm_row(static_cast<const T*>(x) + r * stride, weight, n, eps, static_cast<T*>(out) + r * n);
     });
-  };
-  dtype == kBFloat16 ? run(bf16{}) : run(0.0f);
+  });
 }
 
 extern "C" void shoal_layer_norm(int64_t dtype, const void* x, int64_t stride, int64_t rows, int64_t n,
                                  const float* weight, const float* bias, float eps, void* out, int64_t num_threads) {
   using namespace shoal;
-  const auto run = [&](auto element) {
+  with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for_rows(rows, num_threads, [&](int64_t r) {
       layer_norm_row(static_cast<const T*>(x) + r * stride, weight, bias, n, eps, static_cast<T*>(out) + r * n);
     });
-  };
-  dtype == kBFloat16 ? run(bf16{}) : run(0.0f);
+  });
 }
 
 // residual and both outputs: `dtype`, [rows, n] contiguous; x: `x_dtype`, rows `stride` elements apart.
@@ -182,7 +181,7 @@ extern "C" void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_str
                                  int64_t num_threads, int64_t* status) {
   using namespace shoal;
   std::atomic<int64_t> result{kOk};
-  const auto run = [&](auto element) {
+  with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for_rows(num_tokens, num_threads, [&](int64_t t) {
       if (positions[t] < 0 || positions[t] >= table_rows) {
@@ -193,8 +192,7 @@ extern "C" void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_str
         rotate_row(static_cast<const T*>(x) + t * token_stride + h * head_stride, table + positions[t] * dim, dim,
                    interleaved != 0, static_cast<T*>(out) + (t * num_heads + h) * dim);
     });
-  };
-  dtype == kBFloat16 ? run(bf16{}) : run(0.0f);
+  });
   *status = result;
 }
 

@@ -13,17 +13,20 @@
 
 namespace shoal {
 
-// Round to nearest and keep subnormal numbers while it lives, whatever mode the thread inherited.
-class IeeeMode {
+// Denormals are zero while it lives: threads inherit different modes, and bits must not depend on the thread.
+class FlushDenormals {
 #if defined(__SSE__)
  public:
-  IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~IeeeMode() { _mm_setcsr(saved_); }
-  IeeeMode(const IeeeMode&) = delete;
-  IeeeMode& operator=(const IeeeMode&) = delete;
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80 | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
 
  private:
   unsigned saved_;
+#else
+ public:
+  FlushDenormals() {}
 #endif
 };
 
@@ -33,6 +36,12 @@ struct bf16 {
 
 // The codes of the C interface.
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1 };
+
+// Calls f with a value of the element type that `code` names.
+template <typename F>
+void with_dtype(int64_t code, F f) {
+  code == kBFloat16 ? f(bf16{}) : f(float{});
+}
 
 inline float bits_to_float(uint32_t u) {
   float f;

@@ -1,4 +1,4 @@
-"""Multi-head latent attention in the absorbed form, with the lightning indexer of DeepSeek sparse attention.
+"""Multi-head latent attention, with the lightning indexer of DeepSeek sparse attention.
 
 T tokens, h heads of this rank, Dn = qk_nope_head_dim, Dr = qk_rope_head_dim, Dl = kv_lora_rank, Dv = v_head_dim.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.kernels.attention import mla_attention
+from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
 from shoal.kernels.indexer import index_topk
 from shoal.kernels.linear import batched_linear, linear, pack_weight
 from shoal.kernels.norm import layer_norm, rms_norm
@@ -47,14 +47,12 @@ class Indexer:
         k = layer_norm(linear(x, self.wk), self.k_norm_weight, self.k_norm_bias, LATENT_NORM_EPS)
         return self._rotate(k.unsqueeze(1), rope_table, positions).squeeze(1)
 
-    def select(
-        self, x: Tensor, q_latent: Tensor, rope_table: Tensor, records: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
-        """-> [T, index_topk] int32: selected positions, ascending, padded with -1."""
+    def select(self, x: Tensor, q_latent: Tensor, rope_table: Tensor, records: Tensor, layout: PagedLayout) -> Tensor:
+        """For the T tokens of `layout` -> [T, index_topk] int32: selected positions, ascending, padded with -1."""
         q = linear(q_latent, self.wq_b).view(-1, self.num_heads, self.head_dim)
-        q = self._rotate(q, rope_table, metadata.positions)
+        q = self._rotate(q, rope_table, layout.positions)
         head_weights = linear(x.float(), self.weights_proj) * self.weight_scale
-        return index_topk(q, head_weights, records, self.key_offset, metadata.layout, self.topk)
+        return index_topk(q, head_weights, records, self.key_offset, layout, self.topk)
 
     def _rotate(self, x: Tensor, rope_table: Tensor, positions: Tensor) -> Tensor:
         """[T, heads, D] with [rope | rest] -> the same, its first `rope_dim` columns rotated."""
@@ -86,7 +84,8 @@ class MLAttention:
         # Rows of kv_b, per head: Dn that make keys | Dv that make values.
         kv_b = weights.read("kv_b_proj.weight", rows=_rows_of(heads, self.nope_dim + self.v_dim))
         kv_b = kv_b.view(self.num_heads, self.nope_dim + self.v_dim, self.latent_dim)
-        self.w_uk = pack_weight(kv_b[:, : self.nope_dim].transpose(1, 2).contiguous())
+        self.w_uk = pack_weight(kv_b[:, : self.nope_dim].contiguous())
+        self.w_uk_absorbed = pack_weight(kv_b[:, : self.nope_dim].transpose(1, 2).contiguous())
         self.w_uv = pack_weight(kv_b[:, self.nope_dim :].contiguous())
         out = shard(config.hidden_size, groups.tp_rank, self.tp.size)
         self.o_proj = pack_weight(weights.read("o_proj.weight", rows=out))
@@ -101,7 +100,7 @@ class MLAttention:
         q_latent = rms_norm(linear(x, self.q_a_proj), self.q_a_norm, LATENT_NORM_EPS)
         q = linear(q_latent, self.q_b_proj).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
         q_rope = apply_rope(q[..., self.nope_dim :], rope_table, positions, interleaved=self.interleaved)
-        q_absorbed = batched_linear(q[..., : self.nope_dim], self.w_uk)
+        q[..., self.nope_dim :] = q_rope
 
         kv_a = linear(x, self.kv_a_proj)  # latent | rope key
         latent = rms_norm(kv_a[:, : self.latent_dim], self.kv_a_norm, LATENT_NORM_EPS)
@@ -112,15 +111,30 @@ class MLAttention:
             record.append(self.indexer.key(x, rope_table, positions))
         cache.write(self.layer, metadata.slot_mapping, torch.cat(record, dim=-1))
 
+        first = metadata.per_head.num_tokens
         if self.indexer is not None:
-            selected = self.indexer.select(x, q_latent, rope_table, records, metadata)
+            selected = self.indexer.select(x[first:], q_latent[first:], rope_table, records, metadata.absorbed)
             metadata.emit(self.layer, "indexer.selected", selected)
-        attended = mla_attention(q_absorbed, q_rope, records, metadata.layout, self.scale, selected=selected)
-        heads_out = batched_linear(attended, self.w_uv).flatten(1)
+        heads_out = self._attend(q, records, metadata, selected).flatten(1)
         # heads of rank 0 | heads of rank 1 | ..: the whole input of o_proj, of which each rank computes some outputs
         heads_out = gather_last_dim(heads_out, self.tp, layer=self.layer, op="attention.heads")
         metadata.emit(self.layer, "attention.heads", heads_out)
         return column_parallel(heads_out, self.o_proj, self.tp, layer=self.layer, op="attention.o_proj"), selected
+
+    def _attend(self, q: Tensor, records: Tensor, metadata: AttentionMetadata, selected: Tensor | None) -> Tensor:
+        """q [T, h, Dn + Dr] -> [T, h, Dv]."""
+        first = metadata.per_head.num_tokens
+        out = []
+        if first:
+            out.append(mha_attention(q[:first], records, metadata.per_head, self.w_uk, self.w_uv, self.scale))
+        if first < len(q) or not first:
+            q = q[first:]
+            q_latent = batched_linear(q[..., : self.nope_dim], self.w_uk_absorbed)
+            attended = mla_attention(
+                q_latent, q[..., self.nope_dim :], records, metadata.absorbed, self.scale, selected=selected
+            )
+            out.append(batched_linear(attended, self.w_uv))
+        return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def _rows_of(heads: slice, rows_per_head: int) -> slice:

@@ -104,6 +104,13 @@ class ModelConfig:
             return 1.0
         return yarn_mscale(self.yarn.factor, self.yarn.mscale) / yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim)
 
+    def num_per_head_tokens(self, num_prompt_tokens: int) -> int:
+        """How many first tokens of a sequence go through per-head attention; the others take the absorbed form.
+
+        Prompt tokens do as long as they attend to every earlier position.
+        """
+        return min(num_prompt_tokens, self.index_topk) if self.has_index else num_prompt_tokens
+
     def has_indexer(self, layer: int) -> bool:
         """Whether `layer` (counted from 0) selects positions itself; other layers of a sparse model reuse them."""
         return self.has_index and self.indexer_types[layer] == "full"

@@ -15,19 +15,21 @@ Tap = Callable[[int, str, Tensor], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionMetadata:
-    """The tensors of one step that attention needs; passed down the model, never a global. T tokens, B sequences."""
+    """The tensors of one step that attention needs; passed down the model, never a global. T tokens.
 
-    layout: PagedLayout
-    """Positions, sequence boundaries and block tables; read its docstring."""
+    tokens of the step:   those of `per_head` | those of `absorbed`      each in the order of their sequences
+
+    Which form of attention a token takes depends on its row only: see `ModelConfig.num_per_head_tokens`.
+    """
+
+    per_head: PagedLayout
+    absorbed: PagedLayout
+    positions: Tensor
+    """[T] int64: position of each token in its sequence."""
     slot_mapping: Tensor
     """[T] int64: where each token's record is written."""
     tap: Tap | None = None
     """Sees intermediate results; the mismatch reporter and the tests of selection use it."""
-
-    @property
-    def positions(self) -> Tensor:
-        """[T] int64: position of each token in its sequence."""
-        return self.layout.positions
 
     def emit(self, layer: int, op: str, tensor: Tensor) -> None:
         """Show an intermediate result to the tap, where there is one."""

@@ -1,30 +1,48 @@
-"""Paged latent attention: an unabsorbed float64 oracle, and bits that depend on a row's own context only."""
+"""Paged latent attention in both forms: float64 oracles, and bits that depend on a row's own context only."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.attention import PagedLayout, mla_attention
+from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
+from shoal.kernels.linear import pack_weight
 from shoal.kernels.registry import Backend, use_backend
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
+Form = Literal["absorbed", "per head"]
+FORMS: tuple[Form, ...] = get_args(Form)
+NOPE, VALUE = 14, 21
+"""Columns of a key that is made from a latent, and of a value; neither a multiple of what a vector holds."""
 
 
 class Sequences:
-    """Latents and rotary keys of whole sequences, with queries for all their positions."""
+    """Latents and rotary keys of whole sequences, with queries of a form of attention for all their positions."""
 
     def __init__(
-        self, lengths: list[int], dtype: torch.dtype, *, heads: int = 3, latent: int = 40, rope: int = 8, seed: int = 0
+        self,
+        lengths: list[int],
+        dtype: torch.dtype,
+        form: Form = "absorbed",
+        *,
+        heads: int = 3,
+        latent: int = 40,
+        rope: int = 8,
+        seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.lengths, self.latent, self.heads = lengths, latent, heads
+        self.lengths, self.form, self.latent, self.rope, self.heads = lengths, form, latent, rope, heads
+        self.dtype = dtype
+        self.w_uk = (torch.randn(heads, NOPE, latent, generator=generator) / latent**0.5).to(dtype)
+        self.w_uv = (torch.randn(heads, VALUE, latent, generator=generator) / latent**0.5).to(dtype)
+        columns = (latent if form == "absorbed" else NOPE) + rope
         self.keys = [torch.randn(n, latent + rope, generator=generator).to(dtype) for n in lengths]
-        self.queries = [torch.randn(n, heads, latent + rope, generator=generator).to(dtype) for n in lengths]
+        self.queries = [torch.randn(n, heads, columns, generator=generator).to(dtype) for n in lengths]
 
     def run(
         self, spans: list[tuple[int, int]], *, block_size: int = 16, seed: int = 0, selected: Tensor | None = None
@@ -45,14 +63,28 @@ class Sequences:
         bounds = torch.tensor([0] + [stop - start for start, stop in spans]).cumsum(0).int()
         positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
         layout = PagedLayout(tables, bounds, positions, block_size)
+        if self.form == "per head":
+            return mha_attention(q, records, layout, pack_weight(self.w_uk), pack_weight(self.w_uv), 0.17)
         return mla_attention(q[..., : self.latent], q[..., self.latent :], records, layout, 0.17, selected=selected)
+
+    def oracle(self, b: int) -> Tensor:
+        """Attention of all positions of a sequence in float64 (made keys and values rounded as they are stored)."""
+        latents, rope = self.keys[b][:, : self.latent].double(), self.keys[b][:, self.latent :].double()
+        if self.form == "absorbed":
+            keys = values = latents[:, None].expand(-1, self.heads, -1)
+        else:
+            keys = torch.einsum("hnl,sl->shn", self.w_uk.double(), latents).to(self.dtype).double()
+            values = torch.einsum("hvl,sl->shv", self.w_uv.double(), latents).to(self.dtype).double()
+        keys = torch.cat([keys, rope[:, None].expand(-1, self.heads, -1)], dim=-1)
+        return _full_matrix_attention(self.queries[b].double(), keys, values, 0.17)
 
     def whole(self, b: int) -> Tensor:
         """All positions of one sequence in one call, with nobody else."""
         return self.only(b).run([(0, self.lengths[b])])
 
     def only(self, b: int) -> Sequences:
-        alone = Sequences([], self.keys[b].dtype, heads=self.heads, latent=self.latent)
+        alone = Sequences([], self.dtype, self.form, heads=self.heads, latent=self.latent, rope=self.rope)
+        alone.w_uk, alone.w_uv = self.w_uk, self.w_uv
         alone.lengths, alone.keys, alone.queries = [self.lengths[b]], [self.keys[b]], [self.queries[b]]
         return alone
 
@@ -85,34 +117,33 @@ def test_absorbed_equals_unabsorbed_attention(backend: Backend, heads: int) -> N
     torch.testing.assert_close(torch.einsum("thl,hvl->thv", out.double(), w_uv), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [1, 3, 16])
-def test_several_sequences_match_float64_and_the_reference(dtype: torch.dtype, heads: int) -> None:
-    sequences = Sequences([70, 1, 130, 9], dtype, heads=heads)
-    spans = [(69, 70), (0, 1), (100, 130), (4, 4)]
+@pytest.mark.parametrize("heads", [1, 3, 17])
+def test_several_sequences_match_float64_and_the_reference(form: Form, dtype: torch.dtype, heads: int) -> None:
+    sequences = Sequences([70, 1, 1100, 9], dtype, form, heads=heads)
+    spans = [(69, 70), (0, 1), (1000, 1100), (4, 4)]
     out = sequences.run(spans)
     with use_backend("reference"):
         reference = sequences.run(spans)
-    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
-    expected = []
-    for keys, queries, (start, stop) in zip(sequences.keys, sequences.queries, spans, strict=True):
-        shared = keys.double()[:, None].expand(-1, heads, -1)
-        whole = _full_matrix_attention(queries.double(), shared, shared[..., : sequences.latent], 0.17)
-        expected.append(whole[start:stop])
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+    expected = [sequences.oracle(b)[start:stop] for b, (start, stop) in enumerate(spans)]
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), torch.cat(expected), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(out, reference, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [1, 3, 5, 16])
-def test_any_chunking_gives_the_same_bits(dtype: torch.dtype, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    length = 203
-    sequences = Sequences([length], dtype, heads=heads)
+@pytest.mark.parametrize(("heads", "length"), [(1, 203), (3, 203), (16, 203), (17, 1100)])
+def test_any_chunking_gives_the_same_bits(
+    form: Form, dtype: torch.dtype, heads: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = Sequences([length], dtype, form, heads=heads)
     whole = sequences.run([(0, length)])
     assert not whole.isnan().any()
     monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 2**60)  # many small calls: one thread each
-    for step in (1, 7, 64, 100):
+    for step in (1, 7, 64, 100) if length < 1000 else (500, 513):
         chunks = [sequences.run([(start, min(start + step, length))]) for start in range(0, length, step)]
         assert torch.equal(torch.cat(chunks), whole)
 
@@ -130,11 +161,12 @@ def test_many_heads_are_independent(dtype: torch.dtype, heads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
 def test_company_block_size_placement_and_threads_change_nothing(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, form: Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 0)
-    sequences = Sequences([70, 1, 130, 9, 64, 65], dtype)
+    sequences = Sequences([70, 1, 130, 9, 64, 65], dtype, form)
     expected = [sequences.whole(b) for b in range(6)]
     spans = [(69, 70), (0, 1), (0, 130), (9, 9), (60, 64), (3, 65)]
     threads = torch.get_num_threads()
@@ -150,13 +182,31 @@ def test_company_block_size_placement_and_threads_change_nothing(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_later_nan_key_stays_invisible(dtype: torch.dtype) -> None:
-    sequences = Sequences([80], dtype)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("first", [76, 77])
+def test_a_later_nan_key_stays_invisible(dtype: torch.dtype, form: Form, first: int) -> None:
+    sequences = Sequences([80], dtype, form)
     whole = sequences.run([(0, 80)])
-    sequences.keys[0][77:] = math.nan
+    sequences.keys[0][first:] = math.nan
     poisoned = sequences.run([(0, 80)])
-    assert torch.equal(poisoned[:77], whole[:77])
-    assert poisoned[77:].isnan().all()
+    assert torch.equal(poisoned[:first], whole[:first])
+    assert poisoned[first:].isnan().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_splits_and_blocks_begin_at_fixed_positions(form: Form) -> None:
+    """A row that sees 513 keys, of which the last outweighs the others, has their sum rescaled once: by hand."""
+    sequences = Sequences([513], torch.float32, form, heads=1, latent=1, rope=1)
+    sequences.w_uk, sequences.w_uv = torch.zeros(1, NOPE, 1), torch.ones(1, VALUE, 1)
+    sequences.keys[0][:, 0] = 1.0
+    sequences.keys[0][:, 1] = 0.0
+    sequences.keys[0][512] = torch.tensor([3.0, 10.0])
+    sequences.queries[0][:] = 0.0
+    sequences.queries[0][..., -1] = 1.0
+    weight = math.exp(-1.7)
+    expected = (512 * weight + 3.0) / (512 * weight + 1.0)
+    out = sequences.run([(512, 513)])
+    torch.testing.assert_close(out, torch.full_like(out, expected), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,9 +248,10 @@ def test_one_key_returns_its_latent_and_an_empty_list_zero(backend: Backend) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_tokens(backend: Backend) -> None:
+@pytest.mark.parametrize(("form", "columns"), [("absorbed", 40), ("per head", VALUE)])
+def test_no_tokens(backend: Backend, form: Form, columns: int) -> None:
     with use_backend(backend):
-        assert Sequences([5, 6], torch.float32).run([(0, 0), (6, 6)]).shape == (0, 3, 40)
+        assert Sequences([5, 6], torch.float32, form).run([(0, 0), (6, 6)]).shape == (0, 3, columns)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -238,7 +289,25 @@ def test_refuses_what_does_not_fit() -> None:
         mla_attention(q, r, records.bfloat16(), layout, 1.0)
     with pytest.raises(ValueError, match="selected must be"):
         mla_attention(q, r, records, layout, 1.0, selected=torch.zeros(1, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="cover the 2 query tokens"):
+    with pytest.raises(ValueError, match="2 query tokens, but the layout has 1"):
         mla_attention(q.expand(2, 1, 8), r.expand(2, 1, 2), records, layout, 1.0)
+    w_uk, w_uv = pack_weight(torch.ones(1, 6, 8)), pack_weight(torch.ones(1, 5, 8))
+    with pytest.raises(ValueError, match="records"):
+        mha_attention(torch.ones(1, 1, 8), torch.ones(4, 9), layout, w_uk, w_uv, 1.0)
+    with pytest.raises(ValueError, match="of one dtype"):
+        mha_attention(torch.ones(1, 1, 8), records.bfloat16(), layout, w_uk, w_uv, 1.0)
+    with pytest.raises(ValueError, match="h weights"):
+        mha_attention(torch.ones(1, 2, 8), records, layout, w_uk, w_uv, 1.0)
+
+
+def test_a_layout_refuses_what_does_not_fit() -> None:
+    tables, bounds, positions = torch.zeros(2, 1).int(), torch.tensor([0, 1, 3]).int(), torch.tensor([0, 1, 2])
+    assert PagedLayout(tables, bounds, positions, 4).num_tokens == 3
     with pytest.raises(ValueError, match="block_tables must be"):
-        mla_attention(q, r, records, PagedLayout(torch.tensor([[0]]), layout.cu_seqlens_q, layout.positions, 4), 1.0)
+        PagedLayout(tables.long(), bounds, positions, 4)
+    with pytest.raises(ValueError, match="one entry more"):
+        PagedLayout(tables, bounds[:2], positions, 4)
+    with pytest.raises(ValueError, match="ascend from 0 to the 3 tokens"):
+        PagedLayout(tables, torch.tensor([0, 2, 1]).int(), positions, 4)
+    with pytest.raises(ValueError, match="positions must ascend"):
+        PagedLayout(tables, bounds, torch.tensor([0, 2, 2]), 4)

@@ -119,21 +119,25 @@ def test_special_numbers(dtype: torch.dtype) -> None:
     x = torch.tensor([[float("nan")], [float("inf")], [-0.0], [tiny], [3e38]], dtype=dtype)
     y = linear(x, pack_weight(torch.ones(1, 1, dtype=dtype))).flatten()
     assert y[0].isnan()
-    assert y[1:].tolist() == [float("inf"), 0.0, tiny, x[4].item()]
+    assert y[1:].tolist() == [float("inf"), 0.0, 0.0, x[4].item()]
 
 
-def test_subnormal_numbers_survive_whatever_the_thread_s_mode() -> None:
-    x, w = torch.full((1, 1), 2.0**-133), pack_weight(torch.ones(1, 1))
-    torch.set_flush_denormal(True)
-    try:
-        y = linear(x, w)
-    finally:
-        torch.set_flush_denormal(False)
-    assert y.item() == 2.0**-133
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subnormal_numbers_are_zero_whatever_the_thread_s_mode(dtype: torch.dtype) -> None:
+    tiny, small = 2.0**-133, 2.0**-70
+    x = torch.tensor([[tiny, 0.0], [small, small], [small, 0.0]], dtype=dtype)
+    w = pack_weight(torch.tensor([[1.0, 0.0], [small, small]], dtype=dtype))
+    for flush in (True, False):
+        torch.set_flush_denormal(flush)
+        try:
+            y = linear(x, w, out_dtype=torch.float32)
+        finally:
+            torch.set_flush_denormal(False)
+        assert y.tolist() == [[0.0, 0.0], [small, 0.0], [small, 0.0]]
 
 
 def test_rounding_to_bfloat16_is_to_nearest_even() -> None:
-    values = torch.cat([randn(4000) * 1e-38, randn(4000), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38])])
+    values = torch.cat([randn(4000), (1 + randn(4000).abs()) * 1e-37, torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3.4e38])])
     y = linear(values[:, None], pack_weight(torch.ones(1, 1)), out_dtype=torch.bfloat16)
     assert torch.equal(y.flatten(), values.to(torch.bfloat16))
 
