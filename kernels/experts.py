@@ -13,7 +13,7 @@ from .registry import implementation, register
 
 _SWIGLU = ("shoal_swiglu", c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3)
 _EXPERTS = ("shoal_experts_mlp", c_int64, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3)
-_COMBINE = ("shoal_combine_topk", c_int64, c_void_p, c_int64, *[c_void_p] * 3, *[c_int64] * 4)
+_COMBINE = ("shoal_combine_topk", *[c_int64] * 2, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -114,10 +114,12 @@ def _combine_topk_cpu(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor
     out = y.new_empty(tokens, y.shape[1], dtype=torch.float32)
     c_function(*_COMBINE)(
         DTYPE_CODES[y.dtype],
+        DTYPE_CODES[out.dtype],
         y.data_ptr(),
         y.stride(0),
         row_of.data_ptr(),
         topk_weights.data_ptr(),
+        None,
         out.data_ptr(),
         tokens,
         top_k,

@@ -24,7 +24,7 @@ _APPLY_ROPE = (
     c_void_p,
     c_int64,
     c_void_p,
-    c_int64,
+    *[c_int64] * 3,
     c_void_p,
 )
 
@@ -128,6 +128,8 @@ def _apply_rope_cpu(x: Tensor, table: Tensor, positions: Tensor, interleaved: bo
         positions.data_ptr(),
         int(interleaved),
         out.data_ptr(),
+        out.stride(0),
+        out.stride(1),
         num_threads(x.numel()),
         status.data_ptr(),
     )

@@ -76,12 +76,12 @@ class LocalTokenDispatcher:
     def __init__(self, placement: ExpertPlacement) -> None:
         assert placement.num_ranks == 1, f"{placement.num_ranks} ranks hold experts, tokens cannot stay on one"
         self._num_local_experts = len(placement.slots[0])
-        _, self._slot_of = placement.lookup(source_rank=0)
+        _, self.slot_of = placement.lookup(source_rank=0)
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, layer: int
     ) -> tuple[DispatchedTokens, DispatchHandle]:
-        rows, num_tokens_per_expert, row_of = permute_tokens(x, topk_idx, self._slot_of, self._num_local_experts)
+        rows, num_tokens_per_expert, row_of = permute_tokens(x, topk_idx, self.slot_of, self._num_local_experts)
         return DispatchedTokens(rows, num_tokens_per_expert), DispatchHandle(topk_weights, row_of)
 
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> Tensor:

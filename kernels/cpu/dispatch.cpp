@@ -5,6 +5,8 @@
 #include <cstring>
 #include <vector>
 
+#include "ops.h"
+
 namespace shoal {
 namespace {
 

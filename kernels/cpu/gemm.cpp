@@ -1,6 +1,7 @@
 // Linear layers, experts and the weighted sum of their outputs. The order of operations is gemm.h's; everything here
 // only decides which thread computes which elements.
 #include "gemm.h"
+#include "ops.h"
 
 #include <algorithm>
 #include <vector>
@@ -169,23 +170,27 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t e
   }
 }
 
-// out[t] = sum over slots k ascending of weights[t][k] * y[row_of[t][k]], each operation rounded; row -1 adds nothing.
-template <typename T>
-void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float* weights, float* out, int64_t tokens,
-                  int64_t top_k, int64_t h, int threads) {
+// out[t] = sum over slots k ascending of weights[t][k] * y[row_of[t][k]], then + shared[t] if there is one, each operation
+// rounded to fp32; row -1 adds nothing.
+template <typename T, typename Out>
+void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float* weights, const T* shared, Out* out,
+                  int64_t tokens, int64_t top_k, int64_t h, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
+    std::vector<float> acc(h);
 #pragma omp for
     for (int64_t t = 0; t < tokens; ++t) {
-      float* acc = out + t * h;
-      std::fill(acc, acc + h, 0.0f);
+      std::fill(acc.begin(), acc.end(), 0.0f);
       for (int64_t k = 0; k < top_k; ++k) {
         const int64_t row = row_of[t * top_k + k];
         if (row < 0) continue;
         const float weight = weights[t * top_k + k];
         for (int64_t j = 0; j < h; ++j) acc[j] = acc[j] + weight * to_float(y[row * y_row + j]);
       }
+      if (shared != nullptr)
+        for (int64_t j = 0; j < h; ++j) acc[j] = acc[j] + to_float(shared[t * h + j]);
+      for (int64_t j = 0; j < h; ++j) out[t * h + j] = from_float<Out>(acc[j]);
     }
   }
 }
@@ -235,11 +240,15 @@ void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_
   });
 }
 
-void shoal_combine_topk(int64_t dtype, const void* y, int64_t y_row, const int64_t* row_of, const float* weights,
-                        float* out, int64_t tokens, int64_t top_k, int64_t h, int64_t threads) {
+void shoal_combine_topk(int64_t dtype, int64_t out_dtype, const void* y, int64_t y_row, const int64_t* row_of,
+                        const float* weights, const void* shared, void* out, int64_t tokens, int64_t top_k, int64_t h,
+                        int64_t threads) {
   with_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    combine_topk((const T*)y, y_row, row_of, weights, out, tokens, top_k, h, int(threads));
+    with_dtype(out_dtype, [&](auto o) {
+      using T = decltype(t);
+      using Out = decltype(o);
+      combine_topk((const T*)y, y_row, row_of, weights, (const T*)shared, (Out*)out, tokens, top_k, h, int(threads));
+    });
   });
 }
 

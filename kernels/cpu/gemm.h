@@ -149,16 +149,15 @@ constexpr int64_t padded_terms(int64_t k) {
 
 // A row of A as gemm_panels reads it: k terms in swapped pairs, padded with a zero to an even number.
 inline void swap_pairs(const bf16* source, int64_t k, bf16* out) {
-  for (int64_t t = 0; t + 2 <= k; t += 2) {
-    uint32_t pair;
-    std::memcpy(&pair, source + t, sizeof(pair));
-    pair = pair << 16 | pair >> 16;
-    std::memcpy(out + t, &pair, sizeof(pair));
-  }
-  if (k % 2) {
-    out[k - 1] = bf16{0};
-    out[k] = source[k - 1];
-  }
+  typedef uint32_t Pairs __attribute__((vector_size(64)));
+  const auto swap = [](const bf16* from, int64_t terms, bf16* to) {
+    Pairs pairs = {};
+    std::memcpy(&pairs, from, size_t(terms) * sizeof(bf16));
+    pairs = pairs << 16 | pairs >> 16;
+    std::memcpy(to, &pairs, size_t(terms + terms % 2) * sizeof(bf16));
+  };
+  for (; k >= 32; k -= 32, source += 32, out += 32) swap(source, 32, out);
+  if (k > 0) swap(source, k, out);
 }
 
 // Elements of one packed panel of k terms.
@@ -243,7 +242,7 @@ void gemm_tile(const T* a, int64_t lda, const T* packed, int64_t stride, int64_t
                bool accumulate, Prefetch ahead) {
   using S = Step<T>;
   Lanes acc[MR][NP];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p)
@@ -254,14 +253,14 @@ void gemm_tile(const T* a, int64_t lda, const T* packed, int64_t stride, int64_t
     typename S::Terms b[NP];
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p) b[p] = S::load(packed + p * stride);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       const typename S::Terms row = S::broadcast(a + r * lda);
 #pragma GCC unroll 8
       for (int p = 0; p < NP; ++p) acc[r][p] = S::fma(row, b[p], acc[r][p]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p) store_lanes(c + r * ldc + p * kPanel, acc[r][p]);
@@ -287,11 +286,9 @@ void gemm_row_tile(int64_t rows, const T* a, int64_t lda, Panels<T> b, int64_t k
 // What is read only once comes from memory, and only a core that asks for it early computes meanwhile.
 enum class Source { kCache, kMemory };
 
-// Cache lines to ask for in each step of a tile, so that `tiles` passes over `panels` panels bring in as many again.
-// None for up to 3 rows, where the hardware's prefetcher keeps up, nor for many tiles, where memory is far ahead.
-constexpr int64_t prefetch_lines(int64_t rows, int64_t tiles, int64_t panels) {
-  return rows <= 3 || tiles > 6 ? 0 : (panels + tiles - 1) / tiles;
-}
+// Whether to ask: not for up to 3 rows, where the hardware's prefetcher keeps up, nor for many tiles, where memory is far
+// ahead.
+constexpr bool asks_ahead(int64_t rows, int64_t tiles) { return rows > 3 && tiles <= 6; }
 
 // C[m][16 * b.count] = A[m][k] * B, or C += A * B when `accumulate`.
 //
@@ -311,12 +308,15 @@ void gemm_panels(const T* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, flo
     const int64_t p = b.count * group / groups;
     const Panels<T> part{b.data + p * b.stride, b.count * (group + 1) / groups - p, b.stride};
     const T* next = part.data + part.count * part.stride;
-    const int64_t lines = source == Source::kMemory ? prefetch_lines(m, tiles, part.count) : 0;
-    for (int64_t tile = 0; tile < tiles; ++tile, next += lines * steps * Step<T>::step) {
+    const bool ahead = source == Source::kMemory && asks_ahead(m, tiles);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      // So that all passes over this group bring in as many panels as it has.
+      const int64_t lines = ahead ? part.count * (tile + 1) / tiles - part.count * tile / tiles : 0;
       // Tiles of nearly equal height: m = 9 is 5 + 4, not 8 + 1.
       const int64_t first = m * tile / tiles, last = m * (tile + 1) / tiles;
       gemm_row_tile<T>(last - first, a + first * lda, lda, part, k, c + first * ldc + p * kPanel, ldc, accumulate,
                        {reinterpret_cast<const char*>(next), lines});
+      next += lines * steps * Step<T>::step;
     }
   }
 }

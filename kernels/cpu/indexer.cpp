@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "paged.h"
+#include "ops.h"
 #include "vec.h"
 
 namespace shoal {

@@ -7,7 +7,7 @@
 #include <atomic>
 #include <vector>
 
-#include "paged.h"
+#include "ops.h"
 #include "vec.h"
 
 namespace shoal {

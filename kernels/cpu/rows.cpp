@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "paged.h"
+#include "ops.h"
 #include "vec.h"
 
 namespace shoal {
@@ -60,6 +60,8 @@ void rotate_row(const T* x, const float* cos, int64_t dim, bool interleaved, T* 
     out[second] = from_float<T>(b * cos[i] + a * sin[i]);
   }
 }
+
+inline bool in_range(int64_t i, int64_t n) { return i >= 0 && i < n; }
 
 // NaN is below everything, also below -infinity.
 inline bool above(float a, float b) { return a > b || (a == a && b != b); }
@@ -174,23 +176,74 @@ extern "C" void shoal_add_rms_norm(int64_t x_dtype, int64_t dtype, const void* x
   dtype == kBFloat16 ? run(0.0f, bf16{}) : run(0.0f, 0.0f);
 }
 
-// x: [T, h, dim] with strides in elements; table: [table_rows, dim] = [cos | sin]; writes a shoal::Status.
+// x and out: [T, h, dim] with strides in elements, apart or the same; table: [table_rows, dim] = [cos | sin]. Writes a
+// shoal::Status.
 extern "C" void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_stride, int64_t head_stride,
                                  int64_t num_tokens, int64_t num_heads, int64_t dim, const float* table,
                                  int64_t table_rows, const int64_t* positions, int64_t interleaved, void* out,
-                                 int64_t num_threads, int64_t* status) {
+                                 int64_t out_token_stride, int64_t out_head_stride, int64_t num_threads,
+                                 int64_t* status) {
   using namespace shoal;
   std::atomic<int64_t> result{kOk};
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for_rows(num_tokens, num_threads, [&](int64_t t) {
-      if (positions[t] < 0 || positions[t] >= table_rows) {
+      if (!in_range(positions[t], table_rows)) {
         result = kOutOfRange;
         return;
       }
       for (int64_t h = 0; h < num_heads; ++h)
         rotate_row(static_cast<const T*>(x) + t * token_stride + h * head_stride, table + positions[t] * dim, dim,
-                   interleaved != 0, static_cast<T*>(out) + (t * num_heads + h) * dim);
+                   interleaved != 0, static_cast<T*>(out) + t * out_token_stride + h * out_head_stride);
+    });
+  });
+  *status = result;
+}
+
+// kv: rows [latent | rope key], `stride` elements apart; fills columns [0, latent_dim + rope_dim) of the tokens' records.
+// Writes a shoal::Status.
+extern "C" void shoal_write_latents(int64_t dtype, const void* kv, int64_t stride, int64_t num_tokens,
+                                    int64_t latent_dim, int64_t rope_dim, const float* weight, float eps,
+                                    const float* table, int64_t table_rows, const int64_t* positions,
+                                    int64_t interleaved, void* records, int64_t row_stride, int64_t num_slots,
+                                    const int64_t* slots, int64_t num_threads, int64_t* status) {
+  using namespace shoal;
+  std::atomic<int64_t> result{kOk};
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    for_rows(num_tokens, num_threads, [&](int64_t t) {
+      if (!in_range(positions[t], table_rows) || !in_range(slots[t], num_slots)) {
+        result = kOutOfRange;
+        return;
+      }
+      const T* row = static_cast<const T*>(kv) + t * stride;
+      T* record = static_cast<T*>(records) + slots[t] * row_stride;
+      rms_norm_row(row, weight, latent_dim, eps, record);
+      rotate_row(row + latent_dim, table + positions[t] * rope_dim, rope_dim, interleaved != 0, record + latent_dim);
+    });
+  });
+  *status = result;
+}
+
+// k: rows of `dim`, `stride` elements apart, whose first rope_dim columns turn; fills columns [key_offset, key_offset +
+// dim) of the tokens' records. Writes a shoal::Status.
+extern "C" void shoal_write_index_keys(int64_t dtype, const void* k, int64_t stride, int64_t num_tokens, int64_t dim,
+                                       int64_t rope_dim, const float* weight, const float* bias, float eps,
+                                       const float* table, int64_t table_rows, const int64_t* positions,
+                                       int64_t interleaved, void* records, int64_t key_offset, int64_t row_stride,
+                                       int64_t num_slots, const int64_t* slots, int64_t num_threads, int64_t* status) {
+  using namespace shoal;
+  std::atomic<int64_t> result{kOk};
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    for_rows(num_tokens, num_threads, [&](int64_t t) {
+      if (!in_range(positions[t], table_rows) || !in_range(slots[t], num_slots)) {
+        result = kOutOfRange;
+        return;
+      }
+      T* key = static_cast<T*>(records) + slots[t] * row_stride + key_offset;
+      layer_norm_row(static_cast<const T*>(k) + t * stride, weight, bias, dim, eps, key);
+      rotate_row(key, table + positions[t] * rope_dim, rope_dim, interleaved != 0, key);
     });
   });
   *status = result;

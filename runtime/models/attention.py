@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
+from shoal.kernels.blocks import AttentionBlock
 from shoal.kernels.indexer import index_topk
-from shoal.kernels.linear import batched_linear, linear, pack_weight
-from shoal.kernels.norm import layer_norm, rms_norm
+from shoal.kernels.linear import DTYPE_CODES, batched_linear, linear, pack_weight
+from shoal.kernels.norm import rms_norm
+from shoal.kernels.records import write_index_keys, write_latents
 from shoal.kernels.rope import apply_rope
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, shard
@@ -28,7 +30,8 @@ LATENT_NORM_EPS = 1e-6
 class Indexer:
     """Scores every earlier position for a token and selects `index_topk` of them; replicated on all ranks."""
 
-    def __init__(self, config: ModelConfig, weights: LayerWeights, key_offset: int) -> None:
+    def __init__(self, config: ModelConfig, weights: LayerWeights, rope_table: Tensor, key_offset: int) -> None:
+        self.rope_table = rope_table
         self.num_heads = config.index_n_heads
         self.head_dim = config.index_head_dim
         self.topk = config.index_topk
@@ -42,22 +45,27 @@ class Indexer:
         self.weights_proj = pack_weight(weights.read("weights_proj.weight", dtype=torch.float32))
         self.weight_scale = config.index_n_heads**-0.5 * config.index_head_dim**-0.5
 
-    def key(self, x: Tensor, rope_table: Tensor, positions: Tensor) -> Tensor:
-        """x [T, H] (after the input norm) -> index keys [T, D]: rotated part first."""
-        k = layer_norm(linear(x, self.wk), self.k_norm_weight, self.k_norm_bias, LATENT_NORM_EPS)
-        return self._rotate(k.unsqueeze(1), rope_table, positions).squeeze(1)
+    def write_keys(self, x: Tensor, records: Tensor, metadata: AttentionMetadata) -> None:
+        """Index keys of x [T, H] (after the input norm) into the tokens' records."""
+        write_index_keys(
+            records,
+            metadata.slot_mapping,
+            linear(x, self.wk),
+            self.key_offset,
+            (self.k_norm_weight, self.k_norm_bias),
+            LATENT_NORM_EPS,
+            self.rope_table,
+            metadata.positions,
+            interleaved=self.interleaved,
+        )
 
-    def select(self, x: Tensor, q_latent: Tensor, rope_table: Tensor, records: Tensor, layout: PagedLayout) -> Tensor:
+    def select(self, x: Tensor, q_latent: Tensor, records: Tensor, layout: PagedLayout) -> Tensor:
         """For the T tokens of `layout` -> [T, index_topk] int32: selected positions, ascending, padded with -1."""
         q = linear(q_latent, self.wq_b).view(-1, self.num_heads, self.head_dim)
-        q = self._rotate(q, rope_table, layout.positions)
+        rotary = q[..., : self.rope_dim]
+        rotary.copy_(apply_rope(rotary, self.rope_table, layout.positions, interleaved=self.interleaved))
         head_weights = linear(x.float(), self.weights_proj) * self.weight_scale
         return index_topk(q, head_weights, records, self.key_offset, layout, self.topk)
-
-    def _rotate(self, x: Tensor, rope_table: Tensor, positions: Tensor) -> Tensor:
-        """[T, heads, D] with [rope | rest] -> the same, its first `rope_dim` columns rotated."""
-        rotated = apply_rope(x[..., : self.rope_dim], rope_table, positions, interleaved=self.interleaved)
-        return torch.cat([rotated, x[..., self.rope_dim :]], dim=-1)
 
 
 class MLAttention:
@@ -66,8 +74,10 @@ class MLAttention:
     Heads are split over the tp group; latents, cache and indexer are the same on each of its ranks.
     """
 
-    def __init__(self, config: ModelConfig, weights: LayerWeights, groups: ParallelGroups, *, layer: int) -> None:
-        self.layer = layer
+    def __init__(
+        self, config: ModelConfig, weights: LayerWeights, groups: ParallelGroups, rope_table: Tensor, *, layer: int
+    ) -> None:
+        self.config, self.layer, self.rope_table = config, layer, rope_table
         self.tp = groups.tp
         self.latent_dim, self.rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
         self.nope_dim, self.v_dim = config.qk_nope_head_dim, config.v_head_dim
@@ -76,10 +86,11 @@ class MLAttention:
 
         heads = shard(config.num_attention_heads, groups.tp_rank, self.tp.size)
         self.num_heads = heads.stop - heads.start
-        self.q_a_proj = pack_weight(weights.read("q_a_proj.weight"))
+        # One product for both: q_a | kv_a, which is latent | rope key.
+        a = [weights.read("q_a_proj.weight"), weights.read("kv_a_proj_with_mqa.weight")]
+        self.q_lora_rank, self.a_proj = config.q_lora_rank, pack_weight(torch.cat(a))
         self.q_a_norm = weights.read("q_a_layernorm.weight").float()
         self.q_b_proj = pack_weight(weights.read("q_b_proj.weight", rows=_rows_of(heads, config.qk_head_dim)))
-        self.kv_a_proj = pack_weight(weights.read("kv_a_proj_with_mqa.weight"))
         self.kv_a_norm = weights.read("kv_a_layernorm.weight").float()
         # Rows of kv_b, per head: Dn that make keys | Dv that make values.
         kv_b = weights.read("kv_b_proj.weight", rows=_rows_of(heads, self.nope_dim + self.v_dim))
@@ -90,30 +101,77 @@ class MLAttention:
         out = shard(config.hidden_size, groups.tp_rank, self.tp.size)
         self.o_proj = pack_weight(weights.read("o_proj.weight", rows=out))
         key_offset = self.latent_dim + self.rope_dim
-        self.indexer = Indexer(config, weights.under("indexer"), key_offset) if config.has_indexer(layer) else None
+        self.indexer: Indexer | None = None
+        if config.has_indexer(layer):
+            self.indexer = Indexer(config, weights.under("indexer"), rope_table, key_offset)
+
+    def block(self, input_norm: Tensor, eps: float) -> AttentionBlock | None:
+        """This layer with the norm before it as one call, where that exists: without a tensor-parallel group."""
+        if self.tp.size > 1 or self.a_proj.backend != "cpu":
+            return None
+        indexer, config = self.indexer, self.config
+        block = AttentionBlock(
+            dtype=DTYPE_CODES[self.a_proj.dtype],
+            hidden_size=config.hidden_size,
+            num_heads=self.num_heads,
+            q_lora_rank=self.q_lora_rank,
+            kv_lora_rank=self.latent_dim,
+            qk_nope_head_dim=self.nope_dim,
+            qk_rope_head_dim=self.rope_dim,
+            v_head_dim=self.v_dim,
+            rope_interleave=self.interleaved,
+            rope_rows=self.rope_table.shape[0],
+            input_norm=input_norm.data_ptr(),
+            q_a_norm=self.q_a_norm.data_ptr(),
+            kv_a_norm=self.kv_a_norm.data_ptr(),
+            rope_table=self.rope_table.data_ptr(),
+            w_a=self.a_proj.data.data_ptr(),
+            w_q_b=self.q_b_proj.data.data_ptr(),
+            w_uk=self.w_uk.data.data_ptr(),
+            w_uk_absorbed=self.w_uk_absorbed.data.data_ptr(),
+            w_uv=self.w_uv.data.data_ptr(),
+            w_o=self.o_proj.data.data_ptr(),
+            index_topk=config.index_topk if config.has_index else 0,
+            rms_norm_eps=eps,
+            latent_norm_eps=LATENT_NORM_EPS,
+            scale=self.scale,
+        )
+        if indexer is not None:
+            block.index_n_heads, block.index_head_dim = indexer.num_heads, indexer.head_dim
+            block.index_rope_interleave = indexer.interleaved
+            block.index_wq_b, block.index_wk = indexer.wq_b.data.data_ptr(), indexer.wk.data.data_ptr()
+            block.index_k_norm = indexer.k_norm_weight.data_ptr()
+            block.index_k_norm_bias = indexer.k_norm_bias.data_ptr()
+            block.index_weights_proj = indexer.weights_proj.data.data_ptr()
+            block.index_weight_scale = indexer.weight_scale
+        return block
 
     def forward(
-        self, x: Tensor, rope_table: Tensor, cache: KVCache, metadata: AttentionMetadata, selected: Tensor | None
+        self, x: Tensor, cache: KVCache, metadata: AttentionMetadata, selected: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """x [T, H] after the input norm -> (attention output [T, H], the selection that the next layer may share)."""
         positions, records = metadata.positions, cache.records[self.layer]
-        q_latent = rms_norm(linear(x, self.q_a_proj), self.q_a_norm, LATENT_NORM_EPS)
-        q = linear(q_latent, self.q_b_proj).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
-        q_rope = apply_rope(q[..., self.nope_dim :], rope_table, positions, interleaved=self.interleaved)
-        q[..., self.nope_dim :] = q_rope
-
-        kv_a = linear(x, self.kv_a_proj)  # latent | rope key
-        latent = rms_norm(kv_a[:, : self.latent_dim], self.kv_a_norm, LATENT_NORM_EPS)
-        k_rope = kv_a[:, None, self.latent_dim :]
-        k_rope = apply_rope(k_rope, rope_table, positions, interleaved=self.interleaved).squeeze(1)
-        record = [latent, k_rope]
+        a = linear(x, self.a_proj)
+        q_latent = rms_norm(a[:, : self.q_lora_rank], self.q_a_norm, LATENT_NORM_EPS)
+        write_latents(
+            records,
+            metadata.slot_mapping,
+            a[:, self.q_lora_rank :],
+            self.kv_a_norm,
+            LATENT_NORM_EPS,
+            self.rope_table,
+            positions,
+            interleaved=self.interleaved,
+        )
         if self.indexer is not None:
-            record.append(self.indexer.key(x, rope_table, positions))
-        cache.write(self.layer, metadata.slot_mapping, torch.cat(record, dim=-1))
+            self.indexer.write_keys(x, records, metadata)
+        q = linear(q_latent, self.q_b_proj).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
+        rotary = q[..., self.nope_dim :]
+        rotary.copy_(apply_rope(rotary, self.rope_table, positions, interleaved=self.interleaved))
 
         first = metadata.per_head.num_tokens
         if self.indexer is not None:
-            selected = self.indexer.select(x[first:], q_latent[first:], rope_table, records, metadata.absorbed)
+            selected = self.indexer.select(x[first:], q_latent[first:], records, metadata.absorbed)
             metadata.emit(self.layer, "indexer.selected", selected)
         heads_out = self._attend(q, records, metadata, selected).flatten(1)
         # heads of rank 0 | heads of rank 1 | ..: the whole input of o_proj, of which each rank computes some outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shoal.kernels.blocks import StepArgs, attention_block, step_args
 from shoal.kernels.linear import pack_weight
 from shoal.kernels.norm import add_rms_norm, rms_norm
 from shoal.kernels.rope import cos_sin_table, inv_freq
@@ -33,6 +34,7 @@ class DecoderLayer:
         groups: ParallelGroups,
         dispatcher: TokenDispatcher,
         placement: ExpertPlacement,
+        rope_table: Tensor,
         *,
         layer: int,
     ) -> None:
@@ -40,35 +42,61 @@ class DecoderLayer:
         self.eps = config.rms_norm_eps
         self.input_norm = weights.read("input_layernorm.weight").float()
         self.post_attention_norm = weights.read("post_attention_layernorm.weight").float()
-        self.attention = MLAttention(config, weights.under("self_attn"), groups, layer=layer)
+        self.attention = MLAttention(config, weights.under("self_attn"), groups, rope_table, layer=layer)
         self.mlp: DenseMLP | MoE
         if config.is_moe_layer(layer):
             local_experts = placement.local_experts(groups.rank)
             self.mlp = MoE(config, weights.under("mlp"), groups, dispatcher, layer=layer, local_experts=local_experts)
         else:
             self.mlp = DenseMLP(config, weights.under("mlp"), groups, layer=layer)
+        self.attention_block = self.attention.block(self.input_norm, self.eps)
+        self.moe_block = self.mlp.block(self.post_attention_norm, self.eps) if isinstance(self.mlp, MoE) else None
 
     def forward(
         self,
         hidden: Tensor,
         residual: Tensor | None,
-        rope_table: Tensor,
+        cache: KVCache,
+        metadata: AttentionMetadata,
+        step: StepArgs | None,
+        selected: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(what the last block added [T, H], residual stream before it) -> the same after this layer; its selection.
+
+        With `step`, blocks of operations run as one call where they can.
+        """
+        if step is not None and self.attention_block is not None:
+            records = cache.records[self.layer]
+            attended, residual, selected = attention_block(
+                self.attention_block, step, hidden, residual, records, selected
+            )
+        else:
+            attended, residual, selected = self._attend(hidden, residual, cache, metadata, selected)
+        if step is not None and self.moe_block is not None:
+            assert isinstance(self.mlp, MoE)
+            out, residual = self.mlp.forward_block(self.moe_block, step, attended, residual)
+            return out, residual, selected
+        x, residual = add_rms_norm(attended, residual, self.post_attention_norm, self.eps)
+        out = self.mlp.forward(x, metadata)
+        metadata.emit(self.layer, "mlp", out)
+        return out, residual, selected
+
+    def _attend(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
         cache: KVCache,
         metadata: AttentionMetadata,
         selected: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(what the last block added [T, H], residual stream before it) -> the same after this layer; its selection."""
         if residual is None:
             x, residual = rms_norm(hidden, self.input_norm, self.eps), hidden
         else:
             x, residual = add_rms_norm(hidden, residual, self.input_norm, self.eps)
         metadata.emit(self.layer, "residual", residual)
-        attended, selected = self.attention.forward(x, rope_table, cache, metadata, selected)
+        attended, selected = self.attention.forward(x, cache, metadata, selected)
         metadata.emit(self.layer, "attention", attended)
-        x, residual = add_rms_norm(attended, residual, self.post_attention_norm, self.eps)
-        out = self.mlp.forward(x, metadata)
-        metadata.emit(self.layer, "mlp", out)
-        return out, residual, selected
+        return attended, residual, selected
 
 
 class DeepseekModel:
@@ -94,13 +122,13 @@ class DeepseekModel:
         else:
             dispatcher = AllToAllTokenDispatcher(placement, groups.world)
         frequencies = inv_freq(config.qk_rope_head_dim, config.rope_theta, config.yarn)
-        self.rope_table = cos_sin_table(frequencies, max_model_len, config.rope_cos_sin_scale).to(groups.device)
+        rope_table = cos_sin_table(frequencies, max_model_len, config.rope_cos_sin_scale).to(groups.device)
 
         weights = LayerWeights(checkpoint, "model", dtype)
         hidden = shard(config.hidden_size, groups.tp_rank, self.tp.size)
         self.embed_tokens = checkpoint.read("model.embed_tokens.weight", cols=hidden, dtype=dtype)
         self.layers = [
-            DecoderLayer(config, weights.under(f"layers.{i}"), groups, dispatcher, placement, layer=i)
+            DecoderLayer(config, weights.under(f"layers.{i}"), groups, dispatcher, placement, rope_table, layer=i)
             for i in range(config.num_hidden_layers)
         ]
         self.final_norm = weights.read("norm.weight").float()
@@ -122,8 +150,11 @@ class DeepseekModel:
         hidden = gather_last_dim(embedded, self.tp, layer=-1, op="embed_tokens")
         residual: Tensor | None = None
         selected: Tensor | None = None
+        step: StepArgs | None = None
+        if metadata.tap is None:  # it sees every operation
+            step = step_args(metadata.per_head, metadata.absorbed, metadata.positions, metadata.slot_mapping)
         for layer in self.layers:
-            hidden, residual, selected = layer.forward(hidden, residual, self.rope_table, cache, metadata, selected)
+            hidden, residual, selected = layer.forward(hidden, residual, cache, metadata, step, selected)
         assert residual is not None
         out, _ = add_rms_norm(hidden, residual, self.final_norm, self.config.rms_norm_eps)
         metadata.emit(-1, "final_norm", out)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shoal.kernels import blocks
 from shoal.kernels.experts import experts_mlp, swiglu
-from shoal.kernels.linear import PackedWeight, linear, pack_each, pack_weight
+from shoal.kernels.linear import DTYPE_CODES, PackedWeight, linear, pack_each, pack_weight
 from shoal.kernels.router import route
-from shoal.parallel.dispatcher import TokenDispatcher
+from shoal.parallel.dispatcher import LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, gather_tokens, shard, split_tokens
 
@@ -68,18 +69,62 @@ class MoE:
             shared = weights.under("shared_experts")
             self.shared = (pack_weight(_gate_up(shared, None)), pack_weight(shared.read("down_proj.weight")))
 
+    def block(self, post_attention_norm: Tensor, eps: float) -> blocks.MoeBlock | None:
+        """This layer with the norm before it for calls of `blocks`, where they exist: without tensor parallelism."""
+        if self.tp.size > 1 or self.gate.backend != "cpu":
+            return None
+        config = self.config
+        block = blocks.MoeBlock(
+            dtype=DTYPE_CODES[self.gate_up.dtype],
+            hidden_size=config.hidden_size,
+            moe_intermediate_size=config.moe_intermediate_size,
+            n_routed_experts=config.n_routed_experts,
+            num_slots=self.gate_up.num_matrices,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            num_experts_per_tok=config.num_experts_per_tok,
+            norm_topk_prob=config.norm_topk_prob,
+            post_attention_norm=post_attention_norm.data_ptr(),
+            gate=self.gate.data.data_ptr(),
+            bias=self.bias.data_ptr(),
+            gate_up=self.gate_up.data.data_ptr(),
+            down=self.down.data.data_ptr(),
+            rms_norm_eps=eps,
+            routed_scaling_factor=config.routed_scaling_factor,
+        )
+        if self.shared is not None:
+            gate_up, down = self.shared
+            block.shared_intermediate_size = down.in_features
+            block.shared_gate_up, block.shared_down = gate_up.data.data_ptr(), down.data.data_ptr()
+        if isinstance(self.dispatcher, LocalTokenDispatcher):
+            block.slot_of = self.dispatcher.slot_of.data_ptr()
+        return block
+
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """x [T, H] -> [T, H]: the routed experts in slot order plus the shared expert, summed in fp32, rounded once."""
         mine = split_tokens(x, self.tp)
         topk_idx, topk_weights = self._route(mine)
         metadata.emit(self.layer, "moe.topk_idx", topk_idx)
-        tokens, handle = self.dispatcher.dispatch(mine, topk_idx, topk_weights, layer=self.layer)
+        out = self._experts(mine, topk_idx, topk_weights)
+        return gather_tokens(out, x.shape[0], self.tp, layer=self.layer, op="moe.gather")
+
+    def forward_block(
+        self, block: blocks.MoeBlock, step: blocks.StepArgs, attended: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(attention output, residual) [T, H] -> (what the experts add, residual), with the bits of `forward`."""
+        if isinstance(self.dispatcher, LocalTokenDispatcher):
+            return blocks.moe_block(block, step, attended, residual)
+        x, residual, topk_idx, topk_weights = blocks.moe_route(block, step, attended, residual)
+        return self._experts(x, topk_idx, topk_weights), residual
+
+    def _experts(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        """Tokens of this rank through their experts, wherever these are."""
+        tokens, handle = self.dispatcher.dispatch(x, topk_idx, topk_weights, layer=self.layer)
         y = experts_mlp(tokens.x, tokens.num_tokens_per_expert, self.gate_up, self.down)
         out = self.dispatcher.combine(y, handle, layer=self.layer)
         if self.shared is not None:
-            gate_up, down = self.shared
-            out += linear(swiglu(linear(mine, gate_up)), down).float()
-        return gather_tokens(out.to(x.dtype), x.shape[0], self.tp, layer=self.layer, op="moe.gather")
+            out += experts_mlp(x, torch.tensor([len(x)]), *self.shared).float()
+        return out.to(x.dtype)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -27,6 +27,8 @@ class Life:
     seq: Sequence
     num_computed: int | None = None
     """Positions computed or hit since the last preemption; None before the first chunk of a life."""
+    num_reserved: int = 0
+    """Positions that got blocks at once because their records were to be loaded."""
     num_prompt_logits: int = 0
 
 
@@ -148,6 +150,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.forget(seq.seq_id)
         elif loading:
             self.lives[seq.seq_id].num_computed = seq.num_computed_tokens
+            self.lives[seq.seq_id].num_reserved = seq.num_prompt_tokens
 
     @rule(data=st.data())
     def exported_records_are_read(self, data: st.DataObject) -> None:
@@ -170,6 +173,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 seq_id = data.draw(st.sampled_from(running))
                 self.scheduler.preempt(seq_id)
                 self.lives[seq_id].num_computed = None
+                self.lives[seq_id].num_reserved = 0
             return
         seq_id = data.draw(st.sampled_from(sorted(self.lives)))
         if action == "abort":
@@ -223,6 +227,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for life in self.lives.values():
             if life.seq.status is SequenceStatus.WAITING:
                 life.num_computed = None
+                life.num_reserved = 0
         held_up = self.exported or any(life.seq.awaits_records for life in self.lives.values())
         assert bool(batch.sequences) == bool(self.lives) or (held_up and not batch.sequences)
         assert not any(self.lives[part.seq_id].seq.awaits_records for part in batch.sequences)
@@ -243,7 +248,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_chunk(self.lives[part.seq_id], part.start, end, part.num_prompt_logits or int(part.sample))
             assert part.token_ids == seq.token_ids[part.start : end]
             assert part.block_table == seq.block_table
-            assert len(part.block_table) == self.manager.num_blocks_for(end)
+            reserved = self.lives[part.seq_id].num_reserved
+            assert len(part.block_table) == self.manager.num_blocks_for(max(end, reserved))
             for position in range(part.start, end):
                 assert self.manager.ref_count(part.block_table[position // self.manager.block_size]) == 1
                 self.records[self.slot(part.block_table, position)] = record(seq, position)

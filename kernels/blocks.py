@@ -1,0 +1,160 @@
+"""Halves of a decoder layer in one call of the compiled kernels, so that Python does little between the products.
+
+Each block is the composition of public operations that runtime/models writes out, with exactly its bits; it exists for
+the "cpu" backend only. A block holds pointers: whoever builds one keeps the tensors alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_float, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from . import build
+from .attention import PagedArgs, PagedLayout, slot_error
+
+
+class Threads(ctypes.Structure):
+    """shoal::Threads: how many threads an operation gets, by its size."""
+
+    _fields_ = (("count", c_int64), ("min_parallel_work", c_int64))
+
+
+class AttentionBlock(ctypes.Structure):
+    """shoal::AttentionBlock: the sizes and weights of one layer's attention, norm before it included."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("dtype", "hidden_size", "num_heads", "q_lora_rank", "kv_lora_rank")),
+        *((name, c_int64) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+        *((name, c_int64) for name in ("rope_interleave", "rope_rows")),
+        *((name, c_void_p) for name in ("input_norm", "q_a_norm", "kv_a_norm", "rope_table")),
+        *((name, c_void_p) for name in ("w_a", "w_q_b", "w_uk", "w_uk_absorbed", "w_uv", "w_o")),
+        *((name, c_int64) for name in ("index_n_heads", "index_head_dim", "index_topk", "index_rope_interleave")),
+        *((name, c_void_p) for name in ("index_wq_b", "index_wk", "index_k_norm", "index_k_norm_bias")),
+        ("index_weights_proj", c_void_p),
+        *((name, c_float) for name in ("index_weight_scale", "rms_norm_eps", "latent_norm_eps", "scale")),
+    )
+
+
+class MoeBlock(ctypes.Structure):
+    """shoal::MoeBlock: router, experts and shared expert of one layer, norm before them included."""
+
+    _fields_ = (
+        *(
+            (name, c_int64)
+            for name in ("dtype", "hidden_size", "moe_intermediate_size", "n_routed_experts", "num_slots")
+        ),
+        *((name, c_int64) for name in ("n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")),
+        ("shared_intermediate_size", c_int64),
+        *((name, c_void_p) for name in ("post_attention_norm", "gate", "bias", "slot_of")),
+        *((name, c_void_p) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
+        *((name, c_float) for name in ("rms_norm_eps", "routed_scaling_factor")),
+    )
+
+
+class StepArgs(ctypes.Structure):
+    """shoal::StepArgs: what a step brings; the same for all layers."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("num_tokens", "num_per_head_tokens")),
+        *((name, c_void_p) for name in ("positions", "slots")),
+        *((name, PagedArgs) for name in ("per_head", "absorbed")),
+        ("threads", Threads),
+    )
+
+
+_ATTENTION_BLOCK = (
+    "shoal_attention_block",
+    POINTER(AttentionBlock),
+    POINTER(StepArgs),
+    *[c_void_p] * 3,
+    *[c_int64] * 2,
+    *[c_void_p] * 3,
+    POINTER(c_int64),
+)
+_MOE_ROUTE = ("shoal_moe_route", POINTER(MoeBlock), POINTER(Threads), c_int64, *[c_void_p] * 6)
+_MOE_BLOCK = ("shoal_moe_block", POINTER(MoeBlock), POINTER(Threads), c_int64, *[c_void_p] * 4)
+
+
+def step_args(per_head: PagedLayout, absorbed: PagedLayout, positions: Tensor, slots: Tensor) -> StepArgs:
+    """positions and slots: [T] int64, tokens of `per_head` first; the arguments must outlive the result."""
+    threads = Threads(torch.get_num_threads(), build.MIN_PARALLEL_WORK)
+    none = torch.empty(0, 0)
+    return StepArgs(
+        positions.shape[0],
+        per_head.num_tokens,
+        positions.data_ptr(),
+        slots.data_ptr(),
+        per_head.args(none),
+        absorbed.args(none),
+        threads,
+    )
+
+
+def attention_block(
+    block: AttentionBlock,
+    step: StepArgs,
+    hidden: Tensor,
+    residual: Tensor | None,
+    records: Tensor,
+    selected: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(hidden [T, H], residual) -> (attention output [T, H], hidden + residual, the selection this layer used)."""
+    out, total = torch.empty_like(hidden), torch.empty_like(hidden)
+    if block.index_n_heads:
+        absorbed = step.num_tokens - step.num_per_head_tokens
+        selected = torch.empty(absorbed, block.index_topk, dtype=torch.int32)
+    status = c_int64()
+    build.c_function(*_ATTENTION_BLOCK)(
+        byref(block),
+        byref(step),
+        hidden.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        records.data_ptr(),
+        records.stride(0),
+        records.shape[0],
+        total.data_ptr(),
+        None if selected is None else selected.data_ptr(),
+        out.data_ptr(),
+        byref(status),
+    )
+    if status.value:
+        raise slot_error("attention_block")
+    return out, total, selected
+
+
+def moe_route(block: MoeBlock, step: StepArgs, attended: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    """(attended, residual) [T, H] -> (normalised sum, sum, topk_idx [T, K] int64, topk_weights [T, K] fp32)."""
+    x, total = torch.empty_like(attended), torch.empty_like(attended)
+    top_k = block.num_experts_per_tok
+    topk_idx = torch.empty(step.num_tokens, top_k, dtype=torch.int64)
+    topk_weights = torch.empty(step.num_tokens, top_k)
+    build.c_function(*_MOE_ROUTE)(
+        byref(block),
+        byref(step.threads),
+        step.num_tokens,
+        attended.data_ptr(),
+        residual.data_ptr(),
+        total.data_ptr(),
+        x.data_ptr(),
+        topk_idx.data_ptr(),
+        topk_weights.data_ptr(),
+    )
+    return x, total, topk_idx, topk_weights
+
+
+def moe_block(block: MoeBlock, step: StepArgs, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(attended, residual) [T, H] -> (MoE output, attended + residual); all experts are on this rank."""
+    out, total = torch.empty_like(attended), torch.empty_like(attended)
+    build.c_function(*_MOE_BLOCK)(
+        byref(block),
+        byref(step.threads),
+        step.num_tokens,
+        attended.data_ptr(),
+        residual.data_ptr(),
+        total.data_ptr(),
+        out.data_ptr(),
+    )
+    return out, total

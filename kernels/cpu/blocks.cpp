@@ -1,0 +1,291 @@
+// Halves of a decoder layer in one call each, so that little is done between the products of a step; kernels/blocks.py
+// mirrors the structures. Every operation is one of ops.h, in the order in which runtime/models puts them together.
+#include <algorithm>
+
+#include "ops.h"
+#include "vec.h"
+
+namespace shoal {
+
+// How many threads an operation of `work` multiply-adds gets; kernels/build.py has the same rule.
+struct Threads {
+  int64_t count, min_parallel_work;
+  int64_t operator()(int64_t work) const { return work >= min_parallel_work ? count : 1; }
+};
+
+// What one layer's attention needs and what stays the same from step to step.
+struct AttentionBlock {
+  int64_t dtype, hidden_size, num_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim;
+  int64_t rope_interleave, rope_rows;
+  const float *input_norm, *q_a_norm, *kv_a_norm, *rope_table;
+  const void *w_a, *w_q_b, *w_uk, *w_uk_absorbed, *w_uv, *w_o;  // w_a: q_a over kv_a
+  int64_t index_n_heads, index_head_dim, index_topk, index_rope_interleave;  // no heads: no indexer
+  const void *index_wq_b, *index_wk;
+  const float *index_k_norm, *index_k_norm_bias, *index_weights_proj;
+  float index_weight_scale, rms_norm_eps, latent_norm_eps, scale;
+};
+
+// What a step brings. Tokens of the per-head form come first.
+struct StepArgs {
+  int64_t num_tokens, num_per_head_tokens;
+  const int64_t *positions, *slots;
+  PagedArgs per_head, absorbed;  // their records are filled in for each layer
+  Threads threads;
+};
+
+struct MoeBlock {
+  int64_t dtype, hidden_size, moe_intermediate_size, n_routed_experts, num_slots, n_group, topk_group, num_experts_per_tok,
+      norm_topk_prob, shared_intermediate_size;  // 0: no shared expert
+  const float *post_attention_norm, *gate, *bias;
+  const int64_t* slot_of;
+  const void *gate_up, *down, *shared_gate_up, *shared_down;
+  float rms_norm_eps, routed_scaling_factor;
+};
+
+namespace {
+
+// Intermediate results of one thread's steps; they grow to the largest step and stay.
+struct Scratch {
+  Buffer<char> x, a, q_latent, q, heads, absorbed, attended, index_k, index_q, rows, y, hidden, shared;
+  Buffer<float> wide, logits, weights;
+  Buffer<int64_t> topk_idx, row_of, counts;
+};
+
+Scratch& scratch() {
+  static thread_local Scratch instance;
+  return instance;
+}
+
+template <typename T>
+T* reserve(Buffer<char>& buffer, int64_t n) {
+  return reinterpret_cast<T*>(buffer.reserve(n * int64_t(sizeof(T))));
+}
+
+template <typename T>
+const float* widen(const T* x, int64_t n, Buffer<float>& buffer) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  float* wide = buffer.reserve(n);
+  for (int64_t i = 0; i < n; ++i) wide[i] = to_float(x[i]);
+  return wide;
+}
+
+template <typename T>
+class AttentionStep {
+ public:
+  AttentionStep(const AttentionBlock& block, const StepArgs& step, void* records, int64_t row_stride, int64_t num_slots)
+      : b_(block), s_(step), per_head_(step.per_head), absorbed_(step.absorbed), records_(records), row_stride_(row_stride),
+        num_slots_(num_slots) {
+    for (PagedArgs* args : {&per_head_, &absorbed_}) {
+      args->records = records;
+      args->row_stride = row_stride;
+      args->num_slots = num_slots;
+    }
+  }
+
+  // hidden, residual (or nullptr), new_residual and out: [T, hidden_size]; selected: [absorbed tokens, index_topk].
+  Status run(const T* hidden, const T* residual, T* new_residual, int32_t* selected, T* out) {
+    const int64_t t = s_.num_tokens, h = b_.hidden_size, first = s_.num_per_head_tokens;
+    const T* x = normalise(hidden, residual, new_residual);
+    const int64_t width = b_.q_lora_rank + b_.kv_lora_rank + b_.qk_rope_head_dim;
+    T* a = reserve<T>(memory_.a, t * width);
+    linear(x, h, b_.w_a, a, t, width, h);
+    T* q_latent = reserve<T>(memory_.q_latent, t * b_.q_lora_rank);
+    shoal_rms_norm(b_.dtype, a, width, t, b_.q_lora_rank, b_.q_a_norm, b_.latent_norm_eps, q_latent,
+                   s_.threads(t * b_.q_lora_rank));
+    if (!write_records(x, a + b_.q_lora_rank, width)) return kOutOfRange;
+    const T* q = queries(q_latent);
+    T* heads = reserve<T>(memory_.heads, t * b_.num_heads * b_.v_head_dim);
+    if (first > 0 && !attend_per_head(q, heads)) return kOutOfRange;
+    if (first < t) {
+      if (b_.index_n_heads > 0 && !select(x + first * h, q_latent + first * b_.q_lora_rank, selected)) return kOutOfRange;
+      const int64_t head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim;
+      if (!attend_absorbed(q + first * b_.num_heads * head_dim, selected, heads + first * b_.num_heads * b_.v_head_dim))
+        return kOutOfRange;
+    }
+    linear(heads, b_.num_heads * b_.v_head_dim, b_.w_o, out, t, h, b_.num_heads * b_.v_head_dim);
+    return kOk;
+  }
+
+ private:
+  const T* normalise(const T* hidden, const T* residual, T* new_residual) {
+    const int64_t t = s_.num_tokens, h = b_.hidden_size, threads = s_.threads(t * h);
+    T* x = reserve<T>(memory_.x, t * h);
+    if (residual == nullptr) {
+      std::copy_n(hidden, t * h, new_residual);
+      shoal_rms_norm(b_.dtype, hidden, h, t, h, b_.input_norm, b_.rms_norm_eps, x, threads);
+    } else {
+      shoal_add_rms_norm(b_.dtype, b_.dtype, hidden, h, residual, t, h, b_.input_norm, b_.rms_norm_eps, x, new_residual,
+                         threads);
+    }
+    return x;
+  }
+
+  void linear(const T* x, int64_t x_row, const void* w, T* out, int64_t m, int64_t n, int64_t k) const {
+    shoal_linear(b_.dtype, b_.dtype, x, 0, x_row, w, out, 0, n, 1, m, n, k, s_.threads(m * n * k));
+  }
+
+  // y[:, b] = x[:, b] w[b] for all heads b; x's rows are `x_head` apart.
+  void batched_linear(const T* x, int64_t x_head, const void* w, T* out, int64_t m, int64_t n, int64_t k) const {
+    const int64_t heads = b_.num_heads;
+    shoal_linear(b_.dtype, b_.dtype, x, x_head, heads * x_head, w, out, n, heads * n, heads, m, n, k,
+                 s_.threads(heads * m * n * k));
+  }
+
+  bool rotate(T* x, int64_t tokens, const int64_t* positions, int64_t heads, int64_t head_stride, int64_t interleaved) const {
+    int64_t status = kOk;
+    shoal_apply_rope(b_.dtype, x, heads * head_stride, head_stride, tokens, heads, b_.qk_rope_head_dim, b_.rope_table,
+                     b_.rope_rows, positions, interleaved, x, heads * head_stride, head_stride,
+                     s_.threads(tokens * heads * b_.qk_rope_head_dim), &status);
+    return status == kOk;
+  }
+
+  bool write_records(const T* x, const T* kv, int64_t stride) {
+    int64_t status = kOk;
+    const int64_t t = s_.num_tokens, dim = b_.index_head_dim;
+    shoal_write_latents(b_.dtype, kv, stride, t, b_.kv_lora_rank, b_.qk_rope_head_dim, b_.kv_a_norm, b_.latent_norm_eps,
+                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, records_, row_stride_, num_slots_,
+                        s_.slots, s_.threads(t * b_.kv_lora_rank), &status);
+    if (b_.index_n_heads == 0 || status != kOk) return status == kOk;
+    T* k = reserve<T>(memory_.index_k, t * dim);
+    linear(x, b_.hidden_size, b_.index_wk, k, t, dim, b_.hidden_size);
+    shoal_write_index_keys(b_.dtype, k, dim, t, dim, b_.qk_rope_head_dim, b_.index_k_norm, b_.index_k_norm_bias,
+                           b_.latent_norm_eps, b_.rope_table, b_.rope_rows, s_.positions, b_.index_rope_interleave, records_,
+                           b_.kv_lora_rank + b_.qk_rope_head_dim, row_stride_, num_slots_, s_.slots, s_.threads(t * dim),
+                           &status);
+    return status == kOk;
+  }
+
+  const T* queries(const T* q_latent) {
+    const int64_t t = s_.num_tokens, head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim, n = b_.num_heads * head_dim;
+    T* q = reserve<T>(memory_.q, t * n);
+    linear(q_latent, b_.q_lora_rank, b_.w_q_b, q, t, n, b_.q_lora_rank);
+    rotate(q + b_.qk_nope_head_dim, t, s_.positions, b_.num_heads, head_dim, b_.rope_interleave);
+    return q;
+  }
+
+  bool attend_per_head(const T* q, T* heads) const {
+    int64_t status = kOk;
+    const int64_t head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim, tokens = s_.num_per_head_tokens;
+    shoal_mha_attention(b_.dtype, q, b_.num_heads * head_dim, head_dim, &per_head_, b_.w_uk, b_.w_uv, b_.num_heads,
+                        b_.kv_lora_rank, b_.qk_nope_head_dim, b_.qk_rope_head_dim, b_.v_head_dim, b_.scale, heads,
+                        s_.threads(64 * tokens * b_.num_heads * head_dim), &status);
+    return status == kOk;
+  }
+
+  bool attend_absorbed(const T* q, const int32_t* selected, T* heads) {
+    int64_t status = kOk;
+    const int64_t tokens = s_.num_tokens - s_.num_per_head_tokens, latent = b_.kv_lora_rank, n = b_.num_heads;
+    const int64_t head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim;
+    T* q_latent = reserve<T>(memory_.absorbed, tokens * n * latent);
+    T* attended = reserve<T>(memory_.attended, tokens * n * latent);
+    batched_linear(q, head_dim, b_.w_uk_absorbed, q_latent, tokens, latent, b_.qk_nope_head_dim);
+    shoal_mla_attention(b_.dtype, q_latent, n * latent, latent, q + b_.qk_nope_head_dim, n * head_dim, head_dim, &absorbed_,
+                        n, latent, b_.qk_rope_head_dim, b_.scale, b_.index_topk > 0 ? selected : nullptr, b_.index_topk,
+                        attended, s_.threads(64 * tokens * n * latent), &status);
+    batched_linear(attended, latent, b_.w_uv, heads, tokens, b_.v_head_dim, latent);
+    return status == kOk;
+  }
+
+  bool select(const T* x, const T* q_latent, int32_t* selected) {
+    int64_t status = kOk;
+    const int64_t tokens = s_.num_tokens - s_.num_per_head_tokens, heads = b_.index_n_heads, dim = b_.index_head_dim;
+    T* q = reserve<T>(memory_.index_q, tokens * heads * dim);
+    linear(q_latent, b_.q_lora_rank, b_.index_wq_b, q, tokens, heads * dim, b_.q_lora_rank);
+    rotate(q, tokens, absorbed_.positions, heads, dim, b_.index_rope_interleave);
+    float* weights = memory_.weights.reserve(tokens * heads);
+    const float* wide = widen(x, tokens * b_.hidden_size, memory_.wide);
+    shoal_linear(kFloat32, kFloat32, wide, 0, b_.hidden_size, b_.index_weights_proj, weights, 0, heads, 1, tokens, heads,
+                 b_.hidden_size, s_.threads(tokens * heads * b_.hidden_size));
+    for (int64_t i = 0; i < tokens * heads; ++i) weights[i] *= b_.index_weight_scale;
+    shoal_index_topk(b_.dtype, q, heads * dim, dim, weights, tokens, heads, dim, &absorbed_,
+                     b_.kv_lora_rank + b_.qk_rope_head_dim, b_.index_topk, selected,
+                     s_.threads(tokens * heads * dim * b_.index_topk), &status);
+    return status == kOk;
+  }
+
+  const AttentionBlock& b_;
+  const StepArgs& s_;
+  PagedArgs per_head_, absorbed_;
+  void* const records_;
+  const int64_t row_stride_, num_slots_;
+  Scratch& memory_ = scratch();
+};
+
+// attended, residual, new_residual and x: [T, hidden_size]; topk_idx and topk_weights: [T, num_experts_per_tok].
+template <typename T>
+void moe_route(const MoeBlock& b, const Threads& threads, int64_t t, const T* attended, const T* residual, T* new_residual,
+               T* x, int64_t* topk_idx, float* topk_weights) {
+  Scratch& memory = scratch();
+  const int64_t h = b.hidden_size, experts = b.n_routed_experts;
+  shoal_add_rms_norm(b.dtype, b.dtype, attended, h, residual, t, h, b.post_attention_norm, b.rms_norm_eps, x, new_residual,
+                     threads(t * h));
+  float* logits = memory.logits.reserve(t * experts);
+  shoal_linear(kFloat32, kFloat32, widen(x, t * h, memory.wide), 0, h, b.gate, logits, 0, experts, 1, t, experts, h,
+               threads(t * experts * h));
+  shoal_route(logits, t, experts, b.bias, b.n_group, b.topk_group, b.num_experts_per_tok, b.norm_topk_prob,
+              b.routed_scaling_factor, topk_idx, topk_weights, threads(t * experts * (b.num_experts_per_tok + 16)));
+}
+
+// All experts are on this rank. attended, residual, new_residual and out: [T, hidden_size].
+template <typename T>
+void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* attended, const T* residual, T* new_residual,
+               T* out) {
+  Scratch& memory = scratch();
+  const int64_t h = b.hidden_size, top_k = b.num_experts_per_tok, inner = b.moe_intermediate_size;
+  const int64_t pairs = t * top_k, row_bytes = h * int64_t(sizeof(T));
+  int64_t *topk_idx = memory.topk_idx.reserve(pairs), *row_of = memory.row_of.reserve(pairs);
+  int64_t* counts = memory.counts.reserve(b.num_slots);
+  float* weights = memory.weights.reserve(pairs);
+  T* x = reserve<T>(memory.x, t * h);
+  moe_route(b, threads, t, attended, residual, new_residual, x, topk_idx, weights);
+  T *rows = reserve<T>(memory.rows, pairs * h), *y = reserve<T>(memory.y, pairs * h);
+  T* hidden = reserve<T>(memory.hidden, std::max(pairs * inner, t * b.shared_intermediate_size));
+  shoal_permute_tokens(reinterpret_cast<const char*>(x), row_bytes, row_bytes, topk_idx, t, top_k, b.slot_of, b.num_slots,
+                       reinterpret_cast<char*>(rows), counts, row_of, threads(pairs * h));
+  shoal_experts_mlp(b.dtype, rows, h, counts, b.num_slots, b.gate_up, b.down, hidden, y, h, inner,
+                    threads(3 * pairs * inner * h));
+  T* shared = nullptr;
+  if (b.shared_intermediate_size > 0) {
+    shared = reserve<T>(memory.shared, t * h);
+    shoal_experts_mlp(b.dtype, x, h, &t, 1, b.shared_gate_up, b.shared_down, hidden, shared, h, b.shared_intermediate_size,
+                      threads(3 * t * b.shared_intermediate_size * h));
+  }
+  shoal_combine_topk(b.dtype, b.dtype, y, h, row_of, weights, shared, out, t, top_k, h, threads(top_k * t * h));
+}
+
+}  // namespace
+}  // namespace shoal
+
+// hidden, residual (or nullptr), new_residual, out: [T, hidden_size] contiguous. Writes a shoal::Status.
+extern "C" void shoal_attention_block(const shoal::AttentionBlock* block, const shoal::StepArgs* step, const void* hidden,
+                                      const void* residual, void* records, int64_t row_stride, int64_t num_slots,
+                                      void* new_residual, int32_t* selected, void* out, int64_t* status) {
+  using namespace shoal;
+  with_dtype(block->dtype, [&](auto element) {
+    using T = decltype(element);
+    *status = AttentionStep<T>(*block, *step, records, row_stride, num_slots)
+                  .run(static_cast<const T*>(hidden), static_cast<const T*>(residual), static_cast<T*>(new_residual),
+                       selected, static_cast<T*>(out));
+  });
+}
+
+extern "C" void shoal_moe_route(const shoal::MoeBlock* block, const shoal::Threads* threads, int64_t num_tokens,
+                                const void* attended, const void* residual, void* new_residual, void* x,
+                                int64_t* topk_idx, float* topk_weights) {
+  using namespace shoal;
+  with_dtype(block->dtype, [&](auto element) {
+    using T = decltype(element);
+    moe_route(*block, *threads, num_tokens, static_cast<const T*>(attended), static_cast<const T*>(residual),
+              static_cast<T*>(new_residual), static_cast<T*>(x), topk_idx, topk_weights);
+  });
+}
+
+extern "C" void shoal_moe_block(const shoal::MoeBlock* block, const shoal::Threads* threads, int64_t num_tokens,
+                                const void* attended, const void* residual, void* new_residual, void* out) {
+  using namespace shoal;
+  with_dtype(block->dtype, [&](auto element) {
+    using T = decltype(element);
+    moe_block(*block, *threads, num_tokens, static_cast<const T*>(attended), static_cast<const T*>(residual),
+              static_cast<T*>(new_residual), static_cast<T*>(out));
+  });
+}
