@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check docs tiny-model clean
+.PHONY: demo test check docs benchmarks tiny-model clean
 
 demo: $(VENV)/.installed
 	$(BIN)/shoal demo
@@ -32,6 +32,12 @@ tiny-model: $(VENV)/.installed
 	    --scores $(TINY_RUN)/scores.json --evaluation $(TINY_RUN)/evaluation.json \
 	    --results benchmarks/results/tiny-model.json
 
+# Cost against context length, batch and ranks; an interrupted run goes on where it was. `make benchmarks AGAIN=1`
+# measures all points anew, CURVES=ranks one curve.
+CURVES ?= context,batch,ranks
+benchmarks: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/scaling.py --curves $(CURVES) $(if $(AGAIN),--again) --output benchmarks/results/scaling.json
+
 # Tables in docs/ are written by the tests that prove them.
 docs: $(VENV)/.installed-test
 	SHOAL_WRITE_DOCS=1 $(BIN)/pytest -q -m docs
@@ -47,6 +53,10 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[bench]'
 	touch $@
 
 clean:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from baseline import WORKLOADS, cpu_model, measure, prompts
+from peers import WORKLOADS, measure, prompts
 
 VARIANTS = ("with", "without")
 ENGINE = {"data_parallel_size": 2, "num_threads_per_worker": 1, "max_num_seqs": 64}
@@ -109,11 +109,13 @@ def one(model: str, workload: str, variant: str, repeat: int) -> dict[str, Any]:
 
 def compare(args: argparse.Namespace) -> None:
     """Rounds of both variants in turn, the order changing; medians, spread, and the ratio of the throughputs."""
+    from shoal.cluster.environment import environment
+
     me = [sys.executable, str(Path(__file__).resolve()), "one", "--model", args.model, "--workload", args.workload]
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for number in range(args.rounds):
         for variant in VARIANTS if number % 2 == 0 else VARIANTS[::-1]:
-            seconds[variant].append(measure([*me, "--variant", variant, "--repeat", str(number)]))
+            seconds[variant].append(measure([*me, "--variant", variant, "--repeat", str(number)])["seconds"])
             print(f"round {number + 1}: {variant} {seconds[variant][-1]:.2f} s", file=sys.stderr, flush=True)
     count, prompt, output = WORKLOADS[args.workload]
     medians = {variant: statistics.median(values) for variant, values in seconds.items()}
@@ -122,7 +124,7 @@ def compare(args: argparse.Namespace) -> None:
         "workload": {"name": args.workload, "requests": count, "prompt_tokens": prompt, "output_tokens": output},
         "layout": ENGINE,
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "cpu": cpu_model(),
+        "cpu": environment()["cpu"],
         "cores": os.cpu_count(),
         "rounds": args.rounds,
         "seconds": {v: {"median": medians[v], "min": min(s), "max": max(s), "all": s} for v, s in seconds.items()},

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from shoal.runtime.step_profile import PHASES, StepProfile
 from shoal.runtime.types import RequestOutput, SamplingParams
 
 from .engine_args import EngineArgs, read_model_config
+from .engine_factory import BUILD_ENGINE, BUILD_PROFILED_ENGINE
 from .environment import environment, peak_rss_mib
 from .job import EXIT_ENGINE, EXIT_OK
 from .llm import LLM, Executor
@@ -48,9 +50,18 @@ class Workload:
 
 
 def throughput(
-    args: EngineArgs, workload: Workload, *, executor: Executor, output: Path | None, stdout: TextIO, stderr: TextIO
+    args: EngineArgs,
+    workload: Workload,
+    *,
+    executor: Executor,
+    phases: bool = False,
+    output: Path | None,
+    stdout: TextIO,
+    stderr: TextIO,
 ) -> int:
     """Measure, print a table on stdout and write the report to `output`; progress goes to stderr.
+
+    `phases`: also say what the steps spent their time on.
 
     ValueError for a workload that the model cannot take; 5 if the engines fail.
     """
@@ -61,7 +72,7 @@ def throughput(
         print(text, file=stderr, flush=True)
 
     try:
-        report = measure(args, workload, executor=executor, say=say)
+        report = measure(args, workload, executor=executor, phases=phases, say=say)
     except RuntimeError as error:
         say(f"error: the engines failed: {error}")
         return EXIT_ENGINE
@@ -72,7 +83,9 @@ def throughput(
     return EXIT_OK
 
 
-def measure(args: EngineArgs, workload: Workload, *, executor: Executor, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    args: EngineArgs, workload: Workload, *, executor: Executor, say: Callable[[str], None], phases: bool = False
+) -> dict[str, Any]:
     """Start the engines, warm up, run the workload and report; every figure is measured here.
 
     The warm-up answers a quarter of the prompts, with token ids of their own, and is not counted.
@@ -83,17 +96,19 @@ def measure(args: EngineArgs, workload: Workload, *, executor: Executor, say: Ca
         raise ValueError(f"input_len plus output_len is {needed}, above the longest context of {longest} tokens")
     if model.vocab_size <= FIRST_TOKEN_ID:
         raise ValueError(f"a vocabulary of {model.vocab_size} tokens is too small to draw prompts from")
-    phases: list[Phase] = []
+    startup: list[Phase] = []
 
     def on_phase(phase: Phase) -> None:
-        phases.append(phase)
+        startup.append(phase)
         say(str(phase))
 
     started = time.perf_counter()
-    with LLM(executor=executor, on_phase=on_phase, **asdict(args)) as llm:
+    factory = BUILD_PROFILED_ENGINE if phases else BUILD_ENGINE
+    with LLM(executor=executor, on_phase=on_phase, engine_factory=factory, **asdict(args)) as llm:
         startup_s = time.perf_counter() - started
         warm_up = workload.prompts(model.vocab_size, "warm-up")[: -(-workload.num_prompts // 4)]
         answer(llm, warm_up, workload.output_len)
+        before = llm.step_profiles() if phases else []
         seconds, digests = [], []
         for run in range(workload.runs):
             prompts = workload.prompts(model.vocab_size, str(run))
@@ -102,6 +117,7 @@ def measure(args: EngineArgs, workload: Workload, *, executor: Executor, say: Ca
             seconds.append(time.perf_counter() - begin)
             digests.append(output_digest(outputs))
             say(f"run {run + 1} of {workload.runs}: {seconds[-1]:.2f} s")
+        after = llm.step_profiles() if phases else []
         memory = peak_rss_mib()
     on_cpu = args.device == "cpu"
     return {
@@ -120,9 +136,10 @@ def measure(args: EngineArgs, workload: Workload, *, executor: Executor, say: Ca
         "warmup": {"num_prompts": len(warm_up), "counted": False},
         "startup": {
             "seconds": round(startup_s, 3),
-            "phases": [asdict(phase) | {"seconds": round(phase.seconds, 3)} for phase in phases],
+            "phases": [asdict(phase) | {"seconds": round(phase.seconds, 3)} for phase in startup],
         },
         "results": results(workload, args.num_workers, seconds),
+        "step_phases": step_phases([b.since(a) for a, b in zip(before, after, strict=True)], sum(seconds)),
         "peak_rss_mib": memory,
         "output_digests": digests,
     }
@@ -155,6 +172,21 @@ def results(workload: Workload, num_workers: int, seconds: Sequence[float]) -> d
     return figures
 
 
+def step_phases(ranks: Sequence[StepProfile], run_seconds: float) -> dict[str, Any] | None:
+    """Shares of the time inside steps, averaged over the ranks, and every rank's own seconds; None for no ranks."""
+    if not ranks:
+        return None
+    totals = [sum(rank.seconds.values()) for rank in ranks]
+    return {
+        "share": {phase: round(sum(r.seconds[phase] for r in ranks) / sum(totals), 4) for phase in PHASES},
+        "share_of_time_between_steps": round(1 - sum(totals) / (len(ranks) * run_seconds), 4),
+        "seconds_per_step": round(sum(totals) / sum(rank.num_steps for rank in ranks), 6),
+        "ranks": [
+            {"num_steps": r.num_steps, "seconds": {phase: round(s, 4) for phase, s in r.seconds.items()}} for r in ranks
+        ],
+    }
+
+
 def output_digest(outputs: Sequence[RequestOutput]) -> str:
     """`sha256:<hex>` over the token ids of all continuations, in order: equal for every layout."""
     digest = hashlib.sha256()
@@ -185,12 +217,20 @@ def table(report: dict[str, Any]) -> str:
     for name in ("seconds", "input_tokens_per_s", "output_tokens_per_s", "total_tokens_per_s"):
         lines.append(_row(name, figures[name]))
     lines.append(_row("output_tokens_per_s_per_worker", figures["output_tokens_per_s_per_worker"]))
+    if (phases := report["step_phases"]) is not None:
+        shares = sorted(phases["share"].items(), key=lambda item: -item[1])
+        lines.append(f"a step takes {1e3 * phases['seconds_per_step']:.2f} ms: {_percents(shares)}")
+        lines.append(f"between steps: {phases['share_of_time_between_steps']:.1%} of the runs")
     workers = ", ".join(str(mib) for mib in memory["workers"])
     peak = f"{memory['driver']} MiB" + (f", of the workers {workers} MiB" if workers else "")
     lines.append(f"start-up {startup['seconds']:.1f} s; peak memory of this process {peak}")
     if not report["comparable"]:
         lines.append(f"not comparable: {report['comparable_reason']}")
     return "\n".join(lines)
+
+
+def _percents(shares: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{phase} {share:.1%}" for phase, share in shares if share)
 
 
 def _row(name: str, spread: dict[str, Any]) -> str:

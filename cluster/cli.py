@@ -1,8 +1,8 @@
 """The command line. Only click is imported here: torch and Ray are loaded by the commands that need them.
 
-Exit status: 0 all rows are fine, 1 the answers of the demo differ, 2 usage or configuration, 3 more rows failed than
---max-errors allows, 4 the cluster cannot hold the layout, 5 the engines failed, 75 stopped or no room on the disk,
-130 Ctrl-C. After 3 (with --on-error fail), 5, 75 and 130 the same `shoal batch` resumes.
+Exit status: 0 all rows are fine, 1 the answers of the demo or the results of a kernel differ, 2 usage or configuration,
+3 more rows failed than --max-errors allows, 4 the cluster cannot hold the layout, 5 the engines failed, 75 stopped or
+no room on the disk, 130 Ctrl-C. After 3 (with --on-error fail), 5, 75 and 130 the same `shoal batch` resumes.
 """
 
 from __future__ import annotations
@@ -206,6 +206,7 @@ def bench() -> None:
 @click.option(
     "--executor", type=click.Choice(["auto", "ray", "inprocess"]), default="auto", show_default=True, help="Where."
 )
+@click.option("--phases", is_flag=True, help="Also measure what the steps spend their time on.")
 @click.option("--output", "-o", metavar="FILE.json", type=click.Path(path_type=Path), help="Write all figures there.")
 def throughput(
     num_prompts: int,
@@ -213,6 +214,7 @@ def throughput(
     output_len: int,
     runs: int,
     executor: Literal["auto", "ray", "inprocess"],
+    phases: bool,
     output: Path | None,
     **options: Any,
 ) -> None:
@@ -227,7 +229,40 @@ def throughput(
         workload = Workload(
             num_prompts=num_prompts, input_len=input_len, output_len=output_len, runs=runs, seed=args.seed
         )
-        return run_throughput(args, workload, executor=executor, output=output, stdout=sys.stdout, stderr=sys.stderr)
+        return run_throughput(
+            args, workload, executor=executor, phases=phases, output=output, stdout=sys.stdout, stderr=sys.stderr
+        )
+
+    finish(run)
+
+
+@bench.command()
+@click.option("--refcheck", is_flag=True, help="Compare every op with its reference. Exit status 1: one differs.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Default: one for every core.")
+@click.option(
+    "--shapes",
+    type=click.Choice(["tiny", "v3-test", "v3"]),
+    default="v3-test",
+    show_default=True,
+    help="v3: one rank of 32.",
+)
+@click.option("--ops", metavar="A,B,..", help="Some of the ops; default: all.")
+@click.option("--output", "-o", metavar="FILE.json", type=click.Path(path_type=Path), help="Write all figures there.")
+def kernels(refcheck: bool, threads: int | None, shapes: Any, ops: str | None, output: Path | None) -> None:
+    """Time of every kernel on a CPU, and how close it comes to what the machine could do."""
+
+    def run() -> int:
+        from .bench_kernels import kernels as run_kernels
+
+        return run_kernels(
+            shapes=shapes,
+            ops=None if ops is None else ops.split(","),
+            threads=threads,
+            refcheck=refcheck,
+            output=output,
+            stdout=sys.stdout,
+            stderr=sys.stderr,
+        )
 
     finish(run)
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from importlib import import_module
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.runtime.step_profile import StepProfile
 from shoal.runtime.types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs
 from .worker_spec import StartReport
 
+if TYPE_CHECKING:
+    from shoal.runtime.engine import Engine
+
 BUILD_ENGINE = "shoal.cluster.engine_factory:build_engine"
+BUILD_PROFILED_ENGINE = "shoal.cluster.engine_factory:build_profiled_engine"
+"""Of an engine that is also `Profiled`."""
 
 
 class StepResult(Protocol):
@@ -52,6 +58,13 @@ class EngineLike(Protocol):
     def audit(self) -> list[str]: ...
 
 
+@runtime_checkable
+class Profiled(Protocol):
+    """An engine that measures its steps."""
+
+    def profile(self) -> StepProfile: ...
+
+
 EngineFactory = Callable[[EngineArgs, ParallelGroups, StartReport, KVTransport | None], EngineLike]
 
 
@@ -61,9 +74,30 @@ def build_engine(
     """Load this rank's part of the model; reports the seconds."""
     from shoal.runtime.engine import Engine  # here, so that a stub needs no model code
 
+    return _build(Engine, args, groups, report, transport)
+
+
+def build_profiled_engine(
+    args: EngineArgs, groups: ParallelGroups, report: StartReport, transport: KVTransport | None
+) -> EngineLike:
+    """The same, of an engine that measures its steps."""
+    from shoal.runtime.profiled_engine import ProfiledEngine
+
+    return _build(ProfiledEngine, args, groups, report, transport)
+
+
+def _build(
+    engine_class: type[Engine],
+    args: EngineArgs,
+    groups: ParallelGroups,
+    report: StartReport,
+    transport: KVTransport | None,
+) -> Engine:
     prepare(args, report)
     start = time.monotonic()
-    engine = Engine(args.model, args.to_engine_config(), groups, transport=transport, on_phase=report.notices.append)
+    engine = engine_class(
+        args.model, args.to_engine_config(), groups, transport=transport, on_phase=report.notices.append
+    )
     report.phases["weights"] = time.monotonic() - start
     report.num_kv_blocks = engine.block_manager.num_blocks
     report.num_kv_tokens = engine.block_manager.num_blocks * engine.block_manager.block_size

@@ -6,8 +6,10 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
+from shoal.runtime.step_profile import StepProfile
 from shoal.runtime.types import Request, RequestOutput
 from shoal.runtime.validation import RequestLimits
 
@@ -24,6 +26,10 @@ class AbortableEngines(Engines, Protocol):
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
+        ...
+
+    def step_profiles(self) -> list[StepProfile]:
+        """Of every rank; the engines must measure their steps."""
         ...
 
 
@@ -56,6 +62,22 @@ class EngineThread:
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; unknown ids are ignored."""
         self._commands.put(lambda: self._drop(request_ids))
+
+    def step_profiles(self) -> list[StepProfile]:
+        """See `AbortableEngines`; asked on the engines' thread."""
+        answer: Future[list[StepProfile]] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._engines.step_profiles())
+            except Exception as error:
+                answer.set_exception(error)
+
+        with self._lock:
+            if self._end is not None:
+                raise self._end
+            self._commands.put(ask)
+        return answer.result()
 
     def close(self) -> None:
         """Drop everything, close the engines and wait for the thread. Closing twice is allowed."""

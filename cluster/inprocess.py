@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from shoal.parallel.groups import single_process_groups
+from shoal.runtime.step_profile import StepProfile
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs, read_model_config
-from .engine_factory import BUILD_ENGINE, resolve_factory
+from .engine_factory import BUILD_ENGINE, Profiled, resolve_factory
 from .fault import Fault
 from .ray_cluster import num_cores
 from .replica import OnPhase, Phase
@@ -90,6 +91,11 @@ class InProcessEngine:
     def take_progress(self) -> list[RequestProgress]:
         """What requests that report their progress have generated since the last call."""
         return self._engine.take_progress()
+
+    def step_profiles(self) -> list[StepProfile]:
+        """Of the one rank; the engine must measure its steps."""
+        assert isinstance(self._engine, Profiled)
+        return [self._engine.profile()]
 
     def close(self) -> None:
         """Drop what is in flight."""

@@ -11,6 +11,7 @@ import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
+from shoal.runtime.step_profile import StepProfile
 from shoal.runtime.tokenizer import Tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from shoal.runtime.validation import RequestLimits, check_request
@@ -141,6 +142,10 @@ class LLM:
                 yield item
         finally:
             self._engines.abort(sorted(unfinished))
+
+    def step_profiles(self) -> list[StepProfile]:
+        """Where the time of the steps went, on every rank; needs an `engine_factory` of engines that measure it."""
+        return self._engines.step_profiles()
 
     def close(self) -> None:
         """End the engines; requests of other threads fail. Closing twice is allowed."""

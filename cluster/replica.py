@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from shoal.runtime.step_profile import StepProfile
 from shoal.runtime.validation import RequestLimits
 
 from .actors import INBOX_THREAD, Launch, ObjectRef, Seat, WorkerProcess, end_worker, start_worker
@@ -25,6 +26,7 @@ from .worker_spec import StartReport, WorkerFailure
 POLL_WAIT_S = 1.0
 """How long a worker holds a poll that has nothing to say."""
 STOP_TIMEOUT_S = 5.0
+PROFILE_TIMEOUT_S = 10.0
 BLAME_WAIT_S = 0.5
 """How long a failure waits for those of other ranks, so that the cause is named and not the rank that missed it."""
 
@@ -269,6 +271,12 @@ class Replica:
             for title, ref in asked.items()
             for problem in ray.get(ref, timeout=AUDIT_TIMEOUT_S + POLL_WAIT_S)
         ]
+
+    def step_profiles(self) -> list[StepProfile]:
+        """Of every rank; the engines must measure their steps."""
+        asked = [self._running[rank].actor.step_profile.remote() for rank in sorted(self._running)]
+        profiles: list[StepProfile] = ray.get(asked, timeout=PROFILE_TIMEOUT_S)
+        return profiles
 
     def close(self) -> None:
         """Stop, then end the first processes. Closing twice is allowed."""

@@ -8,6 +8,7 @@ from itertools import groupby
 
 import ray
 
+from shoal.runtime.step_profile import StepProfile
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
@@ -108,6 +109,10 @@ class Router:
         """With nothing in flight, what workers still hold; [] when every block of every rank is given back."""
         assert not self.num_in_flight
         return [problem for replica in self._replicas for problem in replica.audit()]
+
+    def step_profiles(self) -> list[StepProfile]:
+        """Of every rank of every replica; the engines must measure their steps."""
+        return [profile for replica in self._replicas for profile in replica.step_profiles()]
 
     def close(self) -> None:
         """End all workers, and Ray where it was started for them. Closing twice is allowed."""

@@ -24,6 +24,7 @@ from shoal.parallel.collectives import CollectiveError
 from shoal.parallel.failpoints import Failpoints
 from shoal.parallel.groups import ParallelGroups, create_groups, init_groups, single_process_groups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.runtime.step_profile import StepProfile
 from shoal.runtime.types import (
     CompletionOutput,
     Request,
@@ -32,7 +33,7 @@ from shoal.runtime.types import (
 
 from .assignment import Assignment
 from .engine_args import EngineArgs
-from .engine_factory import EngineLike, prepare, resolve_factory
+from .engine_factory import EngineLike, Profiled, prepare, resolve_factory
 from .kv_transports import create_transport
 from .liveness import LivenessLink
 from .ray_cluster import node_address
@@ -390,6 +391,11 @@ class Worker:
             self._changed.notify_all()
             done = self._changed.wait_for(lambda: self._audit is not None, timeout=AUDIT_TIMEOUT_S)
             return self._audit if done and self._audit is not None else ["no step ended in time to ask"]
+
+    def step_profile(self) -> StepProfile:
+        """Of an engine that measures its steps."""
+        assert isinstance(self._engine, Profiled)
+        return self._engine.profile()
 
     def arm(self, faults: str) -> None:
         """See `Failpoints.arm`."""

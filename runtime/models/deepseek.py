@@ -65,30 +65,23 @@ class DecoderLayer:
 
         With `step`, blocks of operations run as one call where they can.
         """
-        if step is not None and self.attention_block is not None:
-            records = cache.records[self.layer]
-            attended, residual, selected = attention_block(
-                self.attention_block, step, hidden, residual, records, selected
-            )
-        else:
-            attended, residual, selected = self._attend(hidden, residual, cache, metadata, selected)
-        if step is not None and self.moe_block is not None:
-            assert isinstance(self.mlp, MoE)
-            out, residual = self.mlp.forward_block(self.moe_block, step, attended, residual)
-            return out, residual, selected
-        x, residual = add_rms_norm(attended, residual, self.post_attention_norm, self.eps)
-        out = self.mlp.forward(x, metadata)
-        metadata.emit(self.layer, "mlp", out)
+        attended, residual, selected = self.attend(hidden, residual, cache, metadata, step, selected)
+        out, residual = self.feed_forward(attended, residual, metadata, step)
         return out, residual, selected
 
-    def _attend(
+    def attend(
         self,
         hidden: Tensor,
         residual: Tensor | None,
         cache: KVCache,
         metadata: AttentionMetadata,
+        step: StepArgs | None,
         selected: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The first half: (attention output, hidden + residual, selection)."""
+        if step is not None and self.attention_block is not None:
+            records = cache.records[self.layer]
+            return attention_block(self.attention_block, step, hidden, residual, records, selected)
         if residual is None:
             x, residual = rms_norm(hidden, self.input_norm, self.eps), hidden
         else:
@@ -97,6 +90,18 @@ class DecoderLayer:
         attended, selected = self.attention.forward(x, cache, metadata, selected)
         metadata.emit(self.layer, "attention", attended)
         return attended, residual, selected
+
+    def feed_forward(
+        self, attended: Tensor, residual: Tensor, metadata: AttentionMetadata, step: StepArgs | None
+    ) -> tuple[Tensor, Tensor]:
+        """The second half: (output of the MLP or the experts, attended + residual)."""
+        if step is not None and self.moe_block is not None:
+            assert isinstance(self.mlp, MoE)
+            return self.mlp.forward_block(self.moe_block, step, attended, residual)
+        x, residual = add_rms_norm(attended, residual, self.post_attention_norm, self.eps)
+        out = self.mlp.forward(x, metadata)
+        metadata.emit(self.layer, "mlp", out)
+        return out, residual
 
 
 class DeepseekModel:

@@ -14,11 +14,12 @@ import torch
 from click.testing import CliRunner
 
 import shoal.cluster.bench
-from shoal.cluster.bench import Workload, measure, results, table, throughput
+from shoal.cluster.bench import Workload, measure, results, step_phases, table, throughput
 from shoal.cluster.cli import main
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.environment import peak_rss_mib
 from shoal.cluster.llm import LLM
+from shoal.runtime.step_profile import PHASES, StepProfile
 from shoal.runtime.types import SamplingParams
 from tests.checkpoints import make_checkpoint
 
@@ -82,6 +83,32 @@ def test_equal_prompts_have_equal_digests_in_every_setting(model: str, report: d
         outputs = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
     digest = hashlib.sha256(np.array(outputs, dtype="<u4").tobytes()).hexdigest()
     assert report["output_digests"][1] == f"sha256:{digest}"
+
+
+def test_phases_of_a_step(model: str, report: dict[str, Any]) -> None:
+    assert report["step_phases"] is None
+    args = EngineArgs(model=model, **SMALL)
+    again = measure(args, WORKLOAD, executor="auto", phases=True, say=lambda text: None)
+    assert again["output_digests"] == report["output_digests"]
+    phases = again["step_phases"]
+    (rank,) = phases["ranks"]
+    assert rank["num_steps"] == 2 * 4  # a prompt's last step gives the first of 4 tokens; the warm-up does not count
+    assert sum(phases["share"].values()) == pytest.approx(1, abs=0.001)
+    assert phases["seconds_per_step"] * 8 == pytest.approx(sum(rank["seconds"].values()), rel=0.1)
+    assert phases["seconds_per_step"] * 8 <= sum(again["results"]["seconds"]["runs"])
+    assert 0 <= phases["share_of_time_between_steps"] < 1
+    assert f"attention {phases['share']['attention']:.1%}" in table(again)
+
+
+def test_shares_of_phases() -> None:
+    ranks = [
+        StepProfile(2, dict.fromkeys(PHASES, 0.0) | {"attention": 3.0, "other": 1.0}),
+        StepProfile(2, dict.fromkeys(PHASES, 0.0) | {"other": 4.0}),
+    ]
+    phases = step_phases(ranks, 5.0)
+    assert phases is not None
+    assert {phase: share for phase, share in phases["share"].items() if share} == {"attention": 0.375, "other": 0.625}
+    assert (phases["share_of_time_between_steps"], phases["seconds_per_step"]) == (0.2, 2.0)
 
 
 def test_prompts_are_random_ids_of_the_vocabulary() -> None:

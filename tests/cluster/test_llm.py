@@ -17,6 +17,7 @@ import ray
 import torch
 
 import shoal
+from shoal.cluster.engine_factory import BUILD_PROFILED_ENGINE
 from shoal.cluster.inprocess import InProcessEngine
 from shoal.cluster.llm import LLM, params_list, prompt_list, token_id_tuple
 from shoal.cluster.wire import pack_output
@@ -275,10 +276,18 @@ def test_four_ranks_on_ray_give_the_bits_of_one_process(tmp_path: Path) -> None:
         max_num_batched_tokens=16,
         max_chunk_size=7,
         on_phase=lambda phase: phases.append(phase.name),
+        engine_factory=BUILD_PROFILED_ENGINE,
         **shape,
     ) as llm:
         outputs = llm.generate(prompts, params)
+        profiles = llm.step_profiles()
     assert not ray.is_initialized()
     assert phases == ["ray", "placement", "workers", "groups", "kernels", "weights", "ready"]
     assert [pack_output(output) for output in outputs] == [pack_output(output) for output in reference]
     assert len({tuple(ids) for ids in tokens(outputs)}) == 6
+    assert len(profiles) == 4
+    for profile in profiles:  # those that measure their steps say where the time went, leaders and followers alike
+        assert profile.num_steps >= 8
+        parts = ("attention", "indexer", "dense mlp", "experts", "dispatch", "combine", "logits", "collectives")
+        assert min(profile.seconds[phase] for phase in (*parts, "batch building")) > 0, profile
+    assert [profile.seconds["sampling"] > 0 for profile in profiles] == [True, False, True, False]

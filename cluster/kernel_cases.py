@@ -1,0 +1,479 @@
+"""What `shoal bench kernels` runs: every public op of the kernels on the sizes of a model. To add one, see `cases`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
+from shoal.kernels.dispatch import pack_segments, permute_tokens, unpack_segments
+from shoal.kernels.experts import combine_topk, experts_mlp, swiglu
+from shoal.kernels.indexer import index_scores, index_topk, topk_positions
+from shoal.kernels.linear import PackedWeight, batched_linear, linear, pack_weight
+from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from shoal.kernels.records import write_index_keys, write_latents
+from shoal.kernels.rope import apply_rope, cos_sin_table, inv_freq
+from shoal.kernels.router import route
+from shoal.runtime.sampler import Sampler, SamplingRow
+from shoal.runtime.types import SamplingParams
+
+BLOCK_SIZE = 64
+EPS = 1e-6
+ShapesName = Literal["tiny", "v3-test", "v3"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shapes:
+    """Sizes of one rank's part of a model, by their names in config.json, and of the batches that meet it."""
+
+    hidden_size: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    num_attention_heads: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    vocab_size: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    rows: tuple[int, ...]
+    """Tokens of a step, from one stream to a prompt."""
+    decode_batch: int
+    context: int
+    """Tokens of a sequence whose attention is dense."""
+    long_context: int
+    """Tokens of a sequence whose attention is sparse."""
+
+
+_V3 = Shapes(
+    hidden_size=7168,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    num_attention_heads=128,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    moe_intermediate_size=2048,
+    n_routed_experts=256,
+    num_local_experts=8,
+    num_experts_per_tok=8,
+    n_group=8,
+    topk_group=4,
+    vocab_size=129280,
+    index_n_heads=64,
+    index_head_dim=128,
+    index_topk=2048,
+    rows=(1, 16, 256),
+    decode_batch=16,
+    context=1024,
+    long_context=8192,
+)
+_V3_TEST = Shapes(
+    hidden_size=1024,
+    q_lora_rank=384,
+    kv_lora_rank=512,
+    num_attention_heads=16,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    moe_intermediate_size=512,
+    n_routed_experts=32,
+    num_local_experts=32,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    vocab_size=32000,
+    index_n_heads=16,
+    index_head_dim=128,
+    index_topk=256,
+    rows=(1, 16, 64, 2048),
+    decode_batch=16,
+    context=2048,
+    long_context=8192,
+)
+_TINY = Shapes(
+    hidden_size=96,
+    q_lora_rank=48,
+    kv_lora_rank=32,
+    num_attention_heads=4,
+    qk_nope_head_dim=24,
+    qk_rope_head_dim=16,
+    v_head_dim=24,
+    moe_intermediate_size=48,
+    n_routed_experts=16,
+    num_local_experts=16,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    vocab_size=320,
+    index_n_heads=16,
+    index_head_dim=32,
+    index_topk=8,
+    rows=(1, 9),
+    decode_batch=3,
+    context=80,
+    long_context=100,
+)
+SHAPES: dict[ShapesName, Shapes] = {"tiny": _TINY, "v3-test": _V3_TEST, "v3": _V3}
+"""A small model; the model that other engines are compared on; one rank of 32 of DeepSeek-V3."""
+
+
+class Inputs:
+    """Draws what a kernel is given; a new object draws the same again."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, generator=self._generator).to(dtype)
+
+    def weight(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
+        """[.., N, K], packed for the backend in force, so scaled that a product is about as large as its input."""
+        values = torch.randn(shape, generator=self._generator).div_(math.sqrt(shape[-1]))
+        return pack_weight(values.to(dtype))
+
+    def positions(self, count: int, limit: int) -> Tensor:
+        return torch.randint(limit, (count,), generator=self._generator)
+
+    def experts(self, tokens: int, num_experts: int, top_k: int) -> Tensor:
+        """[T, K] int64, different ones for each token."""
+        return torch.rand(tokens, num_experts, generator=self._generator).topk(top_k, dim=1).indices
+
+    def layout(self, sequences: int, length: int, context: int) -> PagedLayout:
+        """The last `length` tokens of contexts whose blocks lie anywhere among `num_slots` records."""
+        blocks = -(-context // BLOCK_SIZE)
+        order = torch.randperm(sequences * blocks, generator=self._generator)
+        return PagedLayout(
+            block_tables=order.to(torch.int32).view(sequences, blocks),
+            cu_seqlens_q=torch.arange(0, sequences * length + 1, length, dtype=torch.int32),
+            positions=torch.arange(context - length, context).repeat(sequences),
+            block_size=BLOCK_SIZE,
+        )
+
+    def selected(self, tokens: int, context: int, topk: int) -> Tensor:
+        """[T, topk] int32, ascending positions of the context."""
+        return self.experts(tokens, context, topk).sort(dim=1).values.to(torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One op on one set of sizes."""
+
+    op: str
+    sizes: str
+    make: Callable[[Inputs], tuple[Any, ...]]
+    """Arguments of the call, made for the backend in force."""
+    call: Callable[..., Any]
+    flops: float
+    num_bytes: float
+    """What must move at least: weights that are used and the inputs once, the outputs once (perhaps to a cache)."""
+    tolerance: float | None = None
+    """Largest `difference` from the reference; None: by the dtype of the output."""
+    has_reference: bool = True
+
+
+def num_slots(sequences: int, context: int) -> int:
+    return sequences * -(-context // BLOCK_SIZE) * BLOCK_SIZE
+
+
+def cases(s: Shapes) -> Iterator[Case]:
+    """Every public op of the kernels, and the sampler."""
+    h, inner, dl, dr = s.hidden_size, s.moe_intermediate_size, s.kv_lora_rank, s.qk_rope_head_dim
+    heads, top_k, hi, d = s.num_attention_heads, s.num_experts_per_tok, s.index_n_heads, s.index_head_dim
+    v_all, local, width = heads * s.v_head_dim, s.num_local_experts, dl + dr
+    for t in s.rows:
+        yield _linear(t, v_all, h)
+    yield _linear(s.decode_batch, h, s.vocab_size, out_dtype=torch.float32)
+    yield _linear(s.decode_batch, h, s.n_routed_experts, dtype=torch.float32)
+    for t in s.rows:
+        yield _batched_linear(t, heads, s.qk_nope_head_dim, dl)
+    for t in s.rows:
+        yield _experts_mlp(max(1, t * top_k * local // s.n_routed_experts), local, h, inner)
+    t = s.rows[-1]
+    yield Case("swiglu", f"{t} x {inner}", lambda r: (r.normal(t, 2 * inner),), swiglu, 4 * t * inner, 6 * t * inner)
+    yield Case(
+        "combine_topk",
+        f"{t} x {top_k} x {h}",
+        lambda r: (
+            r.normal(t * top_k, h),
+            torch.arange(t * top_k).view(t, top_k),
+            r.normal(t, top_k, dtype=torch.float32).abs(),
+        ),
+        combine_topk,
+        2 * t * top_k * h,
+        2 * t * top_k * h + 4 * t * h,
+    )
+    norm_weight = partial(Inputs.normal, dtype=torch.float32)
+    yield Case(
+        "rms_norm", f"{t} x {h}", lambda r: (r.normal(t, h), norm_weight(r, h), EPS), rms_norm, 4 * t * h, 4 * t * h
+    )
+    yield Case(
+        "add_rms_norm",
+        f"{t} x {h}",
+        lambda r: (r.normal(t, h), r.normal(t, h), norm_weight(r, h), EPS),
+        add_rms_norm,
+        5 * t * h,
+        8 * t * h,
+    )
+    yield Case(
+        "layer_norm",
+        f"{t} x {d}",
+        lambda r: (r.normal(t, d), norm_weight(r, d), norm_weight(r, d), EPS),
+        layer_norm,
+        7 * t * d,
+        4 * t * d,
+    )
+    yield Case(
+        "apply_rope",
+        f"{t} x {heads} x {dr}",
+        lambda r: (r.normal(t, heads, dr), cos_sin_table(inv_freq(dr, 10000.0), 4096), r.positions(t, 4096)),
+        partial(apply_rope, interleaved=True),
+        3 * t * heads * dr,
+        4 * t * heads * dr,
+    )
+    yield Case(
+        "route",
+        f"{t} x {s.n_routed_experts} -> {top_k}",
+        lambda r: (r.normal(t, s.n_routed_experts, dtype=torch.float32), torch.zeros(s.n_routed_experts)),
+        partial(
+            route,
+            n_group=s.n_group,
+            topk_group=s.topk_group,
+            top_k=top_k,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+        ),
+        8 * t * s.n_routed_experts,
+        4 * t * s.n_routed_experts + 12 * t * top_k,
+    )
+    b, context, long = s.decode_batch, s.context, s.long_context
+    scale = (s.qk_nope_head_dim + dr) ** -0.5
+    yield Case(
+        "mla_attention",
+        f"decode {b} x {context}",
+        lambda r: (
+            r.normal(b, heads, dl),
+            r.normal(b, heads, dr),
+            r.normal(num_slots(b, context), width),
+            r.layout(b, 1, context),
+            scale,
+        ),
+        mla_attention,
+        2 * b * context * heads * (width + dl),
+        2 * (b * context * width + b * heads * (width + dl)),
+    )
+    yield Case(
+        "mla_attention",
+        f"decode {b} x {s.index_topk} of {long}",
+        lambda r: (
+            r.normal(b, heads, dl),
+            r.normal(b, heads, dr),
+            r.normal(num_slots(b, long), width),
+            r.layout(b, 1, long),
+            scale,
+            r.selected(b, long, s.index_topk),
+        ),
+        lambda *args: mla_attention(*args[:5], selected=args[5]),
+        2 * b * s.index_topk * heads * (width + dl),
+        2 * (b * s.index_topk * width + b * heads * (width + dl)),
+    )
+    pairs = context * (context + 1) // 2
+    made = context * heads * dl * (s.qk_nope_head_dim + s.v_head_dim)
+    yield Case(
+        "mha_attention",
+        f"prefill {context}",
+        lambda r: (
+            r.normal(context, heads, s.qk_nope_head_dim + dr),
+            r.normal(num_slots(1, context), width),
+            r.layout(1, context, context),
+            r.weight(heads, s.qk_nope_head_dim, dl),
+            r.weight(heads, s.v_head_dim, dl),
+            scale,
+        ),
+        mha_attention,
+        2 * made + 2 * pairs * heads * (s.qk_nope_head_dim + dr + s.v_head_dim),
+        2 * context * (width + heads * (s.qk_nope_head_dim + dr + s.v_head_dim)),
+    )
+    rope_table = partial(cos_sin_table, inv_freq(dr, 10000.0), 4096)
+    yield Case(
+        "write_latents",
+        f"{t} x {width}",
+        lambda r: (
+            r.normal(t, width),
+            torch.arange(t),
+            r.normal(t, width),
+            norm_weight(r, dl),
+            EPS,
+            rope_table(),
+            r.positions(t, 4096),
+        ),
+        _written(partial(write_latents, interleaved=True)),
+        4 * t * width,
+        4 * t * width,
+    )
+    yield Case(
+        "write_index_keys",
+        f"{t} x {d}",
+        lambda r: (
+            r.normal(t, width + d),
+            torch.arange(t),
+            r.normal(t, d),
+            width,
+            (norm_weight(r, d), norm_weight(r, d)),
+            EPS,
+            rope_table(),
+            r.positions(t, 4096),
+        ),
+        _written(partial(write_index_keys, interleaved=False)),
+        7 * t * d,
+        4 * t * d,
+    )
+    yield Case(
+        "index_topk",
+        f"decode {b} x {long} -> {s.index_topk}",
+        lambda r: (
+            r.normal(b, hi, d),
+            r.normal(b, hi, dtype=torch.float32),
+            r.normal(num_slots(b, long), width + d),
+            width,
+            r.layout(b, 1, long),
+            s.index_topk,
+        ),
+        index_topk,
+        2 * b * long * hi * d,
+        2 * b * long * d,
+        tolerance=0.01,  # scores that are nearly equal may change places
+    )
+    yield Case(
+        "index_scores",
+        f"{b} x {long}",
+        lambda r: (r.normal(b, hi, d), r.normal(b, hi, dtype=torch.float32), r.normal(long, d)),
+        index_scores,
+        2 * b * long * hi * d,
+        2 * long * d + 4 * b * long,
+    )
+    yield Case(
+        "topk_positions",
+        f"{b} x {long} -> {s.index_topk}",
+        lambda r: (r.normal(b, long, dtype=torch.float32), torch.full((b,), long), s.index_topk),
+        topk_positions,
+        2 * b * long,
+        4 * b * (long + s.index_topk),
+    )
+    identity = torch.arange(s.n_routed_experts)
+    halves = (identity * 2 // s.n_routed_experts, identity % (s.n_routed_experts // 2))
+    moved = 2 * t * h * (1 + top_k)
+    yield Case(
+        "permute_tokens",
+        f"{t} x {top_k} x {h}",
+        lambda r: (r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), identity, s.n_routed_experts),
+        permute_tokens,
+        0,
+        moved,
+    )
+    yield Case(
+        "pack_segments",
+        f"{t} x {h} to 2 ranks",
+        lambda r: (r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), *halves, 2),
+        pack_segments,
+        0,
+        2 * t * h * 3,
+    )
+    yield Case(
+        "unpack_segments",
+        f"{t} x {h} from 2 ranks",
+        lambda r: _unpack_inputs(r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), halves),
+        unpack_segments,
+        0,
+        moved,
+    )
+    yield _sample("greedy", b, s.vocab_size, SamplingParams(temperature=0.0))
+    yield _sample("top-p", b, s.vocab_size, SamplingParams(top_p=0.9))
+
+
+def _linear(
+    rows: int, k: int, n: int, *, dtype: torch.dtype = torch.bfloat16, out_dtype: torch.dtype | None = None
+) -> Case:
+    size, out_size = dtype.itemsize, (out_dtype or dtype).itemsize
+    return Case(
+        "linear",
+        f"{rows} x {k} -> {n}" + (" fp32" if dtype == torch.float32 else ""),
+        lambda r: (r.normal(rows, k, dtype=dtype), r.weight(n, k, dtype=dtype)),
+        partial(linear, out_dtype=out_dtype),
+        2 * rows * k * n,
+        size * (n * k + rows * k) + out_size * rows * n,
+    )
+
+
+def _batched_linear(rows: int, batch: int, k: int, n: int) -> Case:
+    return Case(
+        "batched_linear",
+        f"{rows} x {batch} x {k} -> {n}",
+        lambda r: (r.normal(rows, batch, k), r.weight(batch, n, k)),
+        batched_linear,
+        2 * rows * batch * k * n,
+        2 * batch * (n * k + rows * (n + k)),
+    )
+
+
+def _experts_mlp(rows: int, experts: int, h: int, inner: int) -> Case:
+    return Case(
+        "experts_mlp",
+        f"{rows} rows on {experts} experts, {h} -> {inner}",
+        lambda r: (
+            r.normal(rows, h),
+            _even(rows, experts),
+            r.weight(experts, 2 * inner, h),
+            r.weight(experts, h, inner),
+        ),
+        experts_mlp,
+        6 * rows * h * inner,
+        2 * (min(rows, experts) * 3 * h * inner + 2 * rows * h),
+    )
+
+
+def _written(write: Callable[..., None]) -> Callable[..., Tensor]:
+    """A call that writes to its first argument, as one that returns it."""
+
+    def call(records: Tensor, *args: Any) -> Tensor:
+        write(records, *args)
+        return records
+
+    return call
+
+
+def _sample(name: str, rows: int, vocab_size: int, params: SamplingParams) -> Case:
+    row = SamplingRow(params=params, prompt_token_ids=(), output_token_ids=(), seed=0)
+    return Case(
+        "sample",
+        f"{name} {rows} x {vocab_size}",
+        lambda r: (r.normal(rows, vocab_size, dtype=torch.float32), [row] * rows),
+        Sampler(vocab_size).sample,
+        0,
+        4 * rows * vocab_size,
+        has_reference=False,
+    )
+
+
+def _even(rows: int, experts: int) -> Tensor:
+    """Rows of each expert, as even as can be: [experts] int64."""
+    return torch.tensor([rows // experts + (e < rows % experts) for e in range(experts)])
+
+
+def _unpack_inputs(x: Tensor, topk_idx: Tensor, halves: tuple[Tensor, Tensor]) -> tuple[list[Tensor], Tensor, int]:
+    """What a rank receives when both ranks send it what this one would."""
+    segments, _, _ = pack_segments(x, topk_idx, *halves, 2)
+    return [segments[0], segments[0]], x, len(halves[0]) // 2
