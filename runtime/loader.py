@@ -12,12 +12,12 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shoal.kernels.quant import dequantize_block_fp8
@@ -33,6 +33,8 @@ SCALE_SUFFIX = "_scale_inv"
 
 _BLOCK = 128
 _SAMPLE_BYTES = 4096
+_READ_BYTES = 16 << 20
+"""Read at a time of a matrix whose columns are cut."""
 _NUM_NAMED = 5
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {
@@ -53,11 +55,12 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies; `begin` and `end` count bytes from the start of the file's tensor data."""
+    """Where one tensor lies; `begin` and `end` count bytes from the start of the file's tensor data, `data_start`."""
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    data_start: int
     begin: int
     end: int
 
@@ -72,7 +75,7 @@ class Checkpoint:
 
     def __init__(self, model_dir: str | Path) -> None:
         self.model_dir = Path(model_dir)
-        self._open_files: dict[Path, Any] = {}
+        self._open_files: dict[Path, tuple[FileIO, dict[str, TensorEntry]]] = {}
         index = self.model_dir / INDEX_FILE
         if index.exists():
             self._entries = _read_shards(index)
@@ -190,6 +193,8 @@ class Checkpoint:
 
     def close(self) -> None:
         """Let go of the files; tensors already read stay valid."""
+        for file, _ in self._open_files.values():
+            file.close()
         self._open_files.clear()
 
     def __enter__(self) -> Checkpoint:
@@ -224,22 +229,56 @@ class Checkpoint:
             )
 
     def _copy(self, name: str, rows: slice | None, cols: slice | None, dtype: torch.dtype) -> Tensor:
-        """The slice in fresh memory, converted on the way."""
+        """The slice in fresh memory, converted on the way.
+
+        Read, not mapped: pages of a mapped file count as this process's memory until the file is closed, and one that
+        shrinks meanwhile would end the process.
+        """
         entry = self._entry(name)
         try:
-            stored = self._file(entry.path).get_slice(name)
-            if tuple(stored.get_shape()) != entry.shape or _DTYPES.get(stored.get_dtype()) is not entry.dtype:
-                raise ValueError(f"{entry.path}: {name} changed since the checkpoint was opened; start again")
-            part = stored[...] if rows is None else stored[rows] if cols is None else stored[rows, cols]
-        except (SafetensorError, OSError) as error:
+            file = self._file(entry, name)
+            if not entry.shape:
+                return _read(file, entry, 0, 1).view(()).to(dtype)
+            rows = rows or slice(0, entry.shape[0])
+            if cols is None or cols == slice(0, entry.shape[1]):
+                part = _read(file, entry, rows.start, rows.stop)
+                return part.to(dtype)
+            part = torch.empty(rows.stop - rows.start, cols.stop - cols.start, dtype=dtype)
+            step = max(1, _READ_BYTES // (entry.shape[1] * entry.dtype.itemsize))
+            for first in range(rows.start, rows.stop, step):
+                last = min(first + step, rows.stop)
+                part[first - rows.start : last - rows.start] = _read(file, entry, first, last)[:, cols]
+            return part
+        except OSError as error:
             raise ValueError(f"{entry.path}: {name} cannot be read ({error}); download the file again") from error
-        assert isinstance(part, Tensor)
-        return part.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
-    def _file(self, path: Path) -> Any:
-        if path not in self._open_files:
-            self._open_files[path] = safe_open(path, framework="pt", device="cpu")
-        return self._open_files[path]
+    def _file(self, entry: TensorEntry, name: str) -> FileIO:
+        """The open file, which must still hold what the header said."""
+        if entry.path not in self._open_files:
+            file = FileIO(entry.path)
+            try:
+                self._open_files[entry.path] = file, read_header(entry.path)
+            except ValueError as error:
+                raise ValueError(f"{entry.path}: {name} cannot be read ({error})") from error
+        file, header = self._open_files[entry.path]
+        if header.get(name) != entry:
+            raise ValueError(f"{entry.path}: {name} changed since the checkpoint was opened; start again")
+        return file
+
+
+def _read(file: FileIO, entry: TensorEntry, first: int, last: int) -> Tensor:
+    """Rows [first, last) of a tensor (0, 1 for a scalar), as stored; OSError when the file ends before."""
+    row_shape = entry.shape[1:]
+    row_bytes = math.prod(row_shape) * entry.dtype.itemsize
+    out = torch.empty(last - first, *row_shape, dtype=entry.dtype)
+    view = memoryview(out.flatten().view(torch.uint8).numpy().data)
+    file.seek(entry.data_start + entry.begin + first * row_bytes)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"the file ends {len(view)} bytes early")
+        view = view[count:]
+    return out
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -264,7 +303,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the safetensors header is not a JSON object; download the file again")
     header.pop("__metadata__", None)
-    entries = {name: _entry_from_header(path, name, value) for name, value in header.items()}
+    data_start = 8 + num_bytes
+    entries = {name: _entry_from_header(path, name, value, data_start) for name, value in header.items()}
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:
@@ -310,7 +350,7 @@ def _read_shards(index: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _entry_from_header(path: Path, name: str, value: object) -> TensorEntry:
+def _entry_from_header(path: Path, name: str, value: object, data_start: int) -> TensorEntry:
     """One tensor's header entry; its byte count must be what dtype and shape make it."""
     fields = value if isinstance(value, dict) else {}
     shape: Any = fields.get("shape")
@@ -324,7 +364,14 @@ def _entry_from_header(path: Path, name: str, value: object) -> TensorEntry:
         raise ValueError(
             f"{path}: {name} is {dtype} {shape} but has {offsets[1] - offsets[0]} bytes; download the file again"
         )
-    return TensorEntry(path=path, dtype=_DTYPES[dtype], shape=tuple(shape), begin=offsets[0], end=offsets[1])
+    return TensorEntry(
+        path=path,
+        dtype=_DTYPES[dtype],
+        shape=tuple(shape),
+        data_start=data_start,
+        begin=offsets[0],
+        end=offsets[1],
+    )
 
 
 def _is_sizes(value: Any) -> bool:

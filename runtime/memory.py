@@ -1,7 +1,9 @@
-"""How much memory a device has left."""
+"""How much memory a device has left, and giving some back."""
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from pathlib import Path
 
 import torch
@@ -26,3 +28,9 @@ def container_memory(cgroup: Path = CGROUP) -> float:
     if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
         return float("inf")
     return max(0, int(limit.read_text()) - int(used.read_text()))
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what the C library keeps after memory was freed; nothing where it cannot (no glibc)."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

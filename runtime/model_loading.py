@@ -16,7 +16,7 @@ from shoal.parallel.groups import ParallelGroups
 from .engine_config import EngineConfig
 from .kv_cache import KVCache, RecordSpec, bytes_per_block
 from .loader import Checkpoint
-from .memory import available_memory
+from .memory import available_memory, release_freed_memory
 from .model_runner import ModelRunner
 from .models.config import ModelConfig
 from .models.deepseek import DeepseekModel, expected_tensors, record_specs
@@ -60,6 +60,7 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
             f"({model_config.max_position_embeddings})"
         )
     model, fingerprint = _load_weights(model_dir, model_config, groups, dtype, wanted_len, on_phase)
+    release_freed_memory()  # tensors were unpacked one at a time, of all sizes
     num_blocks = _num_kv_blocks(config, groups, specs, dtype, wanted_len)
     max_model_len = min(wanted_len, num_blocks * config.block_size)
     if config.max_model_len is not None and max_model_len < wanted_len:

@@ -44,9 +44,10 @@ struct MoeBlock {
 
 namespace {
 
-// Intermediate results of one thread's steps; they grow to the largest step and stay.
+// Intermediate results of one thread's steps; they grow to the largest step and stay. The two halves of a layer use the
+// same memory.
 struct Scratch {
-  Buffer<char> x, a, q_latent, q, heads, absorbed, attended, index_k, index_q, rows, y, hidden, shared;
+  Buffer<char> x, large[3], a, q_latent, absorbed, attended, index_k, index_q;
   Buffer<float> wide, logits, weights;
   Buffer<int64_t> topk_idx, row_of, counts;
 };
@@ -94,7 +95,7 @@ class AttentionStep {
                    s_.threads(t * b_.q_lora_rank));
     if (!write_records(x, a + b_.q_lora_rank, width)) return kOutOfRange;
     const T* q = queries(q_latent);
-    T* heads = reserve<T>(memory_.heads, t * b_.num_heads * b_.v_head_dim);
+    T* heads = reserve<T>(memory_.large[1], t * b_.num_heads * b_.v_head_dim);
     if (first > 0 && !attend_per_head(q, heads)) return kOutOfRange;
     if (first < t) {
       if (b_.index_n_heads > 0 && !select(x + first * h, q_latent + first * b_.q_lora_rank, selected)) return kOutOfRange;
@@ -157,7 +158,7 @@ class AttentionStep {
 
   const T* queries(const T* q_latent) {
     const int64_t t = s_.num_tokens, head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim, n = b_.num_heads * head_dim;
-    T* q = reserve<T>(memory_.q, t * n);
+    T* q = reserve<T>(memory_.large[0], t * n);
     linear(q_latent, b_.q_lora_rank, b_.w_q_b, q, t, n, b_.q_lora_rank);
     rotate(q + b_.qk_nope_head_dim, t, s_.positions, b_.num_heads, head_dim, b_.rope_interleave);
     return q;
@@ -238,15 +239,15 @@ void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
   float* weights = memory.weights.reserve(pairs);
   T* x = reserve<T>(memory.x, t * h);
   moe_route(b, threads, t, attended, residual, new_residual, x, topk_idx, weights);
-  T *rows = reserve<T>(memory.rows, pairs * h), *y = reserve<T>(memory.y, pairs * h);
-  T* hidden = reserve<T>(memory.hidden, std::max(pairs * inner, t * b.shared_intermediate_size));
+  T *rows = reserve<T>(memory.large[0], pairs * h), *y = reserve<T>(memory.large[1], pairs * h);
+  T* hidden = reserve<T>(memory.large[2], std::max(pairs * inner, t * b.shared_intermediate_size));
   shoal_permute_tokens(reinterpret_cast<const char*>(x), row_bytes, row_bytes, topk_idx, t, top_k, b.slot_of, b.num_slots,
                        reinterpret_cast<char*>(rows), counts, row_of, threads(pairs * h));
   shoal_experts_mlp(b.dtype, rows, h, counts, b.num_slots, b.gate_up, b.down, hidden, y, h, inner,
                     threads(3 * pairs * inner * h));
   T* shared = nullptr;
   if (b.shared_intermediate_size > 0) {
-    shared = reserve<T>(memory.shared, t * h);
+    shared = reserve<T>(memory.a, t * h);
     shoal_experts_mlp(b.dtype, x, h, &t, 1, b.shared_gate_up, b.shared_down, hidden, shared, h, b.shared_intermediate_size,
                       threads(3 * t * b.shared_intermediate_size * h));
   }
