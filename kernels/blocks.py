@@ -14,12 +14,23 @@ from torch import Tensor
 
 from . import build
 from .attention import PagedArgs, PagedLayout, slot_error
+from .linear import PackedWeight
 
 
 class Threads(ctypes.Structure):
     """shoal::Threads: how many threads an operation gets, by its size."""
 
     _fields_ = (("count", c_int64), ("min_parallel_work", c_int64))
+
+
+class Weight(ctypes.Structure):
+    """shoal::Weight."""
+
+    _fields_ = (("data", c_void_p), ("format", c_int64))
+
+    @classmethod
+    def of(cls, weight: PackedWeight) -> Weight:
+        return cls(weight.data.data_ptr(), weight.format)
 
 
 class AttentionBlock(ctypes.Structure):
@@ -30,10 +41,10 @@ class AttentionBlock(ctypes.Structure):
         *((name, c_int64) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
         *((name, c_int64) for name in ("rope_interleave", "rope_rows")),
         *((name, c_void_p) for name in ("input_norm", "q_a_norm", "kv_a_norm", "rope_table")),
-        *((name, c_void_p) for name in ("w_a", "w_q_b", "w_uk", "w_uk_absorbed", "w_uv", "w_o")),
+        *((name, Weight) for name in ("w_a", "w_q_b", "w_uk", "w_uk_absorbed", "w_uv", "w_o")),
         *((name, c_int64) for name in ("index_n_heads", "index_head_dim", "index_topk", "index_rope_interleave")),
-        *((name, c_void_p) for name in ("index_wq_b", "index_wk", "index_k_norm", "index_k_norm_bias")),
-        ("index_weights_proj", c_void_p),
+        *((name, Weight) for name in ("index_wq_b", "index_wk")),
+        *((name, c_void_p) for name in ("index_k_norm", "index_k_norm_bias", "index_weights_proj")),
         *((name, c_float) for name in ("index_weight_scale", "rms_norm_eps", "latent_norm_eps", "scale")),
     )
 
@@ -49,7 +60,7 @@ class MoeBlock(ctypes.Structure):
         *((name, c_int64) for name in ("n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")),
         ("shared_intermediate_size", c_int64),
         *((name, c_void_p) for name in ("post_attention_norm", "gate", "bias", "slot_of")),
-        *((name, c_void_p) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
+        *((name, Weight) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
         *((name, c_float) for name in ("rms_norm_eps", "routed_scaling_factor")),
     )
 

@@ -12,7 +12,17 @@ from .linear import DTYPE_CODES, PackedWeight, check_input
 from .registry import implementation, register
 
 _SWIGLU = ("shoal_swiglu", c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3)
-_EXPERTS = ("shoal_experts_mlp", c_int64, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3)
+_EXPERTS = (
+    "shoal_experts_mlp",
+    c_int64,
+    c_void_p,
+    c_int64,
+    c_void_p,
+    c_int64,
+    *[c_void_p, c_int64] * 2,
+    *[c_void_p] * 2,
+    *[c_int64] * 3,
+)
 _COMBINE = ("shoal_combine_topk", *[c_int64] * 2, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4)
 
 
@@ -97,7 +107,9 @@ def _experts_mlp_cpu(x: Tensor, counts: Tensor, gate_up: PackedWeight, down: Pac
         counts.data_ptr(),
         gate_up.num_matrices,
         gate_up.data.data_ptr(),
+        gate_up.format,
         down.data.data_ptr(),
+        down.format,
         hidden.data_ptr(),
         y.data_ptr(),
         h,

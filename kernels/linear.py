@@ -4,6 +4,9 @@ Contract: y[i, j] is one fp32 chain over k ascending, `acc = fma(x[i, k], w[j, k
 widened to fp32 (exact), and one rounding to the output dtype (to nearest, ties to even). So neither the number of rows
 or columns, nor a split of the output, nor the number of threads changes a bit. The reference backend keeps the same
 dtypes and roundings in torch, in whatever order torch sums.
+
+A weight in FP8 with block scales stays in 8 bits and gives the bits of the weight that is dequantised first: a panel is
+dequantised when it is used, each element rounded once to the input's dtype.
 """
 
 from __future__ import annotations
@@ -16,20 +19,24 @@ import torch
 from torch import Tensor
 
 from .build import c_function, num_threads
+from .quant import BLOCK, BlockFP8Weight
 from .registry import Backend, current_backend, implementation, register
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+FP8_CODE = 2
 PANEL = 16
 
 _PACK = ("shoal_pack_weight", c_int64, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4)
-_LINEAR = ("shoal_linear", c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 7)
+_PACK_FP8 = ("shoal_pack_fp8", c_int64, *[c_void_p] * 3, *[c_int64] * 3)
+_LINEAR = ("shoal_linear", *[c_int64] * 2, c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p, *[c_int64] * 7)
 
 
 @dataclass(frozen=True)
 class PackedWeight:
     """`num_matrices` weights [out_features, in_features] in the layout that `backend` multiplies by.
 
-    cpu: [num_matrices, ceil(N / 16), ceil(K / width), 16, width], width 1 for fp32 and 2 for bf16, padded with zeros.
+    cpu: [num_matrices, ceil(N / 16), ceil(K / width), 16, width], width 1 for fp32 and 2 for bf16, padded with zeros;
+    in FP8 [num_matrices, ceil(N / 16), bytes of a panel] uint8, as kernels/cpu/fp8.h says.
     reference: [num_matrices, N, K].
     """
 
@@ -38,33 +45,55 @@ class PackedWeight:
     out_features: int
     in_features: int
     dtype: torch.dtype
+    """Of the inputs it is multiplied with."""
     backend: Backend
+    is_fp8: bool = False
+
+    @property
+    def format(self) -> int:
+        """The compiled kernels' code of what `data` holds."""
+        return FP8_CODE if self.is_fp8 else DTYPE_CODES[self.dtype]
 
 
-def pack_weight(w: Tensor) -> PackedWeight:
-    """Pack a weight [N, K] or weights [B, N, K] (fp32 or bf16, any strides) for the backend in force."""
+def pack_weight(w: Tensor | BlockFP8Weight, *, dtype: torch.dtype | None = None) -> PackedWeight:
+    """Pack a weight [N, K] or weights [B, N, K] (fp32 or bf16, any strides) for the backend in force.
+
+    Or one in FP8, which then is for inputs in `dtype`.
+    """
+    backend = current_backend()
+    if isinstance(w, BlockFP8Weight):
+        assert dtype in DTYPE_CODES, "an FP8 weight needs the dtype of its inputs"
+        if backend == "cpu":
+            return _pack_fp8_cpu(w, dtype)
+        w = w.dequantize(dtype)
     if w.dim() not in (2, 3) or w.dtype not in DTYPE_CODES:
         raise ValueError(
             f"a weight must be [N, K] or [B, N, K] in float32 or bfloat16, got {list(w.shape)} in {w.dtype}: "
             "convert it first"
         )
     stacked = w if w.dim() == 3 else w.unsqueeze(0)
-    backend = current_backend()
     data: Tensor = implementation("pack_weight", backend)(stacked)
     batch, n, k = stacked.shape
     return PackedWeight(data, batch, n, k, w.dtype, backend)
 
 
-def pack_each(weights: Iterable[Tensor], num_matrices: int, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight:
-    """`pack_weight` of `num_matrices` weights [N, K] = `shape`, stacked, but taking them one at a time.
+def pack_each(
+    weights: Iterable[PackedWeight], num_matrices: int, shape: tuple[int, int], dtype: torch.dtype
+) -> PackedWeight:
+    """`num_matrices` packed weights [N, K] = `shape` for inputs in `dtype`, stacked, but taking them one at a time.
 
-    With a generator no more than one of them exists unpacked; `num_matrices` may be 0.
+    With a generator no more than one of them exists apart; `num_matrices` may be 0. ValueError unless all are in FP8 or
+    none.
     """
-    empty = pack_weight(torch.empty(0, *shape, dtype=dtype))
-    data = empty.data.new_empty(num_matrices, *empty.data.shape[1:])
+    stacked: PackedWeight | None = None
     for index, weight in enumerate(weights):
-        data[index] = pack_weight(weight).data[0]
-    return replace(empty, data=data, num_matrices=num_matrices)
+        if stacked is None:
+            data = weight.data.new_empty(num_matrices, *weight.data.shape[1:])
+            stacked = replace(weight, data=data, num_matrices=num_matrices)
+        if (weight.out_features, weight.in_features) != shape or weight.is_fp8 != stacked.is_fp8:
+            raise ValueError("the weights of a layer's experts must have one shape and be all in FP8 or none")
+        stacked.data[index] = weight.data[0]
+    return stacked or pack_weight(torch.empty(0, *shape, dtype=dtype))
 
 
 def linear(x: Tensor, w: PackedWeight, *, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -119,6 +148,17 @@ def _pack_weight_cpu(w: Tensor) -> Tensor:
     return data
 
 
+def _pack_fp8_cpu(w: BlockFP8Weight, dtype: torch.dtype) -> PackedWeight:
+    (n, k), width = w.values.shape, 2 if dtype == torch.bfloat16 else 1
+    values, scales = w.values.contiguous(), w.scales.contiguous()
+    panel_bytes = PANEL * (-(-k // width) * width + 4 * -(-k // BLOCK))
+    data = torch.empty(1, -(-n // PANEL), panel_bytes, dtype=torch.uint8)
+    c_function(*_PACK_FP8)(
+        DTYPE_CODES[dtype], values.data_ptr(), scales.data_ptr(), data.data_ptr(), n, k, num_threads(values.numel())
+    )
+    return PackedWeight(data, 1, n, k, dtype, "cpu", is_fp8=True)
+
+
 @register("linear", "cpu")
 def _linear_cpu(x: Tensor, w: PackedWeight, out_dtype: torch.dtype) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, w.in_features)
@@ -147,6 +187,7 @@ def _multiply(x: Tensor, x_strides: tuple[int, int], w: PackedWeight, y: Tensor,
         x.data_ptr(),
         *x_strides,
         w.data.data_ptr(),
+        w.format,
         y.data_ptr(),
         *y_strides,
         w.num_matrices,

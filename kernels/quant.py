@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,32 +12,57 @@ BLOCK = 128
 FP8_MAX = 448.0
 
 
-def dequantize_block_fp8(w: Tensor, scale_inv: Tensor, dtype: torch.dtype, *, row_offset: int = 0) -> Tensor:
-    """w[n, k] * scale_inv[(row_offset + n) // 128, k // 128] in fp32 (one rounding), then one rounding to `dtype`.
+@dataclass(frozen=True)
+class BlockFP8Weight:
+    """W[n, k] = values[n, k] * scales[n, k // 128].
 
-    w: [N, K] float8_e4m3fn, rows row_offset .. row_offset + N of the full matrix. scale_inv: [ceil(N' / 128),
-    ceil(K / 128)] float32 of the full matrix of N' rows; neither dimension need be a multiple of 128.
+    Each row has its own copy of its blocks' scales, so rows may be cut and put together anywhere.
     """
-    if w.dtype != torch.float8_e4m3fn or scale_inv.dtype != torch.float32 or w.dim() != 2 or scale_inv.dim() != 2:
-        raise ValueError(
-            f"an FP8 weight is float8_e4m3fn with float32 scales, both 2-D; got {w.dtype}, {scale_inv.dtype}"
-        )
-    rows, columns = w.shape
-    needed = (-(-(row_offset + rows) // BLOCK), -(-columns // BLOCK))
-    if row_offset < 0 or scale_inv.shape[0] < needed[0] or scale_inv.shape[1] != needed[1]:
-        raise ValueError(
-            f"rows {row_offset}..{row_offset + rows} x {columns} columns of an FP8 weight need scales of at least "
-            f"{list(needed)}, got {list(scale_inv.shape)}: is the block size 128 x 128?"
-        )
-    out = torch.empty(rows, columns, dtype=dtype, device=w.device)
-    begin = 0
-    while begin < rows:
-        block = (row_offset + begin) // BLOCK
-        end = min(rows, (block + 1) * BLOCK - row_offset)
-        scale = scale_inv[block].repeat_interleave(BLOCK)[:columns]
-        out[begin:end] = (w[begin:end].float() * scale).to(dtype)
-        begin = end
-    return out
+
+    values: Tensor
+    """[N, K] float8_e4m3fn without NaN."""
+    scales: Tensor
+    """[N, ceil(K / 128)] float32."""
+
+    @classmethod
+    def of_rows(cls, values: Tensor, scale_inv: Tensor, *, row_offset: int = 0) -> BlockFP8Weight:
+        """Rows row_offset .. row_offset + N of a matrix of N' rows whose scales are scale_inv.
+
+        values: [N, K] float8_e4m3fn. scale_inv: [ceil(N' / 128), ceil(K / 128)] float32; neither dimension need be a
+        multiple of 128.
+        """
+        if values.dtype != torch.float8_e4m3fn or scale_inv.dtype != torch.float32:
+            raise ValueError(
+                f"an FP8 weight is float8_e4m3fn with float32 scales, got {values.dtype}, {scale_inv.dtype}"
+            )
+        if values.dim() != 2 or scale_inv.dim() != 2:
+            raise ValueError("an FP8 weight and its scales are both 2-D")
+        rows, columns = values.shape
+        needed = (-(-(row_offset + rows) // BLOCK), -(-columns // BLOCK))
+        if row_offset < 0 or scale_inv.shape[0] < needed[0] or scale_inv.shape[1] != needed[1]:
+            raise ValueError(
+                f"rows {row_offset}..{row_offset + rows} x {columns} columns of an FP8 weight need scales of at least "
+                f"{list(needed)}, got {list(scale_inv.shape)}: is the block size 128 x 128?"
+            )
+        blocks = torch.arange(row_offset, row_offset + rows, device=scale_inv.device) // BLOCK
+        return cls(values, scale_inv[blocks])
+
+    @classmethod
+    def cat(cls, parts: Sequence[BlockFP8Weight]) -> BlockFP8Weight:
+        """One matrix over the other."""
+        # as bytes: not every version of torch puts FP8 tensors together
+        values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+        return cls(values, torch.cat([part.scales for part in parts]))
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[N, K] in `dtype`: each product in fp32 (one rounding), then one rounding to `dtype`."""
+        rows, columns = self.values.shape
+        out = torch.empty(rows, columns, dtype=dtype, device=self.values.device)
+        for begin in range(0, rows, BLOCK):  # so that little of it exists in fp32
+            part = slice(begin, begin + BLOCK)
+            scales = self.scales[part].repeat_interleave(BLOCK, dim=1)[:, :columns]
+            out[part] = (self.values[part].float() * scales).to(dtype)
+        return out
 
 
 def quantize_block_fp8(w: Tensor) -> tuple[Tensor, Tensor]:

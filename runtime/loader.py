@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.kernels.quant import dequantize_block_fp8
+from shoal.kernels.quant import BlockFP8Weight
 
 from .models.config import ModelConfig
 
@@ -115,22 +115,32 @@ class Checkpoint:
         col_range = _range(name, "cols", cols, entry.shape, 1)
         if entry.dtype is not torch.float8_e4m3fn:
             return self._copy(name, row_range, col_range, dtype or entry.dtype)
-        self._check_scale(name)
-        assert row_range is not None
-        assert col_range is not None
         # Scales start at block boundaries: columns are widened to one and cut after dequantising.
-        first_row, first_col = row_range.start // _BLOCK, col_range.start // _BLOCK
-        wide_cols = slice(first_col * _BLOCK, col_range.stop)
-        weight = self._copy(name, row_range, wide_cols, torch.float8_e4m3fn)
+        assert col_range is not None
+        first_col = col_range.start // _BLOCK * _BLOCK
+        weight = self._copy_fp8(name, row_range, slice(first_col, col_range.stop))
+        values = weight.dequantize(dtype or torch.bfloat16)
+        return values[:, col_range.start - first_col :].contiguous()
+
+    def read_fp8(self, name: str, *, rows: slice | None = None) -> BlockFP8Weight:
+        """Rows of an FP8 matrix as they are stored, with their scales; `dtype(name)` says whether it is one."""
+        return self._copy_fp8(name, _range(name, "rows", rows, self.shape(name), 0), slice(0, self.shape(name)[1]))
+
+    def _copy_fp8(self, name: str, rows: slice | None, cols: slice) -> BlockFP8Weight:
+        """`cols` start at a block boundary."""
+        self._check_scale(name)
+        assert rows is not None
+        first = rows.start // _BLOCK
         scale_inv = self._copy(
             name + SCALE_SUFFIX,
-            slice(first_row, math.ceil(row_range.stop / _BLOCK)),
-            slice(first_col, math.ceil(col_range.stop / _BLOCK)),
+            slice(first, math.ceil(rows.stop / _BLOCK)),
+            slice(cols.start // _BLOCK, math.ceil(cols.stop / _BLOCK)),
             torch.float32,
         )
-        row_offset = row_range.start - first_row * _BLOCK
-        values = dequantize_block_fp8(weight, scale_inv, dtype or torch.bfloat16, row_offset=row_offset)
-        return values[:, col_range.start - wide_cols.start :].contiguous()
+        values = self._copy(name, rows, cols, torch.float8_e4m3fn)
+        if bool((values.view(torch.uint8) & 0x7F == 0x7F).any()):
+            raise ValueError(f"{self._entry(name).path}: {name} contains NaN; download the file again")
+        return BlockFP8Weight.of_rows(values, scale_inv, row_offset=rows.start - first * _BLOCK)
 
     def check_names(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
         """Refuse a checkpoint that lacks a tensor of `expected` or has it in another shape; reads no weights.

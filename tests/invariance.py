@@ -43,13 +43,19 @@ class Point:
         return self.tp * self.dp
 
 
+def compute_dtype(dtype: str) -> str:
+    """ "fp8" is the weights' dtype."""
+    return "bfloat16" if dtype == "fp8" else dtype
+
+
 def make_model(directory: Path, model_type: str, dtype: str) -> Path:
     """Four heads, so that tp 4 divides them; `index_topk` is 8, so that every row but the shortest crosses it."""
     overrides = {"num_attention_heads": 4, "num_key_value_heads": 4}
     if model_type == "glm_moe_dsa":
         overrides |= {"indexer_types": ["full", "shared", "full"], "num_hidden_layers": 3}  # type: ignore[dict-item]
     path = directory / f"{model_type}-{dtype}"
-    make_checkpoint(path, model_type, seed=11, dtype=getattr(torch, dtype), overrides=overrides)
+    torch_dtype = getattr(torch, compute_dtype(dtype))
+    make_checkpoint(path, model_type, seed=11, dtype=torch_dtype, overrides=overrides, fp8=dtype == "fp8")
     return path
 
 
@@ -152,7 +158,7 @@ def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups)
     previous = torch.get_num_threads()
     torch.set_num_threads(point.threads)
     try:
-        config = EngineConfig(**{**BASE_ENGINE, "dtype": dtype, **point.engine})
+        config = EngineConfig(**{**BASE_ENGINE, "dtype": compute_dtype(dtype), **point.engine})
         merged: dict[int, tuple[Any, ...]] = {}
         for replica in range(point.replicas):
             engine = Engine(model_dir, config, groups)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from shoal.kernels.registry import use_backend
 from shoal.parallel.groups import single_process_groups
 from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
+from shoal.runtime.loader import SCALE_SUFFIX, Checkpoint
 from shoal.runtime.model_loading import check_layout
 from shoal.runtime.models.config import ModelConfig
 from tests.invariance import Point, make_model, run_point, run_points_on_rank
@@ -19,6 +23,7 @@ from tests.tables import write_or_compare
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "invariance.md"
 MODELS = [(m, d) for m in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa") for d in ("float32", "bfloat16")]
+MODELS.append(("deepseek_v32", "fp8"))
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "one after another": {"order": "alone"},
@@ -58,7 +63,8 @@ HEAD = """# What gives the same bits
 
 `tests/test_invariance_matrix.py` runs the same seven rows (prompts of 1 to 70 tokens; greedy and seeded sampling,
 penalties, `n = 2`, log-probabilities of outputs and of a prompt) in each of these ways and compares every token id and
-every log-probability with those of one worker with one thread. `make docs` writes this table.
+every log-probability with those of one worker with one thread. fp8: weights in FP8, computed in bfloat16.
+`make docs` writes this table.
 
 same: all bits equal. -: not run with this model.
 """
@@ -118,6 +124,23 @@ def test_the_rows_differ_from_each_other_and_between_models(tmp_path: Path) -> N
     second = reference(make_model(tmp_path, "deepseek_v32", "bfloat16"), "bfloat16")
     assert len({row[0][1] for row in first.values()}) == len(first)
     assert differing(first, second)
+
+
+def test_weights_in_fp8_answer_like_the_dequantised_ones(tmp_path: Path) -> None:
+    path = make_model(tmp_path, "deepseek_v32", "fp8")
+    expected = reference(path, "fp8")
+    with Checkpoint(path) as checkpoint:
+        names = [name for name in checkpoint.names if not name.endswith(SCALE_SUFFIX)]
+        assert any(checkpoint.dtype(name) is torch.float8_e4m3fn for name in names)
+        tensors = {
+            name: checkpoint.read(name, dtype=None if checkpoint.dtype(name) is torch.float32 else torch.bfloat16)
+            for name in names
+        }
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert differing(reference(path, "bfloat16"), expected) == []
 
 
 def test_what_cannot_keep_the_contract_is_refused(tmp_path: Path) -> None:

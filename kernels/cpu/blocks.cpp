@@ -13,14 +13,20 @@ struct Threads {
   int64_t operator()(int64_t work) const { return work >= min_parallel_work ? count : 1; }
 };
 
+// A packed weight and the code of its format.
+struct Weight {
+  const void* data;
+  int64_t format;
+};
+
 // What one layer's attention needs and what stays the same from step to step.
 struct AttentionBlock {
   int64_t dtype, hidden_size, num_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim;
   int64_t rope_interleave, rope_rows;
   const float *input_norm, *q_a_norm, *kv_a_norm, *rope_table;
-  const void *w_a, *w_q_b, *w_uk, *w_uk_absorbed, *w_uv, *w_o;  // w_a: q_a over kv_a
+  Weight w_a, w_q_b, w_uk, w_uk_absorbed, w_uv, w_o;  // w_a: q_a over kv_a; uk and uv are of `dtype`
   int64_t index_n_heads, index_head_dim, index_topk, index_rope_interleave;  // no heads: no indexer
-  const void *index_wq_b, *index_wk;
+  Weight index_wq_b, index_wk;
   const float *index_k_norm, *index_k_norm_bias, *index_weights_proj;
   float index_weight_scale, rms_norm_eps, latent_norm_eps, scale;
 };
@@ -38,7 +44,7 @@ struct MoeBlock {
       norm_topk_prob, shared_intermediate_size;  // 0: no shared expert
   const float *post_attention_norm, *gate, *bias;
   const int64_t* slot_of;
-  const void *gate_up, *down, *shared_gate_up, *shared_down;
+  Weight gate_up, down, shared_gate_up, shared_down;
   float rms_norm_eps, routed_scaling_factor;
 };
 
@@ -121,14 +127,14 @@ class AttentionStep {
     return x;
   }
 
-  void linear(const T* x, int64_t x_row, const void* w, T* out, int64_t m, int64_t n, int64_t k) const {
-    shoal_linear(b_.dtype, b_.dtype, x, 0, x_row, w, out, 0, n, 1, m, n, k, s_.threads(m * n * k));
+  void linear(const T* x, int64_t x_row, Weight w, T* out, int64_t m, int64_t n, int64_t k) const {
+    shoal_linear(b_.dtype, b_.dtype, x, 0, x_row, w.data, w.format, out, 0, n, 1, m, n, k, s_.threads(m * n * k));
   }
 
   // y[:, b] = x[:, b] w[b] for all heads b; x's rows are `x_head` apart.
-  void batched_linear(const T* x, int64_t x_head, const void* w, T* out, int64_t m, int64_t n, int64_t k) const {
+  void batched_linear(const T* x, int64_t x_head, Weight w, T* out, int64_t m, int64_t n, int64_t k) const {
     const int64_t heads = b_.num_heads;
-    shoal_linear(b_.dtype, b_.dtype, x, x_head, heads * x_head, w, out, n, heads * n, heads, m, n, k,
+    shoal_linear(b_.dtype, b_.dtype, x, x_head, heads * x_head, w.data, w.format, out, n, heads * n, heads, m, n, k,
                  s_.threads(heads * m * n * k));
   }
 
@@ -167,7 +173,7 @@ class AttentionStep {
   bool attend_per_head(const T* q, T* heads) const {
     int64_t status = kOk;
     const int64_t head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim, tokens = s_.num_per_head_tokens;
-    shoal_mha_attention(b_.dtype, q, b_.num_heads * head_dim, head_dim, &per_head_, b_.w_uk, b_.w_uv, b_.num_heads,
+    shoal_mha_attention(b_.dtype, q, b_.num_heads * head_dim, head_dim, &per_head_, b_.w_uk.data, b_.w_uv.data, b_.num_heads,
                         b_.kv_lora_rank, b_.qk_nope_head_dim, b_.qk_rope_head_dim, b_.v_head_dim, b_.scale, heads,
                         s_.threads(64 * tokens * b_.num_heads * head_dim), &status);
     return status == kOk;
@@ -195,7 +201,7 @@ class AttentionStep {
     rotate(q, tokens, absorbed_.positions, heads, dim, b_.index_rope_interleave);
     float* weights = memory_.weights.reserve(tokens * heads);
     const float* wide = widen(x, tokens * b_.hidden_size, memory_.wide);
-    shoal_linear(kFloat32, kFloat32, wide, 0, b_.hidden_size, b_.index_weights_proj, weights, 0, heads, 1, tokens, heads,
+    shoal_linear(kFloat32, kFloat32, wide, 0, b_.hidden_size, b_.index_weights_proj, kFloat32, weights, 0, heads, 1, tokens, heads,
                  b_.hidden_size, s_.threads(tokens * heads * b_.hidden_size));
     for (int64_t i = 0; i < tokens * heads; ++i) weights[i] *= b_.index_weight_scale;
     shoal_index_topk(b_.dtype, q, heads * dim, dim, weights, tokens, heads, dim, &absorbed_,
@@ -221,7 +227,7 @@ void moe_route(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
   shoal_add_rms_norm(b.dtype, b.dtype, attended, h, residual, t, h, b.post_attention_norm, b.rms_norm_eps, x, new_residual,
                      threads(t * h));
   float* logits = memory.logits.reserve(t * experts);
-  shoal_linear(kFloat32, kFloat32, widen(x, t * h, memory.wide), 0, h, b.gate, logits, 0, experts, 1, t, experts, h,
+  shoal_linear(kFloat32, kFloat32, widen(x, t * h, memory.wide), 0, h, b.gate, kFloat32, logits, 0, experts, 1, t, experts, h,
                threads(t * experts * h));
   shoal_route(logits, t, experts, b.bias, b.n_group, b.topk_group, b.num_experts_per_tok, b.norm_topk_prob,
               b.routed_scaling_factor, topk_idx, topk_weights, threads(t * experts * (b.num_experts_per_tok + 16)));
@@ -243,12 +249,13 @@ void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
   T* hidden = reserve<T>(memory.large[2], std::max(pairs * inner, t * b.shared_intermediate_size));
   shoal_permute_tokens(reinterpret_cast<const char*>(x), row_bytes, row_bytes, topk_idx, t, top_k, b.slot_of, b.num_slots,
                        reinterpret_cast<char*>(rows), counts, row_of, threads(pairs * h));
-  shoal_experts_mlp(b.dtype, rows, h, counts, b.num_slots, b.gate_up, b.down, hidden, y, h, inner,
+  shoal_experts_mlp(b.dtype, rows, h, counts, b.num_slots, b.gate_up.data, b.gate_up.format, b.down.data, b.down.format, hidden, y, h, inner,
                     threads(3 * pairs * inner * h));
   T* shared = nullptr;
   if (b.shared_intermediate_size > 0) {
     shared = reserve<T>(memory.a, t * h);
-    shoal_experts_mlp(b.dtype, x, h, &t, 1, b.shared_gate_up, b.shared_down, hidden, shared, h, b.shared_intermediate_size,
+    shoal_experts_mlp(b.dtype, x, h, &t, 1, b.shared_gate_up.data, b.shared_gate_up.format, b.shared_down.data,
+                      b.shared_down.format, hidden, shared, h, b.shared_intermediate_size,
                       threads(3 * t * b.shared_intermediate_size * h));
   }
   shoal_combine_topk(b.dtype, b.dtype, y, h, row_of, weights, shared, out, t, top_k, h, threads(top_k * t * h));

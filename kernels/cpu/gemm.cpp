@@ -1,6 +1,6 @@
 // Linear layers, experts and the weighted sum of their outputs. The order of operations is gemm.h's; everything here
 // only decides which thread computes which elements.
-#include "gemm.h"
+#include "fp8.h"
 #include "ops.h"
 
 #include <algorithm>
@@ -10,6 +10,26 @@ namespace shoal {
 namespace {
 
 constexpr int64_t kRowBlock = 64;
+constexpr int64_t kFp8RowBlock = 256;  // a panel is dequantised once for so many rows
+
+// A packed matrix [n, k] for products in T: panels of T, or of e4m3 with scales.
+template <typename T>
+struct Matrix {
+  const char* data;
+  bool is_fp8;
+  int64_t n, k;
+
+  int64_t panel_bytes() const { return is_fp8 ? fp8_panel_bytes<T>(k) : panel_size<T>(k) * int64_t(sizeof(T)); }
+  const char* panel(int64_t p) const { return data + p * panel_bytes(); }
+  // Matrix i of several that follow each other.
+  Matrix at(int64_t i) const { return {data + i * num_panels(n) * panel_bytes(), is_fp8, n, k}; }
+  int64_t row_block() const { return is_fp8 ? kFp8RowBlock : kRowBlock; }
+};
+
+template <typename T>
+Matrix<T> matrix(const void* data, int64_t format, int64_t n, int64_t k) {
+  return {static_cast<const char*>(data), format == kFp8, n, k};
+}
 
 // Panels per task: a multiple of the register tile that `rows` rows use.
 int64_t panels_per_task(int64_t rows) { return rows > kMaxRows ? 6 : 2 * max_panels(int(rows)); }
@@ -38,13 +58,32 @@ struct RowBlock {
   }
 };
 
+// Parts of the panels are dequantised into the cache, one after another along the chains.
+template <typename T>
+void multiply_fp8(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_t first_panel, int64_t count, float* tile) {
+  const int64_t part = rows <= kMaxRows ? kScaleTerms : 4 * kScaleTerms, stride = panel_size<T>(part);
+  static thread_local Buffer<T> buffer;
+  T* panels = buffer.reserve(count * stride);
+  for (int64_t begin = 0; begin < w.k; begin += part) {
+    const int64_t end = std::min(w.k, begin + part);
+    // The next part of these panels, or the first one of those that follow.
+    const int64_t ahead = end < w.k ? part * kPanel : count * w.panel_bytes() - begin * kPanel;
+    for (int64_t p = 0; p < count; ++p)
+      dequantize_panel(reinterpret_cast<const uint8_t*>(w.panel(first_panel + p)), w.k, begin, end, ahead,
+                       panels + p * stride);
+    gemm_panels<T>(a.data + begin, a.stride, rows, {panels, count, stride}, end - begin, tile, count * kPanel, begin > 0);
+  }
+}
+
 // One tile of a product: rows of an input block times `count` panels.
 template <typename T>
-void multiply(const RowBlock<T>& a, int64_t rows, const T* w, int64_t first_panel, int64_t count, int64_t k,
+void multiply(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_t first_panel, int64_t count,
               std::vector<float>& tile) {
   tile.resize(size_t(rows * count * kPanel));
-  gemm_panels<T>(a.data, a.stride, rows, {w + first_panel * panel_size<T>(k), count, panel_size<T>(k)}, k, tile.data(),
-                 count * kPanel, false, Source::kMemory);
+  if (w.is_fp8) return multiply_fp8(a, rows, w, first_panel, count, tile.data());
+  const T* panels = reinterpret_cast<const T*>(w.panel(first_panel));
+  gemm_panels<T>(a.data, a.stride, rows, {panels, count, panel_size<T>(w.k)}, w.k, tile.data(), count * kPanel, false,
+                 Source::kMemory);
 }
 
 template <typename Out>
@@ -67,9 +106,9 @@ void pack_weight(const T* w, int64_t batch_stride, int64_t stride, T* out, int64
 
 // out[b][i][j] = x[b][i] . w[b][j]; strides in elements, the last dimensions contiguous.
 template <typename T, typename Out>
-void linear(const T* x, int64_t x_batch, int64_t x_row, const T* w, Out* out, int64_t out_batch, int64_t out_row,
-            int64_t batch, int64_t m, int64_t n, int64_t k, int threads) {
-  const int64_t panels = num_panels(n), row_blocks = (m + kRowBlock - 1) / kRowBlock;
+void linear(const T* x, int64_t x_batch, int64_t x_row, const Matrix<T>& w, Out* out, int64_t out_batch,
+            int64_t out_row, int64_t batch, int64_t m, int threads) {
+  const int64_t n = w.n, block = w.row_block(), panels = num_panels(n), row_blocks = (m + block - 1) / block;
   const int64_t group = panels_per_task(m), groups = (panels + group - 1) / group;
 #pragma omp parallel num_threads(threads)
   {
@@ -78,11 +117,11 @@ void linear(const T* x, int64_t x_batch, int64_t x_row, const T* w, Out* out, in
     std::vector<float> tile;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < batch * row_blocks * groups; ++task) {
-      const int64_t b = task / groups / row_blocks, row = task / groups % row_blocks * kRowBlock;
-      const int64_t rows = std::min(kRowBlock, m - row);
+      const int64_t b = task / groups / row_blocks, row = task / groups % row_blocks * block;
+      const int64_t rows = std::min(block, m - row);
       const int64_t panel = task % groups * group, count = std::min(group, panels - panel);
-      a.load(task / groups, x + b * x_batch + row * x_row, x_row, rows, k);
-      multiply(a, rows, w + b * packed_size<T>(n, k), panel, count, k, tile);
+      a.load(task / groups, x + b * x_batch + row * x_row, x_row, rows, w.k);
+      multiply(a, rows, w.at(b), panel, count, tile);
       store_tile(tile, rows, count * kPanel, std::min(count * kPanel, n - panel * kPanel),
                  out + b * out_batch + row * out_row + panel * kPanel, out_row);
     }
@@ -116,24 +155,25 @@ struct ExpertTask {
 };
 
 // Expert-major, then row blocks, then panels: an expert's weights stay in cache while all its rows pass over them.
-std::vector<ExpertTask> expert_tasks(const int64_t* num_tokens, int64_t experts, int64_t panels) {
+std::vector<ExpertTask> expert_tasks(const int64_t* num_tokens, int64_t experts, int64_t panels, int64_t block) {
   std::vector<ExpertTask> tasks;
   int64_t begin = 0;
   for (int64_t e = 0; e < experts; begin += num_tokens[e++]) {
     const int64_t end = begin + num_tokens[e], group = panels_per_task(num_tokens[e]);
-    for (int64_t row = begin; row < end; row += kRowBlock)
+    for (int64_t row = begin; row < end; row += block)
       for (int64_t panel = 0; panel < panels; panel += group)
-        tasks.push_back({e, row, std::min(kRowBlock, end - row), panel, std::min(group, panels - panel)});
+        tasks.push_back({e, row, std::min(block, end - row), panel, std::min(group, panels - panel)});
   }
   return tasks;
 }
 
 // hidden = swiglu(x gate_up), out = hidden down, per expert; the same bits as linear, swiglu, linear.
 template <typename T>
-void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t experts, const T* gate_up, const T* down,
-                 T* hidden, T* out, int64_t h, int64_t intermediate, int threads) {
-  const auto first = expert_tasks(num_tokens, experts, num_panels(intermediate));
-  const auto second = expert_tasks(num_tokens, experts, num_panels(h));
+void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t experts, const Matrix<T>& gate_up,
+                 const Matrix<T>& down, T* hidden, T* out, int threads) {
+  const int64_t h = gate_up.k, intermediate = down.k;
+  const auto first = expert_tasks(num_tokens, experts, num_panels(intermediate), gate_up.row_block());
+  const auto second = expert_tasks(num_tokens, experts, num_panels(h), down.row_block());
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
@@ -142,14 +182,14 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t e
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < first.size(); ++i) {
       const ExpertTask t = first[i];
-      const T* w = gate_up + t.expert * packed_size<T>(2 * intermediate, h);
+      const Matrix<T> w = gate_up.at(t.expert);
       const int64_t column = t.panel * kPanel, columns = std::min(t.count * kPanel, intermediate - column);
       // The up half starts at column `intermediate`, which may lie inside a panel.
       const int64_t up_panel = (intermediate + column) / kPanel, shift = (intermediate + column) % kPanel;
       const int64_t up_count = num_panels(shift + columns);
       a.load(t.row, x + t.row * x_row, x_row, t.rows, h);
-      multiply(a, t.rows, w, t.panel, t.count, h, gate);
-      multiply(a, t.rows, w, up_panel, up_count, h, up);
+      multiply(a, t.rows, w, t.panel, t.count, gate);
+      multiply(a, t.rows, w, up_panel, up_count, up);
       for (int64_t r = 0; r < t.rows; ++r) {
         const float* g = gate.data() + r * t.count * kPanel;
         const float* u = up.data() + r * up_count * kPanel + shift;
@@ -163,7 +203,7 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t e
     for (size_t i = 0; i < second.size(); ++i) {
       const ExpertTask t = second[i];
       b.load(t.row, hidden + t.row * intermediate, intermediate, t.rows, intermediate);
-      multiply(b, t.rows, down + t.expert * packed_size<T>(h, intermediate), t.panel, t.count, intermediate, gate);
+      multiply(b, t.rows, down.at(t.expert), t.panel, t.count, gate);
       store_tile(gate, t.rows, t.count * kPanel, std::min(t.count * kPanel, h - t.panel * kPanel),
                  out + t.row * h + t.panel * kPanel, h);
     }
@@ -210,14 +250,28 @@ void shoal_pack_weight(int64_t dtype, const void* w, int64_t batch_stride, int64
   });
 }
 
+// out: panels as fp8.h says, of e4m3 values [n, k] and their scales [n, ceil(k/128)], both contiguous.
+void shoal_pack_fp8(int64_t dtype, const void* values, const float* scales, void* out, int64_t n, int64_t k,
+                    int64_t threads) {
+  with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
+    const int64_t blocks = (k + kScaleTerms - 1) / kScaleTerms;
+#pragma omp parallel for num_threads(int(threads))
+    for (int64_t p = 0; p < num_panels(n); ++p)
+      pack_fp8<T>((const e4m3*)values + p * kPanel * k, k, scales + p * kPanel * blocks, std::min(kPanel, n - p * kPanel), k,
+                  (uint8_t*)out + p * fp8_panel_bytes<T>(k));
+  });
+}
+
 void shoal_linear(int64_t dtype, int64_t out_dtype, const void* x, int64_t x_batch, int64_t x_row, const void* w,
-                  void* out, int64_t out_batch, int64_t out_row, int64_t batch, int64_t m, int64_t n, int64_t k,
-                  int64_t threads) {
+                  int64_t w_format, void* out, int64_t out_batch, int64_t out_row, int64_t batch, int64_t m, int64_t n,
+                  int64_t k, int64_t threads) {
   with_dtype(dtype, [&](auto t) {
     with_dtype(out_dtype, [&](auto o) {
       using T = decltype(t);
       using Out = decltype(o);
-      linear((const T*)x, x_batch, x_row, (const T*)w, (Out*)out, out_batch, out_row, batch, m, n, k, int(threads));
+      linear((const T*)x, x_batch, x_row, matrix<T>(w, w_format, n, k), (Out*)out, out_batch, out_row, batch, m,
+             int(threads));
     });
   });
 }
@@ -231,12 +285,12 @@ void shoal_swiglu(int64_t dtype, const void* gate_up, int64_t row_stride, void* 
 }
 
 void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_t* num_tokens, int64_t experts,
-                       const void* gate_up, const void* down, void* hidden, void* out, int64_t h, int64_t intermediate,
-                       int64_t threads) {
+                       const void* gate_up, int64_t gate_up_format, const void* down, int64_t down_format, void* hidden,
+                       void* out, int64_t h, int64_t intermediate, int64_t threads) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    experts_mlp((const T*)x, x_row, num_tokens, experts, (const T*)gate_up, (const T*)down, (T*)hidden, (T*)out, h,
-                intermediate, int(threads));
+    experts_mlp((const T*)x, x_row, num_tokens, experts, matrix<T>(gate_up, gate_up_format, 2 * intermediate, h),
+                matrix<T>(down, down_format, h, intermediate), (T*)hidden, (T*)out, int(threads));
   });
 }
 

@@ -35,7 +35,7 @@ struct bf16 {
 };
 
 // The codes of the C interface.
-enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1 };
+enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFp8 = 2 };  // kFp8: weights only, see fp8.h
 
 // Calls f with a value of the element type that `code` names.
 template <typename F>

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
-from shoal.kernels.blocks import AttentionBlock
+from shoal.kernels.blocks import AttentionBlock, Weight
 from shoal.kernels.indexer import index_topk
 from shoal.kernels.linear import DTYPE_CODES, batched_linear, linear, pack_weight
 from shoal.kernels.norm import rms_norm
@@ -38,8 +38,8 @@ class Indexer:
         self.rope_dim = config.qk_rope_head_dim
         self.interleaved = config.indexer_rope_interleave
         self.key_offset = key_offset
-        self.wq_b = pack_weight(weights.read("wq_b.weight"))
-        self.wk = pack_weight(weights.read("wk.weight"))
+        self.wq_b = weights.pack("wq_b.weight")
+        self.wk = weights.pack("wk.weight")
         self.k_norm_weight = weights.read("k_norm.weight", dtype=torch.float32)
         self.k_norm_bias = weights.read("k_norm.bias", dtype=torch.float32)
         self.weights_proj = pack_weight(weights.read("weights_proj.weight", dtype=torch.float32))
@@ -87,10 +87,10 @@ class MLAttention:
         heads = shard(config.num_attention_heads, groups.tp_rank, self.tp.size)
         self.num_heads = heads.stop - heads.start
         # One product for both: q_a | kv_a, which is latent | rope key.
-        a = [weights.read("q_a_proj.weight"), weights.read("kv_a_proj_with_mqa.weight")]
-        self.q_lora_rank, self.a_proj = config.q_lora_rank, pack_weight(torch.cat(a))
+        self.q_lora_rank = config.q_lora_rank
+        self.a_proj = weights.pack("q_a_proj.weight", "kv_a_proj_with_mqa.weight")
         self.q_a_norm = weights.read("q_a_layernorm.weight").float()
-        self.q_b_proj = pack_weight(weights.read("q_b_proj.weight", rows=_rows_of(heads, config.qk_head_dim)))
+        self.q_b_proj = weights.pack("q_b_proj.weight", rows=_rows_of(heads, config.qk_head_dim))
         self.kv_a_norm = weights.read("kv_a_layernorm.weight").float()
         # Rows of kv_b, per head: Dn that make keys | Dv that make values.
         kv_b = weights.read("kv_b_proj.weight", rows=_rows_of(heads, self.nope_dim + self.v_dim))
@@ -99,7 +99,7 @@ class MLAttention:
         self.w_uk_absorbed = pack_weight(kv_b[:, : self.nope_dim].transpose(1, 2).contiguous())
         self.w_uv = pack_weight(kv_b[:, self.nope_dim :].contiguous())
         out = shard(config.hidden_size, groups.tp_rank, self.tp.size)
-        self.o_proj = pack_weight(weights.read("o_proj.weight", rows=out))
+        self.o_proj = weights.pack("o_proj.weight", rows=out)
         key_offset = self.latent_dim + self.rope_dim
         self.indexer: Indexer | None = None
         if config.has_indexer(layer):
@@ -125,12 +125,12 @@ class MLAttention:
             q_a_norm=self.q_a_norm.data_ptr(),
             kv_a_norm=self.kv_a_norm.data_ptr(),
             rope_table=self.rope_table.data_ptr(),
-            w_a=self.a_proj.data.data_ptr(),
-            w_q_b=self.q_b_proj.data.data_ptr(),
-            w_uk=self.w_uk.data.data_ptr(),
-            w_uk_absorbed=self.w_uk_absorbed.data.data_ptr(),
-            w_uv=self.w_uv.data.data_ptr(),
-            w_o=self.o_proj.data.data_ptr(),
+            w_a=Weight.of(self.a_proj),
+            w_q_b=Weight.of(self.q_b_proj),
+            w_uk=Weight.of(self.w_uk),
+            w_uk_absorbed=Weight.of(self.w_uk_absorbed),
+            w_uv=Weight.of(self.w_uv),
+            w_o=Weight.of(self.o_proj),
             index_topk=config.index_topk if config.has_index else 0,
             rms_norm_eps=eps,
             latent_norm_eps=LATENT_NORM_EPS,
@@ -139,7 +139,7 @@ class MLAttention:
         if indexer is not None:
             block.index_n_heads, block.index_head_dim = indexer.num_heads, indexer.head_dim
             block.index_rope_interleave = indexer.interleaved
-            block.index_wq_b, block.index_wk = indexer.wq_b.data.data_ptr(), indexer.wk.data.data_ptr()
+            block.index_wq_b, block.index_wk = Weight.of(indexer.wq_b), Weight.of(indexer.wk)
             block.index_k_norm = indexer.k_norm_weight.data_ptr()
             block.index_k_norm_bias = indexer.k_norm_bias.data_ptr()
             block.index_weights_proj = indexer.weights_proj.data.data_ptr()

@@ -21,6 +21,9 @@ from .config import ModelConfig
 from .forward import AttentionMetadata
 from .weights import LayerWeights
 
+_GATE_UP = ("gate_proj.weight", "up_proj.weight")
+"""gate over up: [2I, H]."""
+
 
 class DenseMLP:
     """down(silu(gate(x)) * up(x)), split over the outputs of each product in the tp group."""
@@ -29,10 +32,8 @@ class DenseMLP:
         self.layer = layer
         self.tp = groups.tp
         inner = shard(config.intermediate_size, groups.tp_rank, self.tp.size)
-        self.gate_up = pack_weight(_gate_up(weights, inner))
-        self.down = pack_weight(
-            weights.read("down_proj.weight", rows=shard(config.hidden_size, groups.tp_rank, self.tp.size))
-        )
+        self.gate_up = weights.pack(*_GATE_UP, rows=inner)
+        self.down = weights.pack("down_proj.weight", rows=shard(config.hidden_size, groups.tp_rank, self.tp.size))
 
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """x [T, H] -> [T, H]."""
@@ -69,7 +70,7 @@ class MoE:
         self.shared: tuple[PackedWeight, PackedWeight] | None = None
         if config.n_shared_experts:
             shared = weights.under("shared_experts")
-            self.shared = (pack_weight(_gate_up(shared, None)), pack_weight(shared.read("down_proj.weight")))
+            self.shared = (shared.pack(*_GATE_UP), shared.pack("down_proj.weight"))
 
     def block(self, post_attention_norm: Tensor, eps: float) -> blocks.MoeBlock | None:
         """This layer with the norm before it for calls of `blocks`, where they exist: without tensor parallelism."""
@@ -89,15 +90,15 @@ class MoE:
             post_attention_norm=post_attention_norm.data_ptr(),
             gate=self.gate.data.data_ptr(),
             bias=self.bias.data_ptr(),
-            gate_up=self.gate_up.data.data_ptr(),
-            down=self.down.data.data_ptr(),
+            gate_up=blocks.Weight.of(self.gate_up),
+            down=blocks.Weight.of(self.down),
             rms_norm_eps=eps,
             routed_scaling_factor=config.routed_scaling_factor,
         )
         if self.shared is not None:
             gate_up, down = self.shared
             block.shared_intermediate_size = down.in_features
-            block.shared_gate_up, block.shared_down = gate_up.data.data_ptr(), down.data.data_ptr()
+            block.shared_gate_up, block.shared_down = blocks.Weight.of(gate_up), blocks.Weight.of(down)
         if isinstance(self.dispatcher, LocalTokenDispatcher):
             block.slot_of = self.dispatcher.slot_of.data_ptr()
         return block
@@ -141,15 +142,10 @@ class MoE:
         )
 
 
-def _gate_up(weights: LayerWeights, rows: slice | None) -> Tensor:
-    """gate over up: [2I, H]."""
-    return torch.cat([weights.read("gate_proj.weight", rows=rows), weights.read("up_proj.weight", rows=rows)])
-
-
 def _load_experts(config: ModelConfig, weights: LayerWeights, local: list[int]) -> tuple[PackedWeight, PackedWeight]:
     """This rank's experts, read and packed one at a time."""
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     experts = [weights.under(f"experts.{expert}") for expert in local]
-    gate_up = pack_each((_gate_up(e, None) for e in experts), len(local), (2 * inner, hidden), weights.dtype)
-    down = pack_each((e.read("down_proj.weight") for e in experts), len(local), (hidden, inner), weights.dtype)
+    gate_up = pack_each((e.pack(*_GATE_UP) for e in experts), len(local), (2 * inner, hidden), weights.dtype)
+    down = pack_each((e.pack("down_proj.weight") for e in experts), len(local), (hidden, inner), weights.dtype)
     return gate_up, down

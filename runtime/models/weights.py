@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shoal.kernels.linear import PackedWeight, pack_weight
+from shoal.kernels.quant import BlockFP8Weight
+
 from ..loader import Checkpoint
 
 
@@ -25,3 +28,11 @@ class LayerWeights:
     def read(self, name: str, *, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor, or only the given rows of it."""
         return self.checkpoint.read(f"{self.prefix}.{name}", rows=rows, dtype=dtype or self.dtype)
+
+    def pack(self, *names: str, rows: slice | None = None) -> PackedWeight:
+        """The given rows of each matrix, one matrix over the other, for products: in 8 bits where all are stored so."""
+        paths = [f"{self.prefix}.{name}" for name in names]
+        if all(self.checkpoint.dtype(path) is torch.float8_e4m3fn for path in paths):
+            stored = [self.checkpoint.read_fp8(path, rows=rows) for path in paths]
+            return pack_weight(BlockFP8Weight.cat(stored), dtype=self.dtype)
+        return pack_weight(torch.cat([self.read(name, rows=rows) for name in names]))

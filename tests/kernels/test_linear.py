@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.linear import PackedWeight, batched_linear, linear, pack_weight
+from shoal.kernels.linear import PackedWeight, batched_linear, linear, pack_each, pack_weight
+from shoal.kernels.quant import BlockFP8Weight
 from shoal.kernels.registry import use_backend
 
 ROWS = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 64, 100, 257]
@@ -220,3 +221,51 @@ def test_what_does_not_fit_is_refused() -> None:
         pack_weight(torch.ones(4, 6, dtype=torch.float16))
     with pytest.raises(ValueError, match="move x to the CPU"):
         linear(torch.ones(2, 6, device="meta"), w)
+
+
+def fp8_weight(n: int, k: int, *, seed: int = 0) -> BlockFP8Weight:
+    """Every number that e4m3 has, and scales that are no powers of two."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(256, (n, k), generator=generator).to(torch.uint8)
+    bits[bits & 0x7F == 0x7F] = 0x08  # NaN
+    scale_inv = torch.rand(-(-n // 128), -(-k // 128), generator=generator) * 0.01 + 1e-4
+    return BlockFP8Weight.of_rows(bits.view(torch.float8_e4m3fn), scale_inv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (40, 129), (300, 256), (130, 1000)])
+def test_an_fp8_weight_gives_the_bits_of_the_dequantised_one(dtype: torch.dtype, n: int, k: int) -> None:
+    w = fp8_weight(n, k)
+    packed, dequantised = pack_weight(w, dtype=dtype), pack_weight(w.dequantize(dtype))
+    assert packed.data.dtype == torch.uint8
+    for rows in (1, 3, 17, 64, 300):
+        x = randn(rows, k, dtype=dtype, seed=rows)
+        assert torch.equal(linear(x, packed), linear(x, dequantised))
+        assert torch.equal(linear(x[: rows // 2], packed), linear(x, packed)[: rows // 2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_fp8_weights_can_be_cut_and_joined_anywhere(dtype: torch.dtype) -> None:
+    first, second = fp8_weight(200, 150), fp8_weight(77, 150, seed=1)
+    x = randn(5, 150, dtype=dtype)
+    expected = torch.cat([linear(x, pack_weight(w, dtype=dtype)) for w in (first, second)], dim=1)
+    joined = BlockFP8Weight.cat([first, second])
+    assert torch.equal(linear(x, pack_weight(joined, dtype=dtype)), expected)
+    part = BlockFP8Weight(joined.values[190:210], joined.scales[190:210])
+    assert torch.equal(linear(x, pack_weight(part, dtype=dtype)), expected[:, 190:210])
+
+
+def test_an_fp8_weight_in_the_reference_backend_is_the_dequantised_one() -> None:
+    w, x = fp8_weight(40, 140), randn(3, 140)
+    with use_backend("reference"):
+        assert torch.equal(
+            linear(x, pack_weight(w, dtype=torch.float32)), linear(x, pack_weight(w.dequantize(x.dtype)))
+        )
+
+
+def test_weights_of_several_kinds_are_not_stacked() -> None:
+    w = fp8_weight(16, 128)
+    kinds = [pack_weight(w, dtype=torch.float32), pack_weight(w.dequantize(torch.float32))]
+    with pytest.raises(ValueError, match="all in FP8 or none"):
+        pack_each(kinds, 2, (16, 128), torch.float32)
+    assert pack_each(kinds[:1] * 2, 2, (16, 128), torch.float32).num_matrices == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.quant import dequantize_block_fp8, quantize_block_fp8
+from shoal.kernels.quant import BlockFP8Weight, quantize_block_fp8
 
 
 def fp8_weight(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -18,7 +18,7 @@ def fp8_weight(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("rows", "columns"), [(128, 128), (576, 200), (1, 1), (130, 257)])
 def test_dequantize_multiplies_by_the_scale_of_the_block(dtype: torch.dtype, rows: int, columns: int) -> None:
     w, scales = fp8_weight(rows, columns)
-    out = dequantize_block_fp8(w, scales, dtype)
+    out = BlockFP8Weight.of_rows(w, scales).dequantize(dtype)
     values = w.float()
     for n, k in [(0, 0), (rows - 1, columns - 1), (rows // 2, columns // 2), (rows - 1, 0), (0, columns - 1)]:
         assert out[n, k] == (values[n, k] * scales[n // 128, k // 128]).to(dtype)
@@ -29,15 +29,15 @@ def test_dequantize_multiplies_by_the_scale_of_the_block(dtype: torch.dtype, row
 @pytest.mark.parametrize("offset", [0, 1, 100, 127, 128, 300])
 def test_a_slice_of_rows_equals_the_rows_of_the_whole(offset: int) -> None:
     w, scales = fp8_weight(576, 150)
-    whole = dequantize_block_fp8(w, scales, torch.bfloat16)
+    whole = BlockFP8Weight.of_rows(w, scales).dequantize(torch.bfloat16)
     for rows in (0, 1, 30, 200):
-        part = dequantize_block_fp8(w[offset : offset + rows], scales, torch.bfloat16, row_offset=offset)
+        part = BlockFP8Weight.of_rows(w[offset : offset + rows], scales, row_offset=offset).dequantize(torch.bfloat16)
         assert torch.equal(part, whole[offset : offset + rows])
 
 
 def test_every_fp8_value_is_exact() -> None:
     w = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 128)
-    out = dequantize_block_fp8(w, torch.ones(1, 1), torch.bfloat16)
+    out = BlockFP8Weight.of_rows(w, torch.ones(1, 1)).dequantize(torch.bfloat16)
     assert torch.equal(out.float().nan_to_num(-1), w.float().nan_to_num(-1))
     assert int(out.isnan().sum()) == 2
 
@@ -53,7 +53,7 @@ def test_quantize_by_hand() -> None:
     assert q[1, 1].float() == -224.0
     assert scales[1, 1] == torch.tensor(44.8) / 448
     assert q[128, 255].float() == 448.0
-    assert torch.equal(dequantize_block_fp8(q, scales, torch.float32)[:128], w[:128])
+    assert torch.equal(BlockFP8Weight.of_rows(q, scales).dequantize(torch.float32)[:128], w[:128])
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(576, 200), (1, 1), (128, 384)])
@@ -61,7 +61,7 @@ def test_quantize_then_dequantize_is_within_the_fp8_step(rows: int, columns: int
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)) * 1e-3
     q, scales = quantize_block_fp8(w)
     assert not q.float().isnan().any()
-    error = (dequantize_block_fp8(q, scales, torch.float32) - w).abs()
+    error = (BlockFP8Weight.of_rows(q, scales).dequantize(torch.float32) - w).abs()
     # 3 fraction bits: half a step is 2^-4 of a normal number, and 2^-10 of the scale below.
     limit = torch.maximum(
         w.abs() * 2**-4, scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns] * 2**-10
@@ -76,7 +76,7 @@ def test_quantize_zero_and_tiny_blocks() -> None:
     q, scales = quantize_block_fp8(w)
     assert bool(torch.isfinite(q.float()).all())
     assert bool((scales > 0).all())
-    out = dequantize_block_fp8(q, scales, torch.float32)
+    out = BlockFP8Weight.of_rows(q, scales).dequantize(torch.float32)
     assert bool((out[:, :128] == 0).all())
     torch.testing.assert_close(out[:, 256:], w[:, 256:])
 
@@ -84,10 +84,10 @@ def test_quantize_zero_and_tiny_blocks() -> None:
 def test_what_is_not_a_block_fp8_weight_is_refused() -> None:
     w, scales = fp8_weight(200, 128)
     with pytest.raises(ValueError, match=r"scales of at least \[3, 1\]"):
-        dequantize_block_fp8(w, scales, torch.float32, row_offset=128)
+        BlockFP8Weight.of_rows(w, scales, row_offset=128).dequantize(torch.float32)
     with pytest.raises(ValueError, match="128 x 128"):
-        dequantize_block_fp8(w, scales.repeat(1, 2), torch.float32)
+        BlockFP8Weight.of_rows(w, scales.repeat(1, 2)).dequantize(torch.float32)
     with pytest.raises(ValueError, match="float8_e4m3fn"):
-        dequantize_block_fp8(w.float(), scales, torch.float32)
+        BlockFP8Weight.of_rows(w.float(), scales)
     with pytest.raises(ValueError, match="finite"):
         quantize_block_fp8(torch.tensor([[float("inf")]]))
