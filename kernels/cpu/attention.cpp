@@ -66,7 +66,7 @@ class SplitAttention {
   bool run(const Partial& to) {
     pack_queries();
     keys_ = w_.keys.reserve(kBlockKeys * key_stride_);
-    values_ = w_.values.reserve(a_.width() / kPanel * panel_size<T>(kBlockKeys));
+    values_ = w_.values.reserve(a_.width() / kPanel * kValueStride);
     std::fill(to.max, to.max + a_.padded_heads(), -kInfinity);
     std::fill(to.sum, to.sum + a_.padded_heads(), 0.0f);
     std::fill(to.output, to.output + a_.num_heads * a_.width(), 0.0f);
@@ -79,6 +79,10 @@ class SplitAttention {
   }
 
  private:
+  // Of a panel of values, in elements. One line more than it takes: a pair of keys writes one line of every panel, and at
+  // a distance of a power of two those lines would have few places in the cache.
+  static constexpr int64_t kValueStride = panel_size<T>(kBlockKeys) + Step<T>::step;
+
   void pack_queries() {
     const int64_t padded = round_up(a_.key_dim(), kVector<T>);
     queries_ = w_.queries.reserve(a_.head_groups() * panel_size<T>(a_.key_dim()));
@@ -124,7 +128,7 @@ class SplitAttention {
   void interleave_latents(const T* const (&records)[Step<T>::width], int64_t step) {
     T* values = values_ + step * Step<T>::step;
     const int64_t full = a_.latent_dim / kPanel * kPanel;
-    interleave(records, full, values, panel_size<T>(kBlockKeys));
+    interleave(records, full, values, kValueStride);
     if (full == a_.latent_dim) return;
     T last[Step<T>::width][kPanel] = {};  // nothing is read past the latent
     const T* rows[Step<T>::width];
@@ -132,7 +136,7 @@ class SplitAttention {
       std::copy_n(records[i] + full, a_.latent_dim - full, last[i]);
       rows[i] = last[i];
     }
-    interleave(rows, kPanel, values + full / kPanel * panel_size<T>(kBlockKeys), panel_size<T>(kBlockKeys));
+    interleave(rows, kPanel, values + full / kPanel * kValueStride, kValueStride);
   }
 
   // 64 keys more for 16 heads.
@@ -149,7 +153,7 @@ class SplitAttention {
       for (int64_t c = 0; c < a_.width(); c += kLanes)
         store_vec(output + h * a_.width() + c, load_vec(output + h * a_.width() + c) * rescale[h]);
     }
-    gemm_panels<T>(weights, kBlockKeys, heads, {values_, a_.width() / kPanel, panel_size<T>(kBlockKeys)}, count, output,
+    gemm_panels<T>(weights, kBlockKeys, heads, {values_, a_.width() / kPanel, kValueStride}, count, output,
                    a_.width(), true);
   }
 
@@ -178,16 +182,14 @@ class SplitAttention {
   // [key][head] fp32 -> [head][key] rows of A.
   const T* transpose_weights(const float* scores, int64_t count, int64_t heads) {
     T* weights = w_.weights.reserve(kLanes * kBlockKeys);
+    T rows[kLanes][kBlockKeys];  // beyond `count`, up to an even number, zero
     for (int64_t j = 0; j < count; j += kLanes) {
       Vec block[kLanes] = {};
       for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - j); ++i) block[i] = load_vec(scores + (j + i) * kLanes);
       transpose(block);
-      for (int64_t h = 0; h < heads; ++h) {
-        T row[kLanes];
-        store_vec(row, block[h]);
-        copy_terms(row, kLanes, weights + h * kBlockKeys + j);
-      }
+      for (int64_t h = 0; h < heads; ++h) store_vec(rows[h] + j, block[h]);
     }
+    for (int64_t h = 0; h < heads; ++h) copy_terms(rows[h], kBlockKeys, weights + h * kBlockKeys);
     return weights;
   }
 

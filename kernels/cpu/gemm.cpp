@@ -34,6 +34,12 @@ Matrix<T> matrix(const void* data, int64_t format, int64_t n, int64_t k) {
 // Panels per task: a multiple of the register tile that `rows` rows use.
 int64_t panels_per_task(int64_t rows) { return rows > kMaxRows ? 6 : 2 * max_panels(int(rows)); }
 
+// How many neighbouring tasks a thread takes at a time. For few rows, where reading the weights is the work, one run for
+// each thread: what a thread asks for ahead is then its own.
+int64_t run_length(int64_t rows, int64_t num_tasks, int64_t threads) {
+  return rows <= kRowBlock ? std::max<int64_t>(1, (num_tasks + threads - 1) / threads) : 1;
+}
+
 // A thread's copy of a block of input rows in swapped pairs; fp32 input is read in place.
 template <typename T>
 struct RowBlock {
@@ -110,13 +116,15 @@ void linear(const T* x, int64_t x_batch, int64_t x_row, const Matrix<T>& w, Out*
             int64_t out_row, int64_t batch, int64_t m, int threads) {
   const int64_t n = w.n, block = w.row_block(), panels = num_panels(n), row_blocks = (m + block - 1) / block;
   const int64_t group = panels_per_task(m), groups = (panels + group - 1) / group;
+  const int64_t num_tasks = batch * row_blocks * groups;
+  const int64_t chunk = run_length(m, num_tasks, threads);
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
     RowBlock<T> a;
     std::vector<float> tile;
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < batch * row_blocks * groups; ++task) {
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t task = 0; task < num_tasks; ++task) {
       const int64_t b = task / groups / row_blocks, row = task / groups % row_blocks * block;
       const int64_t rows = std::min(block, m - row);
       const int64_t panel = task % groups * group, count = std::min(group, panels - panel);
@@ -174,12 +182,13 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t e
   const int64_t h = gate_up.k, intermediate = down.k;
   const auto first = expert_tasks(num_tokens, experts, num_panels(intermediate), gate_up.row_block());
   const auto second = expert_tasks(num_tokens, experts, num_panels(h), down.row_block());
+  const int64_t most_rows = experts > 0 ? *std::max_element(num_tokens, num_tokens + experts) : 0;
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
     RowBlock<T> a;
     std::vector<float> gate, up;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run_length(most_rows, first.size(), threads))
     for (size_t i = 0; i < first.size(); ++i) {
       const ExpertTask t = first[i];
       const Matrix<T> w = gate_up.at(t.expert);
@@ -199,7 +208,7 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t e
     }
     // The barrier at the end of the loop above completes `hidden`.
     RowBlock<T> b;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run_length(most_rows, second.size(), threads))
     for (size_t i = 0; i < second.size(); ++i) {
       const ExpertTask t = second[i];
       b.load(t.row, hidden + t.row * intermediate, intermediate, t.rows, intermediate);

@@ -230,11 +230,14 @@ struct Panels {
   int64_t stride;
 };
 
-// What to bring into the cache while a tile is computed: `lines` cache lines in each step, from `next` on.
+// What to bring into the cache while a tile is computed: what its own panels hold kStreamSteps further on, or `lines`
+// cache lines in each step, from `next` on.
 struct Prefetch {
-  const char* next;
-  int64_t lines;
+  bool stream = false;
+  const char* next = nullptr;
+  int64_t lines = 0;
 };
+constexpr int64_t kStreamSteps = 32;
 
 // One register tile: MR rows x NP panels.
 template <typename T, int MR, int NP>
@@ -248,6 +251,10 @@ void gemm_tile(const T* a, int64_t lda, const T* packed, int64_t stride, int64_t
     for (int p = 0; p < NP; ++p)
       acc[r][p] = accumulate ? load_lanes(c + r * ldc + p * kPanel) : broadcast_lanes(0.0f);
   for (int64_t t = 0; t < k; t += S::width, a += S::width, packed += S::step) {
+    if (ahead.stream) {
+#pragma GCC unroll 8
+      for (int p = 0; p < NP; ++p) __builtin_prefetch(packed + p * stride + kStreamSteps * S::step, 0, 3);
+    }
     for (int64_t line = 0; line < ahead.lines; ++line, ahead.next += 64)
       __builtin_prefetch(ahead.next, 0, 2);
     typename S::Terms b[NP];
@@ -286,14 +293,15 @@ void gemm_row_tile(int64_t rows, const T* a, int64_t lda, Panels<T> b, int64_t k
 // What is read only once comes from memory, and only a core that asks for it early computes meanwhile.
 enum class Source { kCache, kMemory };
 
-// Whether to ask: not for up to 3 rows, where the hardware's prefetcher keeps up, nor for many tiles, where memory is far
-// ahead.
-constexpr bool asks_ahead(int64_t rows, int64_t tiles) { return rows > 3 && tiles <= 6; }
+// With one pass over the panels, each line is asked for shortly before its use. With a few passes, all of them together
+// bring in the group of panels that follows; with many, memory is far ahead anyway.
+constexpr int64_t kMostPassesAhead = 6;
 
 // C[m][16 * b.count] = A[m][k] * B, or C += A * B when `accumulate`.
 //
-// a: rows `lda` elements apart, of padded_terms<T>(k) terms (bf16 in swapped pairs). b: packed panels; b.data may point into a panel, at a
-// step, to multiply part of a chain. c: fp32 rows, `ldc` floats apart; all 16 * b.count columns are written.
+// a: rows `lda` elements apart, of padded_terms<T>(k) terms (bf16 in swapped pairs). b: packed panels; b.data may point
+// into a panel, at a step, to multiply part of a chain. c: fp32 rows, `ldc` floats apart; all 16 * b.count columns are
+// written.
 // With kMemory, b's panels follow each other, and what comes after them is likely to be needed next.
 template <typename T>
 void gemm_panels(const T* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, float* c, int64_t ldc,
@@ -308,15 +316,18 @@ void gemm_panels(const T* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, flo
     const int64_t p = b.count * group / groups;
     const Panels<T> part{b.data + p * b.stride, b.count * (group + 1) / groups - p, b.stride};
     const T* next = part.data + part.count * part.stride;
-    const bool ahead = source == Source::kMemory && asks_ahead(m, tiles);
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      // So that all passes over this group bring in as many panels as it has.
-      const int64_t lines = ahead ? part.count * (tile + 1) / tiles - part.count * tile / tiles : 0;
+      Prefetch ahead;
+      if (source == Source::kMemory) {
+        ahead.stream = tiles == 1;
+        ahead.next = reinterpret_cast<const char*>(next);
+        if (tiles > 1 && tiles <= kMostPassesAhead)
+          ahead.lines = part.count * (tile + 1) / tiles - part.count * tile / tiles;
+      }
       // Tiles of nearly equal height: m = 9 is 5 + 4, not 8 + 1.
       const int64_t first = m * tile / tiles, last = m * (tile + 1) / tiles;
-      gemm_row_tile<T>(last - first, a + first * lda, lda, part, k, c + first * ldc + p * kPanel, ldc, accumulate,
-                       {reinterpret_cast<const char*>(next), lines});
-      next += lines * steps * Step<T>::step;
+      gemm_row_tile<T>(last - first, a + first * lda, lda, part, k, c + first * ldc + p * kPanel, ldc, accumulate, ahead);
+      next += ahead.lines * steps * Step<T>::step;
     }
   }
 }
