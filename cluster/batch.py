@@ -73,6 +73,7 @@ def job_spec(config: JobConfig) -> JobSpec:
         "input": file_sha256(input_path),
         "model": model_fingerprint(Path(engine.model)),
         "dtype": engine.dtype,
+        "kv_cache_dtype": engine.kv_cache_dtype,
         "max_model_len": rules.limits.max_model_len,
         "seed": engine.seed,
         "kernel_backend": engine.kernel_backend,

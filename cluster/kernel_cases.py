@@ -14,12 +14,15 @@ from torch import Tensor
 from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
 from shoal.kernels.dispatch import pack_segments, permute_tokens, unpack_segments
 from shoal.kernels.experts import combine_topk, experts_mlp, swiglu
+from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores, index_topk, topk_positions
 from shoal.kernels.linear import PackedWeight, batched_linear, linear, pack_weight
 from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from shoal.kernels.quant import quantize_token_groups
 from shoal.kernels.records import write_index_keys, write_latents
 from shoal.kernels.rope import apply_rope, cos_sin_table, inv_freq
 from shoal.kernels.router import route
+from shoal.kernels.sampling import sample_tokens
 from shoal.runtime.sampler import Sampler, SamplingRow
 from shoal.runtime.types import SamplingParams
 
@@ -324,6 +327,18 @@ def cases(s: Shapes) -> Iterator[Case]:
         4 * t * width,
         4 * t * width,
     )
+    fp8_bytes = t * (3 * dl + 4 * -(-dl // 128))
+    yield Case(
+        "quantize_rows_fp8", f"{t} x {dl}", lambda r: (r.normal(t, dl),), quantize_rows_fp8, 4 * t * dl, fp8_bytes
+    )
+    yield Case(
+        "dequantize_rows_fp8",
+        f"{t} x {dl}",
+        lambda r: (*quantize_rows_fp8(r.normal(t, dl)), torch.bfloat16),
+        dequantize_rows_fp8,
+        t * dl,
+        fp8_bytes,
+    )
     yield Case(
         "write_index_keys",
         f"{t} x {d}",
@@ -399,6 +414,27 @@ def cases(s: Shapes) -> Iterator[Case]:
         unpack_segments,
         0,
         moved,
+    )
+    yield Case(
+        "quantize_token_groups",
+        f"{t} x {h}",
+        lambda r: (r.normal(t, h),),
+        quantize_token_groups,
+        3 * t * h,
+        3 * t * h,
+    )
+    yield Case(
+        "sample_tokens",
+        f"{b} x {s.vocab_size}",
+        lambda r: (
+            r.normal(b, s.vocab_size, dtype=torch.float32),
+            torch.ones(b),
+            *(torch.arange(b) for _ in range(3)),
+        ),
+        sample_tokens,
+        0,
+        4 * b * s.vocab_size,
+        tolerance=0.0,
     )
     yield _sample("greedy", b, s.vocab_size, SamplingParams(temperature=0.0))
     yield _sample("top-p", b, s.vocab_size, SamplingParams(top_p=0.9))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .build import c_function, num_threads
 from .linear import DTYPE_CODES, PackedWeight
+from .records import FP8_RECORDS, Records, latent_width, read_latents, records_args
 from .registry import implementation, register
 
 BLOCK_KEYS = 64
@@ -35,9 +36,7 @@ class PagedArgs(ctypes.Structure):
     """shoal::PagedArgs of the compiled kernels."""
 
     _fields_ = (
-        ("records", c_void_p),
-        ("row_stride", c_int64),
-        ("num_slots", c_int64),
+        ("records", Records),
         ("block_tables", c_void_p),
         ("max_blocks", c_int64),
         ("block_size", c_int64),
@@ -116,9 +115,7 @@ class PagedLayout:
     def args(self, records: Tensor) -> PagedArgs:
         """For the compiled kernels; its pointers live as long as the tensors."""
         return PagedArgs(
-            records.data_ptr(),
-            records.stride(0),
-            records.shape[0],
+            records_args(records),
             self.block_tables.data_ptr(),
             self.block_tables.shape[1],
             self.block_size,
@@ -149,8 +146,8 @@ def mla_attention(
 ) -> Tensor:
     """The absorbed form: softmax(scale * q . key) . value per token and head -> [T, h, Dl] in the queries' dtype.
 
-    q_latent: [T, h, Dl], q_rope: [T, h, Dr], last dimension contiguous. records: [num_slots, W], rows at any distance,
-    columns [0, Dl) the latent, [Dl, Dl + Dr) the rotary key, others ignored. All three fp32 or all three bf16.
+    q_latent: [T, h, Dl], q_rope: [T, h, Dr], both fp32 or both bf16, last dimension contiguous. records: [num_slots,
+    W] as kernels/records.py says, in the queries' dtype or in FP8, rows at any distance.
     selected: [T, topk] int32, the positions a token attends to, ascending, -1 from the first unused entry on; None is
     every position up to its own.
 
@@ -159,7 +156,7 @@ def mla_attention(
        in the row's list.
     2. Splits of 512 list entries, each in blocks of 64: m' = max(m, s of the block); a = exp(m - m');
        p[j] = exp(s[j] - m'); l = l * a, then + p[j] ascending; o = o * a, then fma(p[j], value[j], o) ascending, where
-       p[j] is rounded to the records' dtype.
+       p[j] is rounded to the queries' dtype.
     3. Splits join in order: m' = max(m, m2); o = o * exp(m - m') + o2 * exp(m2 - m'), l likewise.
     4. o / l, rounded once. A row with no key is zero.
     Keys outside a row's list take no part, so its bits depend on its own list only: not on other rows, chunking, block
@@ -167,15 +164,16 @@ def mla_attention(
     ValueError when a position lies outside the block table or a slot outside the records.
     """
     shapes_fit = q_latent.dim() == q_rope.dim() == 3 and q_latent.shape[:2] == q_rope.shape[:2] and records.dim() == 2
-    if not shapes_fit or records.shape[1] < q_latent.shape[2] + q_rope.shape[2]:
+    if not shapes_fit or records.shape[1] < latent_width(records.dtype, q_latent.shape[2], q_rope.shape[2]):
         raise ValueError(
-            f"mla_attention needs q_latent [T, h, Dl], q_rope [T, h, Dr] and records [num_slots, >= Dl + Dr], got "
-            f"{list(q_latent.shape)}, {list(q_rope.shape)}, {list(records.shape)}"
+            f"mla_attention needs q_latent [T, h, Dl], q_rope [T, h, Dr] and records [num_slots, >= Dl + Dr] (in FP8: "
+            f"bytes), got {list(q_latent.shape)}, {list(q_rope.shape)}, {list(records.shape)}"
         )
-    if not q_latent.dtype == q_rope.dtype == records.dtype or records.dtype not in DTYPE_CODES:
+    dtypes_fit = q_latent.dtype == q_rope.dtype and records.dtype in (q_latent.dtype, FP8_RECORDS)
+    if not dtypes_fit or q_latent.dtype not in DTYPE_CODES:
         raise ValueError(
-            f"mla_attention needs queries and records all in float32 or all in bfloat16, got {q_latent.dtype}, "
-            f"{q_rope.dtype}, {records.dtype}"
+            f"mla_attention needs queries and records all in float32 or all in bfloat16, or records in {FP8_RECORDS}, "
+            f"got {q_latent.dtype}, {q_rope.dtype}, {records.dtype}"
         )
     _check_tokens("mla_attention", q_latent, layout)
     if selected is not None and (
@@ -194,7 +192,7 @@ def mha_attention(
     """The per-head form: causal softmax(scale * q . key) . value per token and head -> [T, h, Dv] in q's dtype.
 
     q: [T, h, Dn + Dr], last dimension contiguous: what meets W_UK | what meets the rotary key. records: as in
-    `mla_attention`. w_uk: h weights [Dn, Dl]; w_uv: h weights [Dv, Dl]. All fp32 or all bf16.
+    `mla_attention`. w_uk: h weights [Dn, Dl]; w_uv: h weights [Dv, Dl]. All fp32 or all bf16, or records in FP8.
 
     Numerics, per row (token, head):
     1. key[j] = [W_UK latent[j] | rotary key[j]], value[j] = W_UV latent[j], products as those of `linear`.
@@ -207,16 +205,18 @@ def mha_attention(
     """
     fits = q.dim() == 3 and records.dim() == 2 and w_uk.num_matrices == w_uv.num_matrices == q.shape[1]
     latent_dim, rope_dim = w_uk.in_features, q.shape[-1] - w_uk.out_features
-    if not fits or w_uv.in_features != latent_dim or rope_dim < 0 or records.shape[1] < latent_dim + rope_dim:
+    fits = fits and w_uv.in_features == latent_dim and rope_dim >= 0
+    if not fits or records.shape[1] < latent_width(records.dtype, latent_dim, rope_dim):
         raise ValueError(
             f"mha_attention needs q [T, h, Dn + Dr], h weights [Dn, Dl] and [Dv, Dl], records [num_slots, >= Dl + Dr], "
             f"got {list(q.shape)}, {w_uk.num_matrices} of [{w_uk.out_features}, {w_uk.in_features}], "
             f"{w_uv.num_matrices} of [{w_uv.out_features}, {w_uv.in_features}], {list(records.shape)}"
         )
-    if not q.dtype == records.dtype == w_uk.dtype == w_uv.dtype or w_uk.backend != w_uv.backend:
+    dtypes_fit = q.dtype == w_uk.dtype == w_uv.dtype and records.dtype in (q.dtype, FP8_RECORDS)
+    if not dtypes_fit or w_uk.backend != w_uv.backend:
         raise ValueError(
-            f"mha_attention needs queries, records and weights of one dtype and backend, got {q.dtype}, "
-            f"{records.dtype}, {w_uk.dtype}, {w_uv.dtype}"
+            f"mha_attention needs queries, records and weights of one dtype and backend, or records in {FP8_RECORDS}, "
+            f"got {q.dtype}, {records.dtype}, {w_uk.dtype}, {w_uv.dtype}"
         )
     _check_tokens("mha_attention", q, layout)
     out: Tensor = implementation("mha_attention", w_uk.backend)(q, records, layout, w_uk, w_uv, scale)
@@ -243,7 +243,7 @@ def _mla_attention_cpu(
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     status = c_int64()
     c_function(*_MLA_ATTENTION)(
-        DTYPE_CODES[records.dtype],
+        DTYPE_CODES[q_latent.dtype],
         q_latent.data_ptr(),
         q_latent.stride(0),
         q_latent.stride(1),
@@ -303,14 +303,15 @@ def _mla_attention_reference(
 ) -> Tensor:
     out = torch.zeros_like(q_latent, memory_format=torch.contiguous_format)
     queries = torch.cat([q_latent, q_rope], dim=-1).float()
-    latent_dim, key_dim = q_latent.shape[2], queries.shape[2]
+    latent_dim, rope_dim = q_latent.shape[2], q_rope.shape[2]
     for sequence, (first, last) in enumerate(pairwise(layout.cu_seqlens_q.tolist())):
         for t in range(first, last):
             if selected is None:
                 context = torch.arange(int(layout.positions[t]) + 1, device=records.device)
             else:
                 context = selected[t][(selected[t] < 0).cumsum(0) == 0].long()
-            keys = _gather("mla_attention", records, layout, sequence, context)[:, :key_dim]
+            gathered = _gather("mla_attention", records, layout, sequence, context)
+            keys = read_latents(gathered, latent_dim, rope_dim, q_latent.dtype).float()
             weights = torch.softmax(queries[t] @ keys.T * scale, dim=1) if len(context) else keys.new_zeros(1, 0)
             out[t] = (weights @ keys[:, :latent_dim]).to(out.dtype)
     return out
@@ -328,7 +329,8 @@ def _mha_attention_reference(
         positions = layout.positions[first:last]
         context = torch.arange(int(positions[-1]) + 1, device=records.device)
         gathered = _gather("mha_attention", records, layout, sequence, context)
-        latents, rope = gathered[:, :latent_dim], gathered[:, latent_dim : latent_dim + rope_dim]
+        read = read_latents(gathered, latent_dim, rope_dim, q.dtype).float()
+        latents, rope = read[:, :latent_dim], read[:, latent_dim:]
         made = torch.einsum("sl,hnl->hsn", latents, w_uk.data.float()).to(q.dtype).float()
         keys = torch.cat([made, rope.expand(q.shape[1], -1, -1)], dim=-1)
         values = torch.einsum("sl,hvl->hsv", latents, w_uv.data.float()).to(q.dtype).float()
@@ -339,8 +341,8 @@ def _mha_attention_reference(
 
 
 def _gather(op: str, records: Tensor, layout: PagedLayout, sequence: int, context: Tensor) -> Tensor:
-    """Records of some positions of a sequence, in fp32."""
+    """Records of some positions of a sequence."""
     try:
-        return records[layout.slots(sequence, context)].float()
+        return records[layout.slots(sequence, context)]
     except IndexError as error:
         raise slot_error(op) from error

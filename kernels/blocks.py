@@ -15,6 +15,7 @@ from torch import Tensor
 from . import build
 from .attention import PagedArgs, PagedLayout, slot_error
 from .linear import PackedWeight
+from .records import Records, records_args
 
 
 class Threads(ctypes.Structure):
@@ -80,8 +81,8 @@ _ATTENTION_BLOCK = (
     "shoal_attention_block",
     POINTER(AttentionBlock),
     POINTER(StepArgs),
-    *[c_void_p] * 3,
-    *[c_int64] * 2,
+    *[c_void_p] * 2,
+    POINTER(Records),
     *[c_void_p] * 3,
     POINTER(c_int64),
 )
@@ -123,9 +124,7 @@ def attention_block(
         byref(step),
         hidden.data_ptr(),
         None if residual is None else residual.data_ptr(),
-        records.data_ptr(),
-        records.stride(0),
-        records.shape[0],
+        byref(records_args(records)),
         total.data_ptr(),
         None if selected is None else selected.data_ptr(),
         out.data_ptr(),

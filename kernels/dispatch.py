@@ -174,6 +174,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @register("permute_tokens", "reference")
+@register("permute_tokens", "triton")
 def _permute_tokens_reference(
     x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,6 +189,7 @@ def _permute_tokens_reference(
 
 
 @register("pack_segments", "reference")
+@register("pack_segments", "triton")
 def _pack_segments_reference(
     x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
 ) -> tuple[list[Tensor], list[int], Tensor]:
@@ -222,6 +224,7 @@ def _pack_segments_reference(
 
 
 @register("unpack_segments", "reference")
+@register("unpack_segments", "triton")
 def _unpack_segments_reference(
     segments: Sequence[Tensor], num_pairs: Sequence[int], like: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor, Tensor]:

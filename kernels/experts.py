@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .build import c_function, num_threads
-from .linear import DTYPE_CODES, PackedWeight, check_input
+from .linear import DTYPE_CODES, PackedWeight, check_input, multiply_reference
 from .registry import implementation, register
 
 _SWIGLU = ("shoal_swiglu", c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3)
@@ -40,7 +40,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def experts_mlp(x: Tensor, num_tokens_per_expert: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
     """y = linear(swiglu(linear(x, gate_up[e])), down[e]) for the rows of each expert e, with exactly those bits.
 
-    x: [R, H], rows grouped by expert, ascending. num_tokens_per_expert: [E] int64 on the CPU, summing to R.
+    x: [R, H], rows grouped by expert, ascending. num_tokens_per_expert: [E] int64 summing to R, on the CPU, or on x's
+    device for kernels of that device, which do not wait for it to check the sum.
     gate_up: E weights [2I, H]. down: E weights [H, I]. Returns [R, H] in x's dtype.
     """
     check_input("experts_mlp", x, gate_up)
@@ -51,11 +52,18 @@ def experts_mlp(x: Tensor, num_tokens_per_expert: Tensor, gate_up: PackedWeight,
     ):
         raise ValueError("experts_mlp needs gate_up [E, 2I, H] and down [E, H, I] of one dtype and backend")
     counts = num_tokens_per_expert
-    if counts.dtype != torch.int64 or not counts.is_cpu or counts.shape != (experts,):
+    if (
+        counts.dtype != torch.int64
+        or counts.device not in (torch.device("cpu"), x.device)
+        or counts.shape != (experts,)
+    ):
         raise ValueError(f"num_tokens_per_expert must be [{experts}] int64 on the CPU, got {list(counts.shape)}")
-    per_expert = counts.tolist()
-    if x.dim() != 2 or min(per_expert, default=0) < 0 or sum(per_expert) != x.shape[0]:
-        raise ValueError(f"x is {list(x.shape)} but num_tokens_per_expert is {per_expert}: it must sum to x's rows")
+    if x.dim() != 2:
+        raise ValueError(f"experts_mlp needs x [R, H], got {list(x.shape)}")
+    if counts.is_cpu:
+        per_expert = counts.tolist()
+        if min(per_expert, default=0) < 0 or sum(per_expert) != x.shape[0]:
+            raise ValueError(f"x is {list(x.shape)} but num_tokens_per_expert is {per_expert}: it must sum to x's rows")
     y: Tensor = implementation("experts_mlp", gate_up.backend)(x, counts, gate_up, down)
     return y
 
@@ -63,7 +71,8 @@ def experts_mlp(x: Tensor, num_tokens_per_expert: Tensor, gate_up: PackedWeight,
 def combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
     """out[t] = sum over slots k = 0..K-1 of topk_weights[t, k] * y[row_of[t, k]], in that order.
 
-    y: [R, H] float32 or bfloat16. row_of: [T, K] int64, -1 for a slot that adds nothing. topk_weights: [T, K] float32.
+    y: [R, H] float32 or bfloat16. row_of: [T, K] int64, -1 for a slot that adds nothing, checked on the CPU only.
+    topk_weights: [T, K] float32.
     Returns [T, H] float32: acc = acc + w * y from 0, product and sum each rounded to fp32.
     """
     if row_of.dim() != 2 or row_of.dtype != torch.int64 or topk_weights.dtype != torch.float32:
@@ -72,7 +81,11 @@ def combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
         raise ValueError(
             f"combine_topk: y {list(y.shape)}, row_of {list(row_of.shape)}, weights {list(topk_weights.shape)}"
         )
-    if row_of.numel() and not -1 <= (limits := [int(x) for x in row_of.aminmax()])[0] <= limits[1] < y.shape[0]:
+    if (
+        row_of.is_cpu
+        and row_of.numel()
+        and not -1 <= (limits := [int(x) for x in row_of.aminmax()])[0] <= limits[1] < y.shape[0]
+    ):
         raise ValueError(f"combine_topk: row_of must lie in [-1, {y.shape[0]}), the rows of y")
     out: Tensor = implementation("combine_topk")(y, row_of, topk_weights)
     return out
@@ -151,8 +164,8 @@ def _swiglu_reference(gate_up: Tensor) -> Tensor:
 def _experts_mlp_reference(x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
     outputs = []
     for e, rows in enumerate(torch.split(x, counts.tolist())):
-        hidden = _swiglu_reference((rows.float() @ gate_up.data[e].float().T).to(x.dtype))
-        outputs.append((hidden.float() @ down.data[e].float().T).to(x.dtype))
+        hidden = _swiglu_reference(multiply_reference(rows, gate_up, e).to(x.dtype))
+        outputs.append(multiply_reference(hidden, down, e).to(x.dtype))
     return torch.cat(outputs) if outputs else x.new_empty(x.shape)
 
 

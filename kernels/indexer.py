@@ -14,6 +14,7 @@ from torch import Tensor
 from .attention import PagedArgs, PagedLayout, slot_error
 from .build import c_function, num_threads
 from .linear import DTYPE_CODES
+from .records import FP8_RECORDS, index_key_width, read_index_keys
 from .registry import implementation, register
 
 _INDEX_TOPK = (
@@ -46,16 +47,18 @@ _TOPK_POSITIONS = ("shoal_topk_positions", c_void_p, c_int64, c_void_p, *[c_int6
 def index_topk(q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int) -> Tensor:
     """The `topk` positions of each token's context that score best -> [T, topk] int32, ascending, then -1.
 
-    q: [T, Hi, D], weights: [T, Hi] fp32, records: [num_slots, W] in q's dtype with the index key in columns
-    [key_offset, key_offset + D). A context (positions 0..positions[t]) of at most topk positions is returned whole,
-    unscored. Otherwise scores are those of `index_scores`, the selection that of `topk_positions`: both depend on the
-    token and its context only. ValueError when a context reaches outside the block table or the records.
+    q: [T, Hi, D], weights: [T, Hi] fp32, records: [num_slots, W] in q's dtype or in FP8 (kernels/records.py), with the
+    index key from column `key_offset` on. A context (positions 0..positions[t]) of at most topk positions is returned
+    whole, unscored. Otherwise scores are those of `index_scores`, the selection that of `topk_positions`: both depend
+    on the token and its context only. ValueError when a context reaches outside the block table or the records.
     """
     _check_queries("index_topk", q, weights, topk)
-    if records.dim() != 2 or records.dtype != q.dtype or not 0 <= key_offset <= records.shape[1] - q.shape[2]:
+    end = key_offset + index_key_width(records.dtype, q.shape[2])
+    fits = records.dim() == 2 and 0 <= key_offset <= end <= records.shape[1]
+    if not fits or records.dtype not in (q.dtype, FP8_RECORDS):
         raise ValueError(
-            f"index_topk needs records [num_slots, W] in {q.dtype} with columns [{key_offset}, "
-            f"{key_offset + q.shape[2]}), got {list(records.shape)} in {records.dtype}"
+            f"index_topk needs records [num_slots, W] in {q.dtype} or {FP8_RECORDS} with columns "
+            f"[{key_offset}, {end}), got {list(records.shape)} in {records.dtype}"
         )
     if q.shape[0] != layout.num_tokens:
         raise ValueError(f"index_topk: {q.shape[0]} query tokens, but the layout has {layout.num_tokens}")
@@ -118,7 +121,7 @@ def _index_topk_cpu(
         weights.data_ptr(),
         *q.shape,
         byref(layout.args(records)),
-        key_offset,
+        key_offset * records.element_size(),
         topk,
         out.data_ptr(),
         num_threads(q.numel() * topk),
@@ -177,9 +180,10 @@ def _index_topk_reference(
                 out[t, :context] = torch.arange(context, dtype=torch.int32)
                 continue
             try:
-                keys = records[layout.slots(sequence, torch.arange(context)), key_offset : key_offset + q.shape[2]]
+                gathered = records[layout.slots(sequence, torch.arange(context))]
             except IndexError as error:
                 raise slot_error("index_topk") from error
+            keys = read_index_keys(gathered, key_offset, q.shape[2], q.dtype)
             scores = _index_scores_reference(q[t : t + 1], weights[t : t + 1], keys)
             out[t] = _topk_positions_reference(scores, torch.tensor([context]), topk)[0]
     return out

@@ -3,10 +3,12 @@
 Contract: y[i, j] is one fp32 chain over k ascending, `acc = fma(x[i, k], w[j, k], acc)` from 0, with bf16 operands
 widened to fp32 (exact), and one rounding to the output dtype (to nearest, ties to even). So neither the number of rows
 or columns, nor a split of the output, nor the number of threads changes a bit. The reference backend keeps the same
-dtypes and roundings in torch, in whatever order torch sums.
+dtypes and roundings in torch, in whatever order torch sums; Triton's kernels in an order of their own, which is the
+same for every row (kernels/triton/linear.py).
 
 A weight in FP8 with block scales stays in 8 bits and gives the bits of the weight that is dequantised first: a panel is
-dequantised when it is used, each element rounded once to the input's dtype.
+dequantised when it is used, each element rounded once to the input's dtype. Triton's kernels multiply FP8 by FP8: see
+`pack_block_fp8`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class PackedWeight:
 
     cpu: [num_matrices, ceil(N / 16), ceil(K / width), 16, width], width 1 for fp32 and 2 for bf16, padded with zeros;
     in FP8 [num_matrices, ceil(N / 16), bytes of a panel] uint8, as kernels/cpu/fp8.h says.
-    reference: [num_matrices, N, K].
+    reference: [num_matrices, N, K]. triton: the same, K padded with zeros to a multiple of 16 bytes.
     """
 
     data: Tensor
@@ -48,6 +50,10 @@ class PackedWeight:
     """Of the inputs it is multiplied with."""
     backend: Backend
     is_fp8: bool = False
+    scale_inv: Tensor | None = None
+    """Of `pack_block_fp8`: [num_matrices, ceil(N / 128), ceil(K / 128)] float32, a scale for each 128 x 128 block."""
+    ue8m0: bool = False
+    """Of `pack_block_fp8`: whether the scales of what it multiplies are rounded up to powers of two."""
 
     @property
     def format(self) -> int:
@@ -75,6 +81,30 @@ def pack_weight(w: Tensor | BlockFP8Weight, *, dtype: torch.dtype | None = None)
     data: Tensor = implementation("pack_weight", backend)(stacked)
     batch, n, k = stacked.shape
     return PackedWeight(data, batch, n, k, w.dtype, backend)
+
+
+def pack_block_fp8(w: Tensor, scale_inv: Tensor, *, ue8m0: bool = False) -> PackedWeight:
+    """Pack an FP8 weight [N, K] or weights [B, N, K] float8_e4m3fn with their block scales, to be multiplied by FP8.
+
+    What it multiplies is bf16 and is quantised first (`quantize_token_groups` with `ue8m0`). Then y = sum over blocks
+    of 128 columns, ascending, of (fp32 product of the block) * (scale of the row * scale of the block), in fp32, with
+    one rounding. ValueError on the CPU backend, which has no such product: there, use `pack_weight`.
+    """
+    stacked, scales = (w, scale_inv) if w.dim() == 3 else (w.unsqueeze(0), scale_inv.unsqueeze(0))
+    batch, n, k = stacked.shape
+    if w.dtype != torch.float8_e4m3fn or scale_inv.dtype != torch.float32:
+        raise ValueError(f"an FP8 weight is float8_e4m3fn with float32 scales, got {w.dtype}, {scale_inv.dtype}")
+    if scales.shape != (batch, -(-n // BLOCK), -(-k // BLOCK)):
+        raise ValueError(
+            f"an FP8 weight {list(w.shape)} has one scale per 128 x 128 block, got {list(scale_inv.shape)}"
+        )
+    backend = current_backend()
+    if backend == "cpu":
+        raise ValueError("the CPU kernels do not quantise what they multiply: use pack_weight(BlockFP8Weight)")
+    data: Tensor = implementation("pack_weight", backend)(stacked)
+    return PackedWeight(
+        data, batch, n, k, torch.bfloat16, backend, is_fp8=True, scale_inv=scales.contiguous(), ue8m0=ue8m0
+    )
 
 
 def pack_each(
@@ -111,6 +141,8 @@ def linear(x: Tensor, w: PackedWeight, *, out_dtype: torch.dtype | None = None) 
 def batched_linear(x: Tensor, w: PackedWeight) -> Tensor:
     """y[:, b] = x[:, b] w[b]^T: x [T, B, K], last dimension contiguous -> [T, B, N] in x's dtype."""
     check_input("batched_linear", x, w)
+    if w.scale_inv is not None:
+        raise ValueError("batched_linear does not take weights of pack_block_fp8: dequantize them")
     if x.dim() != 3 or x.shape[1] != w.num_matrices:
         raise ValueError(f"batched_linear needs x [T, {w.num_matrices}, {w.in_features}], got {list(x.shape)}")
     y: Tensor = implementation("batched_linear", w.backend)(x, w)
@@ -205,7 +237,19 @@ def _pack_weight_reference(w: Tensor) -> Tensor:
 
 @register("linear", "reference")
 def _linear_reference(x: Tensor, w: PackedWeight, out_dtype: torch.dtype) -> Tensor:
-    return (x.float() @ w.data[0].float().T).to(out_dtype)
+    return multiply_reference(x, w, 0).to(out_dtype)
+
+
+def multiply_reference(x: Tensor, w: PackedWeight, index: int) -> Tensor:
+    """x [..., K] times the transpose of one of the matrices, in fp32."""
+    if w.scale_inv is None:
+        return x.float() @ w.data[index].float().T
+    rows = x.reshape(-1, w.in_features)
+    q, scales = implementation("quantize_token_groups", "reference")(rows, w.ue8m0)
+    wide = q.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : w.in_features]
+    weight = BlockFP8Weight.of_rows(w.data[index], w.scale_inv[index]).dequantize(torch.float32)
+    y: Tensor = wide @ weight.T
+    return y.view(*x.shape[:-1], w.out_features)
 
 
 @register("batched_linear", "reference")

@@ -2,7 +2,7 @@
 
 Contract, all three: the input is widened to fp32; sums run in fp32 over 16 lanes (lane j adds elements j, j + 16, ...
 in order), the lanes add up in a fixed tree; the weight multiplies in fp32; one rounding to the output dtype.
-The reference sums in torch's order.
+The reference sums in torch's order, Triton's kernels in a tree that depends on D alone.
 """
 
 from __future__ import annotations

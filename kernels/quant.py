@@ -1,4 +1,4 @@
-"""Block-wise FP8 weights as DeepSeek-V3 publishes them: float8_e4m3fn with one fp32 scale per 128 x 128 block."""
+"""FP8 as DeepSeek-V3 uses it: weights with one scale per 128 x 128 block, activations with one per 128 channels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .registry import implementation, register
+
 BLOCK = 128
 FP8_MAX = 448.0
+MIN_AMAX = 1e-4
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,43 @@ def quantize_block_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
     scale_inv = (blocks.abs().amax(dim=(1, 3)) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = (blocks / scale_inv[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).view(padded.shape)[:rows, :columns]
     return scaled.to(torch.float8_e4m3fn), scale_inv
+
+
+def quantize_token_groups(x: Tensor, *, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    """x [T, K] float32 or bfloat16 -> (q [T, K] float8_e4m3fn, scales [T, ceil(K / 128)] float32), x ~ q * scale.
+
+    Per token and 128 neighbouring channels, in fp32: s = max(largest magnitude, 1e-4) / 448, rounded up to a power of
+    two with `ue8m0`; q = x / s, clamped to +-448 and rounded to nearest, ties to even. NaN makes its group NaN.
+    The scales of one group lie side by side in memory (`scale_columns`), as FP8 products read them.
+    """
+    if x.dim() != 2 or x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"quantize_token_groups needs x [T, K] in float32 or bfloat16, got {list(x.shape)} in {x.dtype}"
+        )
+    q: Tensor
+    scales: Tensor
+    q, scales = implementation("quantize_token_groups")(x, ue8m0)
+    return q, scales
+
+
+def scale_columns(num_rows: int, num_channels: int, device: torch.device) -> Tensor:
+    """Uninitialised scales [T, ceil(K / 128)] float32 with strides (1, T rounded up to 4)."""
+    groups = -(-num_channels // BLOCK)
+    return torch.empty(groups, -(-num_rows // 4) * 4, dtype=torch.float32, device=device)[:, :num_rows].T
+
+
+@register("quantize_token_groups", "reference")
+@register("quantize_token_groups", "cpu")
+def _quantize_token_groups_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+    rows, channels = x.shape
+    scales = scale_columns(rows, channels, x.device)
+    # [T, K] -> [T, K / 128, 128]
+    groups = torch.nn.functional.pad(x.float(), (0, -channels % BLOCK)).view(rows, scales.shape[1], BLOCK)
+    # A divisor on the device: torch multiplies by the reciprocal of a Python number there, which rounds differently.
+    scale = groups.abs().amax(dim=2).clamp_min(MIN_AMAX) / torch.tensor(FP8_MAX, device=x.device)
+    if ue8m0:
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int()).where(~scale.isnan(), scale)
+    scales.copy_(scale)
+    q = (groups / scale.unsqueeze(2)).clamp(-FP8_MAX, FP8_MAX).flatten(1)[:, :channels]
+    return q.to(torch.float8_e4m3fn), scales

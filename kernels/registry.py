@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, TypeVar, get_args
 
-Backend = Literal["cpu", "reference"]
+Backend = Literal["cpu", "reference", "triton"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _table: dict[tuple[str, Backend], Callable[..., Any]] = {}
@@ -34,11 +37,29 @@ def current_backend() -> Backend:
 
 
 def set_backend(name: Backend) -> None:
-    """Choose the backend of this process: "cpu" (compiled at first use) or "reference" (plain torch, not invariant)."""
+    """Choose the backend of this process.
+
+    "cpu" (compiled at first use), "triton" (NVIDIA GPUs; ValueError without the triton package) or "reference" (plain
+    torch, not invariant).
+    """
     global _backend
     if name not in get_args(Backend):
         raise ValueError(f"kernels {name!r} do not exist, choose one of {', '.join(get_args(Backend))}")
+    if name == "triton":
+        _import_triton_kernels()
     _backend = name
+
+
+def _import_triton_kernels() -> None:
+    """Every module of kernels/triton registers its ops."""
+    if find_spec("triton") is None:
+        raise ValueError(
+            'the "triton" kernels need the package triton, which comes with torch for CUDA: install it '
+            '(pip install triton), or choose "cpu" or "reference"'
+        )
+    package = import_module(".triton", __package__)
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        import_module(module.name)
 
 
 @contextmanager
@@ -54,4 +75,4 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 def is_invariant(backend: Backend) -> bool:
     """Whether a row's bits are independent of the other rows, of output splits and of the number of threads."""
-    return backend == "cpu"
+    return backend in ("cpu", "triton")

@@ -91,7 +91,8 @@ def apply_rope(x: Tensor, table: Tensor, positions: Tensor, *, interleaved: bool
 
     (a, b) -> (a cos - b sin, b cos + a sin) in fp32, each operation rounded, then one rounding to x's dtype.
     interleaved: pairs (x[2i], x[2i + 1]), which stay where they are; otherwise pairs (x[i], x[i + d / 2]).
-    table: [P, d] of `cos_sin_table`; ValueError for a position outside it.
+    table: [P, d] of `cos_sin_table`; ValueError for a position outside it, or NaN from kernels that run on a device and
+    do not wait for it to look at the positions.
     """
     if x.dim() != 3 or x.dtype not in DTYPE_CODES or table.dim() != 2 or table.shape[1] != x.shape[2]:
         raise ValueError(

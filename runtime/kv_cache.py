@@ -19,6 +19,9 @@ class RecordSpec:
     """
 
     fields: tuple[tuple[str, int], ...]
+    """Names and columns."""
+    dtype: torch.dtype
+    """Of a column: that of the computation, or `FP8_RECORDS`."""
 
     @property
     def width(self) -> int:
@@ -33,18 +36,13 @@ class RecordSpec:
 class KVCache:
     """`records[layer]`: [num_blocks * block_size, width] of that layer's record; slot = block * block_size + offset."""
 
-    def __init__(
-        self, specs: list[RecordSpec], *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, specs: list[RecordSpec], *, num_blocks: int, block_size: int, device: torch.device) -> None:
         self.specs = specs
         self.num_blocks = num_blocks
         self.block_size = block_size
         # Not filled: pages that no token uses are never touched, and attention reads written slots only.
-        self.records = [torch.empty(num_blocks * block_size, spec.width, dtype=dtype, device=device) for spec in specs]
-
-    def write(self, layer: int, slot_mapping: Tensor, record: Tensor) -> None:
-        """Store `record` [T, width] in the slots of its tokens ([T] int64)."""
-        self.records[layer].index_copy_(0, slot_mapping, record)
+        num_slots = num_blocks * block_size
+        self.records = [torch.empty(num_slots, spec.width, dtype=spec.dtype, device=device) for spec in specs]
 
     @property
     def bytes_per_token(self) -> int:
@@ -76,6 +74,6 @@ class KVCache:
             offset += size
 
 
-def bytes_per_block(specs: list[RecordSpec], block_size: int, dtype: torch.dtype) -> int:
+def bytes_per_block(specs: list[RecordSpec], block_size: int) -> int:
     """Memory of one block over all layers."""
-    return sum(spec.width for spec in specs) * block_size * dtype.itemsize
+    return sum(spec.width * spec.dtype.itemsize for spec in specs) * block_size

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from shoal.kernels.numerics import pin_floating_point
+from shoal.kernels.records import FP8_RECORDS
 from shoal.kernels.registry import current_backend, is_invariant, set_backend
 from shoal.parallel.groups import ParallelGroups
 
@@ -36,7 +37,7 @@ class LoadedModel:
     max_model_len: int
     """Tokens of a sequence, at most: what was asked for, or what the model and the cache can take."""
     record_fingerprint: bytes
-    """Of everything that decides about the bits of a cache record: checkpoint, dtype and kernels."""
+    """Of everything that decides about the bits of a cache record: checkpoint, dtypes and kernels."""
 
 
 def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGroups, on_phase: OnPhase) -> LoadedModel:
@@ -52,7 +53,8 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
     model_config = ModelConfig.from_pretrained(model_dir)
     check_layout(model_config, groups.config.tensor_parallel_size)
     dtype = _compute_dtype(model_config) if config.dtype == "auto" else getattr(torch, config.dtype)
-    specs = record_specs(model_config)
+    records_dtype = FP8_RECORDS if config.kv_cache_dtype == "fp8" else dtype
+    specs = record_specs(model_config, records_dtype)
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     if wanted_len > model_config.max_position_embeddings:
         raise ValueError(
@@ -61,7 +63,7 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
         )
     model, fingerprint = _load_weights(model_dir, model_config, groups, dtype, wanted_len, on_phase)
     release_freed_memory()  # tensors were unpacked one at a time, of all sizes
-    num_blocks = _num_kv_blocks(config, groups, specs, dtype, wanted_len)
+    num_blocks = _num_kv_blocks(config, groups, specs, wanted_len)
     max_model_len = min(wanted_len, num_blocks * config.block_size)
     if config.max_model_len is not None and max_model_len < wanted_len:
         raise ValueError(
@@ -70,12 +72,13 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
         )
     if max_model_len < wanted_len:
         on_phase(f"notice: max_model_len is {max_model_len}, which is what the cache can hold")
-    cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=groups.device)
+    cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, device=groups.device)
+    depends_on = f"{fingerprint}/{dtype}/{records_dtype}/{current_backend()}"
     return LoadedModel(
         runner=ModelRunner(model, cache, groups.device),
         config=model_config,
         max_model_len=max_model_len,
-        record_fingerprint=hashlib.sha256(f"{fingerprint}/{dtype}/{current_backend()}".encode()).digest(),
+        record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
     )
 
 
@@ -99,15 +102,13 @@ def _load_weights(
         return model, checkpoint.fingerprint
 
 
-def _num_kv_blocks(
-    config: EngineConfig, groups: ParallelGroups, specs: list[RecordSpec], dtype: torch.dtype, max_len: int
-) -> int:
+def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[RecordSpec], max_len: int) -> int:
     """Blocks of this attention group: as asked for, or what its sequences can use and its memory can hold."""
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
     per_sequence = -(-max_len // config.block_size)
     budget = available_memory(groups.device) * KV_MEMORY_FRACTION / groups.ranks_on_node
-    fits = int(budget // bytes_per_block(specs, config.block_size, dtype))
+    fits = int(budget // bytes_per_block(specs, config.block_size))
     wanted = max(1, min(per_sequence * config.max_num_seqs, fits))
     agreed = groups.tp.all_gather_ints([wanted], layer=-1, op="engine.num_kv_blocks")
     return min(row[0] for row in agreed)

@@ -76,14 +76,13 @@ class Sampler:
         """
         matrix = self._matrix(logits, len(rows))
         best = matrix.argmax(axis=1)  # the first NaN, or else the first maximum
-        positions = [len(row.output_token_ids) for row in rows]
-        draws = uniforms([row.seed for row in rows], positions, [row.sample_index for row in rows])
+        draws = _draws(rows)
         with np.errstate(
             over="ignore"
         ):  # an overflow to -Inf is a probability of 0; one to +Inf becomes the row's error
             return [
                 _sample_row(raw, top, row, draw)
-                for raw, top, row, draw in zip(matrix, best.tolist(), rows, draws.tolist(), strict=True)
+                for raw, top, row, draw in zip(matrix, best.tolist(), rows, draws, strict=True)
             ]
 
     def prompt_logprobs(self, logits: torch.Tensor, next_token_ids: Sequence[int], k: int) -> list[SampledToken]:
@@ -104,6 +103,18 @@ class Sampler:
         assert logits.dtype == torch.float32
         matrix: NDArray[np.float32] = logits.detach().cpu().contiguous().numpy()
         return matrix
+
+
+def _draws(rows: Sequence[SamplingRow]) -> list[float]:
+    """The random number of each row's next token; greedy rows need none."""
+    sampled = [(i, row) for i, row in enumerate(rows) if not row.params.greedy]
+    draws = [0.0] * len(rows)
+    if sampled:
+        positions = [len(row.output_token_ids) for _, row in sampled]
+        drawn = uniforms([row.seed for _, row in sampled], positions, [row.sample_index for _, row in sampled])
+        for (i, _), draw in zip(sampled, drawn.tolist(), strict=True):
+            draws[i] = draw
+    return draws
 
 
 def _sample_row(raw: NDArray[np.float32], best: int, row: SamplingRow, draw: float) -> SampledToken:

@@ -18,9 +18,14 @@ from shoal.runtime.models.deepseek import DeepseekModel, record_specs
 
 
 def make_runner(
-    model_dir: Path, *, dtype: torch.dtype = torch.float32, num_blocks: int = 64, block_size: int = 16
+    model_dir: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    records_dtype: torch.dtype | None = None,
+    num_blocks: int = 64,
+    block_size: int = 16,
 ) -> ModelRunner:
-    """A runner with an empty cache of `num_blocks` blocks."""
+    """A runner with an empty cache of `num_blocks` blocks, in `dtype` unless records have one of their own."""
     config = ModelConfig.from_pretrained(model_dir)
     groups = single_process_groups()
     checkpoint = Checkpoint(model_dir)
@@ -30,9 +35,8 @@ def make_runner(
         )
     finally:
         checkpoint.close()
-    cache = KVCache(
-        record_specs(config), num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=groups.device
-    )
+    specs = record_specs(config, records_dtype or dtype)
+    cache = KVCache(specs, num_blocks=num_blocks, block_size=block_size, device=groups.device)
     return ModelRunner(model, cache, groups.device)
 
 

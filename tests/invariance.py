@@ -43,9 +43,13 @@ class Point:
         return self.tp * self.dp
 
 
-def compute_dtype(dtype: str) -> str:
-    """ "fp8" is the weights' dtype."""
-    return "bfloat16" if dtype == "fp8" else dtype
+def dtypes(names: str) -> dict[str, Any]:
+    """Engine settings of "float32", of "fp8" (weights in FP8) or of "float32, fp8 cache"."""
+    dtype, _, cache = names.partition(", ")
+    return {
+        "dtype": "bfloat16" if dtype == "fp8" else dtype,
+        "kv_cache_dtype": "fp8" if cache == "fp8 cache" else "auto",
+    }
 
 
 def make_model(directory: Path, model_type: str, dtype: str) -> Path:
@@ -54,7 +58,7 @@ def make_model(directory: Path, model_type: str, dtype: str) -> Path:
     if model_type == "glm_moe_dsa":
         overrides |= {"indexer_types": ["full", "shared", "full"], "num_hidden_layers": 3}  # type: ignore[dict-item]
     path = directory / f"{model_type}-{dtype}"
-    torch_dtype = getattr(torch, compute_dtype(dtype))
+    torch_dtype = getattr(torch, dtypes(dtype)["dtype"])
     make_checkpoint(path, model_type, seed=11, dtype=torch_dtype, overrides=overrides, fp8=dtype == "fp8")
     return path
 
@@ -158,7 +162,7 @@ def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups)
     previous = torch.get_num_threads()
     torch.set_num_threads(point.threads)
     try:
-        config = EngineConfig(**{**BASE_ENGINE, "dtype": compute_dtype(dtype), **point.engine})
+        config = EngineConfig(**{**BASE_ENGINE, **dtypes(dtype), **point.engine})
         merged: dict[int, tuple[Any, ...]] = {}
         for replica in range(point.replicas):
             engine = Engine(model_dir, config, groups)

@@ -27,7 +27,7 @@ from shoal.cluster.worker_spec import WorkerFailure, WorkerSpec
 from shoal.parallel.kv_transport import KVChunk, KVTransport
 from shoal.parallel.nixl_transport import NixlTransport
 from shoal.runtime.types import PromptLoaded, Request, RequestOutput
-from tests.invariance import bits
+from tests.invariance import bits, dtypes
 from tests.split import MemoryTransport, Published, flip_a_byte
 
 DEADLINE_S = 120.0
@@ -62,7 +62,7 @@ class RolesCluster:
 
     def __init__(self, point: Roles, model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
         settings: dict[str, Any] = {
-            "dtype": dtype,
+            **dtypes(dtype),
             "max_num_seqs": 8,
             "max_num_batched_tokens": 64,
             "block_size": 8,

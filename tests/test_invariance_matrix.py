@@ -23,7 +23,7 @@ from tests.tables import write_or_compare
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "invariance.md"
 MODELS = [(m, d) for m in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa") for d in ("float32", "bfloat16")]
-MODELS.append(("deepseek_v32", "fp8"))
+MODELS += [("deepseek_v32", "fp8"), ("deepseek_v32", "bfloat16, fp8 cache"), ("glm_moe_dsa", "float32, fp8 cache")]
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "one after another": {"order": "alone"},
@@ -121,9 +121,11 @@ def test_the_answer_does_not_depend_on_how_it_is_computed(tmp_path: Path) -> Non
 def test_the_rows_differ_from_each_other_and_between_models(tmp_path: Path) -> None:
     """A comparison that could not fail would prove nothing."""
     first = reference(make_model(tmp_path, "deepseek_v32", "float32"), "float32")
-    second = reference(make_model(tmp_path, "deepseek_v32", "bfloat16"), "bfloat16")
+    model_dir = make_model(tmp_path, "deepseek_v32", "bfloat16")
+    second, third = reference(model_dir, "bfloat16"), reference(model_dir, "bfloat16, fp8 cache")
     assert len({row[0][1] for row in first.values()}) == len(first)
     assert differing(first, second)
+    assert differing(second, third)
 
 
 def test_weights_in_fp8_answer_like_the_dequantised_ones(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.tables import write_or_compare
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "invariance-roles.md"
 MODELS = [(m, d) for m in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa") for d in ("float32", "bfloat16")]
+MODELS += [("deepseek_v32", "bfloat16, fp8 cache")]
 
 POINTS: dict[str, Roles] = {
     "1 prefill, 1 decode": Roles(("prefill:1", "decode:1")),

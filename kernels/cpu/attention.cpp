@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "record.h"
 #include "vec.h"
 
 namespace shoal {
@@ -20,7 +21,7 @@ template <typename T>
 struct AbsorbedAttention {
   const T *q_latent, *q_rope;
   int64_t latent_token_stride, latent_head_stride, rope_token_stride, rope_head_stride;
-  PagedRecords<T> paged;
+  const PagedArgs& paged;
   int64_t num_heads, latent_dim, rope_dim;
   float scale;
   const int32_t* selected;  // [T, topk] or nullptr
@@ -52,6 +53,7 @@ struct Workspace {
   Buffer<T> values;   // [panel of columns][key step][16]
   Buffer<T> weights;  // [head][key] as rows of A
   Buffer<T> rows;     // 16 padded rows of something to pack
+  Buffer<T> records;  // those of a step, where they are not rows of T
   Buffer<float> scores;
   Buffer<float> state;
 };
@@ -100,7 +102,7 @@ class SplitAttention {
     }
   }
 
-  const T* find_key(int64_t index) const {
+  const char* find_key(int64_t index) const {
     const int64_t position = a_.selected ? a_.selected[s_.token * a_.topk + index] : index;
     return a_.paged.find(s_.sequence, position);
   }
@@ -108,17 +110,21 @@ class SplitAttention {
   // The keys as rows, and their latents interleaved as the terms of a sum over keys.
   bool gather(int64_t begin, int64_t count) {
     constexpr int64_t width = Step<T>::width;
+    const bool fp8 = a_.paged.records.fp8;
+    const int64_t num_bytes = latent_bytes<T>(fp8, a_.latent_dim, a_.rope_dim);
     T* zero = w_.rows.reserve(a_.width());
+    T* rows = w_.records.reserve(width * a_.key_dim());
     std::fill_n(zero, a_.width(), T{});
     for (int64_t j = 0; j < count; j += width) {
       const T* records[width];
       for (int64_t i = 0; i < width; ++i) {
         records[i] = zero;
         if (j + i >= count) continue;
-        records[i] = find_key(begin + j + i);
-        if (records[i] == nullptr) return false;
+        const char* record = find_key(begin + j + i);
+        if (record == nullptr) return false;
+        records[i] = read_latent(record, fp8, a_.latent_dim, a_.rope_dim, rows + i * a_.key_dim());
         copy_terms(records[i], a_.key_dim(), keys_ + (j + i) * key_stride_);
-        if (const int64_t next = begin + j + i + kBlockKeys; next < s_.end) prefetch_record(find_key(next), a_.key_dim());
+        if (const int64_t next = begin + j + i + kBlockKeys; next < s_.end) prefetch_record(find_key(next), num_bytes);
       }
       interleave_latents(records, j / width);
     }
@@ -293,7 +299,7 @@ extern "C" void shoal_mla_attention(int64_t dtype, const void* q_latent, int64_t
                                          latent_head_stride,
                                          rope_token_stride,
                                          rope_head_stride,
-                                         paged->paged<T>(),
+                                         *paged,
                                          num_heads,
                                          latent_dim,
                                          rope_dim,

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "ops.h"
+#include "record.h"
 #include "vec.h"
 
 namespace shoal {
@@ -79,14 +80,9 @@ const float* widen(const T* x, int64_t n, Buffer<float>& buffer) {
 template <typename T>
 class AttentionStep {
  public:
-  AttentionStep(const AttentionBlock& block, const StepArgs& step, void* records, int64_t row_stride, int64_t num_slots)
-      : b_(block), s_(step), per_head_(step.per_head), absorbed_(step.absorbed), records_(records), row_stride_(row_stride),
-        num_slots_(num_slots) {
-    for (PagedArgs* args : {&per_head_, &absorbed_}) {
-      args->records = records;
-      args->row_stride = row_stride;
-      args->num_slots = num_slots;
-    }
+  AttentionStep(const AttentionBlock& block, const StepArgs& step, const Records& records)
+      : b_(block), s_(step), per_head_(step.per_head), absorbed_(step.absorbed), records_(records) {
+    per_head_.records = absorbed_.records = records;
   }
 
   // hidden, residual (or nullptr), new_residual and out: [T, hidden_size]; selected: [absorbed tokens, index_topk].
@@ -150,17 +146,18 @@ class AttentionStep {
     int64_t status = kOk;
     const int64_t t = s_.num_tokens, dim = b_.index_head_dim;
     shoal_write_latents(b_.dtype, kv, stride, t, b_.kv_lora_rank, b_.qk_rope_head_dim, b_.kv_a_norm, b_.latent_norm_eps,
-                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, records_, row_stride_, num_slots_,
-                        s_.slots, s_.threads(t * b_.kv_lora_rank), &status);
+                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, &records_, s_.slots,
+                        s_.threads(t * b_.kv_lora_rank), &status);
     if (b_.index_n_heads == 0 || status != kOk) return status == kOk;
     T* k = reserve<T>(memory_.index_k, t * dim);
     linear(x, b_.hidden_size, b_.index_wk, k, t, dim, b_.hidden_size);
     shoal_write_index_keys(b_.dtype, k, dim, t, dim, b_.qk_rope_head_dim, b_.index_k_norm, b_.index_k_norm_bias,
-                           b_.latent_norm_eps, b_.rope_table, b_.rope_rows, s_.positions, b_.index_rope_interleave, records_,
-                           b_.kv_lora_rank + b_.qk_rope_head_dim, row_stride_, num_slots_, s_.slots, s_.threads(t * dim),
-                           &status);
+                           b_.latent_norm_eps, b_.rope_table, b_.rope_rows, s_.positions, b_.index_rope_interleave, &records_,
+                           index_key_offset(), s_.slots, s_.threads(t * dim), &status);
     return status == kOk;
   }
+
+  int64_t index_key_offset() const { return latent_bytes<T>(records_.fp8, b_.kv_lora_rank, b_.qk_rope_head_dim); }
 
   const T* queries(const T* q_latent) {
     const int64_t t = s_.num_tokens, head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim, n = b_.num_heads * head_dim;
@@ -205,16 +202,14 @@ class AttentionStep {
                  b_.hidden_size, s_.threads(tokens * heads * b_.hidden_size));
     for (int64_t i = 0; i < tokens * heads; ++i) weights[i] *= b_.index_weight_scale;
     shoal_index_topk(b_.dtype, q, heads * dim, dim, weights, tokens, heads, dim, &absorbed_,
-                     b_.kv_lora_rank + b_.qk_rope_head_dim, b_.index_topk, selected,
-                     s_.threads(tokens * heads * dim * b_.index_topk), &status);
+                     index_key_offset(), b_.index_topk, selected, s_.threads(tokens * heads * dim * b_.index_topk), &status);
     return status == kOk;
   }
 
   const AttentionBlock& b_;
   const StepArgs& s_;
   PagedArgs per_head_, absorbed_;
-  void* const records_;
-  const int64_t row_stride_, num_slots_;
+  const Records records_;
   Scratch& memory_ = scratch();
 };
 
@@ -266,12 +261,12 @@ void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
 
 // hidden, residual (or nullptr), new_residual, out: [T, hidden_size] contiguous. Writes a shoal::Status.
 extern "C" void shoal_attention_block(const shoal::AttentionBlock* block, const shoal::StepArgs* step, const void* hidden,
-                                      const void* residual, void* records, int64_t row_stride, int64_t num_slots,
-                                      void* new_residual, int32_t* selected, void* out, int64_t* status) {
+                                      const void* residual, const shoal::Records* records, void* new_residual,
+                                      int32_t* selected, void* out, int64_t* status) {
   using namespace shoal;
   with_dtype(block->dtype, [&](auto element) {
     using T = decltype(element);
-    *status = AttentionStep<T>(*block, *step, records, row_stride, num_slots)
+    *status = AttentionStep<T>(*block, *step, *records)
                   .run(static_cast<const T*>(hidden), static_cast<const T*>(residual), static_cast<T*>(new_residual),
                        selected, static_cast<T*>(out));
   });

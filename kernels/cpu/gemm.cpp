@@ -34,10 +34,11 @@ Matrix<T> matrix(const void* data, int64_t format, int64_t n, int64_t k) {
 // Panels per task: a multiple of the register tile that `rows` rows use.
 int64_t panels_per_task(int64_t rows) { return rows > kMaxRows ? 6 : 2 * max_panels(int(rows)); }
 
-// How many neighbouring tasks a thread takes at a time. For few rows, where reading the weights is the work, one run for
-// each thread: what a thread asks for ahead is then its own.
+// How many neighbouring tasks a thread takes at a time: one run for each thread where several passes ask for the panels
+// after their own ahead, so that these are the thread's next ones.
 int64_t run_length(int64_t rows, int64_t num_tasks, int64_t threads) {
-  return rows <= kRowBlock ? std::max<int64_t>(1, (num_tasks + threads - 1) / threads) : 1;
+  const bool ahead = rows > kMaxRows && rows <= kMaxRows * kMostPassesAhead;
+  return ahead ? std::max<int64_t>(1, (num_tasks + threads - 1) / threads) : 1;
 }
 
 // A thread's copy of a block of input rows in swapped pairs; fp32 input is read in place.

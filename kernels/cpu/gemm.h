@@ -293,8 +293,10 @@ void gemm_row_tile(int64_t rows, const T* a, int64_t lda, Panels<T> b, int64_t k
 // What is read only once comes from memory, and only a core that asks for it early computes meanwhile.
 enum class Source { kCache, kMemory };
 
-// With one pass over the panels, each line is asked for shortly before its use. With a few passes, all of them together
-// bring in the group of panels that follows; with many, memory is far ahead anyway.
+// With one pass over the panels, each line is asked for shortly before its use; not for up to kRowsKeptUp rows, where the
+// hardware's prefetcher keeps up. With a few passes, all of them together bring in the group of panels that follows; with
+// many, memory is far ahead anyway.
+constexpr int64_t kRowsKeptUp = 3;
 constexpr int64_t kMostPassesAhead = 6;
 
 // C[m][16 * b.count] = A[m][k] * B, or C += A * B when `accumulate`.
@@ -319,7 +321,7 @@ void gemm_panels(const T* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, flo
     for (int64_t tile = 0; tile < tiles; ++tile) {
       Prefetch ahead;
       if (source == Source::kMemory) {
-        ahead.stream = tiles == 1;
+        ahead.stream = tiles == 1 && m > kRowsKeptUp;
         ahead.next = reinterpret_cast<const char*>(next);
         if (tiles > 1 && tiles <= kMostPassesAhead)
           ahead.lines = part.count * (tile + 1) / tiles - part.count * tile / tiles;

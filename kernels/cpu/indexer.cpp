@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "record.h"
 #include "vec.h"
 
 namespace shoal {
@@ -27,9 +28,10 @@ struct IndexQueries {
 template <typename T>
 class Scorer {
  public:
-  explicit Scorer(const IndexQueries<T>& queries) : q_(queries) {}
+  // Keys are rows of T or in the FP8 format.
+  Scorer(const IndexQueries<T>& queries, bool fp8) : q_(queries), fp8_(fp8) {}
 
-  // find(s) is key s in [begin, end); row t of `scores`, `stride` apart, gets them from column `begin` on. False when a
+  // find(s) is where key s is, s in [begin, end); row t of `scores`, `stride` apart, gets them from column `begin` on. False when a
   // key cannot be found.
   template <typename Find>
   bool score(int64_t token, int64_t num_tokens, int64_t begin, int64_t end, Find find, float* scores, int64_t stride) {
@@ -65,10 +67,10 @@ class Scorer {
     std::memset(static_cast<void*>(rows), 0, size_t(kPanel * padded) * sizeof(T));
     for (int64_t s = begin; s < end; s += kPanel, keys += panel) {
       for (int64_t i = 0; i < std::min(kPanel, end - s); ++i) {
-        const T* key = find(s + i);
+        const char* key = find(s + i);
         if (key == nullptr) return false;
-        std::copy_n(key, q_.dim, rows + i * padded);
-        if (s + i + kPanel < end) prefetch_record(find(s + i + kPanel), q_.dim);
+        read_index_key(key, fp8_, q_.dim, rows + i * padded);
+        if (s + i + kPanel < end) prefetch_record(find(s + i + kPanel), field_bytes<T>(fp8_, q_.dim));
       }
       pack_panel(rows, padded, q_.dim, keys);
     }
@@ -86,6 +88,7 @@ class Scorer {
   }
 
   const IndexQueries<T>& q_;
+  const bool fp8_;
   Buffer<T> keys_, rows_, queries_;
   Buffer<float> dots_;
 };
@@ -145,7 +148,7 @@ class Wave {
  public:
   Wave(const IndexQueries<T>& queries, const PagedArgs& args, int64_t key_offset, int64_t topk, int64_t first,
        int64_t last, Buffer<float>& scores)
-      : queries_(queries), args_(args), paged_(args.paged<T>()), key_offset_(key_offset), topk_(topk), first_(first) {
+      : queries_(queries), args_(args), key_offset_(key_offset), topk_(topk), first_(first) {
     for (int64_t t = first; t < last; ++t) stride_ = std::max(stride_, round_up(args.positions[t] + 1, kLanes));
     scores_ = scores.reserve((last - first) * stride_);
     for (int64_t t = first, next; t < last; t = next) {
@@ -163,7 +166,7 @@ class Wave {
   bool score(int64_t i, Scorer<T>& scorer) {
     const ScoreTask& task = tasks_[i];
     const auto find = [&](int64_t s) {
-      const T* record = paged_.find(task.sequence, s);
+      const char* record = args_.find(task.sequence, s);
       return record == nullptr ? record : record + key_offset_;
     };
     return scorer.score(task.token, task.num_tokens, task.begin, task.end, find,
@@ -177,7 +180,6 @@ class Wave {
  private:
   const IndexQueries<T>& queries_;
   const PagedArgs& args_;
-  const PagedRecords<T> paged_;
   const int64_t key_offset_, topk_, first_;
   int64_t stride_ = 0;
   float* scores_;
@@ -195,7 +197,7 @@ Status index_topk(const IndexQueries<T>& queries, const PagedArgs& args, int64_t
 #pragma omp parallel num_threads(int(num_threads))
     {
       const FlushDenormals flush;
-      Scorer<T> scorer(queries);
+      Scorer<T> scorer(queries, args.records.fp8);
       TopK state;
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < wave.num_tasks(); ++i)
@@ -212,7 +214,7 @@ Status index_topk(const IndexQueries<T>& queries, const PagedArgs& args, int64_t
 }  // namespace
 }  // namespace shoal
 
-// Strides are in elements; the index key is `key_offset` into a record. Writes a shoal::Status.
+// Strides are in elements; the index key is `key_offset` bytes into a record. Writes a shoal::Status.
 extern "C" void shoal_index_topk(int64_t dtype, const void* q, int64_t token_stride, int64_t head_stride,
                                  const float* weights, int64_t num_tokens, int64_t num_heads, int64_t dim,
                                  const shoal::PagedArgs* paged, int64_t key_offset, int64_t topk, int32_t* out,
@@ -233,11 +235,12 @@ extern "C" void shoal_index_scores(int64_t dtype, const void* q, const float* we
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const IndexQueries<T> queries{static_cast<const T*>(q), num_heads * dim, dim, weights, num_heads, dim};
-    const auto find = [&](int64_t s) { return static_cast<const T*>(keys) + s * dim; };
+    const int64_t row_bytes = dim * int64_t(sizeof(T));
+    const auto find = [&](int64_t s) { return static_cast<const char*>(keys) + s * row_bytes; };
 #pragma omp parallel num_threads(int(num_threads))
     {
       const FlushDenormals flush;
-      Scorer<T> scorer(queries);
+      Scorer<T> scorer(queries, false);
 #pragma omp for schedule(dynamic)
       for (int64_t begin = 0; begin < num_keys; begin += kChunkKeys)
         scorer.score(0, num_tokens, begin, std::min(num_keys, begin + kChunkKeys), find, out, num_keys);

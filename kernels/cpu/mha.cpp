@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "record.h"
 #include "vec.h"
 
 namespace shoal {
@@ -21,8 +22,7 @@ template <typename T>
 struct HeadAttention {
   const T* q;  // [T, h, key_dim]: what the latent makes | rope
   int64_t token_stride, head_stride;
-  PagedRecords<T> paged;
-  const int64_t* positions;
+  const PagedArgs& paged;
   const T *w_uk, *w_uv;  // packed, per head: [nope_dim, latent_dim], [v_dim, latent_dim]
   int64_t num_heads, latent_dim, nope_dim, rope_dim, v_dim;
   float scale;
@@ -43,6 +43,7 @@ struct Workspace {
   Buffer<T> values;    // [block][panel of columns][key step][16]
   Buffer<T> latents;   // 64 rows of A
   Buffer<T> rows;      // 64 padded keys or values
+  Buffer<T> record;    // one that is not a row of T
   Buffer<T> queries;   // 64 rows of A
   Buffer<T> weights;   // 64 rows of A
   Buffer<float> product, scores, max, sum, output;
@@ -56,7 +57,7 @@ class HeadTask {
         h_(head),
         w_(w),
         tokens_(head.last_token - head.first_token),
-        context_(args.positions[head.last_token - 1] + 1),
+        context_(args.paged.positions[head.last_token - 1] + 1),
         query_stride_(padded_terms<T>(args.key_dim())),
         key_block_(kBlockKeys / kPanel * panel_size<T>(args.key_dim())),
         value_block_(args.width() / kPanel * panel_size<T>(kBlockKeys)) {}
@@ -80,7 +81,7 @@ class HeadTask {
   }
 
  private:
-  int64_t context_of(int64_t t) const { return a_.positions[h_.first_token + t] + 1; }
+  int64_t context_of(int64_t t) const { return a_.paged.positions[h_.first_token + t] + 1; }
 
   // Keys and values of up to 64 positions.
   bool expand(int64_t block, int64_t position, int64_t count) {
@@ -88,12 +89,14 @@ class HeadTask {
     const int64_t key_stride = round_up(a_.key_dim(), kVector<T>), value_stride = a_.width();
     T* latents = w_.latents.reserve(kBlockKeys * latent_stride);
     T* rows = w_.rows.reserve(kBlockKeys * std::max(key_stride, value_stride));
+    T* row = w_.record.reserve(a_.latent_dim + a_.rope_dim);
     std::memset(static_cast<void*>(rows), 0, size_t(kBlockKeys * key_stride) * sizeof(T));
     for (int64_t j = 0; j < count; ++j) {
-      const T* record = a_.paged.find(h_.sequence, position + j);
+      const char* record = a_.paged.find(h_.sequence, position + j);
       if (record == nullptr) return false;
-      copy_terms(record, a_.latent_dim, latents + j * latent_stride);
-      std::copy_n(record + a_.latent_dim, a_.rope_dim, rows + j * key_stride + a_.nope_dim);
+      const T* latent = read_latent(record, a_.paged.records.fp8, a_.latent_dim, a_.rope_dim, row);
+      copy_terms(latent, a_.latent_dim, latents + j * latent_stride);
+      std::copy_n(latent + a_.latent_dim, a_.rope_dim, rows + j * key_stride + a_.nope_dim);
     }
     multiply(latents, latent_stride, count, a_.w_uk, a_.nope_dim, rows, key_stride);
     for (int64_t j = 0; j < kBlockKeys; j += kPanel)
@@ -247,8 +250,7 @@ extern "C" void shoal_mha_attention(int64_t dtype, const void* q, int64_t token_
     const HeadAttention<T> attention{static_cast<const T*>(q),
                                      token_stride,
                                      head_stride,
-                                     paged->paged<T>(),
-                                     paged->positions,
+                                     *paged,
                                      static_cast<const T*>(w_uk),
                                      static_cast<const T*>(w_uv),
                                      num_heads,

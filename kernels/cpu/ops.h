@@ -28,12 +28,12 @@ void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_stride, int64_
                       int64_t num_threads, int64_t* status);
 void shoal_write_latents(int64_t dtype, const void* kv, int64_t stride, int64_t num_tokens, int64_t latent_dim,
                          int64_t rope_dim, const float* weight, float eps, const float* table, int64_t table_rows,
-                         const int64_t* positions, int64_t interleaved, void* records, int64_t row_stride,
-                         int64_t num_slots, const int64_t* slots, int64_t num_threads, int64_t* status);
+                         const int64_t* positions, int64_t interleaved, const shoal::Records* records,
+                         const int64_t* slots, int64_t num_threads, int64_t* status);
 void shoal_write_index_keys(int64_t dtype, const void* k, int64_t stride, int64_t num_tokens, int64_t dim,
                             int64_t rope_dim, const float* weight, const float* bias, float eps, const float* table,
-                            int64_t table_rows, const int64_t* positions, int64_t interleaved, void* records,
-                            int64_t key_offset, int64_t row_stride, int64_t num_slots, const int64_t* slots,
+                            int64_t table_rows, const int64_t* positions, int64_t interleaved,
+                            const shoal::Records* records, int64_t key_offset, const int64_t* slots,
                             int64_t num_threads, int64_t* status);
 void shoal_route(const float* logits, int64_t num_tokens, int64_t num_experts, const float* bias, int64_t n_group,
                  int64_t topk_group, int64_t top_k, int64_t norm_topk_prob, float routed_scaling_factor,

@@ -11,35 +11,29 @@ namespace shoal {
 // What an operation reports; kernels/attention.py turns it into an error.
 enum Status : int64_t { kOk = 0, kOutOfRange = 1 };
 
-// Records of a batch of sequences, in pages; a position outside the table or the cache has none.
-template <typename T>
-struct PagedRecords {
-  const T* records;
-  int64_t row_stride, num_slots;
-  const int32_t* block_tables;  // [B, max_blocks]
-  int64_t max_blocks, block_size;
+// The records of a layer, rows `stride` bytes apart: rows of the dtype that is computed in, or in the FP8 format.
+struct Records {
+  char* data;
+  int64_t stride, num_slots, fp8;
 
-  const T* find(int64_t sequence, int64_t position) const {
-    const int64_t index = position / block_size;
-    if (position < 0 || index >= max_blocks) return nullptr;
-    const int64_t slot = block_tables[sequence * max_blocks + index] * block_size + position % block_size;
-    return slot < 0 || slot >= num_slots ? nullptr : records + slot * row_stride;
-  }
+  // nullptr where there is no such slot
+  char* find(int64_t slot) const { return slot < 0 || slot >= num_slots ? nullptr : data + slot * stride; }
 };
 
 // The tokens of a step and where their sequences' records are, as Python's PagedLayout and the records pass them.
 struct PagedArgs {
-  const void* records;
-  int64_t row_stride, num_slots;
-  const int32_t* block_tables;
+  Records records;
+  const int32_t* block_tables;  // [B, max_blocks]
   int64_t max_blocks, block_size;
   const int32_t* cu_seqlens_q;  // [B + 1]
   int64_t num_sequences;
   const int64_t* positions;  // [T]
 
-  template <typename T>
-  PagedRecords<T> paged() const {
-    return {static_cast<const T*>(records), row_stride, num_slots, block_tables, max_blocks, block_size};
+  // The record of a position; a position outside the table or the cache has none.
+  const char* find(int64_t sequence, int64_t position) const {
+    const int64_t index = position / block_size;
+    if (position < 0 || index >= max_blocks) return nullptr;
+    return records.find(block_tables[sequence * max_blocks + index] * block_size + position % block_size);
   }
 
   int64_t sequence_of(int64_t token) const {
@@ -47,11 +41,10 @@ struct PagedArgs {
   }
 };
 
-// Ask for n elements of a record that will be read soon.
-template <typename T>
-inline void prefetch_record(const T* record, int64_t n) {
+// Ask for n bytes of a record that will be read soon.
+inline void prefetch_record(const char* record, int64_t n) {
   if (record == nullptr) return;
-  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(record + i);
+  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(record + i);
 }
 
 }  // namespace shoal

@@ -1,10 +1,12 @@
-// Norms, rotary embedding and routing: every row on its own. kernels/norm.py, rope.py and router.py state the contracts.
+// Norms, rotary embedding, quantisation and routing: every row on its own. kernels/norm.py, rope.py, records.py,
+// fp8_rows.py and router.py state the contracts.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <vector>
 
 #include "ops.h"
+#include "record.h"
 #include "vec.h"
 
 namespace shoal {
@@ -59,6 +61,13 @@ void rotate_row(const T* x, const float* cos, int64_t dim, bool interleaved, T* 
     out[first] = from_float<T>(a * cos[i] - b * sin[i]);
     out[second] = from_float<T>(b * cos[i] + a * sin[i]);
   }
+}
+
+// Memory of this thread for n numbers; what it held before is lost.
+template <typename T>
+T* row_memory(int64_t n) {
+  static thread_local Buffer<T> memory;
+  return memory.reserve(n);
 }
 
 inline bool in_range(int64_t i, int64_t n) { return i >= 0 && i < n; }
@@ -200,53 +209,84 @@ extern "C" void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_str
   *status = result;
 }
 
-// kv: rows [latent | rope key], `stride` elements apart; fills columns [0, latent_dim + rope_dim) of the tokens' records.
-// Writes a shoal::Status.
+// kv: rows [latent | rope key], `stride` elements apart; fills latent and rope key of the tokens' records. Writes a
+// shoal::Status.
 extern "C" void shoal_write_latents(int64_t dtype, const void* kv, int64_t stride, int64_t num_tokens,
                                     int64_t latent_dim, int64_t rope_dim, const float* weight, float eps,
                                     const float* table, int64_t table_rows, const int64_t* positions,
-                                    int64_t interleaved, void* records, int64_t row_stride, int64_t num_slots,
-                                    const int64_t* slots, int64_t num_threads, int64_t* status) {
+                                    int64_t interleaved, const shoal::Records* records, const int64_t* slots,
+                                    int64_t num_threads, int64_t* status) {
   using namespace shoal;
   std::atomic<int64_t> result{kOk};
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for_rows(num_tokens, num_threads, [&](int64_t t) {
-      if (!in_range(positions[t], table_rows) || !in_range(slots[t], num_slots)) {
+      char* record = records->find(slots[t]);
+      if (!in_range(positions[t], table_rows) || record == nullptr) {
         result = kOutOfRange;
         return;
       }
       const T* row = static_cast<const T*>(kv) + t * stride;
-      T* record = static_cast<T*>(records) + slots[t] * row_stride;
-      rms_norm_row(row, weight, latent_dim, eps, record);
-      rotate_row(row + latent_dim, table + positions[t] * rope_dim, rope_dim, interleaved != 0, record + latent_dim);
+      T* made = records->fp8 ? row_memory<T>(latent_dim + rope_dim) : reinterpret_cast<T*>(record);
+      rms_norm_row(row, weight, latent_dim, eps, made);
+      rotate_row(row + latent_dim, table + positions[t] * rope_dim, rope_dim, interleaved != 0, made + latent_dim);
+      if (records->fp8) write_latent(made, latent_dim, rope_dim, record);
     });
   });
   *status = result;
 }
 
-// k: rows of `dim`, `stride` elements apart, whose first rope_dim columns turn; fills columns [key_offset, key_offset +
-// dim) of the tokens' records. Writes a shoal::Status.
+// k: rows of `dim`, `stride` elements apart, whose first rope_dim columns turn; fills the index keys, `key_offset` bytes
+// into the tokens' records. Writes a shoal::Status.
 extern "C" void shoal_write_index_keys(int64_t dtype, const void* k, int64_t stride, int64_t num_tokens, int64_t dim,
                                        int64_t rope_dim, const float* weight, const float* bias, float eps,
                                        const float* table, int64_t table_rows, const int64_t* positions,
-                                       int64_t interleaved, void* records, int64_t key_offset, int64_t row_stride,
-                                       int64_t num_slots, const int64_t* slots, int64_t num_threads, int64_t* status) {
+                                       int64_t interleaved, const shoal::Records* records, int64_t key_offset,
+                                       const int64_t* slots, int64_t num_threads, int64_t* status) {
   using namespace shoal;
   std::atomic<int64_t> result{kOk};
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for_rows(num_tokens, num_threads, [&](int64_t t) {
-      if (!in_range(positions[t], table_rows) || !in_range(slots[t], num_slots)) {
+      char* record = records->find(slots[t]);
+      if (!in_range(positions[t], table_rows) || record == nullptr) {
         result = kOutOfRange;
         return;
       }
-      T* key = static_cast<T*>(records) + slots[t] * row_stride + key_offset;
-      layer_norm_row(static_cast<const T*>(k) + t * stride, weight, bias, dim, eps, key);
-      rotate_row(key, table + positions[t] * rope_dim, rope_dim, interleaved != 0, key);
+      char* key = record + key_offset;
+      T* made = records->fp8 ? row_memory<T>(dim) : reinterpret_cast<T*>(key);
+      layer_norm_row(static_cast<const T*>(k) + t * stride, weight, bias, dim, eps, made);
+      rotate_row(made, table + positions[t] * rope_dim, rope_dim, interleaved != 0, made);
+      if (records->fp8) quantize_row(made, dim, key, key + dim);
     });
   });
   *status = result;
+}
+
+// x: rows `stride` elements apart; codes: [rows, n] contiguous; scales: [rows, ceil(n / 128)] contiguous.
+extern "C" void shoal_quantize_rows(int64_t dtype, const void* x, int64_t stride, int64_t rows, int64_t n, char* codes,
+                                    float* scales, int64_t num_threads) {
+  using namespace shoal;
+  const int64_t groups = (n + kScaleTerms - 1) / kScaleTerms;
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    for_rows(rows, num_threads, [&](int64_t r) {
+      quantize_row(static_cast<const T*>(x) + r * stride, n, codes + r * n, reinterpret_cast<char*>(scales + r * groups));
+    });
+  });
+}
+
+// The inverse of shoal_quantize_rows, up to the rounding; out: [rows, n] contiguous.
+extern "C" void shoal_dequantize_rows(int64_t dtype, const char* codes, const float* scales, int64_t rows, int64_t n,
+                                      void* out, int64_t num_threads) {
+  using namespace shoal;
+  const int64_t groups = (n + kScaleTerms - 1) / kScaleTerms;
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    for_rows(rows, num_threads, [&](int64_t r) {
+      dequantize_row(codes + r * n, reinterpret_cast<const char*>(scales + r * groups), n, static_cast<T*>(out) + r * n);
+    });
+  });
 }
 
 extern "C" void shoal_route(const float* logits, int64_t num_tokens, int64_t num_experts, const float* bias,

@@ -30,14 +30,13 @@ LATENT_NORM_EPS = 1e-6
 class Indexer:
     """Scores every earlier position for a token and selects `index_topk` of them; replicated on all ranks."""
 
-    def __init__(self, config: ModelConfig, weights: LayerWeights, rope_table: Tensor, key_offset: int) -> None:
+    def __init__(self, config: ModelConfig, weights: LayerWeights, rope_table: Tensor) -> None:
         self.rope_table = rope_table
         self.num_heads = config.index_n_heads
         self.head_dim = config.index_head_dim
         self.topk = config.index_topk
         self.rope_dim = config.qk_rope_head_dim
         self.interleaved = config.indexer_rope_interleave
-        self.key_offset = key_offset
         self.wq_b = weights.pack("wq_b.weight")
         self.wk = weights.pack("wk.weight")
         self.k_norm_weight = weights.read("k_norm.weight", dtype=torch.float32)
@@ -45,13 +44,13 @@ class Indexer:
         self.weights_proj = pack_weight(weights.read("weights_proj.weight", dtype=torch.float32))
         self.weight_scale = config.index_n_heads**-0.5 * config.index_head_dim**-0.5
 
-    def write_keys(self, x: Tensor, records: Tensor, metadata: AttentionMetadata) -> None:
+    def write_keys(self, x: Tensor, records: Tensor, key_offset: int, metadata: AttentionMetadata) -> None:
         """Index keys of x [T, H] (after the input norm) into the tokens' records."""
         write_index_keys(
             records,
             metadata.slot_mapping,
             linear(x, self.wk),
-            self.key_offset,
+            key_offset,
             (self.k_norm_weight, self.k_norm_bias),
             LATENT_NORM_EPS,
             self.rope_table,
@@ -59,13 +58,13 @@ class Indexer:
             interleaved=self.interleaved,
         )
 
-    def select(self, x: Tensor, q_latent: Tensor, records: Tensor, layout: PagedLayout) -> Tensor:
+    def select(self, x: Tensor, q_latent: Tensor, records: Tensor, key_offset: int, layout: PagedLayout) -> Tensor:
         """For the T tokens of `layout` -> [T, index_topk] int32: selected positions, ascending, padded with -1."""
         q = linear(q_latent, self.wq_b).view(-1, self.num_heads, self.head_dim)
         rotary = q[..., : self.rope_dim]
         rotary.copy_(apply_rope(rotary, self.rope_table, layout.positions, interleaved=self.interleaved))
         head_weights = linear(x.float(), self.weights_proj) * self.weight_scale
-        return index_topk(q, head_weights, records, self.key_offset, layout, self.topk)
+        return index_topk(q, head_weights, records, key_offset, layout, self.topk)
 
 
 class MLAttention:
@@ -100,10 +99,9 @@ class MLAttention:
         self.w_uv = pack_weight(kv_b[:, self.nope_dim :].contiguous())
         out = shard(config.hidden_size, groups.tp_rank, self.tp.size)
         self.o_proj = weights.pack("o_proj.weight", rows=out)
-        key_offset = self.latent_dim + self.rope_dim
         self.indexer: Indexer | None = None
         if config.has_indexer(layer):
-            self.indexer = Indexer(config, weights.under("indexer"), rope_table, key_offset)
+            self.indexer = Indexer(config, weights.under("indexer"), rope_table)
 
     def block(self, input_norm: Tensor, eps: float) -> AttentionBlock | None:
         """This layer with the norm before it as one call, where that exists: without a tensor-parallel group."""
@@ -164,14 +162,15 @@ class MLAttention:
             interleaved=self.interleaved,
         )
         if self.indexer is not None:
-            self.indexer.write_keys(x, records, metadata)
+            key_offset = cache.specs[self.layer].offset("index_key")
+            self.indexer.write_keys(x, records, key_offset, metadata)
         q = linear(q_latent, self.q_b_proj).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
         rotary = q[..., self.nope_dim :]
         rotary.copy_(apply_rope(rotary, self.rope_table, positions, interleaved=self.interleaved))
 
         first = metadata.per_head.num_tokens
         if self.indexer is not None:
-            selected = self.indexer.select(x[first:], q_latent[first:], records, metadata.absorbed)
+            selected = self.indexer.select(x[first:], q_latent[first:], records, key_offset, metadata.absorbed)
             metadata.emit(self.layer, "indexer.selected", selected)
         heads_out = self._attend(q, records, metadata, selected).flatten(1)
         # heads of rank 0 | heads of rank 1 | ..: the whole input of o_proj, of which each rank computes some outputs

@@ -8,6 +8,7 @@ from torch import Tensor
 from shoal.kernels.blocks import StepArgs, attention_block, step_args
 from shoal.kernels.linear import pack_weight
 from shoal.kernels.norm import add_rms_norm, rms_norm
+from shoal.kernels.records import index_key_width, latent_width
 from shoal.kernels.rope import cos_sin_table, inv_freq
 from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
@@ -142,10 +143,6 @@ class DeepseekModel:
         weight = pack_weight(checkpoint.read(_lm_head_name(config), rows=vocab, dtype=dtype))
         self.lm_head = ParallelLMHead(weight, config.vocab_size, head, self.tp.size)
 
-    def record_specs(self) -> list[RecordSpec]:
-        """What each layer keeps per token."""
-        return record_specs(self.config)
-
     def forward(self, input_ids: Tensor, cache: KVCache, metadata: AttentionMetadata) -> Tensor:
         """input_ids [T] int64 -> hidden states after the final norm [T, H].
 
@@ -184,14 +181,16 @@ def several_nodes(groups: ParallelGroups) -> bool:
     return groups.ranks_on_node < groups.world.size
 
 
-def record_specs(config: ModelConfig) -> list[RecordSpec]:
-    """The cache record of every layer; layers that share a selection keep no index keys."""
+def record_specs(config: ModelConfig, dtype: torch.dtype) -> list[RecordSpec]:
+    """The cache record of every layer in a dtype of records; layers that share a selection keep no index keys."""
+    latent = latent_width(dtype, config.kv_lora_rank, 0)
+    rope_key = latent_width(dtype, config.kv_lora_rank, config.qk_rope_head_dim) - latent
     specs = []
     for layer in range(config.num_hidden_layers):
-        fields = [("latent", config.kv_lora_rank), ("rope_key", config.qk_rope_head_dim)]
+        fields = [("latent", latent), ("rope_key", rope_key)]
         if config.has_indexer(layer):
-            fields.append(("index_key", config.index_head_dim))
-        specs.append(RecordSpec(tuple(fields)))
+            fields.append(("index_key", index_key_width(dtype, config.index_head_dim)))
+        specs.append(RecordSpec(tuple(fields), dtype))
     return specs
 
 

@@ -118,7 +118,11 @@ def test_changed_settings_are_refused_by_name(tmp_path: Path, model_dir: Path, s
     source = write_rows(tmp_path / "in.jsonl", {"prompt": [1]})
     arguments = ["batch", source, "--model", model_dir, "-o", tmp_path / "out"]
     assert invoke(*arguments).exit_code == 0
-    for more, name in ((["--seed", 5], "another seed"), (["--dtype", "float32"], "another dtype")):
+    for more, name in (
+        (["--seed", 5], "another seed"),
+        (["--dtype", "float32"], "another dtype"),
+        (["--kv-cache-dtype", "fp8"], "another kv_cache_dtype"),
+    ):
         result = invoke(*arguments, *more)
         assert (result.exit_code, name in result.stderr) == (2, True)
     write_rows(source, {"prompt": [2]})

@@ -53,6 +53,7 @@ def test_the_engine_gets_its_part() -> None:
         ({"collective_timeout_s": float("inf")}, "collective_timeout_s"),
         ({"device": "tpu"}, "device must be one of cpu, cuda"),
         ({"dtype": "int8"}, "dtype must be one of"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype must be one of auto, fp8"),
         ({"invariance": "loose"}, "invariance must be one of"),
         ({"block_size": True}, "block_size"),
         (

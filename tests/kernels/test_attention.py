@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
+from shoal.kernels.fp8_rows import quantize_rows_fp8
 from shoal.kernels.linear import pack_weight
+from shoal.kernels.records import FP8_RECORDS, read_latents
 from shoal.kernels.registry import Backend, use_backend
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
+RECORDS = (*DTYPES, FP8_RECORDS)
+"""Dtypes of records; those in FP8 go with bf16."""
 Form = Literal["absorbed", "per head"]
 FORMS: tuple[Form, ...] = get_args(Form)
 NOPE, VALUE = 14, 21
@@ -35,6 +39,7 @@ class Sequences:
         rope: int = 8,
         seed: int = 0,
     ) -> None:
+        self.records_dtype, dtype = dtype, torch.bfloat16 if dtype == FP8_RECORDS else dtype
         generator = torch.Generator().manual_seed(seed)
         self.lengths, self.form, self.latent, self.rope, self.heads = lengths, form, latent, rope, heads
         self.dtype = dtype
@@ -43,6 +48,15 @@ class Sequences:
         columns = (latent if form == "absorbed" else NOPE) + rope
         self.keys = [torch.randn(n, latent + rope, generator=generator).to(dtype) for n in lengths]
         self.queries = [torch.randn(n, heads, columns, generator=generator).to(dtype) for n in lengths]
+        if self.records_dtype == FP8_RECORDS:
+            self.keys = [read_latents(self._packed(keys), latent, rope, dtype) for keys in self.keys]
+
+    def _packed(self, keys: Tensor) -> Tensor:
+        """Records of keys; in FP8 those that it can hold stay as they are."""
+        if self.records_dtype != FP8_RECORDS:
+            return keys
+        rope = keys[:, self.latent :].bfloat16().contiguous()
+        return torch.cat([x.view(FP8_RECORDS) for x in (*quantize_rows_fp8(keys[:, : self.latent]), rope)], dim=1)
 
     def run(
         self, spans: list[tuple[int, int]], *, block_size: int = 16, seed: int = 0, selected: Tensor | None = None
@@ -52,10 +66,12 @@ class Sequences:
         max_blocks = max(-(-n // block_size) for n in self.lengths) + 1
         num_blocks = len(self.lengths) * max_blocks
         tables = torch.randperm(num_blocks, generator=generator).view(-1, max_blocks).int()
-        width = self.keys[0].shape[1]
+        packed = [self._packed(keys) for keys in self.keys]
+        width = packed[0].shape[1]
         # other fields, a wider row, and NaN wherever nothing was written
-        records = torch.full((num_blocks * block_size, width + 7), math.nan, dtype=self.keys[0].dtype)[:, : width + 3]
-        for b, keys in enumerate(self.keys):
+        nothing = 255 if self.records_dtype == FP8_RECORDS else math.nan
+        records = torch.full((num_blocks * block_size, width + 7), nothing, dtype=self.records_dtype)[:, : width + 3]
+        for b, keys in enumerate(packed):
             written = torch.arange(spans[b][1])
             blocks = tables[b].long()[written // block_size]
             records[blocks * block_size + written % block_size, :width] = keys[: spans[b][1]]
@@ -83,7 +99,7 @@ class Sequences:
         return self.only(b).run([(0, self.lengths[b])])
 
     def only(self, b: int) -> Sequences:
-        alone = Sequences([], self.dtype, self.form, heads=self.heads, latent=self.latent, rope=self.rope)
+        alone = Sequences([], self.records_dtype, self.form, heads=self.heads, latent=self.latent, rope=self.rope)
         alone.w_uk, alone.w_uv = self.w_uk, self.w_uv
         alone.lengths, alone.keys, alone.queries = [self.lengths[b]], [self.keys[b]], [self.queries[b]]
         return alone
@@ -118,7 +134,7 @@ def test_absorbed_equals_unabsorbed_attention(backend: Backend, heads: int) -> N
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", RECORDS)
 @pytest.mark.parametrize("heads", [1, 3, 17])
 def test_several_sequences_match_float64_and_the_reference(form: Form, dtype: torch.dtype, heads: int) -> None:
     sequences = Sequences([70, 1, 1100, 9], dtype, form, heads=heads)
@@ -128,13 +144,33 @@ def test_several_sequences_match_float64_and_the_reference(form: Form, dtype: to
         reference = sequences.run(spans)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6
     expected = [sequences.oracle(b)[start:stop] for b, (start, stop) in enumerate(spans)]
-    assert out.dtype == dtype
+    assert out.dtype == sequences.dtype
     torch.testing.assert_close(out.double(), torch.cat(expected), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(out, reference, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("latent", "rope"), [(40, 8), (512, 64), (200, 7), (1, 1)])
+def test_fp8_records_give_the_bits_of_what_they_hold(form: Form, dtype: torch.dtype, latent: int, rope: int) -> None:
+    spans = [(69, 70), (0, 1), (590, 600), (0, 130)]
+    packed = Sequences([70, 1, 600, 130], FP8_RECORDS, form, latent=latent, rope=rope)
+    plain = Sequences(packed.lengths, dtype, form, latent=latent, rope=rope)
+    plain.keys = [keys.to(dtype) for keys in packed.keys]
+    packed.dtype, packed.keys, packed.queries = dtype, plain.keys, plain.queries
+    packed.w_uk, packed.w_uv = plain.w_uk, plain.w_uv
+    selected = None
+    if form == "absorbed":
+        selected = torch.arange(90).expand(142, 90).int()
+        selected = selected.where(selected <= torch.cat([torch.arange(*span) for span in spans])[:, None], -1)
+    for chosen in (None, selected):
+        expected = plain.run(spans, selected=chosen)
+        assert not expected.isnan().any()
+        assert torch.equal(packed.run(spans, selected=chosen), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", RECORDS)
 @pytest.mark.parametrize(("heads", "length"), [(1, 203), (3, 203), (16, 203), (17, 1100)])
 def test_any_chunking_gives_the_same_bits(
     form: Form, dtype: torch.dtype, heads: int, length: int, monkeypatch: pytest.MonkeyPatch
@@ -160,7 +196,7 @@ def test_many_heads_are_independent(dtype: torch.dtype, heads: int) -> None:
         assert torch.equal(one_head.run([(64, 67)])[:, 0], whole[:, head])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", RECORDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_company_block_size_placement_and_threads_change_nothing(
     dtype: torch.dtype, form: Form, monkeypatch: pytest.MonkeyPatch
@@ -181,7 +217,7 @@ def test_company_block_size_placement_and_threads_change_nothing(
             assert torch.equal(part, whole[start:stop])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", RECORDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("first", [76, 77])
 def test_a_later_nan_key_stays_invisible(dtype: torch.dtype, form: Form, first: int) -> None:
@@ -285,6 +321,8 @@ def test_refuses_what_does_not_fit() -> None:
     q, r, records = torch.ones(1, 1, 8), torch.ones(1, 1, 2), torch.ones(4, 10)
     with pytest.raises(ValueError, match="records"):
         mla_attention(q, r, torch.ones(4, 9), layout, 1.0)
+    with pytest.raises(ValueError, match="records"):
+        mla_attention(q, r, torch.zeros(4, 15, dtype=FP8_RECORDS), layout, 1.0)  # 8 numbers, a scale and 2 x 2 bytes
     with pytest.raises(ValueError, match="all in float32 or all in bfloat16"):
         mla_attention(q, r, records.bfloat16(), layout, 1.0)
     with pytest.raises(ValueError, match="selected must be"):

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
+from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores, index_topk, topk_positions
+from shoal.kernels.records import FP8_RECORDS
 from shoal.kernels.registry import Backend, use_backend
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
+RECORDS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, FP8_RECORDS)]
+"""Dtypes of the computation and of records."""
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -81,14 +85,28 @@ def test_ties_go_to_the_lowest_positions_and_zeros_are_equal(backend: Backend) -
     assert nan.tolist() == [[0, 1, 3]]
 
 
-def _paged(keys: list[Tensor], spans: list[tuple[int, int]], block_size: int, seed: int) -> tuple[Tensor, PagedLayout]:
+def _keys(lengths: tuple[int, ...], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Random ones that FP8 holds exactly."""
+    return [dequantize_rows_fp8(*quantize_rows_fp8(torch.randn(n, dim)), dtype) for n in lengths]
+
+
+def _paged(
+    keys: list[Tensor],
+    spans: list[tuple[int, int]],
+    block_size: int,
+    seed: int,
+    records_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, PagedLayout]:
     """Records [3 other columns | key | 2 other columns] of some sequences, NaN where nothing is, and the layout."""
+    if records_dtype == FP8_RECORDS:
+        keys = [torch.cat([x.view(FP8_RECORDS) for x in quantize_rows_fp8(k)], dim=1) for k in keys]
     generator = torch.Generator().manual_seed(seed)
     max_blocks = max(-(-len(k) // block_size) for k in keys)
     num_blocks = len(keys) * max_blocks + 2
     tables = torch.randperm(num_blocks, generator=generator)[: len(keys) * max_blocks].view(-1, max_blocks).int()
     dim = keys[0].shape[1]
-    records = torch.full((num_blocks * block_size, dim + 9), math.nan, dtype=keys[0].dtype)[:, : dim + 5]
+    nothing = 255 if records_dtype == FP8_RECORDS else math.nan
+    records = torch.full((num_blocks * block_size, dim + 9), nothing, dtype=keys[0].dtype)[:, : dim + 5]
     for b, k in enumerate(keys):
         positions = torch.arange(len(k))
         records[tables[b].long()[positions // block_size] * block_size + positions % block_size, 3 : 3 + dim] = k
@@ -98,13 +116,16 @@ def _paged(keys: list[Tensor], spans: list[tuple[int, int]], block_size: int, se
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_topk_of_paged_keys_matches_scores_and_sort(backend: Backend, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "records_dtype"), [*RECORDS, (torch.float32, FP8_RECORDS)])
+@pytest.mark.parametrize("dim", [16, 130])
+def test_topk_of_paged_keys_matches_scores_and_sort(
+    backend: Backend, dtype: torch.dtype, records_dtype: torch.dtype, dim: int
+) -> None:
     torch.manual_seed(0)
-    keys = [torch.randn(n, 16).to(dtype) for n in (90, 5, 40)]
+    keys = _keys((90, 5, 40), dim, dtype)
     spans = [(0, 90), (5, 5), (38, 40)]
-    records, layout = _paged(keys, spans, 16, 0)
-    q, weights = torch.randn(92, 5, 16).to(dtype), torch.randn(92, 5)
+    records, layout = _paged(keys, spans, 16, 0, records_dtype)
+    q, weights = torch.randn(92, 5, dim).to(dtype), torch.randn(92, 5)
     with use_backend(backend):
         selected = index_topk(q, weights, records, 3, layout, 12).tolist()
         for t in range(92):
@@ -116,19 +137,19 @@ def test_topk_of_paged_keys_matches_scores_and_sort(backend: Backend, dtype: tor
                 assert selected[t] == _sorted_oracle(scores[0].tolist(), 12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "records_dtype"), RECORDS)
 def test_a_token_selects_the_same_in_any_company_block_size_and_thread_count(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, records_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 0)
     torch.manual_seed(1)
-    keys = [torch.randn(n, 8).to(dtype) for n in (150, 33)]
+    keys = _keys((150, 33), 8, dtype)
     spans = [(60, 150), (32, 33)]
     q, weights = torch.randn(91, 3, 8).to(dtype), torch.randn(91, 3)
     threads = torch.get_num_threads()
     results = []
     for block_size in (1, 4, 16, 64):
-        records, layout = _paged(keys, spans, block_size, block_size)
+        records, layout = _paged(keys, spans, block_size, block_size, records_dtype)
         try:
             torch.set_num_threads(1 + block_size % 3)
             results.append(index_topk(q, weights, records, 3, layout, 20))
@@ -136,7 +157,7 @@ def test_a_token_selects_the_same_in_any_company_block_size_and_thread_count(
             torch.set_num_threads(threads)
     assert all(torch.equal(r, results[0]) for r in results)
     for t in range(0, 90, 9):
-        records, layout = _paged(keys[:1], [(60 + t, 61 + t)], 16, t)
+        records, layout = _paged(keys[:1], [(60 + t, 61 + t)], 16, t, records_dtype)
         alone = index_topk(q[t : t + 1], weights[t : t + 1], records, 3, layout, 20)
         assert torch.equal(alone[0], results[0][t])
 

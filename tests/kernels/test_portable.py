@@ -14,6 +14,7 @@ import torch
 
 from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
 from shoal.kernels.experts import experts_mlp, swiglu
+from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores
 from shoal.kernels.linear import linear, pack_weight
 from shoal.kernels.norm import rms_norm
@@ -46,7 +47,10 @@ def digest() -> str:
         )
         records = normal(128, 48)
         fp8 = BlockFP8Weight.of_rows(*quantize_block_fp8(normal(37, 150, dtype=torch.float32)))
+        codes, scales = quantize_rows_fp8(normal(6, 300))
         outputs = [
+            codes.view(torch.uint8),
+            dequantize_rows_fp8(codes, scales, dtype),
             linear(normal(21, 77), pack_weight(normal(50, 77))),
             linear(normal(5, 150), pack_weight(fp8, dtype=dtype)),
             swiglu(normal(9, 66)),

@@ -20,6 +20,7 @@ from shoal.kernels.registry import (
 def test_the_default_backend_is_the_invariant_one() -> None:
     assert current_backend() == "cpu"
     assert is_invariant("cpu")
+    assert is_invariant("triton")
     assert not is_invariant("reference")
 
 
@@ -56,6 +57,13 @@ def test_an_unknown_backend_is_refused() -> None:
     unknown: Backend = "cuda"  # type: ignore[assignment]
     with pytest.raises(ValueError, match="choose one of cpu, reference"):
         set_backend(unknown)
+    assert current_backend() == "cpu"
+
+
+def test_triton_kernels_need_the_triton_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.kernels.registry.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install triton"):
+        set_backend("triton")
     assert current_backend() == "cpu"
 
 

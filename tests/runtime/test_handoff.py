@@ -84,9 +84,9 @@ def requests() -> list[Request]:
     ]
 
 
-def expected(model_dir: Path, asked: list[Request]) -> dict[str, tuple[Any, ...]]:
+def expected(model_dir: Path, asked: list[Request], **settings: Any) -> dict[str, tuple[Any, ...]]:
     """What one engine answers."""
-    engine = make_engine(model_dir, None)
+    engine = make_engine(model_dir, None, **settings)
     for one in asked:
         engine.add_request(one)
     finished: dict[str, tuple[Any, ...]] = {}
@@ -117,6 +117,30 @@ def test_the_same_bits_as_one_engine(
     assert all(one.error is None for one in split.loaded), split.loaded
     assert len(split.loaded) == len(requests()) - 1, "the one that ends with its first token needs no decode"
     assert split.prefill.scheduler.num_export_tokens == 0
+
+
+def test_fp8_records_travel(model_dir: Path) -> None:
+    settings = {"kv_cache_dtype": "fp8"}
+    split, _, receiver = make_split(model_dir, prefill=settings, decode=settings)
+    outputs = split.run(requests())
+    assert {i: bits(o) for i, o in outputs.items()} == expected(model_dir, requests(), **settings)
+    assert expected(model_dir, requests(), **settings) != expected(model_dir, requests())
+    assert all(one.error is None for one in split.loaded), split.loaded
+    config = split.decode.model_config
+    latent, rope = config.kv_lora_rank + 4, 2 * config.qk_rope_head_dim  # one scale: at most 128 columns
+    per_token = config.num_hidden_layers * (latent + rope + config.index_head_dim + 4)
+    assert {c.num_bytes for c in receiver.fetched} == {per_token * (c.end - c.start) for c in receiver.fetched}
+
+
+@pytest.mark.parametrize("formats", [("auto", "fp8"), ("fp8", "auto")])
+def test_records_in_another_format_are_refused(model_dir: Path, formats: tuple[str, str]) -> None:
+    source, target = ({"kv_cache_dtype": name} for name in formats)
+    split, _, receiver = make_split(model_dir, prefill=source, decode=target)
+    outputs = split.run(requests()[:1])
+    assert split.loaded[0].error == "the records were computed by another model, dtype or kernel backend"
+    assert not receiver.fetched
+    (_, tokens, *_), *_ = bits(outputs["greedy"])
+    assert len(tokens) == 10
 
 
 def test_chunks_travel_while_the_prompt_is_computed(model_dir: Path) -> None:

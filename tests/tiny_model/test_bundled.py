@@ -57,9 +57,10 @@ def test_logits_are_those_of_transformers(task: str, thinking: bool) -> None:
     assert float((logits - expected).abs().max()) < 2e-4
 
 
-def test_it_answers_what_it_has_not_seen() -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_it_answers_what_it_has_not_seen(kv_cache_dtype: str) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=160, skip_special_tokens=False)
-    with LLM(num_threads_per_worker=1) as llm:
+    with LLM(num_threads_per_worker=1, kv_cache_dtype=kv_cache_dtype) as llm:
         for task in ("addition", "reversing", "lookup"):
             rows = questions([task], limit=10)
             outputs = llm.chat([[{"role": "user", "content": row.question}] for row in rows], params, thinking=True)

@@ -1,0 +1,392 @@
+"""`mla_attention`: flash attention in the absorbed form, over bf16, fp32 or FP8 records.
+
+One program takes a token, 64 of its heads and SPLIT_KEYS entries of its list. Tiles and splits begin at fixed entries
+of the list, and splits are merged in order, so a row's bits depend on its own list only: not on other rows, chunks,
+block size or the number of heads. Weights are rounded to the records' dtype before they multiply the values. A position
+without a slot makes its row NaN instead of an error, because asking the device whether there was one would stall it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention import PagedLayout
+from ..registry import register
+from . import hopper
+from .launch import decode_e4m3, dot, has_fp8, round_to
+
+SPLIT_KEYS = 2048
+"""List entries of one split; part of the numeric contract, like the tiles below."""
+BLOCK_HEADS = 64
+"""Always one shape of matrix instruction, whatever share of the heads is here."""
+MAX_PARTIAL_BYTES = 256 << 20
+"""Of the splits' partial results: tokens go in parts where there would be more."""
+FP8_RECORD_BYTES = 656
+FP8_LATENT_DIM, FP8_ROPE_DIM, FP8_GROUP = 512, 64, 128
+_LOG2_E = 1.4426950408889634
+
+NO_SLOT = tl.constexpr(-1)
+BAD_SLOT = tl.constexpr(-2)
+
+
+@triton.jit
+def find_sequence(cu_seqlens_q, num_sequences, token, BLOCK_SEQUENCES: tl.constexpr):
+    """The sequence of a token: how many end at or before it."""
+    sequences = tl.arange(0, BLOCK_SEQUENCES)
+    ends = tl.load(cu_seqlens_q + 1 + sequences, mask=sequences < num_sequences, other=0x7FFFFFFF)
+    return tl.sum((ends <= token).to(tl.int32), axis=0)
+
+
+@triton.jit
+def find_slots(positions, inside, table, max_blocks, block_size, num_slots):
+    """Slots of positions in a sequence's block table: NO_SLOT unless `inside`, BAD_SLOT where there is none."""
+    block = positions // block_size
+    number = tl.load(table + block, mask=inside & (block < max_blocks), other=-1)
+    slot = number * block_size + positions % block_size
+    slot = tl.where((number < 0) | (slot >= num_slots), BAD_SLOT, slot)
+    return tl.where(inside, slot, NO_SLOT)
+
+
+@triton.jit
+def list_kernel(
+    selected,
+    positions,
+    cu_seqlens_q,
+    block_tables,
+    sequences,
+    slots,
+    lengths,
+    num_sequences,
+    width,
+    max_blocks,
+    block_size,
+    num_slots,
+    SPARSE: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A token's sequence, how long its list is and, with a selection, the slots of its list."""
+    token = tl.program_id(0).to(tl.int64)
+    sequence = find_sequence(cu_seqlens_q, num_sequences, token, BLOCK_SEQUENCES)
+    tl.store(sequences + token, sequence)
+    if SPARSE:
+        entries = tl.arange(0, BLOCK)
+        chosen = tl.load(selected + token * width + entries, mask=entries < width, other=-1)
+        length = tl.min(tl.where(chosen < 0, tl.minimum(entries, width), width), axis=0)
+        table = block_tables + sequence.to(tl.int64) * max_blocks
+        slot = find_slots(chosen, entries < length, table, max_blocks, block_size, num_slots)
+        tl.store(slots + token * width + entries, slot, mask=entries < width)
+    else:
+        length = tl.minimum(tl.load(positions + token) + 1, width).to(tl.int32)
+    tl.store(lengths + token, length)
+
+
+@triton.jit
+def expand_kernel(block_tables, slots, width, max_blocks, block_size, num_slots, BLOCK: tl.constexpr):
+    """The slots of a sequence's positions [0, width)."""
+    sequence = tl.program_id(0).to(tl.int64)
+    positions = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    table = block_tables + sequence * max_blocks
+    slot = find_slots(positions, positions < width, table, max_blocks, block_size, num_slots)
+    tl.store(slots + sequence * width + positions, slot, mask=positions < width)
+
+
+@triton.jit
+def _load_fp8_latents(values, scales, slot, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
+    """[keys, 512] in DTYPE: FP8 codes times the scale of their group of 128."""
+    rows = slot.to(tl.int64)[:, None, None]
+    groups = tl.arange(0, 4)
+    columns = tl.arange(0, 128)
+    found = rows >= 0
+    codes = tl.load(values + rows * 656 + groups[None, :, None] * 128 + columns[None, None, :], mask=found, other=0)
+    scale = tl.load(scales + rows * 164 + 128 + groups[None, :, None], mask=found, other=0)
+    if NATIVE_FP8:
+        widened = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        widened = decode_e4m3(codes).to(tl.float32)
+    return tl.reshape(round_to(widened * scale, DTYPE), [slot.shape[0], 512])
+
+
+@triton.jit
+def mla_kernel(
+    q_latent,
+    latent_token_stride,
+    latent_head_stride,
+    q_rope,
+    rope_token_stride,
+    rope_head_stride,
+    records,
+    record_stride,
+    fp8_values,
+    fp8_scales,
+    slots,
+    slots_stride,
+    sequences,
+    lengths,
+    out,
+    partial_out,
+    partial_stats,
+    num_tokens,
+    num_heads,
+    scale,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROPE_OFFSET: tl.constexpr,
+    BLOCK_LATENT: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    SPARSE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention of a token's heads to one split of its list. `scale` includes log2(e)."""
+    head_blocks = tl.cdiv(num_heads, BLOCK_HEADS)
+    token = (tl.program_id(0) // head_blocks).to(tl.int64)
+    heads = tl.program_id(0) % head_blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    begin = tl.program_id(1) * SPLIT_KEYS
+    end = tl.minimum(begin + SPLIT_KEYS, tl.load(lengths + token))
+    if SPLIT and begin >= end:
+        return
+    slots += (token if SPARSE else tl.load(sequences + token).to(tl.int64)) * slots_stride
+    latents = tl.arange(0, BLOCK_LATENT)
+    ropes = tl.arange(0, BLOCK_ROPE)
+    has_head = (heads < num_heads)[:, None]
+    q_latent += token * latent_token_stride + heads[:, None] * latent_head_stride
+    q_rope += token * rope_token_stride + heads[:, None] * rope_head_stride
+    query = tl.load(q_latent + latents[None, :], mask=has_head & (latents < LATENT)[None, :], other=0.0)
+    query_rope = tl.load(q_rope + ropes[None, :], mask=has_head & (ropes < ROPE)[None, :], other=0.0)
+
+    maximum = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_HEADS], tl.float32)
+    output = tl.zeros([BLOCK_HEADS, BLOCK_LATENT], tl.float32)
+    for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
+        entries = start + tl.arange(0, BLOCK_KEYS)
+        slot = tl.load(slots + entries, mask=entries < end, other=NO_SLOT)
+        found = (slot >= 0)[:, None]
+        rows = records + slot.to(tl.int64)[:, None] * record_stride
+        key_rope = tl.load(rows + ROPE_OFFSET + ropes[None, :], mask=found & (ropes < ROPE)[None, :], other=0.0)
+        if FP8:
+            latent = _load_fp8_latents(fp8_values, fp8_scales, slot, NATIVE_FP8, query.dtype)
+        else:
+            latent = tl.load(rows + latents[None, :], mask=found & (latents < LATENT)[None, :], other=0.0)
+        scores = tl.zeros([BLOCK_HEADS, BLOCK_KEYS], tl.float32)
+        scores = dot(query, tl.trans(latent), scores)
+        scores = dot(query_rope, tl.trans(key_rope), scores) * scale
+        scores += tl.where(slot >= 0, 0.0, tl.where(slot == BAD_SLOT, float("nan"), float("-inf")))[None, :]
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - base[:, None])
+        rescale = tl.exp2(maximum - base)
+        total = total * rescale + tl.sum(weights, axis=1)
+        output = dot(round_to(weights, latent.dtype), latent, output * rescale[:, None])
+        maximum = new_maximum
+
+    offsets = token * num_heads + heads[:, None]
+    stored = has_head & (latents < LATENT)[None, :]
+    if SPLIT:
+        offsets += tl.program_id(1).to(tl.int64) * num_tokens * num_heads
+        tl.store(partial_out + offsets * LATENT + latents[None, :], output, mask=stored)
+        tl.store(partial_stats + offsets * 2, maximum[:, None], mask=has_head)
+        tl.store(partial_stats + offsets * 2 + 1, total[:, None], mask=has_head)
+    else:
+        output = output / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(out + offsets * LATENT + latents[None, :], round_to(output, out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def merge_kernel(
+    partial_out,
+    partial_stats,
+    lengths,
+    out,
+    num_tokens,
+    num_heads,
+    LATENT: tl.constexpr,
+    BLOCK_LATENT: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+):
+    """The splits of one row, added up in order. One split alone keeps its bits."""
+    row = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths + row // num_heads)
+    latents = tl.arange(0, BLOCK_LATENT)
+    output = tl.zeros([BLOCK_LATENT], tl.float32)
+    maximum = float("-inf")
+    total = 0.0
+    offset = row
+    for _ in range(tl.cdiv(length, SPLIT_KEYS)):
+        part = tl.load(partial_out + offset * LATENT + latents, mask=latents < LATENT, other=0.0)
+        part_maximum = tl.load(partial_stats + offset * 2)
+        part_total = tl.load(partial_stats + offset * 2 + 1)
+        new_maximum = tl.maximum(maximum, part_maximum)
+        old, new = tl.exp2(maximum - new_maximum), tl.exp2(part_maximum - new_maximum)
+        output = output * old + part * new
+        total = total * old + part_total * new
+        maximum = new_maximum
+        offset += num_tokens * num_heads
+    output = output / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + row * LATENT + latents, round_to(output, out.dtype.element_ty), mask=latents < LATENT)
+
+
+def mla_options(dtype: torch.dtype, capability: tuple[int, int], *, fp8: bool) -> dict[str, int]:
+    """Tiles of `mla_kernel`; BLOCK_KEYS is part of the numeric contract of a device."""
+    if dtype == torch.float32:
+        return {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4}
+    if capability[0] != 9:  # smaller shared memory on sm_80; on sm_100 the compiler needs more of it
+        return {"BLOCK_HEADS": BLOCK_HEADS, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 8}
+    return {"BLOCK_HEADS": BLOCK_HEADS, "BLOCK_KEYS": 64, "STAGES": 1 if fp8 else 2, "num_warps": 8}
+
+
+@register("mla_attention", "triton")
+def mla_attention_triton(
+    q_latent: Tensor, q_rope: Tensor, records: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
+) -> Tensor:
+    records = records if records.stride(-1) == 1 else records.contiguous()
+    return _attend(q_latent, q_rope, records, layout, scale, selected, fp8=False)
+
+
+def mla_attention_fp8(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    records: Tensor,
+    layout: PagedLayout,
+    scale: float,
+    *,
+    selected: Tensor | None = None,
+) -> Tensor:
+    """`mla_attention` with bf16 queries over FP8 records [num_slots, 656] uint8.
+
+    A record: 512 float8_e4m3fn latents | 4 fp32 scales, one per 128 latents | 64 bf16 rotary keys. A latent is its code
+    times its scale, rounded to bf16; from there on everything is as in bf16.
+    """
+    if records.dtype != torch.uint8 or records.dim() != 2 or records.shape[1] != FP8_RECORD_BYTES:
+        raise ValueError(
+            f"FP8 records are uint8 [num_slots, {FP8_RECORD_BYTES}], got {list(records.shape)} in {records.dtype}"
+        )
+    if q_latent.dtype != torch.bfloat16 or q_latent.shape[2:] + q_rope.shape[2:] != (FP8_LATENT_DIM, FP8_ROPE_DIM):
+        raise ValueError(f"FP8 records go with bfloat16 queries [T, h, {FP8_LATENT_DIM}] and [T, h, {FP8_ROPE_DIM}]")
+    return _attend(q_latent, q_rope, records.contiguous(), layout, scale, selected, fp8=True)
+
+
+def _attend(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    records: Tensor,
+    layout: PagedLayout,
+    scale: float,
+    selected: Tensor | None,
+    *,
+    fp8: bool,
+) -> Tensor:
+    q_latent, q_rope = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent, q_rope))
+    num_tokens, num_heads, latent_dim = q_latent.shape
+    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    device = q_latent.device
+    sequences, slots, lengths = _find_lists(layout, records.shape[0], selected)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    by_hand = device.type == "cuda" and hopper.supports(capability, records, latent_dim, q_rope.shape[2])
+    options = mla_options(q_latent.dtype, capability, fp8=fp8)
+    head_blocks = triton.cdiv(num_heads, options["BLOCK_HEADS"])
+    num_splits = triton.cdiv(slots.shape[1], SPLIT_KEYS)
+    step = num_tokens
+    partial_out = partial_stats = out
+    if num_splits > 1:
+        step = min(step, max(1, MAX_PARTIAL_BYTES // (4 * num_splits * num_heads * latent_dim)))
+        partial_out = torch.empty(num_splits * step * num_heads, latent_dim, dtype=torch.float32, device=device)
+        partial_stats = torch.empty(num_splits * step * num_heads, 2, dtype=torch.float32, device=device)
+    block_latent = max(16, triton.next_power_of_2(latent_dim))
+    for first in range(0, num_tokens, step):
+        chunk = slice(first, min(first + step, num_tokens))
+        count = chunk.stop - first
+        grid = (count * head_blocks, num_splits)
+        queries = (
+            q_latent[chunk],
+            q_latent.stride(0),
+            q_latent.stride(1),
+            q_rope[chunk],
+            q_rope.stride(0),
+            q_rope.stride(1),
+        )
+        lists = (slots if selected is None else slots[chunk], slots.shape[1], sequences[chunk], lengths[chunk])
+        results = (out[chunk], partial_out, partial_stats, count, num_heads, scale * _LOG2_E)
+        splits = {"SPLIT_KEYS": SPLIT_KEYS, "SPARSE": selected is not None, "SPLIT": num_splits > 1}
+        if by_hand:
+            hopper.mla_kernel[grid](
+                *queries, records, records.stride(0), *lists, *results, **splits, num_warps=hopper.NUM_WARPS
+            )
+        else:
+            mla_kernel[grid](
+                *queries,
+                records.view(torch.bfloat16) if fp8 else records,
+                FP8_RECORD_BYTES // 2 if fp8 else records.stride(0),
+                records,
+                records.view(torch.float32) if fp8 else records,
+                *lists,
+                *results,
+                **splits,
+                LATENT=latent_dim,
+                ROPE=q_rope.shape[2],
+                ROPE_OFFSET=(FP8_LATENT_DIM + 16) // 2 if fp8 else latent_dim,
+                BLOCK_LATENT=block_latent,
+                BLOCK_ROPE=max(16, triton.next_power_of_2(q_rope.shape[2])),
+                FP8=fp8,
+                NATIVE_FP8=has_fp8(device),
+                **options,
+            )
+        if num_splits > 1:
+            merge_kernel[(count * num_heads,)](
+                partial_out,
+                partial_stats,
+                lengths[chunk],
+                out[chunk],
+                count,
+                num_heads,
+                LATENT=latent_dim,
+                BLOCK_LATENT=block_latent,
+                SPLIT_KEYS=SPLIT_KEYS,
+            )
+    return out
+
+
+def _find_lists(layout: PagedLayout, num_slots: int, selected: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """-> each token's sequence [T], slots of the lists' entries, and how many entries of them a token attends to [T].
+
+    Slots are [T, topk] with a selection and otherwise [B, positions], all tokens of a sequence sharing a list.
+    """
+    tables = layout.block_tables
+    num_sequences, max_blocks = tables.shape
+    num_tokens = layout.positions.shape[0]
+    sequences, lengths = tables.new_empty(num_tokens), tables.new_empty(num_tokens)
+    sizes = (max_blocks, layout.block_size, num_slots)
+    if selected is None:
+        # at least one entry beyond the table, so that a context that is too long ends with a BAD_SLOT
+        width = (max_blocks * layout.block_size // 16 + 1) * 16
+        slots = tables.new_empty(num_sequences, width)
+        expand_kernel[(num_sequences, triton.cdiv(width, 1024))](tables, slots, width, *sizes, BLOCK=1024)
+    else:
+        width = selected.shape[1]
+        slots = torch.empty_like(selected, memory_format=torch.contiguous_format)
+    list_kernel[(num_tokens,)](
+        None if selected is None else selected.contiguous(),
+        layout.positions,
+        layout.cu_seqlens_q,
+        tables,
+        sequences,
+        slots,
+        lengths,
+        num_sequences,
+        width,
+        *sizes,
+        SPARSE=selected is not None,
+        BLOCK_SEQUENCES=triton.next_power_of_2(num_sequences),
+        BLOCK=triton.next_power_of_2(width),
+    )
+    return sequences, slots, lengths

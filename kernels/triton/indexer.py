@@ -1,0 +1,364 @@
+"""`index_scores` and `index_topk`, over bf16 or fp32 keys and over FP8 keys in pages of 64.
+
+A score is a product with keys as rows and heads as columns, and a sum over the heads in fp32. Many tokens of a sequence
+keep a tile of keys and go through the tokens, a single one goes through the keys; both compute a score alike, so which
+of them a row takes changes none of its bits. A position without a slot scores NaN, which is chosen last.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention import PagedLayout
+from ..registry import register
+from .attention import BAD_SLOT, find_sequence, find_slots
+from .launch import decode_e4m3, dot, has_fp8
+from .token_tiles import token_tiles
+from .topk import select_best
+
+CHUNK_KEYS = 2048
+"""Keys that one program scores for one token."""
+TILE_TOKENS = 64
+"""Tokens that one program scores against one tile of keys."""
+MAX_SCORE_BYTES = 256 << 20
+PAGE = 64
+PAGE_BYTES = 64 * 132
+
+
+@triton.jit
+def _load_keys(
+    keys,
+    key_stride,
+    values,
+    scales,
+    slot,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):
+    """-> keys [n, BLOCK_DIM] and their scales [n], NaN for a BAD_SLOT."""
+    columns = tl.arange(0, BLOCK_DIM)[None, :]
+    found = slot >= 0
+    rows = slot.to(tl.int64)
+    unit = tl.where(slot == BAD_SLOT, float("nan"), 1.0)
+    if FP8:
+        page, entry = rows // 64, rows % 64
+        key = tl.load(values + (page * 8448 + entry * 128)[:, None] + columns, mask=found[:, None], other=0)
+        scale = tl.load(scales + page * 2112 + 2048 + entry, mask=found, other=0.0) * unit
+        return key.to(tl.float8e4nv, bitcast=True) if NATIVE_FP8 else decode_e4m3(key), scale
+    else:
+        mask = found[:, None] & (columns < DIM)
+        return tl.load(keys + rows[:, None] * key_stride + columns, mask=mask, other=0.0), unit
+
+
+@triton.jit
+def _load_queries(
+    q,
+    q_head_stride,
+    weights,
+    num_heads,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):
+    """-> one token's queries [BLOCK_HEADS, BLOCK_DIM] and weights [BLOCK_HEADS]."""
+    heads = tl.arange(0, BLOCK_HEADS)
+    columns = tl.arange(0, BLOCK_DIM)[None, :]
+    mask = (heads < num_heads)[:, None] & (columns < DIM)
+    weight = tl.load(weights + heads, mask=heads < num_heads, other=0.0)
+    if FP8:
+        query = tl.load(q + heads[:, None] * q_head_stride + columns, mask=mask, other=0)
+        return query.to(tl.float8e4nv, bitcast=True) if NATIVE_FP8 else decode_e4m3(query), weight
+    else:
+        return tl.load(q + heads[:, None] * q_head_stride + columns, mask=mask, other=0.0), weight
+
+
+@triton.jit
+def _score(key, query, weight):
+    """sum over heads of weight * relu(query . key), for a tile of keys."""
+    dots = dot(key, tl.trans(query), tl.zeros([key.shape[0], query.shape[0]], tl.float32))
+    return tl.sum(weight[None, :] * tl.where(dots < 0.0, 0.0, dots), axis=1)  # NaN passes
+
+
+@triton.jit
+def token_scores_kernel(
+    q,
+    q_token_stride,
+    q_head_stride,
+    weights,
+    keys,
+    key_stride,
+    values,
+    scales,
+    block_tables,
+    cu_seqlens_q,
+    positions,
+    scores,
+    scores_stride,
+    num_heads,
+    num_sequences,
+    unscored,
+    max_blocks,
+    block_size,
+    num_slots,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    CHUNK_KEYS: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Scores of one token for a chunk of its context; none when the context has at most `unscored` positions."""
+    token = tl.program_id(0).to(tl.int64)
+    length = tl.load(positions + token).to(tl.int32) + 1
+    begin = tl.program_id(1) * CHUNK_KEYS
+    end = tl.minimum(begin + CHUNK_KEYS, length)
+    if length <= unscored or begin >= end:
+        return
+    query, weight = _load_queries(
+        q + token * q_token_stride,
+        q_head_stride,
+        weights + token * num_heads,
+        num_heads,
+        DIM,
+        BLOCK_DIM,
+        BLOCK_HEADS,
+        FP8,
+        NATIVE_FP8,
+    )
+    sequence = find_sequence(cu_seqlens_q, num_sequences, token, BLOCK_SEQUENCES)
+    table = block_tables + sequence.to(tl.int64) * max_blocks
+    for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
+        entries = start + tl.arange(0, BLOCK_KEYS)
+        slot = find_slots(entries, entries < end, table, max_blocks, block_size, num_slots)
+        key, scale = _load_keys(keys, key_stride, values, scales, slot, DIM, BLOCK_DIM, FP8, NATIVE_FP8)
+        score = _score(key, query, weight) * scale
+        tl.store(scores + token * scores_stride + entries, score, mask=entries < end)
+
+
+@triton.jit
+def tile_scores_kernel(
+    q,
+    q_token_stride,
+    q_head_stride,
+    weights,
+    keys,
+    key_stride,
+    values,
+    scales,
+    block_tables,
+    tile_sequences,
+    tile_tokens,
+    cu_seqlens_q,
+    positions,
+    scores,
+    scores_stride,
+    num_heads,
+    num_sequences,
+    unscored,
+    max_blocks,
+    block_size,
+    num_slots,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Scores of up to TILE_TOKENS tokens of one sequence for one tile of its keys."""
+    sequence = tl.load(tile_sequences + tl.program_id(1)).to(tl.int64)
+    if sequence >= num_sequences:
+        return
+    first = tl.load(tile_tokens + tl.program_id(1))
+    last = tl.minimum(first + TILE_TOKENS, tl.load(cu_seqlens_q + sequence + 1))
+    tokens = first + tl.arange(0, TILE_TOKENS)
+    longest = tl.max(tl.load(positions + tokens, mask=tokens < last, other=-1), axis=0).to(tl.int32) + 1
+    begin = tl.program_id(0) * BLOCK_KEYS
+    if longest <= unscored or begin >= longest:
+        return
+    entries = begin + tl.arange(0, BLOCK_KEYS)
+    table = block_tables + sequence * max_blocks
+    slot = find_slots(entries, entries < longest, table, max_blocks, block_size, num_slots)
+    key, scale = _load_keys(keys, key_stride, values, scales, slot, DIM, BLOCK_DIM, FP8, NATIVE_FP8)
+    for index in tl.range(first, last, num_stages=STAGES):
+        token = tl.cast(index, tl.int64)
+        query, weight = _load_queries(
+            q + token * q_token_stride,
+            q_head_stride,
+            weights + token * num_heads,
+            num_heads,
+            DIM,
+            BLOCK_DIM,
+            BLOCK_HEADS,
+            FP8,
+            NATIVE_FP8,
+        )
+        length = tl.load(positions + token).to(tl.int32) + 1
+        score = _score(key, query, weight) * scale
+        tl.store(scores + token * scores_stride + entries, score, mask=entries < length)
+
+
+def score_options(dtype: torch.dtype) -> dict[str, int]:
+    """Tiles of the two kernels."""
+    if dtype == torch.float32:
+        return {"BLOCK_KEYS": 32, "STAGES": 1, "num_warps": 4}
+    return {"BLOCK_KEYS": 128, "STAGES": 2, "num_warps": 4}
+
+
+def paged_scores(
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    key_stride: int,
+    num_slots: int,
+    layout: PagedLayout,
+    *,
+    unscored: int,
+    fp8: bool,
+) -> Tensor:
+    """Scores of each token for its context -> [T, positions in the table] fp32, undefined beyond positions[t].
+
+    keys: the first key of bf16 or fp32 records, or FP8 pages. Contexts of at most `unscored` positions are left out.
+    """
+    num_tokens, num_heads, dim = q.shape
+    num_sequences, max_blocks = layout.block_tables.shape
+    device = q.device
+    scores = torch.empty(num_tokens, max_blocks * layout.block_size, dtype=torch.float32, device=device)
+    if scores.numel() == 0:
+        return scores
+    scales = keys.view(torch.float32) if fp8 else weights
+    pages = (keys, key_stride, keys, scales, layout.block_tables)
+    sizes = (max_blocks, layout.block_size, num_slots)
+    options = score_options(q.dtype) | {
+        "DIM": dim,
+        "BLOCK_DIM": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_HEADS": max(16, triton.next_power_of_2(num_heads)),
+        "FP8": fp8,
+        "NATIVE_FP8": has_fp8(device),
+    }
+    queries = (q, q.stride(0), q.stride(1), weights)
+    if num_tokens >= 4 * num_sequences:
+        tile_sequences, tile_tokens = token_tiles(layout.cu_seqlens_q, num_tokens, TILE_TOKENS)
+        tile_scores_kernel[(triton.cdiv(scores.shape[1], options["BLOCK_KEYS"]), tile_sequences.shape[0])](
+            *queries,
+            *pages,
+            tile_sequences,
+            tile_tokens,
+            layout.cu_seqlens_q,
+            layout.positions,
+            scores,
+            scores.stride(0),
+            num_heads,
+            num_sequences,
+            unscored,
+            *sizes,
+            TILE_TOKENS=TILE_TOKENS,
+            **options,
+        )
+    else:
+        token_scores_kernel[(num_tokens, triton.cdiv(scores.shape[1], CHUNK_KEYS))](
+            *queries,
+            *pages,
+            layout.cu_seqlens_q,
+            layout.positions,
+            scores,
+            scores.stride(0),
+            num_heads,
+            num_sequences,
+            unscored,
+            *sizes,
+            CHUNK_KEYS=CHUNK_KEYS,
+            BLOCK_SEQUENCES=triton.next_power_of_2(num_sequences),
+            **options,
+        )
+    return scores
+
+
+def _select(
+    q: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    key_stride: int,
+    num_slots: int,
+    layout: PagedLayout,
+    topk: int,
+    *,
+    fp8: bool,
+) -> Tensor:
+    """Scores and selection, a bounded number of tokens at a time."""
+    num_tokens = q.shape[0]
+    positions_per_row = max(1, layout.block_tables.shape[1] * layout.block_size)
+    step = max(1, MAX_SCORE_BYTES // (4 * positions_per_row))
+    parts = []
+    for first in range(0, max(num_tokens, 1), step):
+        last = min(first + step, num_tokens)
+        part = layout
+        if last - first < num_tokens:
+            bounds = layout.cu_seqlens_q.clamp(first, last) - first
+            part = PagedLayout(layout.block_tables, bounds, layout.positions[first:last], layout.block_size)
+        scores = paged_scores(
+            q[first:last], weights[first:last], keys, key_stride, num_slots, part, unscored=topk, fp8=fp8
+        )
+        parts.append(select_best(scores, part.positions, topk, extra=1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@register("index_topk", "triton")
+def index_topk_triton(
+    q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int
+) -> Tensor:
+    q, records = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, records))
+    keys = records[:, key_offset:]
+    return _select(q, weights.contiguous(), keys, records.stride(0), records.shape[0], layout, topk, fp8=False)
+
+
+def index_topk_fp8(q: Tensor, weights: Tensor, pages: Tensor, layout: PagedLayout, topk: int) -> Tensor:
+    """`index_topk` over FP8 keys: q [T, Hi, 128] float8_e4m3fn, weights [T, Hi] fp32 that include the queries' scales.
+
+    pages: [num_pages, 64 * 132] uint8, in a page first its 64 keys of 128 float8_e4m3fn, then their 64 fp32 scales;
+    slot s is entry s % 64 of page s // 64. A score is scale * sum over heads of weight * relu(q . key), in fp32.
+    """
+    _check_pages(q, pages)
+    q, pages = q.contiguous().view(torch.uint8), pages.contiguous()
+    return _select(q, weights.contiguous(), pages, 0, pages.shape[0] * PAGE, layout, topk, fp8=True)
+
+
+def index_scores_fp8(q: Tensor, weights: Tensor, pages: Tensor, layout: PagedLayout) -> Tensor:
+    """What `index_topk_fp8` selects by -> [T, positions in the table] fp32, undefined beyond positions[t]."""
+    _check_pages(q, pages)
+    q, pages = q.contiguous().view(torch.uint8), pages.contiguous()
+    return paged_scores(q, weights.contiguous(), pages, 0, pages.shape[0] * PAGE, layout, unscored=0, fp8=True)
+
+
+def _check_pages(q: Tensor, pages: Tensor) -> None:
+    if q.dtype != torch.float8_e4m3fn or q.dim() != 3 or q.shape[2] != 128:
+        raise ValueError(f"FP8 index queries are float8_e4m3fn [T, Hi, 128], got {list(q.shape)} {q.dtype}")
+    if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != PAGE_BYTES:
+        raise ValueError(f"FP8 index keys are uint8 [num_pages, {PAGE_BYTES}], got {list(pages.shape)} {pages.dtype}")
+
+
+@register("index_scores", "triton")
+def index_scores_triton(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    q, weights, keys = q.contiguous(), weights.contiguous(), keys.contiguous()
+    num_tokens, num_keys = q.shape[0], keys.shape[0]
+    if num_keys == 0:
+        return q.new_empty(num_tokens, 0, dtype=torch.float32)
+    layout = PagedLayout(  # every token sees all keys, which are one block
+        torch.zeros(num_tokens, 1, dtype=torch.int32, device=q.device),
+        torch.arange(num_tokens + 1, dtype=torch.int32, device=q.device),
+        torch.full((num_tokens,), num_keys - 1, device=q.device),
+        num_keys,
+    )
+    return paged_scores(q, weights, keys, keys.stride(0), num_keys, layout, unscored=0, fp8=False)

@@ -1,0 +1,138 @@
+"""Compiles every kernel of the products, norms, rotations, routing and sampling; fails if a kernel is missing here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from shoal.kernels.triton import experts, linear, norm, quant, rope, router, sampling
+from shoal.kernels.triton.linear import BF16, DECODED_FP8, FP32, NATIVE_FP8
+from shoal.kernels.triton.tiles import TILES, Tiles
+from tests.kernels.triton.compiler import TARGETS, compile_kernel
+
+Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
+MODULES = (norm, quant, rope, linear, experts, router, sampling)
+TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.uint8: "u8"}
+KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float8_e4m3fn: NATIVE_FP8, torch.uint8: DECODED_FP8}
+
+
+def row_kernels() -> Iterator[Case]:
+    norm_types = {"x": "*bf16", "weight": "*fp32", "y": "*bf16", "stride_x": "i32!", "dim": "i32!", "eps": "fp32"}
+    block, wide = {"BLOCK": 8192}, {"num_warps": 8}
+    yield norm._rms_norm_kernel, norm_types, block, wide
+    yield norm._layer_norm_kernel, {**norm_types, "bias": "*fp32"}, block, wide
+    add_types = {**norm_types, "residual": "*bf16", "normed": "*bf16", "total": "*bf16", "stride_r": "i32!"}
+    del add_types["y"]
+    yield norm._add_rms_norm_kernel, add_types, block, wide
+
+    rope_types = {"x": "*bf16", "table": "*fp32", "positions": "*i64", "y": "*bf16", "stride_t": "i32!"}
+    rope_types |= {"stride_h": "i32!", "num_heads": "i32!", "num_positions": "i32!"}
+    for interleaved in (True, False):
+        constants = {"HEADS": 128, "HALF": 32, "INTERLEAVED": interleaved}
+        yield rope._rope_kernel, rope_types, constants, {"num_warps": 8}
+    record_types = {"latent": "*bf16", "rope_key": "*bf16", "table": "*fp32", "positions": "*i64", "slots": "*i64"}
+    record_types |= dict.fromkeys(("stride_l", "stride_r", "stride_s", "num_positions", "num_tokens"), "i32!")
+    yield (
+        rope._write_records_kernel,
+        {**record_types, "records": "*bf16", "latent_dim": "i32!"},
+        {"TOKENS": 4, "LATENT": 512, "HALF": 32, "INTERLEAVED": True},
+        {},
+    )
+
+    yield (
+        router._route_kernel,
+        {"logits": "*fp32", "bias": "*fp32", "topk_idx": "*i64", "topk_weights": "*fp32", "scale": "fp32"}
+        | dict.fromkeys(("num_experts", "num_groups", "group_size", "topk_group"), "i32"),
+        {"GROUPS": 8, "GROUP_SIZE": 32, "TOP_K": 8, "TOP_K_BLOCK": 8, "NORMALIZE": True},
+        {"num_warps": 1},
+    )
+    sampling_types = {"logits": "*fp32", "highest": "*fp32", "stride": "i32!", "vocab_size": "i32!"}
+    yield sampling._highest_kernel, {**sampling_types, "tokens": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8}
+    sampling_types = sampling_types | {"temperatures": "*fp32", "sums": "*fp64", "num_chunks": "i32"}
+    yield sampling._chunk_sums_kernel, sampling_types, {"CHUNK": sampling.CHUNK}, {}
+    sampling_types = sampling_types | dict.fromkeys(("seeds", "positions", "sample_indices", "tokens"), "*i64")
+    yield sampling._draw_kernel, sampling_types, {"CHUNK": sampling.CHUNK, "CHUNKS": 128}, {}
+    yield (
+        experts._swiglu_kernel,
+        {"gate_up": "*bf16", "y": "*bf16", "stride": "i32!", "width": "i32!"},
+        {"BLOCK": 1024},
+        {},
+    )
+    table_types = {"counts": "*i64", "table": "*i32", "num_experts": "i32"}
+    yield experts._tile_table_kernel, table_types, {"EXPERTS": 8, "BLOCK_M": 128}, {"num_warps": 1}
+    sum_types = {"chunks": "*fp32", "y": "*bf16", "num_chunks": "i32", "M": "i32"}
+    sum_types |= dict.fromkeys(("N", "stride_ys", "stride_yb", "stride_ym"), "i32!")
+    yield linear._sum_chunks_kernel, sum_types, {"BLOCK": 256}, {"num_warps": 2}
+    combine_types = {"y": "*bf16", "row_of": "*i64", "weights": "*fp32", "out": "*fp32"}
+    combine_types |= {"stride_y": "i32!", "hidden": "i32!"}
+    yield experts._combine_kernel, combine_types, {"TOP_K": 8, "BLOCK": 1024}, {}
+
+
+def fp8_row_kernels(native: bool) -> Iterator[Case]:
+    codes = "*fp8e4nv" if native else "*u8"
+    quant_types = {"x": "*bf16", "q": codes, "scales": "*fp32", "stride_x": "i32!", "stride_s": "i32", "dim": "i32!"}
+    for ue8m0 in (True, False):
+        constants = {"GROUPS": quant.GROUPS_PER_PROGRAM, "UE8M0": ue8m0, "NATIVE": native}
+        yield quant._quantize_kernel, quant_types, constants, {}
+    types = {"latent": "*bf16", "rope_key": "*bf16", "table": "*fp32", "positions": "*i64", "slots": "*i64"}
+    types |= {"codes": codes, "scales": "*fp32", "rope_keys": "*bf16", "num_groups": "i32"}
+    types |= dict.fromkeys(("stride_l", "stride_r", "stride_s", "num_positions", "num_tokens"), "i32!")
+    constants = {"TOKENS": 4, "GROUPS": 4, "HALF": 32, "INTERLEAVED": True, "NATIVE": native}
+    yield rope._write_fp8_records_kernel, types, constants, {}
+
+
+def product_kernels(dtype: torch.dtype, tiles: Tiles) -> Iterator[Case]:
+    kind = KINDS[dtype]
+    types, constants, options = product(tiles, TRITON_TYPES[dtype], kind.value)
+    linear_types = types | dict.fromkeys(("M", "stride_ys", "stride_yb", "stride_ym"), "i32!")
+    constants |= {"PAIRED": tiles.paired, "NUM_STAGES": tiles.num_stages}
+    yield linear._linear_kernel, linear_types, {**constants, "SPLIT": dtype == torch.float32}, options
+    expert_types = types | {"table": "*i32", "num_tiles": "i32", "stride_y": "i32!", "stride_ws": "i32"}
+    gated = tiles == TILES[dtype][0]
+    yield experts._experts_kernel, expert_types, {**constants, "GATED": gated}, options
+
+
+def product(tiles: Tiles, dtype: str, kind: int) -> tuple[dict[str, str], dict[str, Any], dict[str, int]]:
+    types = {
+        "x_desc": f"tensordesc<{dtype}[1, {tiles.block_m}, {tiles.block_k}]>",
+        "w_desc": f"tensordesc<{dtype}[1, {tiles.block_n}, {tiles.block_k}]>",
+        "y": "*bf16",
+        "N": "i32!",
+        "K": "i32!",
+        "stride_xs": "i32!",
+    }
+    constants: dict[str, Any] = {"GROUP_M": 8, "KIND": kind}
+    constants |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+    if kind >= NATIVE_FP8.value:
+        types |= {"x_scale": "*fp32", "w_scale": "*fp32"}
+    else:
+        constants |= {"x_scale": None, "w_scale": None}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return types, constants, options | ({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg})
+
+
+def main() -> None:
+    missing = {f"{m.__name__}.{k}" for m in MODULES for k, v in vars(m).items() if isinstance(v, JITFunction)}
+    missing = {name for name in missing if name.endswith("_kernel")}
+    for target in TARGETS:
+        native = target >= 89
+        cases = [*row_kernels(), *fp8_row_kernels(native)]
+        for dtype in TRITON_TYPES:
+            if dtype != (torch.uint8 if native else torch.float8_e4m3fn):
+                for tiles in {TILES[dtype][0], TILES[dtype][-1]}:
+                    cases += product_kernels(dtype, tiles)
+        for kernel, types, constants, options in cases:
+            compiled = compile_kernel(kernel, types, constants, target, options)
+            missing.discard(f"{kernel.fn.__module__}.{kernel.__name__}")
+            if "-v" in sys.argv:
+                print(target, kernel.__name__, constants, options, compiled.metadata.shared, flush=True)
+            assert compiled.asm["cubin"]
+    assert not missing, f"no case for {sorted(missing)}"
+
+
+if __name__ == "__main__":
+    main()

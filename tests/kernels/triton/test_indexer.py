@@ -1,0 +1,182 @@
+"""The indexer in Triton: scores against the reference, selection against a full sort, bits against a token alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.kernels.indexer import index_scores, index_topk, topk_positions
+from shoal.kernels.registry import use_backend
+from shoal.kernels.triton.indexer import index_scores_fp8, index_topk_fp8, paged_scores
+from tests.kernels.triton.interpreter import DEVICE
+from tests.kernels.triton.paging import Sequences, to_device
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim", "num_keys"), [(1, 2, 1), (5, 24, 40), (64, 128, 150)])
+def test_scores_match_the_reference(dtype: torch.dtype, heads: int, dim: int, num_keys: int) -> None:
+    torch.manual_seed(heads)
+    q, keys, weights = torch.randn(4, heads, dim).to(dtype), torch.randn(num_keys, dim).to(dtype), torch.randn(4, heads)
+    with use_backend("triton"):
+        scores = index_scores(q.to(DEVICE), weights.to(DEVICE), keys.to(DEVICE)).cpu()
+    with use_backend("reference"):
+        torch.testing.assert_close(scores, index_scores(q, weights, keys), rtol=1e-3, atol=1e-3)
+
+
+def test_score_by_hand() -> None:
+    q = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]], device=DEVICE)
+    keys = torch.tensor([[3.0, 1.0], [-3.0, 1.0], [3.0, -1.0], [-1.0, -1.0], [math.nan, 0.0]], device=DEVICE)
+    with use_backend("triton"):
+        scores = index_scores(q, torch.tensor([[0.5, -1.0]], device=DEVICE), keys)
+    assert scores[0, :4].tolist() == [-0.5, -2.0, 1.5, 0.0]
+    assert scores[0, 4].isnan()
+
+
+def _sorted_oracle(scores: list[float], topk: int) -> list[int]:
+    def order(position: int) -> tuple[bool, float, int]:
+        score = scores[position]
+        return (True, 0.0, position) if math.isnan(score) else (False, -score, position)
+
+    best = sorted(sorted(range(len(scores)), key=order)[:topk])
+    return best + [-1] * (topk - len(best))
+
+
+def _hard_scores(width: int) -> Tensor:
+    scores = torch.randn(16, width)
+    scores[4:8] = scores[4:8].mul(2).round()  # many ties
+    scores[6:8] = scores[6:8].abs().neg()  # with -0.0 among them,
+    scores[7, 1::2] += 0.0  # and 0.0
+    scores[8:12] *= torch.tensor(10.0) ** torch.randint(-30, 30, (4, width))
+    scores[12, 3:140:2] = math.nan
+    scores[13, : width - 10] = math.nan
+    scores[14, :50] = -math.inf
+    scores[15, 100:] = math.inf
+    return scores
+
+
+@pytest.mark.parametrize("width", [150, 2600])
+@pytest.mark.parametrize("topk", [1, 31, 200])
+def test_topk_matches_a_full_sort(topk: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.kernels.triton.topk.CHUNK", 1024)  # the wider rows have chunks
+    torch.manual_seed(topk)
+    scores = _hard_scores(width)
+    lengths = torch.randint(0, width + 1, (16,))
+    lengths[[0, 1, 13]] = torch.tensor([0, width, width])
+    with use_backend("triton"):
+        selected = topk_positions(scores.to(DEVICE), lengths.to(DEVICE), topk)
+    assert selected.dtype == torch.int32
+    for row, length, chosen in zip(scores.tolist(), lengths.tolist(), selected.tolist(), strict=True):
+        assert chosen == _sorted_oracle(row[:length], topk)
+
+
+def test_topk_refuses_what_does_not_fit_a_program() -> None:
+    with use_backend("triton"), pytest.raises(ValueError, match="at most 8192"):
+        topk_positions(torch.zeros(1, 3, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE), 8193)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spans", [[(60, 90), (0, 1), (40, 44)], [(89, 90), (0, 1), (43, 44)]])
+def test_selection_matches_the_reference(dtype: torch.dtype, spans: list[tuple[int, int]]) -> None:
+    sequences = Sequences([90, 1, 44], dtype, heads=4, latent=24, rope=8)
+    queries, weights, records, layout = sequences.span(spans)
+    with use_backend("triton"):
+        device_layout = to_device(layout, DEVICE)
+        selected = index_topk(
+            queries[..., :24].to(DEVICE), weights.to(DEVICE), records.to(DEVICE), 8, device_layout, 12
+        )
+    with use_backend("reference"):
+        expected = index_topk(queries[..., :24], weights, records, 8, layout, 12)
+    kept = (selected.cpu()[:, :, None] == expected[:, None, :]) & (expected >= 0)[:, None, :]
+    assert kept.sum() >= 0.99 * (expected >= 0).sum()  # a near tie may fall the other way
+    assert torch.equal(selected.cpu() >= 0, expected >= 0)
+
+
+def _scores(sequences: Sequences, spans: list[tuple[int, int]], *, block_size: int = 16, seed: int = 0) -> list[Tensor]:
+    """Each token's scores of its context."""
+    queries, weights, records, layout = sequences.span(spans, block_size=block_size, seed=seed)
+    records = records.to(DEVICE)
+    scores = paged_scores(
+        queries.to(DEVICE),
+        weights.to(DEVICE),
+        records,
+        records.stride(0),
+        len(records),
+        to_device(layout, DEVICE),
+        unscored=0,
+        fp8=False,
+    )
+    return [row[: position + 1] for row, position in zip(scores.cpu(), layout.positions.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_scores_the_same_in_any_company_tile_and_block_size(dtype: torch.dtype) -> None:
+    sequences = Sequences([150, 1, 33], dtype, heads=6, latent=112, rope=16)
+    together = _scores(sequences, [(70, 150), (0, 1), (30, 33)])  # by tiles of tokens
+    for t in (0, 57, 79):
+        alone = _scores(sequences, [(70 + t, 71 + t), (0, 0), (0, 0)], block_size=4, seed=t)  # on its own
+        assert torch.equal(alone[0], together[t])
+    few = _scores(sequences, [(149, 150), (0, 1), (30, 33)], block_size=64)
+    assert all(torch.equal(a, b) for a, b in zip(few, together[79:], strict=True))
+
+
+def test_selection_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = Sequences([90, 1, 44], torch.bfloat16, heads=4, latent=24, rope=8)
+    queries, weights, records, layout = sequences.span([(60, 90), (0, 1), (40, 44)])
+    arguments = (queries.to(DEVICE), weights.to(DEVICE), records.to(DEVICE), 0, to_device(layout, DEVICE), 12)
+    with use_backend("triton"):
+        whole = index_topk(*arguments)
+        monkeypatch.setattr("shoal.kernels.triton.indexer.MAX_SCORE_BYTES", 4 * 112 * 7)
+        assert torch.equal(index_topk(*arguments), whole)
+
+
+def _fp8_pages(num_pages: int) -> tuple[Tensor, Tensor]:
+    """Random pages [n, 64 * 132] uint8, and the keys in them [64 n, 128] fp32."""
+    codes = torch.randn(num_pages, 64, 128).to(torch.float8_e4m3fn)
+    scales = torch.rand(num_pages, 64) + 0.5
+    pages = torch.cat([codes.flatten(1).view(torch.uint8), scales.view(torch.uint8)], dim=1)
+    return pages, (codes.float() * scales[..., None]).flatten(0, 1)
+
+
+@pytest.mark.parametrize("spans", [[(140, 150), (0, 1)], [(149, 150), (0, 1)]])
+def test_fp8_keys_in_planar_pages(spans: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    sequences = Sequences([150, 1], torch.float32, heads=4, latent=64, rope=64)
+    queries, weights, _, layout = sequences.span(spans, block_size=64)
+    pages, keys = _fp8_pages(layout.block_tables.numel())
+    assert pages.shape[1] == 64 * 132
+    codes = queries.to(torch.float8_e4m3fn)
+    arguments = (codes.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE))
+    scores, selected = index_scores_fp8(*arguments).cpu(), index_topk_fp8(*arguments, 20).cpu()
+    with use_backend("reference"):
+        for t, context in enumerate((layout.positions + 1).tolist()):
+            sequence = int(t >= layout.cu_seqlens_q[1])
+            slots = layout.slots(sequence, torch.arange(context))
+            expected = index_scores(codes[t : t + 1].float(), weights[t : t + 1], keys[slots])
+            torch.testing.assert_close(scores[t : t + 1, :context], expected, rtol=1e-2, atol=2e-2)
+            best = topk_positions(scores[t : t + 1, :context].contiguous(), torch.tensor([context]), 20)
+            assert torch.equal(selected[t : t + 1], best)
+
+
+def test_a_position_without_a_slot_is_chosen_last() -> None:
+    sequences = Sequences([40], torch.float32, heads=4, latent=24, rope=8)
+    queries, weights, records, layout = sequences.span([(39, 40)])
+    layout.block_tables[0, 1] = len(records)
+    with use_backend("triton"):
+        selected = index_topk(
+            queries.to(DEVICE), weights.to(DEVICE), records.to(DEVICE), 0, to_device(layout, DEVICE), 24
+        )
+    assert selected[0].tolist() == [*range(16), *range(32, 40)]
+
+
+def test_refuses_what_does_not_fit() -> None:
+    _, _, _, layout = Sequences([9], torch.float32).span([(8, 9)], block_size=64)
+    pages, _ = _fp8_pages(2)
+    with pytest.raises(ValueError, match="FP8 index queries"):
+        index_topk_fp8(torch.zeros(1, 4, 128), torch.zeros(1, 4), pages, layout, 2)
+    with pytest.raises(ValueError, match="FP8 index keys"):
+        index_topk_fp8(torch.zeros(1, 4, 128).to(torch.float8_e4m3fn), torch.zeros(1, 4), pages[:, :132], layout, 2)
