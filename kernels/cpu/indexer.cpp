@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kTileTokens = 16;   // tokens that share packed keys
 constexpr int64_t kChunkKeys = 512;   // keys that are packed at a time
 constexpr int64_t kWaveTokens = 256;  // tokens whose scores are in memory at a time
+constexpr int64_t kKeysAhead = 64;    // how far ahead keys are asked for
 
 // Index queries of T tokens.
 template <typename T>
@@ -31,8 +32,8 @@ class Scorer {
   // Keys are rows of T or in the FP8 format.
   Scorer(const IndexQueries<T>& queries, bool fp8) : q_(queries), fp8_(fp8) {}
 
-  // find(s) is where key s is, s in [begin, end); row t of `scores`, `stride` apart, gets them from column `begin` on. False when a
-  // key cannot be found.
+  // find(s) is where key s is, s in [begin, end); row t of `scores`, `stride` apart, gets them from column `begin` on.
+  // False when a key cannot be found.
   template <typename Find>
   bool score(int64_t token, int64_t num_tokens, int64_t begin, int64_t end, Find find, float* scores, int64_t stride) {
     if (!pack(begin, end, find)) return false;
@@ -70,7 +71,7 @@ class Scorer {
         const char* key = find(s + i);
         if (key == nullptr) return false;
         read_index_key(key, fp8_, q_.dim, rows + i * padded);
-        if (s + i + kPanel < end) prefetch_record(find(s + i + kPanel), field_bytes<T>(fp8_, q_.dim));
+        if (s + i + kKeysAhead < end) prefetch_record(find(s + i + kKeysAhead), field_bytes<T>(fp8_, q_.dim));
       }
       pack_panel(rows, padded, q_.dim, keys);
     }
