@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Attention and indexer kernels of the Triton tier on one GPU, against the bandwidth and products of that same GPU.
 
-    python benchmarks/gpu_attention.py --output benchmarks/results/gpu-attention.json
+    python benchmarks/gpu_attention.py --output benchmarks/results/h100/gpu-attention.json
 
 A time is the median over replays of a CUDA graph. The floor of a kernel is the larger of its bytes over the measured
 copy bandwidth and its operations over the measured rate of bfloat16 products (FP8 kernels multiply in bfloat16 too).
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,7 @@ def main() -> None:
 
     if args.output:
         result = {
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "copy_bytes_per_s": report.bandwidth,

@@ -13,7 +13,7 @@
 // halves first, so the chain ascends. Missing columns and the missing odd term are zero. packed_size<T>(n, k) is the
 // number of elements.
 //
-// Use: pack_rows / pack_columns once per B, swap_pairs for bf16 rows of A, then gemm_panels. All are single-threaded,
+// Use: pack_rows once per B, swap_pairs for bf16 rows of A, then gemm_panels. All are single-threaded,
 // allocate nothing and need FlushDenormals.
 #pragma once
 
@@ -203,21 +203,6 @@ void pack_rows(const Source* rows, int64_t stride, int64_t n, int64_t k, T* out)
     for (; t < k; ++t) {
       T* step = out + t / width * Step<T>::step + place_in_step<T>(t);
       for (int64_t j = 0; j < columns; ++j) step[j * width] = convert<T>(panel[j * stride + t]);
-    }
-  }
-}
-
-// Packs B[j][t] = source[t * stride + j], j < n, t < k (each row of the source holds one term of all columns).
-template <typename T, typename Source>
-void pack_columns(const Source* source, int64_t stride, int64_t n, int64_t k, T* out) {
-  constexpr int width = Step<T>::width;
-  for (int64_t p = 0; p < num_panels(n); ++p, out += panel_size<T>(k)) {
-    const int64_t columns = n - p * kPanel < kPanel ? n - p * kPanel : kPanel;
-    if (columns < kPanel || k % width) std::memset(out, 0, panel_size<T>(k) * sizeof(T));
-    for (int64_t t = 0; t < k; ++t) {
-      const Source* row = source + t * stride + p * kPanel;
-      T* step = out + t / width * Step<T>::step + place_in_step<T>(t);
-      for (int64_t j = 0; j < columns; ++j) step[j * width] = convert<T>(row[j]);
     }
   }
 }
