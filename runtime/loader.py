@@ -248,16 +248,19 @@ class Checkpoint:
         try:
             file = self._file(entry, name)
             if not entry.shape:
-                return _read(file, entry, 0, 1).view(()).to(dtype)
+                return _read(file, entry, 0, torch.empty(1, dtype=entry.dtype)).view(()).to(dtype)
             rows = rows or slice(0, entry.shape[0])
+            num_rows = rows.stop - rows.start
             if cols is None or cols == slice(0, entry.shape[1]):
-                part = _read(file, entry, rows.start, rows.stop)
-                return part.to(dtype)
-            part = torch.empty(rows.stop - rows.start, cols.stop - cols.start, dtype=dtype)
+                return _read(file, entry, rows.start, _empty(entry, num_rows)).to(dtype)
+            part = torch.empty(num_rows, cols.stop - cols.start, dtype=dtype)
+            # one buffer for all pieces: the allocator need not find the room of a freed one again
             step = max(1, _READ_BYTES // (entry.shape[1] * entry.dtype.itemsize))
-            for first in range(rows.start, rows.stop, step):
-                last = min(first + step, rows.stop)
-                part[first - rows.start : last - rows.start] = _read(file, entry, first, last)[:, cols]
+            buffer = _empty(entry, min(step, num_rows))
+            first = rows.start
+            for piece in part.split(step):
+                piece.copy_(_read(file, entry, first, buffer[: len(piece)])[:, cols])
+                first += len(piece)
             return part
         except OSError as error:
             raise ValueError(f"{entry.path}: {name} cannot be read ({error}); download the file again") from error
@@ -276,11 +279,13 @@ class Checkpoint:
         return file
 
 
-def _read(file: FileIO, entry: TensorEntry, first: int, last: int) -> Tensor:
-    """Rows [first, last) of a tensor (0, 1 for a scalar), as stored; OSError when the file ends before."""
-    row_shape = entry.shape[1:]
-    row_bytes = math.prod(row_shape) * entry.dtype.itemsize
-    out = torch.empty(last - first, *row_shape, dtype=entry.dtype)
+def _empty(entry: TensorEntry, num_rows: int) -> Tensor:
+    return torch.empty(num_rows, *entry.shape[1:], dtype=entry.dtype)
+
+
+def _read(file: FileIO, entry: TensorEntry, first: int, out: Tensor) -> Tensor:
+    """Fill `out`, contiguous, with the tensor's rows from `first` as stored; OSError when the file ends before."""
+    row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
     view = memoryview(out.flatten().view(torch.uint8).numpy().data)
     file.seek(entry.data_start + entry.begin + first * row_bytes)
     while view:
