@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -40,9 +42,9 @@ class KVCache:
         self.specs = specs
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # Not filled: pages that no token uses are never touched, and attention reads written slots only.
         num_slots = num_blocks * block_size
-        self.records = [torch.empty(num_slots, spec.width, dtype=spec.dtype, device=device) for spec in specs]
+        sparse = any(name == "index_key" for spec in specs for name, _ in spec.fields)
+        self.records = [_allocate(num_slots, spec, device, huge_pages=sparse) for spec in specs]
 
     @property
     def bytes_per_token(self) -> int:
@@ -72,6 +74,21 @@ class KVCache:
             records = payload[offset : offset + size].view(layer.dtype).view(num_tokens, -1)
             layer.index_copy_(0, slots, records[num_tokens - len(slots) :].to(layer.device))
             offset += size
+
+
+def _allocate(num_slots: int, spec: RecordSpec, device: torch.device, *, huge_pages: bool) -> Tensor:
+    """[num_slots, width], not filled: pages that no token uses are never touched, attention reads written slots only.
+
+    huge_pages   on a CPU, use them where the system has them: sparse attention reads records and keys all over the
+                 cache, and with small pages finding one takes as long as reading it
+    """
+    size = num_slots * spec.width
+    if device.type != "cpu" or not huge_pages or size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_slots, spec.width, dtype=spec.dtype, device=device)
+    memory = mmap.mmap(-1, size * spec.dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel that was built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=spec.dtype).view(num_slots, spec.width)
 
 
 def bytes_per_block(specs: list[RecordSpec], block_size: int) -> int:

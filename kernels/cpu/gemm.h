@@ -17,6 +17,7 @@
 // allocate nothing and need FlushDenormals.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -215,12 +216,21 @@ struct Panels {
   int64_t stride;
 };
 
-// What to bring into the cache while a tile is computed: what its own panels hold kStreamSteps further on, or `lines`
-// cache lines in each step, from `next` on.
+// Scattered cache lines that are needed soon, once; one is asked for in each step of a product.
+struct Lines {
+  const char* const* begin = nullptr;
+  const char* const* end = nullptr;
+};
+
+// What to bring into the cache while a tile is computed: what its own panels hold kStreamSteps further on, or `per_step`
+// cache lines in each step, from `next` on, or scattered ones.
 struct Prefetch {
   bool stream = false;
   const char* next = nullptr;
-  int64_t lines = 0;
+  int64_t per_step = 0;
+  Lines lines;
+
+  bool any() const { return stream || per_step > 0 || lines.begin != lines.end; }
 };
 constexpr int64_t kStreamSteps = 32;
 
@@ -235,23 +245,37 @@ void gemm_tile(const T* a, int64_t lda, const T* packed, int64_t stride, int64_t
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p)
       acc[r][p] = accumulate ? load_lanes(c + r * ldc + p * kPanel) : broadcast_lanes(0.0f);
-  for (int64_t t = 0; t < k; t += S::width, a += S::width, packed += S::step) {
-    if (ahead.stream) {
+  // A pointer for every four rows, so that registers hold all the addresses.
+  const T* rows[(MR + 3) / 4];
+  for (int r = 0; r < MR; r += 4) rows[r / 4] = a + r * lda;
+  const auto chain = [&](auto fetches) __attribute__((always_inline)) {
+    for (int64_t t = 0; t < k; t += S::width, packed += S::step) {
+      if constexpr (decltype(fetches)::value) {
+        for (int p = 0; ahead.stream && p < NP; ++p)
+          __builtin_prefetch(packed + p * stride + kStreamSteps * S::step, 0, 3);
+        for (int64_t line = 0; line < ahead.per_step; ++line, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
+        if (ahead.lines.begin != ahead.lines.end) __builtin_prefetch(*ahead.lines.begin++, 0, 0);
+      }
+      typename S::Terms b[NP];
 #pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) __builtin_prefetch(packed + p * stride + kStreamSteps * S::step, 0, 3);
-    }
-    for (int64_t line = 0; line < ahead.lines; ++line, ahead.next += 64)
-      __builtin_prefetch(ahead.next, 0, 2);
-    typename S::Terms b[NP];
-#pragma GCC unroll 8
-    for (int p = 0; p < NP; ++p) b[p] = S::load(packed + p * stride);
+      for (int p = 0; p < NP; ++p) b[p] = S::load(packed + p * stride);
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      const typename S::Terms row = S::broadcast(a + r * lda);
+      for (int r = 0; r < MR; ++r) {
+        const typename S::Terms row = S::broadcast(rows[r / 4] + r % 4 * lda);
 #pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) acc[r][p] = S::fma(row, b[p], acc[r][p]);
+        for (int p = 0; p < NP; ++p) acc[r][p] = S::fma(row, b[p], acc[r][p]);
+      }
+#pragma GCC unroll 4
+      for (const T*& row : rows) row += S::width;
     }
+  };
+  if (ahead.any()) {
+    chain(std::true_type{});
+  } else {
+    chain(std::false_type{});
   }
+  // or the compiler keeps the address of every row of C in a register that the loop needs
+  asm("" : "+r"(c), "+r"(ldc));
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -289,10 +313,11 @@ constexpr int64_t kMostPassesAhead = 6;
 // a: rows `lda` elements apart, of padded_terms<T>(k) terms (bf16 in swapped pairs). b: packed panels; b.data may point
 // into a panel, at a step, to multiply part of a chain. c: fp32 rows, `ldc` floats apart; all 16 * b.count columns are
 // written.
-// With kMemory, b's panels follow each other, and what comes after them is likely to be needed next.
+// With kMemory, b's panels follow each other, and what comes after them is likely to be needed next. `lines` are asked
+// for meanwhile, as many as there are steps.
 template <typename T>
 void gemm_panels(const T* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, float* c, int64_t ldc,
-                 bool accumulate = false, Source source = Source::kCache) {
+                 bool accumulate = false, Source source = Source::kCache, Lines lines = {}) {
   if (m <= 0) return;
   const int64_t highest = b.count == 1 ? kMaxRowsOfOnePanel : kMaxRows;
   const int64_t tiles = (m + highest - 1) / highest, steps = (k + Step<T>::width - 1) / Step<T>::width;
@@ -305,16 +330,18 @@ void gemm_panels(const T* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, flo
     const T* next = part.data + part.count * part.stride;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       Prefetch ahead;
+      ahead.lines = lines;
+      lines.begin += std::min(steps, int64_t(lines.end - lines.begin));
       if (source == Source::kMemory) {
         ahead.stream = tiles == 1 && m > kRowsKeptUp;
         ahead.next = reinterpret_cast<const char*>(next);
         if (tiles > 1 && tiles <= kMostPassesAhead)
-          ahead.lines = part.count * (tile + 1) / tiles - part.count * tile / tiles;
+          ahead.per_step = part.count * (tile + 1) / tiles - part.count * tile / tiles;
       }
       // Tiles of nearly equal height: m = 9 is 5 + 4, not 8 + 1.
       const int64_t first = m * tile / tiles, last = m * (tile + 1) / tiles;
       gemm_row_tile<T>(last - first, a + first * lda, lda, part, k, c + first * ldc + p * kPanel, ldc, accumulate, ahead);
-      next += ahead.lines * steps * Step<T>::step;
+      next += ahead.per_step * steps * Step<T>::step;
     }
   }
 }

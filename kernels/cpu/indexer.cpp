@@ -12,9 +12,9 @@ namespace shoal {
 namespace {
 
 constexpr int64_t kTileTokens = 16;   // tokens that share packed keys
-constexpr int64_t kChunkKeys = 512;   // keys that are packed at a time
+constexpr int64_t kKeysAhead = 32;    // how far ahead keys are asked for
+constexpr int64_t kChunkKeys = 1024;  // keys of a task
 constexpr int64_t kWaveTokens = 256;  // tokens whose scores are in memory at a time
-constexpr int64_t kKeysAhead = 64;    // how far ahead keys are asked for
 
 // Index queries of T tokens.
 template <typename T>
@@ -23,9 +23,12 @@ struct IndexQueries {
   int64_t token_stride, head_stride;
   const float* weights;  // [T, heads]
   int64_t num_heads, dim;
+
+  const T* head(int64_t token, int64_t h) const { return q + token * token_stride + h * head_stride; }
 };
 
-// Scores of a tile of tokens for a chunk of keys: keys are lanes, heads add up in a register.
+// Scores of a tile of tokens for a chunk of keys, 16 keys being the lanes of a sum over heads. The product before it has
+// packed keys as columns; that pays when several tokens share them. For one, its heads are packed, and the dots turned.
 template <typename T>
 class Scorer {
  public:
@@ -36,46 +39,114 @@ class Scorer {
   // False when a key cannot be found.
   template <typename Find>
   bool score(int64_t token, int64_t num_tokens, int64_t begin, int64_t end, Find find, float* scores, int64_t stride) {
-    if (!pack(begin, end, find)) return false;
-    const int64_t terms = padded_terms<T>(q_.dim), count = end - begin, panels = num_panels(count);
-    T* queries = queries_.reserve(q_.num_heads * terms);
-    float* dots = dots_.reserve(q_.num_heads * kPanelsAtOnce * kPanel);
-    for (int64_t t = token; t < token + num_tokens; ++t, scores += stride) {
-      for (int64_t h = 0; h < q_.num_heads; ++h)
-        copy_terms(q_.q + t * q_.token_stride + h * q_.head_stride, q_.dim, queries + h * terms);
-      for (int64_t p = 0; p < panels; p += kPanelsAtOnce) {
-        const int64_t width = std::min(kPanelsAtOnce, panels - p);
-        gemm_panels<T>(queries, terms, q_.num_heads,
-                       {keys_.reserve(0) + p * panel_size<T>(q_.dim), width, panel_size<T>(q_.dim)}, q_.dim, dots,
-                       width * kPanel);
-        for (int64_t i = 0; i < width; ++i) {
-          const int64_t key = (p + i) * kPanel;
-          store_vec(scores + begin + key, sum_heads(t, dots + i * kPanel, width * kPanel), std::min(kPanel, count - key));
-        }
-      }
-    }
-    return true;
+    return num_tokens == 1 ? score_one(token, begin, end, find, scores)
+                           : score_many(token, num_tokens, begin, end, find, scores, stride);
   }
 
  private:
   static constexpr int64_t kPanelsAtOnce = 3;
 
   template <typename Find>
-  bool pack(int64_t begin, int64_t end, Find find) {
-    const int64_t padded = round_up(q_.dim, kVector<T>), panel = panel_size<T>(q_.dim);
-    T* keys = keys_.reserve(num_panels(kChunkKeys) * panel);
-    T* rows = rows_.reserve(kPanel * padded);
-    std::memset(static_cast<void*>(rows), 0, size_t(kPanel * padded) * sizeof(T));
-    for (int64_t s = begin; s < end; s += kPanel, keys += panel) {
-      for (int64_t i = 0; i < std::min(kPanel, end - s); ++i) {
-        const char* key = find(s + i);
-        if (key == nullptr) return false;
-        read_index_key(key, fp8_, q_.dim, rows + i * padded);
-        if (s + i + kKeysAhead < end) prefetch_record(find(s + i + kKeysAhead), field_bytes<T>(fp8_, q_.dim));
+  bool score_many(int64_t token, int64_t num_tokens, int64_t begin, int64_t end, Find find, float* scores,
+                  int64_t stride) {
+    const int64_t terms = padded_terms<T>(q_.dim), count = end - begin, panels = num_panels(count);
+    T* keys = packed_.reserve(packed_size<T>(kChunkKeys, q_.dim));
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t first = begin + p * kPanel, last = std::min(end, first + kPanel);
+      if (!read_keys(first, last, find, read_index_key<T>)) return false;
+      for (int64_t s = first; s < last && s + kKeysAhead < end; ++s)
+        prefetch_record(find(s + kKeysAhead), field_bytes<T>(fp8_, q_.dim));
+      pack_panel(rows_.reserve(0), padded_dim(), q_.dim, keys + p * panel_size<T>(q_.dim));
+    }
+    T* queries = queries_.reserve(q_.num_heads * terms);
+    float* dots = dots_.reserve(q_.num_heads * kPanelsAtOnce * kPanel);
+    for (int64_t t = token; t < token + num_tokens; ++t, scores += stride) {
+      for (int64_t h = 0; h < q_.num_heads; ++h) copy_terms(q_.head(t, h), q_.dim, queries + h * terms);
+      for (int64_t p = 0; p < panels; p += kPanelsAtOnce) {
+        const int64_t width = std::min(kPanelsAtOnce, panels - p);
+        gemm_panels<T>(queries, terms, q_.num_heads, {keys + p * panel_size<T>(q_.dim), width, panel_size<T>(q_.dim)},
+                       q_.dim, dots, width * kPanel);
+        for (int64_t i = 0; i < width; ++i) {
+          const int64_t key = (p + i) * kPanel;
+          const Vec sum = sum_heads(t, dots + i * kPanel, width * kPanel);
+          store_vec(scores + begin + key, sum, std::min(kPanel, count - key));
+        }
       }
-      pack_panel(rows, padded, q_.dim, keys);
     }
     return true;
+  }
+
+  template <typename Find>
+  bool score_one(int64_t token, int64_t begin, int64_t end, Find find, float* scores) {
+    const int64_t panels = num_panels(q_.num_heads), width = panels * kPanel;
+    pack_queries(token);
+    float* dots = dots_.reserve(kPanel * width);
+    for (int64_t s = begin; s < end; s += kPanel) {
+      const int64_t count = std::min(kPanel, end - s);
+      if (!read_keys(s, s + count, find, read_index_terms<T>)) return false;
+      gemm_panels<T>(rows_.reserve(0), padded_dim(), count, {packed_.reserve(0), panels, panel_size<T>(q_.dim)}, q_.dim, dots, width,
+                     false, Source::kCache, lines_of(s + kKeysAhead, std::min(end, s + kKeysAhead + kPanel), find));
+      store_vec(scores + s, sum_heads(token, turn(dots, width), kPanel), count);
+    }
+    return true;
+  }
+
+  // A multiple of both kVector and padded_terms, so that rows may be packed and multiplied.
+  int64_t padded_dim() const { return round_up(q_.dim, kVector<T>); }
+
+  // 16 rows; what is beyond a row's terms is zero.
+  T* clear_rows() {
+    T* rows = rows_.reserve(kPanel * padded_dim());
+    if (padded_dim() > q_.dim) std::memset(static_cast<void*>(rows), 0, size_t(kPanel * padded_dim()) * sizeof(T));
+    return rows;
+  }
+
+  // Keys [begin, end), at most 16, into rows_.
+  template <typename Find, typename Read>
+  bool read_keys(int64_t begin, int64_t end, Find find, Read read) {
+    T* rows = clear_rows();
+    for (int64_t s = begin; s < end; ++s, rows += padded_dim()) {
+      const char* key = find(s);
+      if (key == nullptr) return false;
+      read(key, fp8_, q_.dim, rows);
+    }
+    return true;
+  }
+
+  // The cache lines of keys [begin, end), at most 16.
+  template <typename Find>
+  Lines lines_of(int64_t begin, int64_t end, Find find) {
+    const int64_t bytes = field_bytes<T>(fp8_, q_.dim);
+    const char** const lines = lines_.reserve(kPanel * (bytes / 64 + 1));
+    const char** line = lines;
+    for (int64_t s = begin; s < end; ++s) {
+      const char* key = find(s);
+      for (int64_t i = 0; key != nullptr && i < bytes; i += 64) *line++ = key + i;
+    }
+    return {lines, line};
+  }
+
+  // All heads of a token as columns, into packed_.
+  void pack_queries(int64_t token) {
+    T* packed = packed_.reserve(packed_size<T>(q_.num_heads, q_.dim));
+    T* rows = clear_rows();
+    for (int64_t h = 0; h < q_.num_heads; ++h) {
+      std::copy_n(q_.head(token, h), q_.dim, rows + h % kPanel * padded_dim());
+      if ((h + 1) % kPanel == 0 || h + 1 == q_.num_heads)
+        pack_panel(rows, padded_dim(), q_.dim, packed + h / kPanel * panel_size<T>(q_.dim));
+    }
+  }
+
+  // [16 keys, width] -> [width, 16 keys]
+  const float* turn(const float* dots, int64_t width) {
+    float* turned = turned_.reserve(width * kPanel);
+    for (int64_t h = 0; h < width; h += kPanel) {
+      Vec square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) square[i] = load_vec(dots + i * width + h);
+      transpose(square);
+      for (int64_t i = 0; i < kLanes; ++i) store_vec(turned + (h + i) * kPanel, square[i]);
+    }
+    return turned;
   }
 
   // sum over heads ascending of weight * relu(dot), for 16 keys
@@ -90,8 +161,9 @@ class Scorer {
 
   const IndexQueries<T>& q_;
   const bool fp8_;
-  Buffer<T> keys_, rows_, queries_;
-  Buffer<float> dots_;
+  Buffer<T> packed_, rows_, queries_;
+  Buffer<float> dots_, turned_;
+  Buffer<const char*> lines_;
 };
 
 // A float as an integer of the same order; -0 equals 0, and NaN is below -infinity.
@@ -101,7 +173,8 @@ inline uint32_t rank_of(float score) {
   return score == score ? rank : 0u;
 }
 
-// Exact selection in one thread's memory: the k-th largest rank is found digit by digit from the top.
+// Exact selection in one thread's memory: the k-th largest rank is found digit by digit from the top, the later digits
+// among those only whose first is large enough.
 class TopK {
  public:
   // The `k` best of scores[0, n) by (score desc, position asc), ascending, then -1 up to `k`.
@@ -109,24 +182,23 @@ class TopK {
     if (n <= k) return select_all(n, k, out);
     ranks_.resize(n);
     for (int64_t i = 0; i < n; ++i) ranks_[i] = rank_of(scores[i]);
-    uint32_t threshold = 0;
-    int64_t wanted = k;  // still to find among the ranks that begin with the digits found so far
-    uint32_t known = 0;
-    for (const auto& [shift, bits] : {std::pair{21, 11}, std::pair{10, 11}, std::pair{0, 10}}) {
-      counts_.assign(size_t(1) << bits, 0);
-      const uint32_t mask = (1u << bits) - 1;
-      for (int64_t i = 0; i < n; ++i) {
-        if ((ranks_[i] & known) == threshold) ++counts_[ranks_[i] >> shift & mask];
-      }
-      uint32_t digit = mask;
-      while (counts_[digit] < wanted) wanted -= counts_[digit--];
-      threshold |= digit << shift;
-      known |= mask << shift;
+    wanted_ = k;
+    threshold_ = known_ = 0;
+    find_digit(21, 11, [&](auto count) { for (const uint32_t rank : ranks_) count(rank); });
+    candidates_.resize(n);
+    int64_t num_candidates = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      candidates_[num_candidates] = int32_t(i);
+      num_candidates += ranks_[i] >= threshold_;
     }
-    // all above the threshold, and the first `wanted` that equal it
-    for (int64_t i = 0, found = 0; found < k; ++i) {
-      if (ranks_[i] > threshold || (ranks_[i] == threshold && wanted-- > 0)) out[found++] = int32_t(i);
-    }
+    candidates_.resize(num_candidates);
+    const auto among_candidates = [&](auto count) { for (const int32_t i : candidates_) count(ranks_[i]); };
+    find_digit(10, 11, among_candidates);
+    find_digit(0, 10, among_candidates);
+    // all above the threshold, and the first `wanted_` that equal it
+    int64_t found = 0;
+    for (const int32_t i : candidates_)
+      if (ranks_[i] > threshold_ || (ranks_[i] == threshold_ && wanted_-- > 0)) out[found++] = i;
   }
 
   static void select_all(int64_t n, int64_t k, int32_t* out) {
@@ -134,8 +206,22 @@ class TopK {
   }
 
  private:
+  // The digit of `bits` bits from `shift` on that the wanted rank has, among ranks that begin as the threshold does.
+  template <typename ForEach>
+  void find_digit(int shift, int bits, ForEach for_each) {
+    const uint32_t mask = (1u << bits) - 1;
+    counts_.assign(size_t(1) << bits, 0);
+    for_each([&](uint32_t rank) { counts_[rank >> shift & mask] += (rank & known_) == threshold_; });
+    uint32_t digit = mask;
+    while (counts_[digit] < wanted_) wanted_ -= counts_[digit--];
+    threshold_ |= digit << shift;
+    known_ |= mask << shift;
+  }
+
   std::vector<uint32_t> ranks_;
-  std::vector<int64_t> counts_;
+  std::vector<int32_t> candidates_, counts_;
+  uint32_t threshold_ = 0, known_ = 0;  // what is known of the wanted rank, and which of its bits
+  int64_t wanted_ = 0;                  // still to find among the ranks that begin as the threshold does
 };
 
 // Neighbouring tokens of one sequence and a chunk of the keys that the last of them sees.

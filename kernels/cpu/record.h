@@ -54,4 +54,12 @@ inline void read_index_key(const char* key, bool fp8, int64_t dim, T* row) {
   std::copy_n(reinterpret_cast<const T*>(key), dim, row);
 }
 
+// The same as a row of A for gemm_panels.
+template <typename T>
+inline void read_index_terms(const char* key, bool fp8, int64_t dim, T* row) {
+  if (!fp8) return copy_terms(reinterpret_cast<const T*>(key), dim, row);
+  dequantize_row(key, key + dim, dim, row);
+  copy_terms(row, dim, row);
+}
+
 }  // namespace shoal
