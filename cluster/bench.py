@@ -21,7 +21,7 @@ from .engine_factory import BUILD_ENGINE, BUILD_PROFILED_ENGINE
 from .environment import environment, peak_rss_mib
 from .job import EXIT_ENGINE, EXIT_OK
 from .llm import LLM, Executor
-from .replica import Phase
+from .worker_spec import Phase
 
 FIRST_TOKEN_ID = 3
 """Prompts have none of the ids below, which are sentence marks in most vocabularies."""

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
 from shoal.runtime.step_profile import StepProfile
-from shoal.runtime.types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
+from shoal.runtime.types import (
+    CompletionOutput,
+    GeneratedTokens,
+    PromptLoaded,
+    Request,
+    RequestOutput,
+    RequestProgress,
+)
 from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs
@@ -114,6 +121,21 @@ def prepare(args: EngineArgs, report: StartReport) -> None:
         start = time.monotonic()
         load_library()  # compiled once per machine
         report.phases["kernels"] = time.monotonic() - start
+
+
+def admit(engine: EngineLike, request: Request) -> RequestOutput | None:
+    """Add a request; one that the engine refuses is answered at once, with finish reason "error"."""
+    try:
+        engine.add_request(request)
+    except ValueError as error:
+        return error_output(request.request_id, list(request.prompt_token_ids), str(error))
+    return None
+
+
+def error_output(request_id: str, prompt_token_ids: list[int], message: str) -> RequestOutput:
+    """The finished output of a request that cannot be answered."""
+    completion = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error", error=message)
+    return RequestOutput(request_id=request_id, prompt_token_ids=prompt_token_ids, outputs=[completion], finished=True)
 
 
 def resolve_factory(path: str) -> EngineFactory:

@@ -23,11 +23,16 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": _first_value(Path("/proc/cpuinfo"), "model name") or platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "memory": _first_value(Path("/proc/meminfo"), "MemTotal"),
         "platform": platform.platform(),
         "versions": versions(),
     }
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def peak_rss_mib() -> dict[str, Any]:

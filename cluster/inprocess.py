@@ -13,13 +13,11 @@ from shoal.runtime.types import Request, RequestOutput, RequestProgress
 from shoal.runtime.validation import RequestLimits
 
 from .engine_args import EngineArgs, read_model_config
-from .engine_factory import BUILD_ENGINE, Profiled, resolve_factory
+from .engine_factory import BUILD_ENGINE, Profiled, admit, resolve_factory
+from .environment import num_cores
 from .fault import Fault
-from .ray_cluster import num_cores
-from .replica import OnPhase, Phase
 from .wire import pack_output, unpack_output
-from .worker import admit
-from .worker_spec import StartReport
+from .worker_spec import OnPhase, Phase, StartReport
 
 
 class InProcessEngine:

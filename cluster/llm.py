@@ -22,8 +22,7 @@ from .engine_factory import BUILD_ENGINE
 from .engine_thread import AbortableEngines, EngineThread
 from .inprocess import InProcessEngine
 from .prompts import ModelPrompts
-from .replica import OnPhase
-from .start import start_engines
+from .worker_spec import OnPhase
 
 Executor = Literal["auto", "ray", "inprocess"]
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -61,6 +60,8 @@ class LLM:
 
         def start() -> AbortableEngines:
             if executor == "ray":
+                from .start import start_engines  # with Ray, which one process does not need
+
                 return start_engines(args, on_phase=on_phase, engine_factory=engine_factory)
             return InProcessEngine(args, on_phase=on_phase, engine_factory=engine_factory)
 

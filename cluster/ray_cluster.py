@@ -16,6 +16,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from shoal.parallel.config import ParallelConfig
 
+from .environment import num_cores
+
 GPU_MEMORY_BYTES = {
     "A100": 40 << 30,
     "A100-40G": 40 << 30,
@@ -156,11 +158,6 @@ def _start_embedded(num_cpus: int) -> RayCluster:
         logging_level=logging.ERROR,
     )
     return RayCluster(embedded=True, owned=True)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def node_address() -> str:

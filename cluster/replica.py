@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -38,21 +38,6 @@ class EngineFailed(RuntimeError):  # noqa: N818
         super().__init__(f"rank {rank}: {reason}")
         self.rank = rank
         self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A finished part of the start-up."""
-
-    name: str
-    seconds: float
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.seconds:.1f} s" + (f" ({self.detail})" if self.detail else "")
-
-
-OnPhase = Callable[[Phase], None]
 
 
 @dataclass(slots=True)

@@ -31,10 +31,10 @@ from .ray_cluster import (
     nodes,
     place,
 )
-from .replica import EngineFailed, OnPhase, Phase, Replica
+from .replica import EngineFailed, Replica
 from .router import Router
 from .supervisor import ReplicaPlan, Supervisor
-from .worker_spec import StartReport
+from .worker_spec import OnPhase, Phase, StartReport
 
 
 def start_engines(

@@ -26,14 +26,13 @@ from shoal.parallel.groups import ParallelGroups, create_groups, init_groups, si
 from shoal.parallel.kv_transport import KVChunk, KVTransport
 from shoal.runtime.step_profile import StepProfile
 from shoal.runtime.types import (
-    CompletionOutput,
     Request,
     RequestOutput,
 )
 
 from .assignment import Assignment
 from .engine_args import EngineArgs
-from .engine_factory import EngineLike, Profiled, prepare, resolve_factory
+from .engine_factory import EngineLike, Profiled, admit, error_output, prepare, resolve_factory
 from .kv_transports import create_transport
 from .liveness import LivenessLink
 from .ray_cluster import node_address
@@ -79,21 +78,6 @@ def obey(engine: EngineLike, command: Command) -> RequestOutput | None:
         case Abort(request_id):
             engine.abort(request_id)
     return None
-
-
-def admit(engine: EngineLike, request: Request) -> RequestOutput | None:
-    """Add a request; one that the engine refuses is answered at once, with finish reason "error"."""
-    try:
-        engine.add_request(request)
-    except ValueError as error:
-        return error_output(request.request_id, list(request.prompt_token_ids), str(error))
-    return None
-
-
-def error_output(request_id: str, prompt_token_ids: list[int], message: str) -> RequestOutput:
-    """The finished output of a request that cannot be answered."""
-    completion = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error", error=message)
-    return RequestOutput(request_id=request_id, prompt_token_ids=prompt_token_ids, outputs=[completion], finished=True)
 
 
 class Worker:

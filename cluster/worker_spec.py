@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,6 +47,21 @@ class WorkerFailure:
     """value: what the user asked for cannot work; collective: another rank did not answer, the likelier cause."""
     message: str
     traceback: str
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A finished part of the start-up."""
+
+    name: str
+    seconds: float
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.seconds:.1f} s" + (f" ({self.detail})" if self.detail else "")
+
+
+OnPhase = Callable[[Phase], None]
 
 
 @dataclass(slots=True)

@@ -113,8 +113,11 @@ def attention_block(
     records: Tensor,
     selected: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden [T, H], residual) -> (attention output [T, H], hidden + residual, the selection this layer used)."""
-    out, total = torch.empty_like(hidden), torch.empty_like(hidden)
+    """(hidden [T, H], residual) -> (attention output [T, H], hidden + residual, the selection this layer used).
+
+    The results are in the memory of hidden and residual.
+    """
+    total = torch.empty_like(hidden) if residual is None else residual
     if block.index_n_heads:
         absorbed = step.num_tokens - step.num_per_head_tokens
         selected = torch.empty(absorbed, block.index_topk, dtype=torch.int32)
@@ -127,17 +130,19 @@ def attention_block(
         byref(records_args(records)),
         total.data_ptr(),
         None if selected is None else selected.data_ptr(),
-        out.data_ptr(),
+        hidden.data_ptr(),
         byref(status),
     )
     if status.value:
         raise slot_error("attention_block")
-    return out, total, selected
+    return hidden, total, selected
 
 
 def moe_route(block: MoeBlock, step: StepArgs, attended: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
-    """(attended, residual) [T, H] -> (normalised sum, sum, topk_idx [T, K] int64, topk_weights [T, K] fp32)."""
-    x, total = torch.empty_like(attended), torch.empty_like(attended)
+    """(attended, residual) [T, H] -> (normalised sum, sum, topk_idx [T, K] int64, topk_weights [T, K] fp32).
+
+    The sums are in the memory of attended and residual.
+    """
     top_k = block.num_experts_per_tok
     topk_idx = torch.empty(step.num_tokens, top_k, dtype=torch.int64)
     topk_weights = torch.empty(step.num_tokens, top_k)
@@ -147,24 +152,23 @@ def moe_route(block: MoeBlock, step: StepArgs, attended: Tensor, residual: Tenso
         step.num_tokens,
         attended.data_ptr(),
         residual.data_ptr(),
-        total.data_ptr(),
-        x.data_ptr(),
+        residual.data_ptr(),
+        attended.data_ptr(),
         topk_idx.data_ptr(),
         topk_weights.data_ptr(),
     )
-    return x, total, topk_idx, topk_weights
+    return attended, residual, topk_idx, topk_weights
 
 
 def moe_block(block: MoeBlock, step: StepArgs, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """(attended, residual) [T, H] -> (MoE output, attended + residual); all experts are on this rank."""
-    out, total = torch.empty_like(attended), torch.empty_like(attended)
+    """(attended, residual) [T, H] -> (MoE output, attended + residual), in their memory; this rank has all experts."""
     build.c_function(*_MOE_BLOCK)(
         byref(block),
         byref(step.threads),
         step.num_tokens,
         attended.data_ptr(),
         residual.data_ptr(),
-        total.data_ptr(),
-        out.data_ptr(),
+        residual.data_ptr(),
+        attended.data_ptr(),
     )
-    return out, total
+    return attended, residual

@@ -258,7 +258,7 @@ class Checkpoint:
             step = max(1, _READ_BYTES // (entry.shape[1] * entry.dtype.itemsize))
             buffer = _empty(entry, min(step, num_rows))
             first = rows.start
-            for piece in part.split(step):
+            for piece in torch.split(part, step):
                 piece.copy_(_read(file, entry, first, buffer[: len(piece)])[:, cols])
                 first += len(piece)
             return part

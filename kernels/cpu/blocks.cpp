@@ -54,9 +54,9 @@ namespace {
 // Intermediate results of one thread's steps; they grow to the largest step and stay. The two halves of a layer use the
 // same memory.
 struct Scratch {
-  Buffer<char> x, large[3], a, q_latent, absorbed, attended, index_k, index_q;
+  Buffer<char> x, large[2], a, q_latent, absorbed, attended, index_k, index_q;
   Buffer<float> wide, logits, weights;
-  Buffer<int64_t> topk_idx, row_of, counts;
+  Buffer<int64_t> topk_idx, row_of, token_of, counts;
 };
 
 Scratch& scratch() {
@@ -69,12 +69,18 @@ T* reserve(Buffer<char>& buffer, int64_t n) {
   return reinterpret_cast<T*>(buffer.reserve(n * int64_t(sizeof(T))));
 }
 
+constexpr int64_t kWideRows = 256;
+
+// out [t, n] = x [t, k] w in fp32: few rows are widened at a time.
 template <typename T>
-const float* widen(const T* x, int64_t n, Buffer<float>& buffer) {
-  if constexpr (std::is_same_v<T, float>) return x;
-  float* wide = buffer.reserve(n);
-  for (int64_t i = 0; i < n; ++i) wide[i] = to_float(x[i]);
-  return wide;
+void linear_fp32(const T* x, const float* w, float* out, int64_t t, int64_t n, int64_t k, const Threads& threads,
+                 Buffer<float>& buffer) {
+  for (int64_t first = 0; first < t; first += kWideRows, x += kWideRows * k, out += kWideRows * n) {
+    const int64_t rows = std::min(kWideRows, t - first);
+    float* wide = buffer.reserve(rows * k);
+    for (int64_t i = 0; i < rows * k; ++i) wide[i] = to_float(x[i]);
+    shoal_linear(kFloat32, kFloat32, wide, 0, k, w, kFloat32, out, 0, n, 1, rows, n, k, threads(rows * n * k));
+  }
 }
 
 template <typename T>
@@ -86,6 +92,7 @@ class AttentionStep {
   }
 
   // hidden, residual (or nullptr), new_residual and out: [T, hidden_size]; selected: [absorbed tokens, index_topk].
+  // new_residual may be residual, out may be hidden.
   Status run(const T* hidden, const T* residual, T* new_residual, int32_t* selected, T* out) {
     const int64_t t = s_.num_tokens, h = b_.hidden_size, first = s_.num_per_head_tokens;
     const T* x = normalise(hidden, residual, new_residual);
@@ -197,9 +204,7 @@ class AttentionStep {
     linear(q_latent, b_.q_lora_rank, b_.index_wq_b, q, tokens, heads * dim, b_.q_lora_rank);
     rotate(q, tokens, absorbed_.positions, heads, dim, b_.index_rope_interleave);
     float* weights = memory_.weights.reserve(tokens * heads);
-    const float* wide = widen(x, tokens * b_.hidden_size, memory_.wide);
-    shoal_linear(kFloat32, kFloat32, wide, 0, b_.hidden_size, b_.index_weights_proj, kFloat32, weights, 0, heads, 1, tokens, heads,
-                 b_.hidden_size, s_.threads(tokens * heads * b_.hidden_size));
+    linear_fp32(x, b_.index_weights_proj, weights, tokens, heads, b_.hidden_size, s_.threads, memory_.wide);
     for (int64_t i = 0; i < tokens * heads; ++i) weights[i] *= b_.index_weight_scale;
     shoal_index_topk(b_.dtype, q, heads * dim, dim, weights, tokens, heads, dim, &absorbed_,
                      index_key_offset(), b_.index_topk, selected, s_.threads(tokens * heads * dim * b_.index_topk), &status);
@@ -213,7 +218,7 @@ class AttentionStep {
   Scratch& memory_ = scratch();
 };
 
-// attended, residual, new_residual and x: [T, hidden_size]; topk_idx and topk_weights: [T, num_experts_per_tok].
+// attended, residual, new_residual and x: [T, hidden_size], the third may be the second; topk_idx and topk_weights: [T, num_experts_per_tok].
 template <typename T>
 void moe_route(const MoeBlock& b, const Threads& threads, int64_t t, const T* attended, const T* residual, T* new_residual,
                T* x, int64_t* topk_idx, float* topk_weights) {
@@ -222,34 +227,33 @@ void moe_route(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
   shoal_add_rms_norm(b.dtype, b.dtype, attended, h, residual, t, h, b.post_attention_norm, b.rms_norm_eps, x, new_residual,
                      threads(t * h));
   float* logits = memory.logits.reserve(t * experts);
-  shoal_linear(kFloat32, kFloat32, widen(x, t * h, memory.wide), 0, h, b.gate, kFloat32, logits, 0, experts, 1, t, experts, h,
-               threads(t * experts * h));
+  linear_fp32(x, b.gate, logits, t, experts, h, threads, memory.wide);
   shoal_route(logits, t, experts, b.bias, b.n_group, b.topk_group, b.num_experts_per_tok, b.norm_topk_prob,
               b.routed_scaling_factor, topk_idx, topk_weights, threads(t * experts * (b.num_experts_per_tok + 16)));
 }
 
-// All experts are on this rank. attended, residual, new_residual and out: [T, hidden_size].
+// All experts are on this rank. attended, residual, new_residual and out: [T, hidden_size]; new_residual may be residual,
+// out may be attended.
 template <typename T>
 void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* attended, const T* residual, T* new_residual,
                T* out) {
   Scratch& memory = scratch();
   const int64_t h = b.hidden_size, top_k = b.num_experts_per_tok, inner = b.moe_intermediate_size;
-  const int64_t pairs = t * top_k, row_bytes = h * int64_t(sizeof(T));
+  const int64_t pairs = t * top_k;
   int64_t *topk_idx = memory.topk_idx.reserve(pairs), *row_of = memory.row_of.reserve(pairs);
-  int64_t* counts = memory.counts.reserve(b.num_slots);
+  int64_t *token_of = memory.token_of.reserve(pairs), *counts = memory.counts.reserve(b.num_slots);
   float* weights = memory.weights.reserve(pairs);
   T* x = reserve<T>(memory.x, t * h);
   moe_route(b, threads, t, attended, residual, new_residual, x, topk_idx, weights);
-  T *rows = reserve<T>(memory.large[0], pairs * h), *y = reserve<T>(memory.large[1], pairs * h);
-  T* hidden = reserve<T>(memory.large[2], std::max(pairs * inner, t * b.shared_intermediate_size));
-  shoal_permute_tokens(reinterpret_cast<const char*>(x), row_bytes, row_bytes, topk_idx, t, top_k, b.slot_of, b.num_slots,
-                       reinterpret_cast<char*>(rows), counts, row_of, threads(pairs * h));
-  shoal_experts_mlp(b.dtype, rows, h, counts, b.num_slots, b.gate_up.data, b.gate_up.format, b.down.data, b.down.format, hidden, y, h, inner,
-                    threads(3 * pairs * inner * h));
+  T* y = reserve<T>(memory.large[0], pairs * h);
+  T* hidden = reserve<T>(memory.large[1], std::max(pairs * inner, t * b.shared_intermediate_size));
+  shoal_group_pairs(topk_idx, t, top_k, b.slot_of, b.num_slots, counts, row_of, token_of);
+  shoal_experts_mlp(b.dtype, x, h, token_of, counts, b.num_slots, b.gate_up.data, b.gate_up.format, b.down.data,
+                    b.down.format, hidden, y, h, inner, threads(3 * pairs * inner * h));
   T* shared = nullptr;
   if (b.shared_intermediate_size > 0) {
     shared = reserve<T>(memory.a, t * h);
-    shoal_experts_mlp(b.dtype, x, h, &t, 1, b.shared_gate_up.data, b.shared_gate_up.format, b.shared_down.data,
+    shoal_experts_mlp(b.dtype, x, h, nullptr, &t, 1, b.shared_gate_up.data, b.shared_gate_up.format, b.shared_down.data,
                       b.shared_down.format, hidden, shared, h, b.shared_intermediate_size,
                       threads(3 * t * b.shared_intermediate_size * h));
   }

@@ -36,20 +36,30 @@ using namespace shoal;
 
 extern "C" {
 
-// counts[slot] and row_of[token, k] for pairs in slot order, (token, k) order within a slot; copies x's rows there.
-void shoal_permute_tokens(const char* x, int64_t stride, int64_t row_bytes, const int64_t* topk_idx, int64_t tokens,
-                          int64_t top_k, const int64_t* slot_of, int64_t num_slots, char* out, int64_t* counts,
-                          int64_t* row_of, int64_t num_threads) {
+// counts[slot], row_of[token, k] and the inverse, token_of[row], for pairs in slot order, (token, k) order within a slot.
+// Returns the number of rows.
+int64_t shoal_group_pairs(const int64_t* topk_idx, int64_t tokens, int64_t top_k, const int64_t* slot_of,
+                          int64_t num_slots, int64_t* counts, int64_t* row_of, int64_t* token_of) {
   std::fill(counts, counts + num_slots, 0);
   for (int64_t i = 0; i < tokens * top_k; ++i)
     if (topk_idx[i] >= 0) ++counts[slot_of[topk_idx[i]]];
   std::vector<int64_t> next = starts_of(counts, num_slots);
-  std::vector<RowCopy> copies;
-  copies.reserve(size_t(tokens * top_k));
   for (int64_t i = 0; i < tokens * top_k; ++i) {
     row_of[i] = topk_idx[i] < 0 ? -1 : next[slot_of[topk_idx[i]]]++;
-    if (row_of[i] >= 0) copies.push_back({x + i / top_k * stride, out + row_of[i] * row_bytes});
+    if (row_of[i] >= 0) token_of[row_of[i]] = i / top_k;
   }
+  return next.empty() ? 0 : next.back();
+}
+
+// Copies x's rows in the order of shoal_group_pairs.
+void shoal_permute_tokens(const char* x, int64_t stride, int64_t row_bytes, const int64_t* topk_idx, int64_t tokens,
+                          int64_t top_k, const int64_t* slot_of, int64_t num_slots, char* out, int64_t* counts,
+                          int64_t* row_of, int64_t num_threads) {
+  std::vector<int64_t> token_of(size_t(tokens * top_k));
+  const int64_t rows = shoal_group_pairs(topk_idx, tokens, top_k, slot_of, num_slots, counts, row_of, token_of.data());
+  std::vector<RowCopy> copies;
+  copies.reserve(size_t(rows));
+  for (int64_t r = 0; r < rows; ++r) copies.push_back({x + token_of[r] * stride, out + r * row_bytes});
   copy_rows(copies, row_bytes, num_threads);
 }
 

@@ -41,7 +41,7 @@ int64_t run_length(int64_t rows, int64_t num_tasks, int64_t threads) {
   return ahead ? std::max<int64_t>(1, (num_tasks + threads - 1) / threads) : 1;
 }
 
-// A thread's copy of a block of input rows in swapped pairs; fp32 input is read in place.
+// A thread's copy of a block of input rows, bf16 in swapped pairs; fp32 rows that follow each other are read in place.
 template <typename T>
 struct RowBlock {
   std::vector<T> copy;
@@ -49,19 +49,21 @@ struct RowBlock {
   const T* data = nullptr;
   int64_t stride = 0;
 
-  // `id` names the block within this product, so that consecutive tasks on one block copy it once.
-  void load(int64_t id, const T* rows, int64_t ld, int64_t count, int64_t k) {
+  // Rows 0, 1, .. of `rows`, `ld` apart, or those that `which` lists. `id` names the block within this product, so that
+  // consecutive tasks on one block copy it once.
+  void load(int64_t id, const T* rows, int64_t ld, int64_t count, int64_t k, const int64_t* which = nullptr) {
     if (id == loaded) return;
     loaded = id;
-    if constexpr (std::is_same_v<T, float>) {
+    if (std::is_same_v<T, float> && which == nullptr) {
       data = rows;
       stride = ld;
-    } else {
-      stride = padded_terms<T>(k);
-      if (copy.size() < size_t(count * stride)) copy.resize(size_t(count * stride));
-      for (int64_t r = 0; r < count; ++r) swap_pairs(rows + r * ld, k, copy.data() + r * stride);
-      data = copy.data();
+      return;
     }
+    stride = padded_terms<T>(k);
+    if (copy.size() < size_t(count * stride)) copy.resize(size_t(count * stride));
+    for (int64_t r = 0; r < count; ++r)
+      copy_terms(rows + (which == nullptr ? r : which[r]) * ld, k, copy.data() + r * stride);
+    data = copy.data();
   }
 };
 
@@ -176,9 +178,10 @@ std::vector<ExpertTask> expert_tasks(const int64_t* num_tokens, int64_t experts,
   return tasks;
 }
 
-// hidden = swiglu(x gate_up), out = hidden down, per expert; the same bits as linear, swiglu, linear.
+// hidden = swiglu(x gate_up), out = hidden down, per expert; the same bits as linear, swiglu, linear. Input row r is row
+// rows_of_x[r] of x, or row r without rows_of_x.
 template <typename T>
-void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t experts, const Matrix<T>& gate_up,
+void experts_mlp(const T* x, int64_t x_row, const int64_t* rows_of_x, const int64_t* num_tokens, int64_t experts, const Matrix<T>& gate_up,
                  const Matrix<T>& down, T* hidden, T* out, int threads) {
   const int64_t h = gate_up.k, intermediate = down.k;
   const auto first = expert_tasks(num_tokens, experts, num_panels(intermediate), gate_up.row_block());
@@ -197,7 +200,8 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* num_tokens, int64_t e
       // The up half starts at column `intermediate`, which may lie inside a panel.
       const int64_t up_panel = (intermediate + column) / kPanel, shift = (intermediate + column) % kPanel;
       const int64_t up_count = num_panels(shift + columns);
-      a.load(t.row, x + t.row * x_row, x_row, t.rows, h);
+      rows_of_x == nullptr ? a.load(t.row, x + t.row * x_row, x_row, t.rows, h)
+                           : a.load(t.row, x, x_row, t.rows, h, rows_of_x + t.row);
       multiply(a, t.rows, w, t.panel, t.count, gate);
       multiply(a, t.rows, w, up_panel, up_count, up);
       for (int64_t r = 0; r < t.rows; ++r) {
@@ -294,12 +298,12 @@ void shoal_swiglu(int64_t dtype, const void* gate_up, int64_t row_stride, void* 
   });
 }
 
-void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_t* num_tokens, int64_t experts,
-                       const void* gate_up, int64_t gate_up_format, const void* down, int64_t down_format, void* hidden,
-                       void* out, int64_t h, int64_t intermediate, int64_t threads) {
+void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_t* rows_of_x, const int64_t* num_tokens,
+                       int64_t experts, const void* gate_up, int64_t gate_up_format, const void* down,
+                       int64_t down_format, void* hidden, void* out, int64_t h, int64_t intermediate, int64_t threads) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
-    experts_mlp((const T*)x, x_row, num_tokens, experts, matrix<T>(gate_up, gate_up_format, 2 * intermediate, h),
+    experts_mlp((const T*)x, x_row, rows_of_x, num_tokens, experts, matrix<T>(gate_up, gate_up_format, 2 * intermediate, h),
                 matrix<T>(down, down_format, h, intermediate), (T*)hidden, (T*)out, int(threads));
   });
 }

@@ -1,7 +1,6 @@
 // The lightning indexer: scores of all earlier positions and the exact top-k; kernels/indexer.py states the contract.
 #include <algorithm>
 #include <atomic>
-#include <utility>
 #include <vector>
 
 #include "ops.h"

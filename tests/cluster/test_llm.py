@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -240,10 +242,21 @@ def test_one_worker_needs_no_ray(
 
         return start
 
-    monkeypatch.setattr("shoal.cluster.llm.start_engines", chosen("ray"))
+    monkeypatch.setattr("shoal.cluster.start.start_engines", chosen("ray"))
     monkeypatch.setattr("shoal.cluster.llm.InProcessEngine", chosen("inprocess"))
     with pytest.raises(LookupError, match=f"^'?{executor}'?$"):
         LLM(model, engine_factory=STUB, **arguments)
+
+
+def test_one_process_does_not_load_ray(model: str) -> None:
+    code = f"""
+import sys
+from shoal import LLM
+with LLM({model!r}, engine_factory={STUB!r}, executor="inprocess") as llm:
+    llm.generate([[3]])
+assert "ray" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_text_needs_a_tokenizer(tmp_path: Path) -> None:

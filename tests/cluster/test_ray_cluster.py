@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from shoal.cluster import ray_cluster
+from shoal.cluster.environment import num_cores
 from shoal.cluster.ray_cluster import (
     InsecureCluster,
     Layout,
@@ -22,7 +23,6 @@ from shoal.cluster.ray_cluster import (
     connect,
     core_shares,
     nodes,
-    num_cores,
     place,
     placement_strategies,
 )

@@ -12,8 +12,8 @@ import ray
 from shoal.cluster import start as start_module
 from shoal.cluster.engine_args import EngineArgs, read_model_config
 from shoal.cluster.ray_cluster import LayoutDoesNotFit, Node
-from shoal.cluster.replica import Phase
 from shoal.cluster.start import start_engines
+from shoal.cluster.worker_spec import Phase
 from shoal.runtime.types import Request, SamplingParams
 from tests.checkpoints import tiny_config
 from tests.cluster.stub_engine import STUB

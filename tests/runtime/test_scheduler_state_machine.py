@@ -26,10 +26,21 @@ class Life:
 
     seq: Sequence
     num_computed: int | None = None
-    """Positions computed or hit since the last preemption; None before the first chunk of a life."""
+    """Positions computed, loaded or hit since the last preemption; None before a life has blocks."""
     num_reserved: int = 0
     """Positions that got blocks at once because their records were to be loaded."""
     num_prompt_logits: int = 0
+
+    num_preemptions: int = 0
+
+    def preempted(self) -> None:
+        self.num_preemptions += 1
+        self.num_computed = None
+        self.num_reserved = 0
+
+    @property
+    def prompt_logits_missing(self) -> bool:
+        return self.seq.needs_prompt_logits and self.num_prompt_logits < self.seq.num_prompt_tokens
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -131,6 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.records[self.slot(seq.block_table, position)] = record(seq, position)
         if end > begin:
             self.scheduler.loaded(seq.seq_id, end)
+            self.lives[seq.seq_id].num_computed = end
         if whole:
             self.begin(seq, [1])
 
@@ -149,7 +161,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.finish(seq.seq_id)
             self.forget(seq.seq_id)
         elif loading:
-            self.lives[seq.seq_id].num_computed = seq.num_computed_tokens
             self.lives[seq.seq_id].num_reserved = seq.num_prompt_tokens
 
     @rule(data=st.data())
@@ -172,8 +183,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if running:
                 seq_id = data.draw(st.sampled_from(running))
                 self.scheduler.preempt(seq_id)
-                self.lives[seq_id].num_computed = None
-                self.lives[seq_id].num_reserved = 0
+                self.lives[seq_id].preempted()
             return
         seq_id = data.draw(st.sampled_from(sorted(self.lives)))
         if action == "abort":
@@ -225,9 +235,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         running = [i for i, life in self.lives.items() if life.seq.status is SequenceStatus.RUNNING]
         batch = self.scheduler.schedule()
         for life in self.lives.values():
-            if life.seq.status is SequenceStatus.WAITING:
-                life.num_computed = None
-                life.num_reserved = 0
+            # Room may be taken from a sequence that then fits again, as its blocks were left in the prefix cache.
+            while life.num_preemptions < life.seq.num_preemptions:
+                life.preempted()
+            if life.seq.status is SequenceStatus.LOADING and life.num_computed is None:
+                life.num_computed = life.seq.num_computed_tokens
+                self.check_begin(life, life.num_computed)
+                self.check_records(life.seq.seq_id, life.seq.block_table, 0, life.num_computed)
         held_up = self.exported or any(life.seq.awaits_records for life in self.lives.values())
         assert bool(batch.sequences) == bool(self.lives) or (held_up and not batch.sequences)
         assert not any(self.lives[part.seq_id].seq.awaits_records for part in batch.sequences)
@@ -261,20 +275,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The chunk goes on where the last one of this life ended, and asks for the logits that are missing."""
         seq = life.seq
         assert start < end <= seq.num_tokens
-        prompt_logits_missing = seq.needs_prompt_logits and life.num_prompt_logits < seq.num_prompt_tokens
         if life.num_computed is None:
-            assert start % self.manager.block_size == 0
-            assert start == 0 or (self.manager.enable_prefix_caching and not prompt_logits_missing)
+            self.check_begin(life, start)
         else:
             assert start == life.num_computed
         if self.config.max_chunk_size is not None:
             assert end - start <= self.config.max_chunk_size
         if not self.config.enable_chunked_prefill:
             assert end == seq.num_tokens
-        if prompt_logits_missing:
+        if life.prompt_logits_missing:
             assert num_logits == len(range(max(start, life.num_prompt_logits), end))
         else:
             assert num_logits == (1 if end == seq.num_tokens else 0)
+
+    def check_begin(self, life: Life, start: int) -> None:
+        """A life begins at its first position, or after blocks from the prefix cache."""
+        assert start % self.manager.block_size == 0
+        assert start == 0 or (self.manager.enable_prefix_caching and not life.prompt_logits_missing)
 
     def update(self, batch: Batch) -> None:
         sampled = {}
