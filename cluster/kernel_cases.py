@@ -214,10 +214,11 @@ def cases(s: Shapes) -> Iterator[Case]:
             r.normal(t * top_k, h),
             torch.arange(t * top_k).view(t, top_k),
             r.normal(t, top_k, dtype=torch.float32).abs(),
+            r.normal(t, h),
         ),
         combine_topk,
-        2 * t * top_k * h,
-        2 * t * top_k * h + 4 * t * h,
+        2 * t * (top_k + 1) * h,
+        2 * t * (top_k + 2) * h,
     )
     norm_weight = partial(Inputs.normal, dtype=torch.float32)
     yield Case(

@@ -23,7 +23,7 @@ _EXPERTS = (
     *[c_void_p] * 2,
     *[c_int64] * 3,
 )
-_COMBINE = ("shoal_combine_topk", *[c_int64] * 2, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4)
+_COMBINE = ("shoal_combine_topk", c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -68,12 +68,12 @@ def experts_mlp(x: Tensor, num_tokens_per_expert: Tensor, gate_up: PackedWeight,
     return y
 
 
-def combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
-    """out[t] = sum over slots k = 0..K-1 of topk_weights[t, k] * y[row_of[t, k]], in that order.
+def combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: Tensor | None = None) -> Tensor:
+    """out[t] = sum over slots k = 0..K-1 of topk_weights[t, k] * y[row_of[t, k]], in that order, then + shared[t].
 
     y: [R, H] float32 or bfloat16. row_of: [T, K] int64, -1 for a slot that adds nothing, checked on the CPU only.
-    topk_weights: [T, K] float32.
-    Returns [T, H] float32: acc = acc + w * y from 0, product and sum each rounded to fp32.
+    topk_weights: [T, K] float32. shared: [T, H] in y's dtype.
+    Returns [T, H] in y's dtype: acc = acc + w * y from 0, product and sums each rounded to fp32, the last one to y's.
     """
     if row_of.dim() != 2 or row_of.dtype != torch.int64 or topk_weights.dtype != torch.float32:
         raise ValueError(f"combine_topk needs row_of [T, K] int64 and float32 weights, got {row_of.dtype}")
@@ -81,13 +81,15 @@ def combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
         raise ValueError(
             f"combine_topk: y {list(y.shape)}, row_of {list(row_of.shape)}, weights {list(topk_weights.shape)}"
         )
+    if shared is not None and (shared.shape != (row_of.shape[0], y.shape[1]) or shared.dtype != y.dtype):
+        raise ValueError(f"combine_topk: shared must be [T, H] in {y.dtype}, got {list(shared.shape)} {shared.dtype}")
     if (
         row_of.is_cpu
         and row_of.numel()
         and not -1 <= (limits := [int(x) for x in row_of.aminmax()])[0] <= limits[1] < y.shape[0]
     ):
         raise ValueError(f"combine_topk: row_of must lie in [-1, {y.shape[0]}), the rows of y")
-    out: Tensor = implementation("combine_topk")(y, row_of, topk_weights)
+    out: Tensor = implementation("combine_topk")(y, row_of, topk_weights, shared)
     return out
 
 
@@ -134,18 +136,18 @@ def _experts_mlp_cpu(x: Tensor, counts: Tensor, gate_up: PackedWeight, down: Pac
 
 
 @register("combine_topk", "cpu")
-def _combine_topk_cpu(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
+def _combine_topk_cpu(y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: Tensor | None) -> Tensor:
     y, row_of, topk_weights = _rows(y), row_of.contiguous(), topk_weights.contiguous()
+    shared = None if shared is None else shared.contiguous()
     tokens, top_k = row_of.shape
-    out = y.new_empty(tokens, y.shape[1], dtype=torch.float32)
+    out = y.new_empty(tokens, y.shape[1])
     c_function(*_COMBINE)(
         DTYPE_CODES[y.dtype],
-        DTYPE_CODES[out.dtype],
         y.data_ptr(),
         y.stride(0),
         row_of.data_ptr(),
         topk_weights.data_ptr(),
-        None,
+        None if shared is None else shared.data_ptr(),
         out.data_ptr(),
         tokens,
         top_k,
@@ -171,10 +173,10 @@ def _experts_mlp_reference(x: Tensor, counts: Tensor, gate_up: PackedWeight, dow
 
 
 @register("combine_topk", "reference")
-def _combine_topk_reference(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
+def _combine_topk_reference(y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: Tensor | None) -> Tensor:
     out = torch.zeros(row_of.shape[0], y.shape[1], dtype=torch.float32, device=y.device)
     for k in range(row_of.shape[1]):
         rows = row_of[:, k]
         present = rows >= 0
         out[present] += topk_weights[present, k, None] * y[rows[present]].float()
-    return out
+    return (out if shared is None else out + shared.float()).to(y.dtype)

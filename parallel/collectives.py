@@ -12,7 +12,8 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -128,27 +129,33 @@ class Communicator:
         own = _as_bytes(x)
         out = x.new_empty((self.size, *x.shape))
         recvs = list(torch.split(_as_bytes(out), own.numel())) if own.numel() else [own] * self.size
-        self._transfer("all_gather", [own] * self.size, recvs, dtype=x.dtype, layer=layer, op=op)
+        self._transfer("all_gather", [own] * self.size, recvs, dtype=x.dtype, layer=layer, op=op)()
         dim %= x.dim()
         return out.flatten(0, 1) if dim == 0 else torch.cat(list(out), dim=dim)
 
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], *, layer: int, op: str
-    ) -> Tensor:
-        """Send `send_counts[r]` consecutive rows of `x` to rank r; return the rows received, in rank order.
+    ) -> Callable[[], Tensor]:
+        """Send `send_counts[r]` consecutive rows of `x` to rank r; what is returned waits for the rows received.
 
-        x [sum(send_counts), ...]; returns [sum(recv_counts), ...]. `recv_counts[r]` is what rank r sends here.
+        x [sum(send_counts), ...], left as it is until then; the rows are [sum(recv_counts), ...] in rank order.
+        `recv_counts[r]` is what rank r sends here. No other collective of this group may come in between.
         """
         assert len(send_counts) == len(recv_counts) == self.size
         assert sum(send_counts) == x.shape[0]
         if self.size == 1:
-            return x
+            return lambda: x
         row_bytes = prod(x.shape[1:]) * x.element_size()
         out = x.new_empty((sum(recv_counts), *x.shape[1:]))
         sends = list(torch.split(_as_bytes(x), [n * row_bytes for n in send_counts]))
         recvs = list(torch.split(_as_bytes(out), [n * row_bytes for n in recv_counts]))
-        self._transfer("all_to_all", sends, recvs, dtype=x.dtype, layer=layer, op=op)
-        return out
+        finish = self._transfer("all_to_all", sends, recvs, dtype=x.dtype, layer=layer, op=op)
+
+        def receive() -> Tensor:
+            finish()
+            return out
+
+        return receive
 
     def all_to_all_bytes(self, segments: Sequence[Tensor], *, layer: int, op: str) -> list[Tensor]:
         """Send `segments[r]` (uint8, one dimension, any length) to rank r; return what each rank sent here.
@@ -158,14 +165,16 @@ class Communicator:
         assert len(segments) == self.size
         if self.size == 1:
             return list(segments)
-        return self._transfer("all_to_all_bytes", segments, None, dtype=torch.uint8, layer=layer, op=op)
+        return self._transfer("all_to_all_bytes", segments, None, dtype=torch.uint8, layer=layer, op=op)()
 
     def all_gather_ints(self, values: list[int], *, layer: int, op: str) -> list[list[int]]:
         """Every rank's list (64-bit values; lengths may differ), in rank order. Host memory only."""
         if self.size == 1:
             return [list(values)]
         own = _as_bytes(torch.tensor(values, dtype=torch.int64))
-        received = self._exchange(self._call("all_gather_ints", layer, op, torch.int64, [own] * self.size, None), None)
+        received = self._exchange(
+            self._call("all_gather_ints", layer, op, torch.int64, [own] * self.size, None), None
+        )()
         return [segment.view(torch.int64).tolist() for segment in received]
 
     def broadcast_bytes(self, data: bytes | None, num_bytes: int, root: int, *, layer: int, op: str) -> bytes:
@@ -183,7 +192,7 @@ class Communicator:
             recvs[root] = torch.empty(num_bytes, dtype=torch.uint8)
         kind = f"broadcast_bytes from rank {root}"
         call = self._call(kind, layer, op, torch.uint8, [payload] * self.size, [t.numel() for t in recvs], peers)
-        self._exchange(call, recvs)
+        self._exchange(call, recvs)()
         return data if data is not None else recvs[root].numpy().tobytes()
 
     def abort(self, reason: str, *, epoch: int | None = None) -> None:
@@ -215,26 +224,29 @@ class Communicator:
 
     def _transfer(
         self, kind: str, sends: Sequence[Tensor], recvs: list[Tensor] | None, *, dtype: torch.dtype, layer: int, op: str
-    ) -> list[Tensor]:
-        """Byte tensors to and from every rank, on the tensors' own device; fills `recvs` where given."""
+    ) -> Callable[[], list[Tensor]]:
+        """Byte tensors to and from every rank, on the tensors' own device; fills `recvs` where given.
+
+        Sends what it can; what is returned waits for the rest.
+        """
         expected = None if recvs is None else [t.numel() for t in recvs]
         if self._nccl is None:
             return self._exchange(self._call(kind, layer, op, dtype, sends, expected), recvs)
         # On a GPU the messages carry the sizes, which are compared before any byte moves.
         sizes = [_as_bytes(torch.tensor([t.numel()])) for t in sends]
         call = self._call(kind, layer, op, dtype, sizes, None)
-        announced = [int(t.view(torch.int64)) for t in self._exchange(call, None)]
+        announced = [int(t.view(torch.int64)) for t in self._exchange(call, None)()]
         if expected is not None and announced != expected:
             message = f"{self._who()} expected {expected} bytes from the ranks in {call}, they announced {announced}"
             self._give_up(message)
             raise CollectiveMismatch(message)
-        recvs = [sends[0].new_empty(n) for n in announced] if recvs is None else recvs
+        received = [sends[0].new_empty(n) for n in announced] if recvs is None else recvs
         deadline = time.monotonic() + self.timeout_s
         try:
-            self._wait_nccl(self._nccl.alltoall(recvs, list(sends)), deadline)
+            self._wait_nccl(self._nccl.alltoall(received, list(sends)), deadline)
         except RuntimeError as error:
             raise self._diagnose(call, error, late=time.monotonic() >= deadline) from error
-        return recvs
+        return lambda: received
 
     def _wait_nccl(self, work: Work, deadline: float) -> None:
         pause_s = 0.0
@@ -245,23 +257,16 @@ class Communicator:
             pause_s = min(pause_s + 5e-6, 1e-4)
         work.wait()  # complete: only orders the current stream after NCCL's
 
-    def _exchange(self, call: _Call, recvs: list[Tensor] | None) -> list[Tensor]:
-        """One exchange in host memory. Returns what each rank sent (own entry: what this rank sends itself)."""
+    def _exchange(self, call: _Call, recvs: list[Tensor] | None) -> Callable[[], list[Tensor]]:
+        """One exchange in host memory: sends what the connections take, and returns what does the rest.
+
+        That one returns what each rank sent (own entry: what this rank sends itself).
+        """
         if self._closed is not None:
             raise CollectiveError(f"{self._who()} cannot run {call}: the group ended before: {self._closed}")
-        self._failpoints.reach("collective")
-        deadline = time.monotonic() + self.timeout_s
-        try:
-            return self._send_and_receive(call, recvs, deadline)
-        except CollectiveMismatch as error:
-            self._give_up(str(error))
-            raise
-        except OSError as error:
-            raise self._diagnose(call, error, late=time.monotonic() >= deadline) from error
-
-    def _send_and_receive(self, call: _Call, recvs: list[Tensor] | None, deadline: float) -> list[Tensor]:
         assert self._mesh is not None
-        received = [call.sends[self.rank]] * self.size if recvs is None else recvs
+        self._failpoints.reach("collective")
+        mesh, received = self._mesh, [call.sends[self.rank]] * self.size if recvs is None else recvs
         messages = {}
         for peer in call.peers:
             payload = call.sends[peer]
@@ -275,10 +280,29 @@ class Communicator:
                 received[peer] = torch.empty(num_bytes, dtype=torch.uint8)
             return received[peer].numpy().data
 
-        self._mesh.exchange(messages, on_header, deadline)
-        if recvs is not None and recvs[self.rank].numel():
-            recvs[self.rank].copy_(call.sends[self.rank])
-        return received
+        with self._diagnosing(call, time.monotonic() + self.timeout_s):
+            exchange = mesh.begin(messages, on_header)
+
+        def finish() -> list[Tensor]:
+            deadline = time.monotonic() + self.timeout_s
+            with self._diagnosing(call, deadline):
+                mesh.finish(exchange, deadline)
+            if recvs is not None and recvs[self.rank].numel():
+                recvs[self.rank].copy_(call.sends[self.rank])
+            return received
+
+        return finish
+
+    @contextmanager
+    def _diagnosing(self, call: _Call, deadline: float) -> Iterator[None]:
+        """Errors of the connections become errors of the collective; either ends the group."""
+        try:
+            yield
+        except CollectiveMismatch as error:
+            self._give_up(str(error))
+            raise
+        except OSError as error:
+            raise self._diagnose(call, error, late=time.monotonic() >= deadline) from error
 
     def _check_header(self, call: _Call, peer: int) -> int:
         """The number of bytes `peer` sends; CollectiveMismatch if its frame belongs to another collective."""

@@ -6,8 +6,9 @@ T tokens of this rank, K experts per token, H hidden, P (token, top-k slot) pair
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -53,6 +54,10 @@ class DispatchHandle:
     num_received: Sequence[int] = ()
 
 
+RecvHook = Callable[[Tensor | None], Tensor]
+"""(output of the shared expert [T, H] or None) -> output of the layer."""
+
+
 class TokenDispatcher(Protocol):
     """Moves tokens to experts and outputs back. Every rank calls both methods in every layer, also with no tokens."""
 
@@ -62,10 +67,11 @@ class TokenDispatcher(Protocol):
         """x [T, H], topk_idx [T, K] int64 logical experts (-1: none), topk_weights [T, K] fp32."""
         ...
 
-    def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> Tensor:
-        """y [R, H], row i the expert's output for row i of the dispatched x; returns [T, H] fp32.
+    def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
+        """y [R, H], row i the expert's output for row i of the dispatched x: on their way when this returns.
 
-        Row t is the sum of topk_weights[t, k] * output(t, k) in slot order k = 0..K-1 (kernels.experts.combine_topk).
+        The hook waits for this rank's outputs and returns [T, H] in y's dtype. Row t is the sum of
+        topk_weights[t, k] * output(t, k) in slot order k = 0..K-1, then + shared[t] (kernels.experts.combine_topk).
         """
         ...
 
@@ -84,8 +90,8 @@ class LocalTokenDispatcher:
         rows, num_tokens_per_expert, row_of = permute_tokens(x, topk_idx, self.slot_of, self._num_local_experts)
         return DispatchedTokens(rows, num_tokens_per_expert), DispatchHandle(topk_weights, row_of)
 
-    def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> Tensor:
-        return combine_topk(y, handle.row_of, handle.topk_weights)
+    def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
+        return partial(combine_topk, y, handle.row_of, handle.topk_weights)
 
 
 class AllToAllTokenDispatcher:
@@ -111,8 +117,8 @@ class AllToAllTokenDispatcher:
         handle = DispatchHandle(topk_weights, row_of, arrival, num_sent, num_received)
         return DispatchedTokens(rows, num_tokens_per_expert), handle
 
-    def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> Tensor:
+    def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
         assert handle.arrival is not None
         arrived = torch.empty_like(y).index_copy_(0, handle.arrival, y)
-        returned = self._comm.all_to_all(arrived, handle.num_received, handle.num_sent, layer=layer, op="moe.combine")
-        return combine_topk(returned, handle.row_of, handle.topk_weights)
+        receive = self._comm.all_to_all(arrived, handle.num_received, handle.num_sent, layer=layer, op="moe.combine")
+        return lambda shared: combine_topk(receive(), handle.row_of, handle.topk_weights, shared)

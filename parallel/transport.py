@@ -46,6 +46,15 @@ class _Incoming:
     filled: int = field(default=0)
 
 
+@dataclass(slots=True)
+class Exchange:
+    """One that goes on: what is still to be sent and received."""
+
+    on_header: OnHeader
+    sending: dict[int, list[memoryview]] = field(default_factory=dict)
+    receiving: dict[int, _Incoming] = field(default_factory=dict)
+
+
 class SocketMesh:
     """Connections of one rank to its peers. Messages are [header of `header_bytes` | payload]; one thread at a time."""
 
@@ -60,21 +69,28 @@ class SocketMesh:
         for connection in self._sockets.values():
             connection.setblocking(False)
 
-    def exchange(self, messages: Mapping[int, tuple[bytes, memoryview]], on_header: OnHeader, deadline: float) -> None:
-        """Send every peer in `messages` its (header, payload) and receive one message from each of them.
+    def begin(self, messages: Mapping[int, tuple[bytes, memoryview]], on_header: OnHeader) -> Exchange:
+        """Send every peer in `messages` its (header, payload), as far as the connections take it, and wait for nothing.
+
+        `finish` comes before the next `begin`; until then the payloads must stay as they are.
+        """
+        exchange = Exchange(on_header)
+        for peer, (header, payload) in messages.items():
+            if rest := self._send(peer, [memoryview(header), payload]):
+                exchange.sending[peer] = rest
+            buffer = bytearray(self._header_bytes)
+            exchange.receiving[peer] = _Incoming(memoryview(buffer), buffer)
+        return exchange
+
+    def finish(self, exchange: Exchange, deadline: float) -> None:
+        """Send what is left and receive one message from each peer of the exchange.
 
         TimeoutError after `deadline` (time.monotonic), ConnectionError when a peer is gone; then the mesh is unusable.
         """
-        sending: dict[int, list[memoryview]] = {}
-        receiving: dict[int, _Incoming] = {}
-        for peer, (header, payload) in messages.items():
-            if rest := self._send(peer, [memoryview(header), payload]):
-                sending[peer] = rest
-            buffer = bytearray(self._header_bytes)
-            receiving[peer] = _Incoming(memoryview(buffer), buffer)
+        sending, receiving = exchange.sending, exchange.receiving
         while True:
             for peer in list(receiving):
-                if self._receive(peer, receiving[peer], on_header):
+                if self._receive(peer, receiving[peer], exchange.on_header):
                     del receiving[peer]
             for peer in list(sending):
                 if rest := self._send(peer, sending[peer]):

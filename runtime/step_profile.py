@@ -70,18 +70,20 @@ class PhaseClock:
         return before
 
     def watch(self, owner: object, method: str, phase: str) -> None:
-        """From now on, this method of this object is `phase`."""
-        function = getattr(owner, method)
+        """From now on, this method of this object is `phase`; so is what it returns, if that is a function."""
+        setattr(owner, method, self._timed(getattr(owner, method), phase))
 
+    def _timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             before = self.switch(phase)
             try:
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
             finally:
                 self.switch(before)
+            return self._timed(result, phase) if callable(result) else result
 
-        setattr(owner, method, timed)
+        return timed
 
     def profile(self) -> StepProfile:
         """Any thread may ask."""

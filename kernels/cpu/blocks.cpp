@@ -257,7 +257,7 @@ void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
                       b.shared_down.format, hidden, shared, h, b.shared_intermediate_size,
                       threads(3 * t * b.shared_intermediate_size * h));
   }
-  shoal_combine_topk(b.dtype, b.dtype, y, h, row_of, weights, shared, out, t, top_k, h, threads(top_k * t * h));
+  shoal_combine_topk(b.dtype, y, h, row_of, weights, shared, out, t, top_k, h, threads(top_k * t * h));
 }
 
 }  // namespace

@@ -225,9 +225,9 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* rows_of_x, const int6
 }
 
 // out[t] = sum over slots k ascending of weights[t][k] * y[row_of[t][k]], then + shared[t] if there is one, each operation
-// rounded to fp32; row -1 adds nothing.
-template <typename T, typename Out>
-void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float* weights, const T* shared, Out* out,
+// rounded to fp32, the result to T; row -1 adds nothing.
+template <typename T>
+void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float* weights, const T* shared, T* out,
                   int64_t tokens, int64_t top_k, int64_t h, int threads) {
 #pragma omp parallel num_threads(threads)
   {
@@ -244,7 +244,7 @@ void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float*
       }
       if (shared != nullptr)
         for (int64_t j = 0; j < h; ++j) acc[j] = acc[j] + to_float(shared[t * h + j]);
-      for (int64_t j = 0; j < h; ++j) out[t * h + j] = from_float<Out>(acc[j]);
+      for (int64_t j = 0; j < h; ++j) out[t * h + j] = from_float<T>(acc[j]);
     }
   }
 }
@@ -308,15 +308,11 @@ void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_
   });
 }
 
-void shoal_combine_topk(int64_t dtype, int64_t out_dtype, const void* y, int64_t y_row, const int64_t* row_of,
-                        const float* weights, const void* shared, void* out, int64_t tokens, int64_t top_k, int64_t h,
-                        int64_t threads) {
+void shoal_combine_topk(int64_t dtype, const void* y, int64_t y_row, const int64_t* row_of, const float* weights,
+                        const void* shared, void* out, int64_t tokens, int64_t top_k, int64_t h, int64_t threads) {
   with_dtype(dtype, [&](auto t) {
-    with_dtype(out_dtype, [&](auto o) {
-      using T = decltype(t);
-      using Out = decltype(o);
-      combine_topk((const T*)y, y_row, row_of, weights, (const T*)shared, (Out*)out, tokens, top_k, h, int(threads));
-    });
+    using T = decltype(t);
+    combine_topk((const T*)y, y_row, row_of, weights, (const T*)shared, (T*)out, tokens, top_k, h, int(threads));
   });
 }
 

@@ -136,7 +136,18 @@ def _experts_kernel(
 
 
 @triton.jit
-def _combine_kernel(y, row_of, weights, out, stride_y, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(
+    y,
+    row_of,
+    weights,
+    shared,
+    out,
+    stride_y,
+    hidden,
+    TOP_K: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < hidden
@@ -146,7 +157,9 @@ def _combine_kernel(y, row_of, weights, out, stride_y, hidden, TOP_K: tl.constex
         weight = tl.load(weights + token * TOP_K + k)
         value = tl.load(y + row * stride_y + columns, mask=mask & (row >= 0), other=0.0).to(tl.float32)
         acc = tl.where(row >= 0, acc + weight * value, acc)
-    tl.store(out + token * hidden + columns, acc, mask=mask)
+    if HAS_SHARED:
+        acc += tl.load(shared + token * hidden + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + token * hidden + columns, round_to(acc, out.dtype.element_ty), mask=mask)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -225,20 +238,22 @@ def multiply_grouped(operands: Operands, table: Tensor, y: Tensor, tiles: Tiles,
 
 
 @register("combine_topk", "triton")
-def _combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor) -> Tensor:
+def _combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: Tensor | None) -> Tensor:
     y = _rows(y)
     tokens, top_k = row_of.shape
-    out = y.new_empty(tokens, y.shape[1], dtype=torch.float32)
+    out = y.new_empty(tokens, y.shape[1])
     if out.numel():
         grid = (tokens, triton.cdiv(y.shape[1], 1024))
         _combine_kernel[grid](
             y,
             row_of.contiguous(),
             topk_weights.contiguous(),
+            y if shared is None else shared.contiguous(),
             out,
             y.stride(0),
             y.shape[1],
             TOP_K=top_k,
+            HAS_SHARED=shared is not None,
             BLOCK=1024,
             num_warps=4,
             enable_fp_fusion=False,  # product and sum round each

@@ -121,13 +121,11 @@ class MoE:
         return self._experts(x, topk_idx, topk_weights), residual
 
     def _experts(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        """Tokens of this rank through their experts, wherever these are."""
+        """Tokens of this rank through their experts, wherever these are; the shared one works while outputs travel."""
         tokens, handle = self.dispatcher.dispatch(x, topk_idx, topk_weights, layer=self.layer)
         y = experts_mlp(tokens.x, tokens.num_tokens_per_expert, self.gate_up, self.down)
-        out = self.dispatcher.combine(y, handle, layer=self.layer)
-        if self.shared is not None:
-            out += experts_mlp(x, torch.tensor([len(x)]), *self.shared).float()
-        return out.to(x.dtype)
+        receive = self.dispatcher.combine(y, handle, layer=self.layer)
+        return receive(None if self.shared is None else experts_mlp(x, torch.tensor([len(x)]), *self.shared))
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -116,21 +116,32 @@ def test_combine_topk_sums_in_slot_order(dtype: torch.dtype) -> None:
     y = torch.tensor([[1.0, 2.0**24], [1.0, 1.0], [4.0, 1.0]], dtype=dtype)
     rows = torch.tensor([[0, 1, 2], [1, 2, 0], [-1, 2, -1], [-1, -1, -1]])
     weights = torch.tensor([[1.0, 2.0, 0.5], [1.0, 1.0, 1.0], [9.0, 3.0, 9.0], [9.0, 9.0, 9.0]])
-    # 2^24 + 2 + 0.5 keeps the 2 and loses the half; 1 + 1 + 2^24 keeps both ones.
-    assert combine_topk(y, rows, weights).tolist() == [[5.0, 2.0**24 + 2], [6.0, 2.0**24 + 2], [12.0, 3.0], [0.0, 0.0]]
+    # 2^24 + 2 + 0.5 keeps the 2 and loses the half; 1 + 1 + 2^24 keeps both ones. The last summand uncovers them.
+    shared = torch.tensor([[0.0, -(2.0**24)], [1.0, -(2.0**24)], [0.0, 5.0], [7.0, 0.0]], dtype=dtype)
+    assert combine_topk(y, rows, weights, shared).tolist() == [[5.0, 2.0], [7.0, 2.0], [12.0, 8.0], [7.0, 0.0]]
+    expected = torch.tensor([[5.0, 2.0**24 + 2], [6.0, 2.0**24 + 2], [12.0, 3.0], [0.0, 0.0]])
+    assert torch.equal(combine_topk(y, rows, weights), expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_combine_topk_equals_the_reference_bit_for_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("with_shared", [False, True])
+def test_combine_topk_equals_the_reference_bit_for_bit(dtype: torch.dtype, with_shared: bool) -> None:
     y, weights = randn(40, 67, dtype=dtype), randn(25, 8, seed=1)
+    shared = randn(25, 67, dtype=dtype, seed=3) if with_shared else None
     rows = torch.randint(-1, 40, (25, 8), generator=torch.Generator().manual_seed(2))
-    out = combine_topk(y, rows, weights)
+    out = combine_topk(y, rows, weights, shared)
+    assert out.dtype == dtype
     with use_backend("reference"):
-        assert torch.equal(combine_topk(y, rows, weights), out)
-    assert torch.equal(combine_topk(torch.cat([y, y], dim=1)[:, 67:], rows, weights), out)
+        assert torch.equal(combine_topk(y, rows, weights, shared), out)
+    assert torch.equal(combine_topk(torch.cat([y, y], dim=1)[:, 67:], rows, weights, shared), out)
     # An absent row is skipped, not multiplied by something: NaN elsewhere cannot leak in.
     y[0] = float("nan")
     assert not combine_topk(y, torch.full((1, 8), -1), weights[:1]).isnan().any()
+
+
+def test_combine_topk_refuses_another_shape_of_shared() -> None:
+    with pytest.raises(ValueError, match=r"shared must be \[T, H\]"):
+        combine_topk(torch.ones(3, 4), torch.tensor([[0]]), torch.ones(1, 1), torch.ones(2, 4))
 
 
 def test_combine_topk_refuses_rows_outside_y() -> None:

@@ -65,9 +65,9 @@ def values_that_differ(rank: int, store: Store, size: int) -> list[str]:
 
         x = torch.cat([rows(rank, d) for d in range(size)])
         send, recv = table[rank][:size], [table[s][rank] for s in range(size)]
-        got = comm.all_to_all(x, send, recv, layer=1, op="rows")
+        got = comm.all_to_all(x, send, recv, layer=1, op="rows")()
         check(f"all_to_all {dtype}", torch.equal(got, torch.cat([rows(s, rank) for s in range(size)])))
-    nothing = comm.all_to_all(torch.empty(0, 3), [0] * size, [0] * size, layer=1, op="rows")
+    nothing = comm.all_to_all(torch.empty(0, 3), [0] * size, [0] * size, layer=1, op="rows")()
     check("all_to_all of nothing", nothing.shape == (0, 3))
 
     def segment(source: int, dest: int) -> torch.Tensor:
@@ -103,7 +103,7 @@ def failures(rank: int, store: Store) -> dict[str, Any]:
             found["other op"] = failure_of(lambda: comm.all_gather(x, dim=0, layer=3, op="o_proj"))
             found["after a failure"] = failure_of(lambda: comm.all_gather(x, dim=0, layer=4, op="next"))
         else:
-            found["other op"] = failure_of(lambda: comm.all_to_all(x, [3, 1], [2, 2], layer=2, op="combine"))
+            found["other op"] = failure_of(lambda: comm.all_to_all(x, [3, 1], [2, 2], layer=2, op="combine")())
 
         for epoch, size in ((11, 10), (12, 5000)):
             comm = world(rank, store, 2, epoch=epoch)
@@ -111,7 +111,7 @@ def failures(rank: int, store: Store) -> dict[str, Any]:
             found[f"size {size}"] = failure_of(lambda c=comm, y=y: c.all_gather(y, dim=0, layer=0, op="g"))  # type: ignore[misc]
         comm = world(rank, store, 2, epoch=13)
         recv = [4, 3] if rank == 0 else [3, 4]
-        found["counts"] = failure_of(lambda: comm.all_to_all(torch.zeros(8, 9), [4, 4], recv, layer=0, op="rows"))
+        found["counts"] = failure_of(lambda: comm.all_to_all(torch.zeros(8, 9), [4, 4], recv, layer=0, op="rows")())
 
         comm = world(rank, store, 2, epoch=14)
         comm.step = 5 + rank
@@ -283,7 +283,7 @@ def test_a_group_of_one_needs_no_process_group() -> None:
     comm = Communicator()
     x = torch.arange(6.0).view(2, 3)
     assert comm.all_gather(x, dim=1, layer=0, op="a") is x
-    assert comm.all_to_all(x, [2], [2], layer=0, op="a") is x
+    assert comm.all_to_all(x, [2], [2], layer=0, op="a")() is x
     assert comm.all_gather_ints([1, 2], layer=0, op="a") == [[1, 2]]
     assert comm.broadcast_bytes(b"xy", 2, 0, layer=0, op="a") == b"xy"
     comm.abort("unused")

@@ -36,7 +36,7 @@ def through(
     dispatcher: TokenDispatcher, local_experts: list[int], inputs: tuple[Tensor, Tensor, Tensor], layer: int = 0
 ) -> Tensor:
     tokens, handle = dispatcher.dispatch(*inputs, layer=layer)
-    return dispatcher.combine(affine_experts(tokens, local_experts), handle, layer=layer)
+    return dispatcher.combine(affine_experts(tokens, local_experts), handle, layer=layer)(inputs[0])
 
 
 def random_inputs(num_tokens: int, top_k: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +58,8 @@ def test_local_layout_by_hand() -> None:
     assert tokens.num_tokens_per_expert.tolist() == [2, 1, 2]
     assert handle.row_of.tolist() == [[3, 0], [1, -1], [2, 4]]
     y = torch.tensor([[4.0, 8.0], [1.0, 1.0], [10.0, 20.0], [2.0, 6.0], [8.0, 4.0]])
-    assert dispatcher.combine(y, handle, layer=0).tolist() == [[2, 5], [2, 2], [14, 22]]
+    assert dispatcher.combine(y, handle, layer=0)(None).tolist() == [[2, 5], [2, 2], [14, 22]]
+    assert dispatcher.combine(y, handle, layer=0)(x).tolist() == [[3, 7], [5, 6], [19, 28]]
 
 
 def test_local_layout_with_permuted_slots() -> None:
@@ -75,7 +76,7 @@ def test_local_without_tokens() -> None:
     empty = (torch.empty(0, 4), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2))
     tokens, handle = dispatcher.dispatch(*empty, layer=0)
     assert tokens.num_tokens_per_expert.tolist() == [0, 0, 0]
-    assert dispatcher.combine(tokens.x, handle, layer=0).shape == (0, 4)
+    assert dispatcher.combine(tokens.x, handle, layer=0)(None).shape == (0, 4)
 
 
 def dispatch_by_hand(rank: int, store: Store) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def dispatch_by_hand(rank: int, store: Store) -> dict[str, Any]:
     x = torch.tensor([[10.0], [11.0]]) if rank == 0 else torch.tensor([[20.0], [21.0], [22.0]])
     topk_idx = torch.tensor([[1, 0], [2, -1]]) if rank == 0 else torch.tensor([[0, 2], [1, 0], [-1, -1]])
     tokens, handle = dispatcher.dispatch(x, topk_idx, torch.ones(topk_idx.shape), layer=7)
-    out = dispatcher.combine(tokens.x * (rank + 1), handle, layer=7)
+    out = dispatcher.combine(tokens.x * (rank + 1), handle, layer=7)(None)
     assert handle.arrival is not None
     return {
         "x": tokens.x.flatten().tolist(),
@@ -121,7 +122,7 @@ def compare_with_local(rank: int, store: Store, world_size: int) -> list[str]:
                 inputs = random_inputs(sizes[rank], top_k, dtype, seed=100 * count + rank)
                 expected = through(local, list(range(NUM_EXPERTS)), inputs)
                 got = through(dispatcher, placement.local_experts(rank), inputs, layer=count)
-                if got.dtype != torch.float32 or not torch.equal(got, expected):
+                if got.dtype != dtype or not torch.equal(got, expected):
                     wrong.append(f"{name} {dtype} top_k={top_k}")
     return [*wrong, str(count)]
 

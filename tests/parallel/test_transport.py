@@ -75,7 +75,7 @@ def swap(mesh: SocketMesh, payloads: dict[int, bytes], timeout_s: float = 10.0) 
         return memoryview(received[peer])
 
     messages = {peer: (len(data).to_bytes(HEADER, "little"), memoryview(data)) for peer, data in payloads.items()}
-    mesh.exchange(messages, on_header, time.monotonic() + timeout_s)
+    mesh.finish(mesh.begin(messages, on_header), time.monotonic() + timeout_s)
     return {peer: bytes(data) for peer, data in received.items()}
 
 

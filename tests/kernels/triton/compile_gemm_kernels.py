@@ -67,9 +67,9 @@ def row_kernels() -> Iterator[Case]:
     sum_types = {"chunks": "*fp32", "y": "*bf16", "num_chunks": "i32", "M": "i32"}
     sum_types |= dict.fromkeys(("N", "stride_ys", "stride_yb", "stride_ym"), "i32!")
     yield linear._sum_chunks_kernel, sum_types, {"BLOCK": 256}, {"num_warps": 2}
-    combine_types = {"y": "*bf16", "row_of": "*i64", "weights": "*fp32", "out": "*fp32"}
+    combine_types = {"y": "*bf16", "row_of": "*i64", "weights": "*fp32", "shared": "*bf16", "out": "*bf16"}
     combine_types |= {"stride_y": "i32!", "hidden": "i32!"}
-    yield experts._combine_kernel, combine_types, {"TOP_K": 8, "BLOCK": 1024}, {}
+    yield experts._combine_kernel, combine_types, {"TOP_K": 8, "HAS_SHARED": True, "BLOCK": 1024}, {}
 
 
 def fp8_row_kernels(native: bool) -> Iterator[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import pytest
@@ -166,9 +167,11 @@ def test_combine_is_the_reference_bit_for_bit(dtype: torch.dtype) -> None:
     y, weights = randn(20, 1030, dtype=dtype), randn(7, 5, seed=1)
     row_of = torch.randint(-1, 20, (7, 5), generator=torch.Generator().manual_seed(2))
     row_of[3] = -1
-    out, expected = on_both(lambda: combine_topk(y, row_of, weights))
-    assert torch.equal(out, expected)
-    assert not out[3].any()
+    shared = randn(7, 1030, dtype=dtype, seed=3)
+    for added in (None, shared):
+        out, expected = on_both(partial(combine_topk, y, row_of, weights, added))
+        assert torch.equal(out, expected)
+        assert torch.equal(out[3], torch.zeros(1030, dtype=dtype) if added is None else shared[3])
 
 
 @settings(max_examples=20, deadline=None)
