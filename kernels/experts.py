@@ -20,7 +20,7 @@ _EXPERTS = (
     *[c_void_p] * 2,
     c_int64,
     *[c_void_p, c_int64] * 2,
-    *[c_void_p] * 2,
+    *[c_void_p] * 3,
     *[c_int64] * 3,
 )
 _COMBINE = ("shoal_combine_topk", c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4)
@@ -37,12 +37,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return y
 
 
-def experts_mlp(x: Tensor, num_tokens_per_expert: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+def experts_mlp(
+    x: Tensor,
+    num_tokens_per_expert: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    out_row: Tensor | None = None,
+) -> Tensor:
     """y = linear(swiglu(linear(x, gate_up[e])), down[e]) for the rows of each expert e, with exactly those bits.
 
     x: [R, H], rows grouped by expert, ascending. num_tokens_per_expert: [E] int64 summing to R, on the CPU, or on x's
     device for kernels of that device, which do not wait for it to check the sum.
-    gate_up: E weights [2I, H]. down: E weights [H, I]. Returns [R, H] in x's dtype.
+    gate_up: E weights [2I, H]. down: E weights [H, I].
+    out_row: [R] int64, a permutation (not checked): where each row's output goes; None leaves it where the row is.
+    Returns [R, H] in x's dtype.
     """
     check_input("experts_mlp", x, gate_up)
     experts, hidden, intermediate = gate_up.num_matrices, gate_up.in_features, down.in_features
@@ -64,7 +72,9 @@ def experts_mlp(x: Tensor, num_tokens_per_expert: Tensor, gate_up: PackedWeight,
         per_expert = counts.tolist()
         if min(per_expert, default=0) < 0 or sum(per_expert) != x.shape[0]:
             raise ValueError(f"x is {list(x.shape)} but num_tokens_per_expert is {per_expert}: it must sum to x's rows")
-    y: Tensor = implementation("experts_mlp", gate_up.backend)(x, counts, gate_up, down)
+    if out_row is not None and (out_row.dtype != torch.int64 or out_row.shape != x.shape[:1]):
+        raise ValueError(f"experts_mlp: out_row must be [{x.shape[0]}] int64, got {list(out_row.shape)}")
+    y: Tensor = implementation("experts_mlp", gate_up.backend)(x, counts, gate_up, down, out_row)
     return y
 
 
@@ -110,8 +120,10 @@ def _swiglu_cpu(gate_up: Tensor) -> Tensor:
 
 
 @register("experts_mlp", "cpu")
-def _experts_mlp_cpu(x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
-    x, counts = _rows(x), counts.contiguous()
+def _experts_mlp_cpu(
+    x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight, out_row: Tensor | None
+) -> Tensor:
+    x, counts, out_row = _rows(x), counts.contiguous(), None if out_row is None else out_row.contiguous()
     rows, h = x.shape
     hidden = x.new_empty(rows, down.in_features)
     y = x.new_empty(rows, h)
@@ -128,6 +140,7 @@ def _experts_mlp_cpu(x: Tensor, counts: Tensor, gate_up: PackedWeight, down: Pac
         down.format,
         hidden.data_ptr(),
         y.data_ptr(),
+        None if out_row is None else out_row.data_ptr(),
         h,
         down.in_features,
         num_threads(3 * hidden.numel() * h),
@@ -164,12 +177,15 @@ def _swiglu_reference(gate_up: Tensor) -> Tensor:
 
 
 @register("experts_mlp", "reference")
-def _experts_mlp_reference(x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+def _experts_mlp_reference(
+    x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight, out_row: Tensor | None
+) -> Tensor:
     outputs = []
     for e, rows in enumerate(torch.split(x, counts.tolist())):
         hidden = _swiglu_reference(multiply_reference(rows, gate_up, e).to(x.dtype))
         outputs.append(multiply_reference(hidden, down, e).to(x.dtype))
-    return torch.cat(outputs) if outputs else x.new_empty(x.shape)
+    y = torch.cat(outputs) if outputs else x.new_empty(x.shape)
+    return y if out_row is None else torch.empty_like(y).index_copy_(0, out_row, y)
 
 
 @register("combine_topk", "reference")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from shoal.kernels.dispatch import pack_segments, permute_tokens, unpack_segments
@@ -27,10 +26,14 @@ class DispatchedTokens:
 
     x: rows grouped by local expert slot, ascending, [R, H], the dtype of the dispatched tokens
     num_tokens_per_expert: rows of each local expert slot, [num_local_experts] int64 in host memory, sums to R
+    out_row: the row of `combine`'s input that holds the output of each row, [R] int64; None: the same row.
+        Over several ranks: the place at which the row arrived. Arrivals are grouped by the rank they came from; in a
+        group, (token, slot) order
     """
 
     x: Tensor
     num_tokens_per_expert: Tensor
+    out_row: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +44,12 @@ class DispatchHandle:
     row_of: the returned row that holds the output of (token, slot), [T, K] int64, -1 where topk_idx is -1.
         Over several ranks, returned rows are grouped by the rank that computed them; in a group, (token, slot) order
     Over several ranks:
-    arrival: the position at which each of the R expert-major rows arrived, [R] int64, a permutation.
-        Arrivals are grouped by the rank they came from; in a group, (token, slot) order
     num_sent: pairs sent to each rank, [num_ranks], sums to P, the number of rows that come back
     num_received: pairs received from each rank, [num_ranks], sums to R
     """
 
     topk_weights: Tensor
     row_of: Tensor
-    arrival: Tensor | None = None
     num_sent: Sequence[int] = ()
     num_received: Sequence[int] = ()
 
@@ -68,7 +68,7 @@ class TokenDispatcher(Protocol):
         ...
 
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
-        """y [R, H], row i the expert's output for row i of the dispatched x: on their way when this returns.
+        """y [R, H], the outputs of the experts in the rows that `tokens.out_row` says: on their way when this returns.
 
         The hook waits for this rank's outputs and returns [T, H] in y's dtype. Row t is the sum of
         topk_weights[t, k] * output(t, k) in slot order k = 0..K-1, then + shared[t] (kernels.experts.combine_topk).
@@ -114,11 +114,9 @@ class AllToAllTokenDispatcher:
         segments, num_sent, row_of = pack_segments(x, topk_idx, self._rank_of, self._slot_of, self._comm.size)
         received = self._comm.all_to_all_bytes(segments, layer=layer, op="moe.dispatch")
         rows, num_tokens_per_expert, arrival, num_received = unpack_segments(received, x, self._num_local_experts)
-        handle = DispatchHandle(topk_weights, row_of, arrival, num_sent, num_received)
-        return DispatchedTokens(rows, num_tokens_per_expert), handle
+        handle = DispatchHandle(topk_weights, row_of, num_sent, num_received)
+        return DispatchedTokens(rows, num_tokens_per_expert, arrival), handle
 
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
-        assert handle.arrival is not None
-        arrived = torch.empty_like(y).index_copy_(0, handle.arrival, y)
-        receive = self._comm.all_to_all(arrived, handle.num_received, handle.num_sent, layer=layer, op="moe.combine")
+        receive = self._comm.all_to_all(y, handle.num_received, handle.num_sent, layer=layer, op="moe.combine")
         return lambda shared: combine_topk(receive(), handle.row_of, handle.topk_weights, shared)

@@ -249,12 +249,12 @@ void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
   T* hidden = reserve<T>(memory.large[1], std::max(pairs * inner, t * b.shared_intermediate_size));
   shoal_group_pairs(topk_idx, t, top_k, b.slot_of, b.num_slots, counts, row_of, token_of);
   shoal_experts_mlp(b.dtype, x, h, token_of, counts, b.num_slots, b.gate_up.data, b.gate_up.format, b.down.data,
-                    b.down.format, hidden, y, h, inner, threads(3 * pairs * inner * h));
+                    b.down.format, hidden, y, nullptr, h, inner, threads(3 * pairs * inner * h));
   T* shared = nullptr;
   if (b.shared_intermediate_size > 0) {
     shared = reserve<T>(memory.a, t * h);
     shoal_experts_mlp(b.dtype, x, h, nullptr, &t, 1, b.shared_gate_up.data, b.shared_gate_up.format, b.shared_down.data,
-                      b.shared_down.format, hidden, shared, h, b.shared_intermediate_size,
+                      b.shared_down.format, hidden, shared, nullptr, h, b.shared_intermediate_size,
                       threads(3 * t * b.shared_intermediate_size * h));
   }
   shoal_combine_topk(b.dtype, y, h, row_of, weights, shared, out, t, top_k, h, threads(top_k * t * h));

@@ -96,9 +96,8 @@ void multiply(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_t fi
 }
 
 template <typename Out>
-void store_tile(const std::vector<float>& tile, int64_t rows, int64_t ldc, int64_t columns, Out* out, int64_t ldo) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < columns; ++j) out[r * ldo + j] = from_float<Out>(tile[size_t(r * ldc + j)]);
+void store_row(const float* row, int64_t columns, Out* out) {
+  for (int64_t j = 0; j < columns; ++j) out[j] = from_float<Out>(row[j]);
 }
 
 template <typename T>
@@ -133,8 +132,9 @@ void linear(const T* x, int64_t x_batch, int64_t x_row, const Matrix<T>& w, Out*
       const int64_t panel = task % groups * group, count = std::min(group, panels - panel);
       a.load(task / groups, x + b * x_batch + row * x_row, x_row, rows, w.k);
       multiply(a, rows, w.at(b), panel, count, tile);
-      store_tile(tile, rows, count * kPanel, std::min(count * kPanel, n - panel * kPanel),
-                 out + b * out_batch + row * out_row + panel * kPanel, out_row);
+      for (int64_t r = 0; r < rows; ++r)
+        store_row(tile.data() + r * count * kPanel, std::min(count * kPanel, n - panel * kPanel),
+                  out + b * out_batch + (row + r) * out_row + panel * kPanel);
     }
   }
 }
@@ -179,10 +179,11 @@ std::vector<ExpertTask> expert_tasks(const int64_t* num_tokens, int64_t experts,
 }
 
 // hidden = swiglu(x gate_up), out = hidden down, per expert; the same bits as linear, swiglu, linear. Input row r is row
-// rows_of_x[r] of x, or row r without rows_of_x.
+// rows_of_x[r] of x, or row r without rows_of_x; its output is row rows_of_out[r] or r in the same way.
 template <typename T>
-void experts_mlp(const T* x, int64_t x_row, const int64_t* rows_of_x, const int64_t* num_tokens, int64_t experts, const Matrix<T>& gate_up,
-                 const Matrix<T>& down, T* hidden, T* out, int threads) {
+void experts_mlp(const T* x, int64_t x_row, const int64_t* rows_of_x, const int64_t* num_tokens, int64_t experts,
+                 const Matrix<T>& gate_up, const Matrix<T>& down, T* hidden, T* out, const int64_t* rows_of_out,
+                 int threads) {
   const int64_t h = gate_up.k, intermediate = down.k;
   const auto first = expert_tasks(num_tokens, experts, num_panels(intermediate), gate_up.row_block());
   const auto second = expert_tasks(num_tokens, experts, num_panels(h), down.row_block());
@@ -218,8 +219,9 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* rows_of_x, const int6
       const ExpertTask t = second[i];
       b.load(t.row, hidden + t.row * intermediate, intermediate, t.rows, intermediate);
       multiply(b, t.rows, down.at(t.expert), t.panel, t.count, gate);
-      store_tile(gate, t.rows, t.count * kPanel, std::min(t.count * kPanel, h - t.panel * kPanel),
-                 out + t.row * h + t.panel * kPanel, h);
+      for (int64_t r = 0; r < t.rows; ++r)
+        store_row(gate.data() + r * t.count * kPanel, std::min(t.count * kPanel, h - t.panel * kPanel),
+                  out + (rows_of_out == nullptr ? t.row + r : rows_of_out[t.row + r]) * h + t.panel * kPanel);
     }
   }
 }
@@ -300,11 +302,12 @@ void shoal_swiglu(int64_t dtype, const void* gate_up, int64_t row_stride, void* 
 
 void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_t* rows_of_x, const int64_t* num_tokens,
                        int64_t experts, const void* gate_up, int64_t gate_up_format, const void* down,
-                       int64_t down_format, void* hidden, void* out, int64_t h, int64_t intermediate, int64_t threads) {
+                       int64_t down_format, void* hidden, void* out, const int64_t* rows_of_out, int64_t h,
+                       int64_t intermediate, int64_t threads) {
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
     experts_mlp((const T*)x, x_row, rows_of_x, num_tokens, experts, matrix<T>(gate_up, gate_up_format, 2 * intermediate, h),
-                matrix<T>(down, down_format, h, intermediate), (T*)hidden, (T*)out, int(threads));
+                matrix<T>(down, down_format, h, intermediate), (T*)hidden, (T*)out, rows_of_out, int(threads));
   });
 }
 

@@ -9,8 +9,9 @@ void shoal_linear(int64_t dtype, int64_t out_dtype, const void* x, int64_t x_bat
                   int64_t w_format, void* out, int64_t out_batch, int64_t out_row, int64_t batch, int64_t m, int64_t n,
                   int64_t k, int64_t threads);
 void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_t* rows_of_x, const int64_t* num_tokens,
-                       int64_t experts, const void* gate_up, int64_t gate_up_format, const void* down, int64_t down_format, void* hidden,
-                       void* out, int64_t h, int64_t intermediate, int64_t threads);
+                       int64_t experts, const void* gate_up, int64_t gate_up_format, const void* down,
+                       int64_t down_format, void* hidden, void* out, const int64_t* rows_of_out, int64_t h,
+                       int64_t intermediate, int64_t threads);
 void shoal_combine_topk(int64_t dtype, const void* y, int64_t y_row, const int64_t* row_of, const float* weights,
                         const void* shared, void* out, int64_t tokens, int64_t top_k, int64_t h, int64_t threads);
 int64_t shoal_group_pairs(const int64_t* topk_idx, int64_t tokens, int64_t top_k, const int64_t* slot_of,

@@ -178,7 +178,9 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 @register("experts_mlp", "triton")
-def _experts_mlp(x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+def _experts_mlp(
+    x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight, out_row: Tensor | None
+) -> Tensor:
     y = x.new_empty(x.shape)
     if y.numel():
         num_rows, (num_experts, inner_dim) = x.shape[0], (down.num_matrices, down.in_features)
@@ -191,7 +193,7 @@ def _experts_mlp(x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedW
         tiles = tiles_for(down.data.dtype, rows_each, x.shape[1] * num_experts, x.device)
         operands = Operands.of(inner.unsqueeze(0), down, tiles)
         multiply_grouped(operands, tile_table(counts, num_rows, tiles.block_m), y, tiles)
-    return y
+    return y if out_row is None else torch.empty_like(y).index_copy_(0, out_row, y)
 
 
 def tile_table(counts: Tensor, num_rows: int, block_m: int) -> Tensor:

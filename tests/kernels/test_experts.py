@@ -62,8 +62,13 @@ def test_experts_mlp_equals_linear_swiglu_linear(dtype: torch.dtype, h: int, int
     ]
     assert y.dtype == dtype
     assert torch.equal(y, torch.cat(expected))
+    out_row = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
+    moved = experts_mlp(x, torch.tensor(counts), pack_weight(gate_up), pack_weight(down), out_row)
+    assert torch.equal(moved[out_row], y)
     with use_backend("reference"):
         reference = experts_mlp(x, torch.tensor(counts), pack_weight(gate_up), pack_weight(down))
+        moved = experts_mlp(x, torch.tensor(counts), pack_weight(gate_up), pack_weight(down), out_row)
+    assert torch.equal(moved[out_row], reference)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6
     torch.testing.assert_close(y, reference, rtol=tolerance, atol=tolerance * float(y.abs().max()))
 
@@ -107,6 +112,8 @@ def test_experts_mlp_refuses_what_does_not_fit() -> None:
         experts_mlp(torch.ones(3, 6), torch.tensor([4, -1]), gate_up, down)
     with pytest.raises(ValueError, match=r"must be \[2\] int64"):
         experts_mlp(torch.ones(3, 6), torch.tensor([3]), gate_up, down)
+    with pytest.raises(ValueError, match=r"out_row must be \[3\] int64"):
+        experts_mlp(torch.ones(3, 6), torch.tensor([1, 2]), gate_up, down, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"gate_up \[E, 2I, H\]"):
         experts_mlp(torch.ones(3, 6), torch.tensor([1, 2]), gate_up, pack_weight(torch.ones(2, 6, 5)))
 

@@ -29,7 +29,11 @@ def affine_experts(tokens: DispatchedTokens, local_experts: list[int]) -> Tensor
     assert len(local_experts) == len(tokens.num_tokens_per_expert)
     expert = torch.tensor(local_experts, dtype=torch.int64).repeat_interleave(tokens.num_tokens_per_expert)
     scale, shift = (expert + 1).to(tokens.x.dtype)[:, None], (expert / 4).to(tokens.x.dtype)[:, None]
-    return tokens.x * scale + shift
+    return in_out_rows(tokens, tokens.x * scale + shift)
+
+
+def in_out_rows(tokens: DispatchedTokens, y: Tensor) -> Tensor:
+    return y if tokens.out_row is None else torch.empty_like(y).index_copy_(0, tokens.out_row, y)
 
 
 def through(
@@ -94,13 +98,13 @@ def dispatch_by_hand(rank: int, store: Store) -> dict[str, Any]:
     x = torch.tensor([[10.0], [11.0]]) if rank == 0 else torch.tensor([[20.0], [21.0], [22.0]])
     topk_idx = torch.tensor([[1, 0], [2, -1]]) if rank == 0 else torch.tensor([[0, 2], [1, 0], [-1, -1]])
     tokens, handle = dispatcher.dispatch(x, topk_idx, torch.ones(topk_idx.shape), layer=7)
-    out = dispatcher.combine(tokens.x * (rank + 1), handle, layer=7)(None)
-    assert handle.arrival is not None
+    out = dispatcher.combine(in_out_rows(tokens, tokens.x * (rank + 1)), handle, layer=7)(None)
+    assert tokens.out_row is not None
     return {
         "x": tokens.x.flatten().tolist(),
         "num_tokens_per_expert": tokens.num_tokens_per_expert.tolist(),
         "row_of": handle.row_of.tolist(),
-        "arrival": handle.arrival.tolist(),
+        "out_row": tokens.out_row.tolist(),
         "num_sent": handle.num_sent,
         "num_received": handle.num_received,
         "segment_bytes": segment_bytes,
@@ -156,8 +160,8 @@ def test_all_to_all_layout_by_hand(results: list[dict[str, Any]]) -> None:
     assert second["x"] == [11, 20]
     assert second["num_tokens_per_expert"] == [2]
     # arrivals at rank 0: (t10,e1) (t10,e0) | (t20,e0) (t21,e1) (t21,e0)
-    assert first["arrival"] == [1, 2, 4, 0, 3]
-    assert second["arrival"] == [0, 1]
+    assert first["out_row"] == [1, 2, 4, 0, 3]
+    assert second["out_row"] == [0, 1]
     assert (first["num_sent"], first["num_received"]) == ([2, 1], [2, 3])
     assert (second["num_sent"], second["num_received"]) == ([3, 1], [1, 1])
     assert first["row_of"] == [[0, 1], [2, -1]]
