@@ -54,7 +54,11 @@ _ENGINE_OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
     click.option(
         "--invariance", type=click.Choice(["strict", "relaxed"]), help="strict: the same bits on every layout."
     ),
-    click.option("--kernel-backend", type=click.Choice(["auto", "cpu", "reference"]), help="Which kernels compute."),
+    click.option(
+        "--kernel-backend",
+        type=click.Choice(["auto", "cpu", "triton", "reference"]),
+        help="Which kernels compute; auto: cpu on a CPU, triton on a GPU.",
+    ),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the workers compute."),
     click.option("--num-threads-per-worker", type=int, metavar="N", help="CPU threads of a worker."),
     click.option("--ray-address", metavar="ADDRESS", help="Cluster to use; default: the job's own, else a local Ray."),

@@ -37,7 +37,8 @@ class InProcessEngine:
         num_threads = args.num_threads_per_worker or num_cores()
         torch.set_num_threads(num_threads)
         report = StartReport()
-        self._engine = resolve_factory(engine_factory)(args, single_process_groups(), report, None)
+        groups = single_process_groups(torch.device(args.device))
+        self._engine = resolve_factory(engine_factory)(args, groups, report, None)
         self._capacity = 2 * args.max_num_seqs
         self._in_flight: set[str] = set()
         self._outputs: list[RequestOutput] = []

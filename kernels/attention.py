@@ -78,7 +78,8 @@ class PagedLayout:
     """Where the tokens of a step sit in their sequences, and where the sequences' records are.
 
     Token t of sequence b attends to positions 0..positions[t] of b, and the record of position p is in slot
-    block_tables[b, p // block_size] * block_size + p % block_size. ValueError unless shapes and dtypes fit each other.
+    block_tables[b, p // block_size] * block_size + p % block_size. ValueError unless shapes and dtypes fit each other;
+    in host memory also unless the numbers do, for which nobody should wait on a GPU.
     """
 
     block_tables: Tensor
@@ -99,6 +100,10 @@ class PagedLayout:
             raise ValueError(
                 "PagedLayout: cu_seqlens_q needs one entry more than block_tables has rows; block_size >= 1"
             )
+        if self.positions.is_cpu:
+            self._check_values()
+
+    def _check_values(self) -> None:
         bounds = self.cu_seqlens_q.tolist()
         if bounds[0] != 0 or bounds[-1] != self.num_tokens or any(a > b for a, b in pairwise(bounds)):
             raise ValueError(

@@ -31,6 +31,8 @@ def permute_tokens(x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int)
     -> (x's row of every pair, grouped by slot, ascending, in (token, k) order within a slot [P, H];
         pairs of each slot [num_slots] int64 in host memory;
         the row of each pair [T, K] int64, -1 where topk_idx is -1).
+
+    On a GPU: [T * K, H], where rows after the first P mean nothing, and counts are in the memory of the GPU.
     """
     rows: Tensor
     counts: Tensor
@@ -173,8 +175,22 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@register("permute_tokens", "reference")
 @register("permute_tokens", "triton")
+def _permute_tokens_on_device(
+    x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The host waits for nothing, so every pair gets a row; rows of pairs without an expert come last."""
+    flat_idx = topk_idx.flatten()
+    slots = torch.where(flat_idx >= 0, slot_of.to(x.device)[flat_idx], num_slots)
+    pairs = slots.argsort(stable=True)
+    places = torch.arange(len(pairs), device=x.device)
+    row_of = torch.empty_like(pairs).scatter_(0, pairs, places).masked_fill_(flat_idx < 0, -1)
+    counts = torch.zeros(num_slots + 1, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(0, slots, torch.ones_like(slots))
+    return x[pairs // topk_idx.shape[1]], counts[:num_slots], row_of.view_as(topk_idx)
+
+
+@register("permute_tokens", "reference")
 def _permute_tokens_reference(
     x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,6 +57,9 @@ class BlockFP8Weight:
         values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
         return cls(values, torch.cat([part.scales for part in parts]))
 
+    def to(self, device: torch.device) -> BlockFP8Weight:
+        return BlockFP8Weight(self.values.to(device), self.scales.to(device))
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[N, K] in `dtype`: each product in fp32 (one rounding), then one rounding to `dtype`."""
         rows, columns = self.values.shape

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from shoal.kernels.dispatch import pack_segments, permute_tokens, unpack_segments
@@ -25,7 +26,8 @@ class DispatchedTokens:
     """The input of this rank's experts.
 
     x: rows grouped by local expert slot, ascending, [R, H], the dtype of the dispatched tokens
-    num_tokens_per_expert: rows of each local expert slot, [num_local_experts] int64 in host memory, sums to R
+    num_tokens_per_expert: rows of each local expert slot, [num_local_experts] int64, in host memory or with the rows;
+        sums to R, or less where R is all that could have been and the rest of x means nothing
     out_row: the row of `combine`'s input that holds the output of each row, [R] int64; None: the same row.
         Over several ranks: the place at which the row arrived. Arrivals are grouped by the rank they came from; in a
         group, (token, slot) order
@@ -79,10 +81,10 @@ class TokenDispatcher(Protocol):
 class LocalTokenDispatcher:
     """All experts are on this rank: outputs are read in place."""
 
-    def __init__(self, placement: ExpertPlacement) -> None:
+    def __init__(self, placement: ExpertPlacement, device: torch.device | None = None) -> None:
         assert placement.num_ranks == 1, f"{placement.num_ranks} ranks hold experts, tokens cannot stay on one"
         self._num_local_experts = len(placement.slots[0])
-        _, self.slot_of = placement.lookup(source_rank=0)
+        _, self.slot_of = placement.lookup(source_rank=0, device=device)
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, layer: int
@@ -100,13 +102,13 @@ class AllToAllTokenDispatcher:
     A token goes once to each rank that holds any of its experts, with the list of local expert slots to apply there.
     """
 
-    def __init__(self, placement: ExpertPlacement, comm: Communicator) -> None:
+    def __init__(self, placement: ExpertPlacement, comm: Communicator, device: torch.device | None = None) -> None:
         assert placement.num_ranks == comm.size, (
             f"experts are on {placement.num_ranks} ranks, the group has {comm.size}"
         )
         self._comm = comm
         self._num_local_experts = len(placement.slots[comm.rank])
-        self._rank_of, self._slot_of = placement.lookup(source_rank=comm.rank)
+        self._rank_of, self._slot_of = placement.lookup(source_rank=comm.rank, device=device)
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, layer: int

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 DType = Literal["auto", "float32", "bfloat16"]
 KVCacheDType = Literal["auto", "fp8"]
 Invariance = Literal["strict", "relaxed"]
-KernelBackend = Literal["auto", "cpu", "reference"]
+KernelBackend = Literal["auto", "cpu", "triton", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,7 @@ class EngineConfig:
     seed: int = 0
     """With a request's index, the seed of requests that bring none."""
     kernel_backend: KernelBackend = "auto"
+    """auto: cpu on a CPU, triton on a GPU."""
     invariance: Invariance = "strict"
     """strict refuses kernels whose results depend on the batch."""
 
@@ -49,7 +50,7 @@ class EngineConfig:
                 _positive(name, getattr(self, name))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
-        _one_of("kernel_backend", self.kernel_backend, ("auto", "cpu", "reference"))
+        _one_of("kernel_backend", self.kernel_backend, get_args(KernelBackend))
         _one_of("invariance", self.invariance, ("strict", "relaxed"))
 
 

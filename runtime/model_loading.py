@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ import torch
 
 from shoal.kernels.numerics import pin_floating_point
 from shoal.kernels.records import FP8_RECORDS
-from shoal.kernels.registry import current_backend, is_invariant, set_backend
+from shoal.kernels.registry import Backend, current_backend, is_invariant, set_backend
 from shoal.parallel.groups import ParallelGroups
 
-from .engine_config import EngineConfig
+from .engine_config import EngineConfig, KernelBackend
 from .kv_cache import KVCache, RecordSpec, bytes_per_block
 from .loader import Checkpoint
 from .memory import available_memory, release_freed_memory
@@ -42,8 +43,8 @@ class LoadedModel:
 
 def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGroups, on_phase: OnPhase) -> LoadedModel:
     """ValueError for a checkpoint or a setting that cannot work; `on_phase` is told what a user should know."""
-    if config.kernel_backend != "auto":
-        set_backend(config.kernel_backend)
+    if (backend := choose_backend(config.kernel_backend, groups.device)) is not None:
+        set_backend(backend)
     if config.invariance == "strict" and not is_invariant(current_backend()):
         raise ValueError(
             f"kernels {current_backend()!r} do not promise that a row's result is independent of its batch; "
@@ -80,6 +81,19 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
         max_model_len=max_model_len,
         record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
     )
+
+
+def choose_backend(wanted: KernelBackend, device: torch.device) -> Backend | None:
+    """The kernels for a device; None: those in force. ValueError for kernels that do not run there."""
+    if wanted == "auto":
+        return "triton" if device.type == "cuda" else None
+    if wanted == "cpu" and device.type != "cpu":
+        raise ValueError('kernels "cpu" do not run on a GPU: choose "triton", or device "cpu"')
+    if wanted == "triton" and device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError(
+            'kernels "triton" need device "cuda" (or TRITON_INTERPRET=1, which is for tests of the kernels)'
+        )
+    return wanted
 
 
 def _load_weights(

@@ -61,8 +61,9 @@ struct Workspace {
 template <typename T>
 class SplitAttention {
  public:
-  SplitAttention(const AbsorbedAttention<T>& args, const Split& split, Workspace<T>& w)
-      : a_(args), s_(split), w_(w), key_stride_(padded_terms<T>(args.key_dim())) {}
+  // `next` is what comes after this split, here or in another thread, or nullptr.
+  SplitAttention(const AbsorbedAttention<T>& args, const Split& split, const Split* next, Workspace<T>& w)
+      : a_(args), s_(split), next_(next), w_(w), key_stride_(padded_terms<T>(args.key_dim())) {}
 
   // Fills `to`; false when a key cannot be found.
   bool run(const Partial& to) {
@@ -102,9 +103,17 @@ class SplitAttention {
     }
   }
 
-  const char* find_key(int64_t index) const {
-    const int64_t position = a_.selected ? a_.selected[s_.token * a_.topk + index] : index;
-    return a_.paged.find(s_.sequence, position);
+  const char* find_key(const Split& split, int64_t index) const {
+    const int64_t position = a_.selected ? a_.selected[split.token * a_.topk + index] : index;
+    return a_.paged.find(split.sequence, position);
+  }
+
+  // The key that comes a block of keys after this one; nullptr where there is none.
+  const char* find_ahead(int64_t index) const {
+    index += kBlockKeys;
+    if (index < s_.end) return find_key(s_, index);
+    if (next_ == nullptr || (index += next_->begin - s_.end) >= next_->end) return nullptr;
+    return find_key(*next_, index);
   }
 
   // The keys as rows, and their latents interleaved as the terms of a sum over keys.
@@ -120,11 +129,11 @@ class SplitAttention {
       for (int64_t i = 0; i < width; ++i) {
         records[i] = zero;
         if (j + i >= count) continue;
-        const char* record = find_key(begin + j + i);
+        const char* record = find_key(s_, begin + j + i);
         if (record == nullptr) return false;
         records[i] = read_latent(record, fp8, a_.latent_dim, a_.rope_dim, rows + i * a_.key_dim());
         copy_terms(records[i], a_.key_dim(), keys_ + (j + i) * key_stride_);
-        if (const int64_t next = begin + j + i + kBlockKeys; next < s_.end) prefetch_record(find_key(next), num_bytes);
+        prefetch_record(find_ahead(begin + j + i), num_bytes);
       }
       interleave_latents(records, j / width);
     }
@@ -201,6 +210,7 @@ class SplitAttention {
 
   const AbsorbedAttention<T>& a_;
   const Split& s_;
+  const Split* next_;
   Workspace<T>& w_;
   const int64_t key_stride_;
   T *queries_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
@@ -265,7 +275,9 @@ Status mla_attention(const AbsorbedAttention<T>& a, const PagedArgs& args, int64
       const Split& s = splits[i];
       float* memory = s.whole ? workspace.state.reserve(partial_size) : partials.data() + i * partial_size;
       const Partial partial = partial_at(a, memory);
-      if (!SplitAttention<T>(a, s, workspace).run(partial)) status = kOutOfRange;
+      const int64_t ahead = i + num_threads;
+      const Split* next = ahead < int64_t(splits.size()) ? &splits[ahead] : nullptr;
+      if (!SplitAttention<T>(a, s, next, workspace).run(partial)) status = kOutOfRange;
       if (s.whole) write(a, s.token, s.end == 0, partial);
     }
     // The barrier at the end of the loop above completes the partials.

@@ -44,7 +44,7 @@ int64_t run_length(int64_t rows, int64_t num_tasks, int64_t threads) {
 // A thread's copy of a block of input rows, bf16 in swapped pairs; fp32 rows that follow each other are read in place.
 template <typename T>
 struct RowBlock {
-  std::vector<T> copy;
+  Buffer<T>& copy;
   int64_t loaded = -1;
   const T* data = nullptr;
   int64_t stride = 0;
@@ -60,10 +60,21 @@ struct RowBlock {
       return;
     }
     stride = padded_terms<T>(k);
-    if (copy.size() < size_t(count * stride)) copy.resize(size_t(count * stride));
-    for (int64_t r = 0; r < count; ++r)
-      copy_terms(rows + (which == nullptr ? r : which[r]) * ld, k, copy.data() + r * stride);
-    data = copy.data();
+    T* copies = copy.reserve(count * stride);
+    for (int64_t r = 0; r < count; ++r) copy_terms(rows + (which == nullptr ? r : which[r]) * ld, k, copies + r * stride);
+    data = copies;
+  }
+};
+
+// What a thread's products need besides their operands; kept from one to the next.
+template <typename T>
+struct ProductMemory {
+  Buffer<T> rows;
+  Buffer<float> tile, second_tile;
+
+  static ProductMemory& of_thread() {
+    static thread_local ProductMemory memory;
+    return memory;
   }
 };
 
@@ -86,13 +97,17 @@ void multiply_fp8(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_
 
 // One tile of a product: rows of an input block times `count` panels.
 template <typename T>
-void multiply(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_t first_panel, int64_t count,
-              std::vector<float>& tile) {
-  tile.resize(size_t(rows * count * kPanel));
-  if (w.is_fp8) return multiply_fp8(a, rows, w, first_panel, count, tile.data());
-  const T* panels = reinterpret_cast<const T*>(w.panel(first_panel));
-  gemm_panels<T>(a.data, a.stride, rows, {panels, count, panel_size<T>(w.k)}, w.k, tile.data(), count * kPanel, false,
-                 Source::kMemory);
+const float* multiply(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_t first_panel, int64_t count,
+                      Buffer<float>& memory) {
+  float* tile = memory.reserve(rows * count * kPanel);
+  if (w.is_fp8) {
+    multiply_fp8(a, rows, w, first_panel, count, tile);
+  } else {
+    const T* panels = reinterpret_cast<const T*>(w.panel(first_panel));
+    gemm_panels<T>(a.data, a.stride, rows, {panels, count, panel_size<T>(w.k)}, w.k, tile, count * kPanel, false,
+                   Source::kMemory);
+  }
+  return tile;
 }
 
 template <typename Out>
@@ -123,17 +138,17 @@ void linear(const T* x, int64_t x_batch, int64_t x_row, const Matrix<T>& w, Out*
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
-    RowBlock<T> a;
-    std::vector<float> tile;
+    ProductMemory<T>& memory = ProductMemory<T>::of_thread();
+    RowBlock<T> a{memory.rows};
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < num_tasks; ++task) {
       const int64_t b = task / groups / row_blocks, row = task / groups % row_blocks * block;
       const int64_t rows = std::min(block, m - row);
       const int64_t panel = task % groups * group, count = std::min(group, panels - panel);
       a.load(task / groups, x + b * x_batch + row * x_row, x_row, rows, w.k);
-      multiply(a, rows, w.at(b), panel, count, tile);
+      const float* tile = multiply(a, rows, w.at(b), panel, count, memory.tile);
       for (int64_t r = 0; r < rows; ++r)
-        store_row(tile.data() + r * count * kPanel, std::min(count * kPanel, n - panel * kPanel),
+        store_row(tile + r * count * kPanel, std::min(count * kPanel, n - panel * kPanel),
                   out + b * out_batch + (row + r) * out_row + panel * kPanel);
     }
   }
@@ -191,8 +206,8 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* rows_of_x, const int6
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
-    RowBlock<T> a;
-    std::vector<float> gate, up;
+    ProductMemory<T>& memory = ProductMemory<T>::of_thread();
+    RowBlock<T> a{memory.rows};
 #pragma omp for schedule(dynamic, run_length(most_rows, first.size(), threads))
     for (size_t i = 0; i < first.size(); ++i) {
       const ExpertTask t = first[i];
@@ -203,24 +218,24 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* rows_of_x, const int6
       const int64_t up_count = num_panels(shift + columns);
       rows_of_x == nullptr ? a.load(t.row, x + t.row * x_row, x_row, t.rows, h)
                            : a.load(t.row, x, x_row, t.rows, h, rows_of_x + t.row);
-      multiply(a, t.rows, w, t.panel, t.count, gate);
-      multiply(a, t.rows, w, up_panel, up_count, up);
+      const float* gate = multiply(a, t.rows, w, t.panel, t.count, memory.tile);
+      const float* up = multiply(a, t.rows, w, up_panel, up_count, memory.second_tile);
       for (int64_t r = 0; r < t.rows; ++r) {
-        const float* g = gate.data() + r * t.count * kPanel;
-        const float* u = up.data() + r * up_count * kPanel + shift;
+        const float* g = gate + r * t.count * kPanel;
+        const float* u = up + r * up_count * kPanel + shift;
         T* row = hidden + (t.row + r) * intermediate + column;
         for (int64_t j = 0; j < columns; ++j) row[j] = swiglu_one(from_float<T>(g[j]), from_float<T>(u[j]));
       }
     }
     // The barrier at the end of the loop above completes `hidden`.
-    RowBlock<T> b;
+    RowBlock<T> b{memory.rows};
 #pragma omp for schedule(dynamic, run_length(most_rows, second.size(), threads))
     for (size_t i = 0; i < second.size(); ++i) {
       const ExpertTask t = second[i];
       b.load(t.row, hidden + t.row * intermediate, intermediate, t.rows, intermediate);
-      multiply(b, t.rows, down.at(t.expert), t.panel, t.count, gate);
+      const float* tile = multiply(b, t.rows, down.at(t.expert), t.panel, t.count, memory.tile);
       for (int64_t r = 0; r < t.rows; ++r)
-        store_row(gate.data() + r * t.count * kPanel, std::min(t.count * kPanel, h - t.panel * kPanel),
+        store_row(tile + r * t.count * kPanel, std::min(t.count * kPanel, h - t.panel * kPanel),
                   out + (rows_of_out == nullptr ? t.row + r : rows_of_out[t.row + r]) * h + t.panel * kPanel);
     }
   }
@@ -234,10 +249,10 @@ void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float*
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
-    std::vector<float> acc(h);
+    float* acc = ProductMemory<T>::of_thread().tile.reserve(h);
 #pragma omp for
     for (int64_t t = 0; t < tokens; ++t) {
-      std::fill(acc.begin(), acc.end(), 0.0f);
+      std::fill_n(acc, h, 0.0f);
       for (int64_t k = 0; k < top_k; ++k) {
         const int64_t row = row_of[t * top_k + k];
         if (row < 0) continue;

@@ -124,15 +124,15 @@ class DeepseekModel:
         placement = placement or default_placement(config, groups)
         dispatcher: TokenDispatcher
         if groups.world.size == 1:
-            dispatcher = LocalTokenDispatcher(placement)
+            dispatcher = LocalTokenDispatcher(placement, groups.device)
         else:
-            dispatcher = AllToAllTokenDispatcher(placement, groups.world)
+            dispatcher = AllToAllTokenDispatcher(placement, groups.world, groups.device)
         frequencies = inv_freq(config.qk_rope_head_dim, config.rope_theta, config.yarn)
         rope_table = cos_sin_table(frequencies, max_model_len, config.rope_cos_sin_scale).to(groups.device)
 
-        weights = LayerWeights(checkpoint, "model", dtype)
+        weights = LayerWeights(checkpoint, "model", dtype, groups.device)
         hidden = shard(config.hidden_size, groups.tp_rank, self.tp.size)
-        self.embed_tokens = checkpoint.read("model.embed_tokens.weight", cols=hidden, dtype=dtype)
+        self.embed_tokens = checkpoint.read("model.embed_tokens.weight", cols=hidden, dtype=dtype).to(groups.device)
         self.layers = [
             DecoderLayer(config, weights.under(f"layers.{i}"), groups, dispatcher, placement, rope_table, layer=i)
             for i in range(config.num_hidden_layers)
@@ -140,7 +140,7 @@ class DeepseekModel:
         self.final_norm = weights.read("norm.weight").float()
         head = self.tp if several_nodes(groups) else groups.world
         vocab = vocab_shard(config.vocab_size, head.rank, head.size)
-        weight = pack_weight(checkpoint.read(_lm_head_name(config), rows=vocab, dtype=dtype))
+        weight = pack_weight(checkpoint.read(_lm_head_name(config), rows=vocab, dtype=dtype).to(groups.device))
         self.lm_head = ParallelLMHead(weight, config.vocab_size, head, self.tp.size)
 
     def forward(self, input_ids: Tensor, cache: KVCache, metadata: AttentionMetadata) -> Tensor:

@@ -1,4 +1,4 @@
-"""Reading the weights of one module: names relative to a prefix, in the compute dtype unless said otherwise."""
+"""Weights of one module on its device: names relative to a prefix, in the compute dtype unless said otherwise."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class LayerWeights:
     checkpoint: Checkpoint
     prefix: str
     dtype: torch.dtype
+    device: torch.device
 
     def under(self, name: str) -> LayerWeights:
         """The view one level down."""
@@ -27,12 +28,12 @@ class LayerWeights:
 
     def read(self, name: str, *, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor, or only the given rows of it."""
-        return self.checkpoint.read(f"{self.prefix}.{name}", rows=rows, dtype=dtype or self.dtype)
+        return self.checkpoint.read(f"{self.prefix}.{name}", rows=rows, dtype=dtype or self.dtype).to(self.device)
 
     def pack(self, *names: str, rows: slice | None = None) -> PackedWeight:
         """The given rows of each matrix, one matrix over the other, for products: in 8 bits where all are stored so."""
         paths = [f"{self.prefix}.{name}" for name in names]
         if all(self.checkpoint.dtype(path) is torch.float8_e4m3fn for path in paths):
             stored = [self.checkpoint.read_fp8(path, rows=rows) for path in paths]
-            return pack_weight(BlockFP8Weight.cat(stored), dtype=self.dtype)
+            return pack_weight(BlockFP8Weight.cat(stored).to(self.device), dtype=self.dtype)
         return pack_weight(torch.cat([self.read(name, rows=rows) for name in names]))
