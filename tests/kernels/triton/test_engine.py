@@ -1,4 +1,4 @@
-"""A whole engine on the Triton kernels: the answers of the CPU kernels; on a GPU, the same bits alone and in company."""
+"""An engine on the Triton kernels: the answers of the CPU kernels; on a GPU, the same bits alone and in company."""
 
 from __future__ import annotations
 
