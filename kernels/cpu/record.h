@@ -59,7 +59,7 @@ template <typename T>
 inline void read_index_terms(const char* key, bool fp8, int64_t dim, T* row) {
   if (!fp8) return copy_terms(reinterpret_cast<const T*>(key), dim, row);
   dequantize_row(key, key + dim, dim, row);
-  copy_terms(row, dim, row);
+  if constexpr (std::is_same_v<T, bf16>) swap_pairs(row, dim, row);
 }
 
 }  // namespace shoal

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from shoal.kernels.dispatch import permute_tokens
 from shoal.kernels.experts import combine_topk, swiglu
 from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
@@ -109,6 +110,18 @@ def test_nan_makes_its_group_nan() -> None:
         for q, scales in on_both(lambda: quantize_token_groups(x, ue8m0=ue8m0)):  # noqa: B023
             assert scales.isnan().tolist() == [[False, False], [False, True]]
             assert q.float().isnan().sum(1).tolist() == [0, 128]
+
+
+def test_rows_of_absent_pairs_come_last() -> None:
+    x, slot_of = randn(6, 3), torch.tensor([2, 0, 1, 3])
+    topk_idx = torch.tensor([[0, 3], [-1, 1], [2, -1], [-1, -1], [1, 0], [3, 1]])
+    (rows, counts, row_of), (expected_rows, expected_counts, expected_row_of) = on_both(
+        lambda: permute_tokens(x, topk_idx, slot_of, 4)
+    )
+    assert rows.shape == (12, 3)
+    assert torch.equal(rows[:8], expected_rows)
+    assert counts.tolist() == expected_counts.tolist() == [3, 1, 2, 2]
+    assert torch.equal(row_of, expected_row_of)
 
 
 @settings(max_examples=20, deadline=None)
