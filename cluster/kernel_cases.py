@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
-from shoal.kernels.dispatch import pack_segments, permute_tokens, unpack_segments
+from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
 from shoal.kernels.experts import combine_topk, experts_mlp, swiglu
 from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores, index_topk, topk_positions
@@ -391,14 +391,13 @@ def cases(s: Shapes) -> Iterator[Case]:
     )
     identity = torch.arange(s.n_routed_experts)
     halves = (identity * 2 // s.n_routed_experts, identity % (s.n_routed_experts // 2))
-    moved = 2 * t * h * (1 + top_k)
     yield Case(
-        "permute_tokens",
-        f"{t} x {top_k} x {h}",
-        lambda r: (r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), identity, s.n_routed_experts),
-        permute_tokens,
+        "group_pairs",
+        f"{t} x {top_k}",
+        lambda r: (r.experts(t, s.n_routed_experts, top_k), identity, s.n_routed_experts),
+        group_pairs,
         0,
-        moved,
+        8 * t * top_k * 3,
     )
     yield Case(
         "pack_segments",
@@ -414,7 +413,7 @@ def cases(s: Shapes) -> Iterator[Case]:
         lambda r: _unpack_inputs(r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), halves),
         unpack_segments,
         0,
-        moved,
+        4 * t * h,
     )
     yield Case(
         "quantize_token_groups",

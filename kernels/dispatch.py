@@ -17,28 +17,28 @@ from torch import Tensor
 from .build import c_function, num_threads
 from .registry import implementation, register
 
-_PERMUTE = ("shoal_permute_tokens", *[c_void_p, c_int64, c_int64] * 2, c_void_p, c_int64, *[c_void_p] * 3, c_int64)
+_GROUP = ("shoal_group_pairs", c_void_p, c_int64, c_int64, c_void_p, c_int64, *[c_void_p] * 3)
 _PACK = ("shoal_pack_segments", *[c_void_p, c_int64, c_int64] * 2, *[c_void_p] * 2, c_int64, *[c_void_p] * 4, c_int64)
-_UNPACK = ("shoal_unpack_segments", c_void_p, *[c_int64] * 3, *[c_void_p] * 3, c_int64, c_void_p)
+_UNPACK = ("shoal_unpack_segments", c_void_p, *[c_int64] * 3, *[c_void_p] * 5)
 _HEAD = struct.Struct("=ii")  # number of rows, number of pairs
 _ALIGNMENT = 8
 """Of a segment in its buffer, in bytes."""
 
 
-def permute_tokens(x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows for experts that are all on this rank.
+def group_pairs(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order in which experts that are all on this rank read their tokens.
 
-    -> (x's row of every pair, grouped by slot, ascending, in (token, k) order within a slot [P, H];
+    -> (the token of every pair, grouped by slot, ascending, in (token, k) order within a slot [P] int64;
         pairs of each slot [num_slots] int64 in host memory;
-        the row of each pair [T, K] int64, -1 where topk_idx is -1).
+        the place of each pair in that order [T, K] int64, -1 where topk_idx is -1).
 
-    On a GPU: [T * K, H], where rows after the first P mean nothing, and counts are in the memory of the GPU.
+    On a GPU: [T * K] tokens, where those after the first P mean nothing, and counts are in the memory of the GPU.
     """
-    rows: Tensor
+    token_of: Tensor
     counts: Tensor
     row_of: Tensor
-    rows, counts, row_of = implementation("permute_tokens")(x, topk_idx, slot_of, num_slots)
-    return rows, counts, row_of
+    token_of, counts, row_of = implementation("group_pairs")(topk_idx, slot_of, num_slots)
+    return token_of, counts, row_of
 
 
 def pack_segments(
@@ -61,26 +61,26 @@ def pack_segments(
 
 def unpack_segments(
     segments: Sequence[Tensor], like: Tensor, num_slots: int
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Rows for this rank's experts from the segments that every rank sent; `like` [.., H] says their dtype and width.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """What this rank's experts read, from the segments that every rank sent; `like` [.., H] says dtype and width.
 
-    -> (the row of every pair, grouped by slot, ascending, in arrival order within a slot [R, H];
+    -> (the rows of all segments [N, H];
+        the row there of every pair, grouped by slot, ascending, in arrival order within a slot [R] int64;
         pairs of each slot [num_slots] int64 in host memory;
-        the place of each of those rows among the arrivals [R] int64, a permutation;
+        the place of each of those pairs among the arrivals [R] int64, a permutation;
         pairs in each segment).
     """
     row_bytes = like.shape[-1] * like.element_size()
-    received = []
-    for source, segment in enumerate(segments):
-        num_rows, num_pairs = _head(segment)
-        received.append(num_pairs)
+    heads = [_head(segment) for segment in segments]
+    for source, (segment, (num_rows, num_pairs)) in enumerate(zip(segments, heads, strict=True)):
         expected = _HEAD.size + 8 * num_pairs + num_rows * row_bytes
         assert segment.numel() == expected, f"rank {source} sent {segment.numel()} bytes, its head says {expected}"
     rows: Tensor
+    x_row: Tensor
     counts: Tensor
     arrival: Tensor
-    rows, counts, arrival = implementation("unpack_segments")(segments, received, like, num_slots)
-    return rows, counts, arrival, received
+    rows, x_row, counts, arrival = implementation("unpack_segments")(segments, heads, like, num_slots)
+    return rows, x_row, counts, arrival, [num_pairs for _, num_pairs in heads]
 
 
 def _head(segment: Tensor) -> tuple[int, int]:
@@ -90,27 +90,23 @@ def _head(segment: Tensor) -> tuple[int, int]:
     return num_rows, num_pairs
 
 
-@register("permute_tokens", "cpu")
-def _permute_tokens_cpu(x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    x, topk_idx = _rows(x), topk_idx.contiguous()
+@register("group_pairs", "cpu")
+def _group_pairs_cpu(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    topk_idx = topk_idx.contiguous()
     tokens, top_k = topk_idx.shape
-    rows = x.new_empty(topk_idx.numel(), x.shape[1])
-    counts, row_of = torch.empty(num_slots, dtype=torch.int64), torch.empty_like(topk_idx)
-    c_function(*_PERMUTE)(
-        x.data_ptr(),
-        x.stride(0) * x.element_size(),
-        x.shape[1] * x.element_size(),
+    token_of = topk_idx.new_empty(topk_idx.numel())
+    counts, row_of = topk_idx.new_empty(num_slots), torch.empty_like(topk_idx)
+    c_function(*_GROUP)(
         topk_idx.data_ptr(),
         tokens,
         top_k,
         slot_of.data_ptr(),
         num_slots,
-        rows.data_ptr(),
         counts.data_ptr(),
         row_of.data_ptr(),
-        num_threads(rows.numel()),
+        token_of.data_ptr(),
     )
-    return rows[: sum(counts.tolist())], counts, row_of
+    return token_of[: sum(counts.tolist())], counts, row_of
 
 
 @register("pack_segments", "cpu")
@@ -150,10 +146,11 @@ def _pack_segments_cpu(
 
 @register("unpack_segments", "cpu")
 def _unpack_segments_cpu(
-    segments: Sequence[Tensor], num_pairs: Sequence[int], like: Tensor, num_slots: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = like.new_empty(sum(num_pairs), like.shape[-1])
-    counts, arrival = torch.empty(num_slots, dtype=torch.int64), torch.empty(len(rows), dtype=torch.int64)
+    segments: Sequence[Tensor], heads: Sequence[tuple[int, int]], like: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_pairs = (sum(numbers) for numbers in zip(*heads, strict=True))
+    rows = like.new_empty(num_rows, like.shape[-1])
+    counts, x_row, arrival = (torch.empty(n, dtype=torch.int64) for n in (num_slots, num_pairs, num_pairs))
     pointers = (c_void_p * len(segments))(*(segment.data_ptr() for segment in segments))
     status = c_int64()
     c_function(*_UNPACK)(
@@ -163,45 +160,41 @@ def _unpack_segments_cpu(
         num_slots,
         rows.data_ptr(),
         counts.data_ptr(),
+        x_row.data_ptr(),
         arrival.data_ptr(),
-        num_threads(rows.numel()),
         byref(status),
     )
     assert status.value == 0, f"a pair names a row that was not sent, or none of the {num_slots} slots"
-    return rows, counts, arrival
+    return rows, x_row, counts, arrival
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@register("permute_tokens", "triton")
-def _permute_tokens_on_device(
-    x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The host waits for nothing, so every pair gets a row; rows of pairs without an expert come last."""
+@register("group_pairs", "triton")
+def _group_pairs_on_device(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The host waits for nothing, so every pair gets a place; pairs without an expert come last."""
     flat_idx = topk_idx.flatten()
-    slots = torch.where(flat_idx >= 0, slot_of.to(x.device)[flat_idx], num_slots)
+    slots = torch.where(flat_idx >= 0, slot_of.to(topk_idx.device)[flat_idx], num_slots)
     pairs = slots.argsort(stable=True)
-    places = torch.arange(len(pairs), device=x.device)
+    places = torch.arange(len(pairs), device=topk_idx.device)
     row_of = torch.empty_like(pairs).scatter_(0, pairs, places).masked_fill_(flat_idx < 0, -1)
-    counts = torch.zeros(num_slots + 1, dtype=torch.int64, device=x.device)
+    counts = torch.zeros(num_slots + 1, dtype=torch.int64, device=topk_idx.device)
     counts.scatter_add_(0, slots, torch.ones_like(slots))
-    return x[pairs // topk_idx.shape[1]], counts[:num_slots], row_of.view_as(topk_idx)
+    return pairs // topk_idx.shape[1], counts[:num_slots], row_of.view_as(topk_idx)
 
 
-@register("permute_tokens", "reference")
-def _permute_tokens_reference(
-    x: Tensor, topk_idx: Tensor, slot_of: Tensor, num_slots: int
-) -> tuple[Tensor, Tensor, Tensor]:
+@register("group_pairs", "reference")
+def _group_pairs_reference(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     flat_idx = topk_idx.flatten()
     pairs = (flat_idx >= 0).nonzero().squeeze(1)
-    slots = slot_of.to(x.device)[flat_idx[pairs]]
+    slots = slot_of.to(topk_idx.device)[flat_idx[pairs]]
     pairs = pairs[slots.argsort(stable=True)]
     row_of = torch.full_like(flat_idx, -1)
-    row_of[pairs] = torch.arange(len(pairs), device=x.device)
+    row_of[pairs] = torch.arange(len(pairs), device=topk_idx.device)
     counts = torch.bincount(slots, minlength=num_slots).cpu()
-    return x[pairs // topk_idx.shape[1]], counts, row_of.view_as(topk_idx)
+    return pairs // topk_idx.shape[1], counts, row_of.view_as(topk_idx)
 
 
 @register("pack_segments", "reference")
@@ -242,12 +235,12 @@ def _pack_segments_reference(
 @register("unpack_segments", "reference")
 @register("unpack_segments", "triton")
 def _unpack_segments_reference(
-    segments: Sequence[Tensor], num_pairs: Sequence[int], like: Tensor, num_slots: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    segments: Sequence[Tensor], heads: Sequence[tuple[int, int]], like: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows: list[Tensor] = []
     row_of_pair: list[Tensor] = []
     slots: list[Tensor] = []
-    for segment, pairs in zip(segments, num_pairs, strict=True):
+    for segment, (_, pairs) in zip(segments, heads, strict=True):
         row, slot = segment[_HEAD.size : _HEAD.size + 8 * pairs].view(torch.int32).view(2, pairs)
         row_of_pair.append(row + sum(map(len, rows)))
         slots.append(slot)
@@ -257,4 +250,4 @@ def _unpack_segments_reference(
     slot_of_pair = torch.cat(slots)
     arrival = slot_of_pair.argsort(stable=True)
     counts = torch.bincount(slot_of_pair, minlength=num_slots).cpu()
-    return torch.cat(rows)[torch.cat(row_of_pair)[arrival]], counts, arrival
+    return torch.cat(rows), torch.cat(row_of_pair)[arrival].to(torch.int64), counts, arrival

@@ -42,12 +42,14 @@ def experts_mlp(
     num_tokens_per_expert: Tensor,
     gate_up: PackedWeight,
     down: PackedWeight,
+    x_row: Tensor | None = None,
     out_row: Tensor | None = None,
 ) -> Tensor:
     """y = linear(swiglu(linear(x, gate_up[e])), down[e]) for the rows of each expert e, with exactly those bits.
 
-    x: [R, H], rows grouped by expert, ascending. num_tokens_per_expert: [E] int64 summing to R, on the CPU, or on x's
-    device for kernels of that device, which do not wait for it to check the sum.
+    x: [N, H]. x_row: [R] int64, rows of x (not checked) grouped by expert, ascending; None takes all in their order.
+    num_tokens_per_expert: [E] int64 summing to R, on the CPU, or on x's device for kernels of that device, which do not
+    wait for it to check the sum.
     gate_up: E weights [2I, H]. down: E weights [H, I].
     out_row: [R] int64, a permutation (not checked): where each row's output goes; None leaves it where the row is.
     Returns [R, H] in x's dtype.
@@ -68,13 +70,16 @@ def experts_mlp(
         raise ValueError(f"num_tokens_per_expert must be [{experts}] int64 on the CPU, got {list(counts.shape)}")
     if x.dim() != 2:
         raise ValueError(f"experts_mlp needs x [R, H], got {list(x.shape)}")
+    if x_row is not None and (x_row.dtype != torch.int64 or x_row.dim() != 1):
+        raise ValueError(f"experts_mlp: x_row must be [R] int64, got {list(x_row.shape)} {x_row.dtype}")
+    rows = len(x if x_row is None else x_row)
     if counts.is_cpu:
         per_expert = counts.tolist()
-        if min(per_expert, default=0) < 0 or sum(per_expert) != x.shape[0]:
-            raise ValueError(f"x is {list(x.shape)} but num_tokens_per_expert is {per_expert}: it must sum to x's rows")
-    if out_row is not None and (out_row.dtype != torch.int64 or out_row.shape != x.shape[:1]):
-        raise ValueError(f"experts_mlp: out_row must be [{x.shape[0]}] int64, got {list(out_row.shape)}")
-    y: Tensor = implementation("experts_mlp", gate_up.backend)(x, counts, gate_up, down, out_row)
+        if min(per_expert, default=0) < 0 or sum(per_expert) != rows:
+            raise ValueError(f"experts_mlp: {rows} rows, num_tokens_per_expert {per_expert}: it must sum to the rows")
+    if out_row is not None and (out_row.dtype != torch.int64 or out_row.shape != (rows,)):
+        raise ValueError(f"experts_mlp: out_row must be [{rows}] int64, got {list(out_row.shape)}")
+    y: Tensor = implementation("experts_mlp", gate_up.backend)(x, counts, gate_up, down, x_row, out_row)
     return y
 
 
@@ -121,17 +126,23 @@ def _swiglu_cpu(gate_up: Tensor) -> Tensor:
 
 @register("experts_mlp", "cpu")
 def _experts_mlp_cpu(
-    x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight, out_row: Tensor | None
+    x: Tensor,
+    counts: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    x_row: Tensor | None,
+    out_row: Tensor | None,
 ) -> Tensor:
-    x, counts, out_row = _rows(x), counts.contiguous(), None if out_row is None else out_row.contiguous()
-    rows, h = x.shape
+    x, counts = _rows(x), counts.contiguous()
+    x_row, out_row = (None if rows is None else rows.contiguous() for rows in (x_row, out_row))
+    rows, h = len(x if x_row is None else x_row), x.shape[1]
     hidden = x.new_empty(rows, down.in_features)
     y = x.new_empty(rows, h)
     c_function(*_EXPERTS)(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
         x.stride(0),
-        None,
+        None if x_row is None else x_row.data_ptr(),
         counts.data_ptr(),
         gate_up.num_matrices,
         gate_up.data.data_ptr(),
@@ -178,8 +189,14 @@ def _swiglu_reference(gate_up: Tensor) -> Tensor:
 
 @register("experts_mlp", "reference")
 def _experts_mlp_reference(
-    x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight, out_row: Tensor | None
+    x: Tensor,
+    counts: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    x_row: Tensor | None,
+    out_row: Tensor | None,
 ) -> Tensor:
+    x = x if x_row is None else x[x_row]
     outputs = []
     for e, rows in enumerate(torch.split(x, counts.tolist())):
         hidden = _swiglu_reference(multiply_reference(rows, gate_up, e).to(x.dtype))

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shoal.kernels.dispatch import pack_segments, permute_tokens, unpack_segments
+from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
 from shoal.kernels.experts import combine_topk
 
 from .collectives import Communicator
@@ -25,15 +25,17 @@ from .placement import ExpertPlacement
 class DispatchedTokens:
     """The input of this rank's experts.
 
-    x: rows grouped by local expert slot, ascending, [R, H], the dtype of the dispatched tokens
-    num_tokens_per_expert: rows of each local expert slot, [num_local_experts] int64, in host memory or with the rows;
-        sums to R, or less where R is all that could have been and the rest of x means nothing
-    out_row: the row of `combine`'s input that holds the output of each row, [R] int64; None: the same row.
-        Over several ranks: the place at which the row arrived. Arrivals are grouped by the rank they came from; in a
+    x: the tokens, once each, [N, H] in their dtype
+    x_row: the row of x of each pair, grouped by local expert slot, ascending, [R] int64
+    num_tokens_per_expert: pairs of each local expert slot, [num_local_experts] int64, in host memory or with x;
+        sums to R, or less where R is all that could have been and the rest of x_row means nothing
+    out_row: the row of `combine`'s input that holds the output of each pair, [R] int64; None: in their order.
+        Over several ranks: the place at which the pair arrived. Arrivals are grouped by the rank they came from; in a
         group, (token, slot) order
     """
 
     x: Tensor
+    x_row: Tensor
     num_tokens_per_expert: Tensor
     out_row: Tensor | None = None
 
@@ -89,8 +91,8 @@ class LocalTokenDispatcher:
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, layer: int
     ) -> tuple[DispatchedTokens, DispatchHandle]:
-        rows, num_tokens_per_expert, row_of = permute_tokens(x, topk_idx, self.slot_of, self._num_local_experts)
-        return DispatchedTokens(rows, num_tokens_per_expert), DispatchHandle(topk_weights, row_of)
+        x_row, num_tokens_per_expert, row_of = group_pairs(topk_idx, self.slot_of, self._num_local_experts)
+        return DispatchedTokens(x, x_row, num_tokens_per_expert), DispatchHandle(topk_weights, row_of)
 
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
         return partial(combine_topk, y, handle.row_of, handle.topk_weights)
@@ -115,9 +117,11 @@ class AllToAllTokenDispatcher:
     ) -> tuple[DispatchedTokens, DispatchHandle]:
         segments, num_sent, row_of = pack_segments(x, topk_idx, self._rank_of, self._slot_of, self._comm.size)
         received = self._comm.all_to_all_bytes(segments, layer=layer, op="moe.dispatch")
-        rows, num_tokens_per_expert, arrival, num_received = unpack_segments(received, x, self._num_local_experts)
+        rows, x_row, num_tokens_per_expert, arrival, num_received = unpack_segments(
+            received, x, self._num_local_experts
+        )
         handle = DispatchHandle(topk_weights, row_of, num_sent, num_received)
-        return DispatchedTokens(rows, num_tokens_per_expert, arrival), handle
+        return DispatchedTokens(rows, x_row, num_tokens_per_expert, arrival), handle
 
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
         receive = self._comm.all_to_all(y, handle.num_received, handle.num_sent, layer=layer, op="moe.combine")

@@ -1,5 +1,5 @@
-// Moves token rows to their experts: in expert order on one rank, or in one segment for each rank that holds experts.
-// kernels/dispatch.py states the contracts. Plans are made by one thread, rows are copied by all.
+// Brings token rows to their experts: an order to read them in, or one segment for each rank that holds experts.
+// kernels/dispatch.py states the contracts.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -37,9 +37,8 @@ using namespace shoal;
 extern "C" {
 
 // counts[slot], row_of[token, k] and the inverse, token_of[row], for pairs in slot order, (token, k) order within a slot.
-// Returns the number of rows.
-int64_t shoal_group_pairs(const int64_t* topk_idx, int64_t tokens, int64_t top_k, const int64_t* slot_of,
-                          int64_t num_slots, int64_t* counts, int64_t* row_of, int64_t* token_of) {
+void shoal_group_pairs(const int64_t* topk_idx, int64_t tokens, int64_t top_k, const int64_t* slot_of,
+                       int64_t num_slots, int64_t* counts, int64_t* row_of, int64_t* token_of) {
   std::fill(counts, counts + num_slots, 0);
   for (int64_t i = 0; i < tokens * top_k; ++i)
     if (topk_idx[i] >= 0) ++counts[slot_of[topk_idx[i]]];
@@ -48,19 +47,6 @@ int64_t shoal_group_pairs(const int64_t* topk_idx, int64_t tokens, int64_t top_k
     row_of[i] = topk_idx[i] < 0 ? -1 : next[slot_of[topk_idx[i]]]++;
     if (row_of[i] >= 0) token_of[row_of[i]] = i / top_k;
   }
-  return next.empty() ? 0 : next.back();
-}
-
-// Copies x's rows in the order of shoal_group_pairs.
-void shoal_permute_tokens(const char* x, int64_t stride, int64_t row_bytes, const int64_t* topk_idx, int64_t tokens,
-                          int64_t top_k, const int64_t* slot_of, int64_t num_slots, char* out, int64_t* counts,
-                          int64_t* row_of, int64_t num_threads) {
-  std::vector<int64_t> token_of(size_t(tokens * top_k));
-  const int64_t rows = shoal_group_pairs(topk_idx, tokens, top_k, slot_of, num_slots, counts, row_of, token_of.data());
-  std::vector<RowCopy> copies;
-  copies.reserve(size_t(rows));
-  for (int64_t r = 0; r < rows; ++r) copies.push_back({x + token_of[r] * stride, out + r * row_bytes});
-  copy_rows(copies, row_bytes, num_threads);
 }
 
 // One segment for each rank, each starting at the next multiple of 8 bytes:
@@ -111,10 +97,11 @@ void shoal_pack_segments(const char* x, int64_t stride, int64_t row_bytes, const
   copy_rows(copies, row_bytes, num_threads);
 }
 
-// The rows of all pairs of `num_segments` segments in slot order, arrival order within a slot; arrival[i] is the place
-// of row i among the arrivals. Sets `status` to 1, and does nothing else, when a pair names no row or no slot.
+// Copies the segments' rows into one matrix. x_row[i] is the row there of pair i, and arrival[i] the place among the
+// arrivals of pair i, for pairs in slot order, arrival order within a slot. Sets `status` to 1, and does nothing else,
+// when a pair names no row or no slot.
 void shoal_unpack_segments(const char* const* segments, int64_t num_segments, int64_t row_bytes, int64_t num_slots,
-                           char* out, int64_t* counts, int64_t* arrival, int64_t num_threads, int64_t* status) {
+                           char* out, int64_t* counts, int64_t* x_row, int64_t* arrival, int64_t* status) {
   std::fill(counts, counts + num_slots, 0);
   const auto head = [&](int64_t s) { return reinterpret_cast<const int32_t*>(segments[s]); };
   for (int64_t s = 0; s < num_segments; ++s)
@@ -125,18 +112,18 @@ void shoal_unpack_segments(const char* const* segments, int64_t num_segments, in
       ++counts[slot];
     }
   std::vector<int64_t> next = starts_of(counts, num_slots);
-  std::vector<RowCopy> copies;
-  int64_t arrived = 0;
+  int64_t arrived = 0, first_row = 0;
   for (int64_t s = 0; s < num_segments; ++s) {
-    const int64_t pairs = head(s)[1];
-    const char* rows = segments[s] + kHeadBytes + 2 * sizeof(int32_t) * pairs;
+    const int64_t rows = head(s)[0], pairs = head(s)[1];
     for (int64_t p = 0; p < pairs; ++p, ++arrived) {
       const int64_t place = next[head(s)[2 + pairs + p]]++;
       arrival[place] = arrived;
-      copies.push_back({rows + head(s)[2 + p] * row_bytes, out + place * row_bytes});
+      x_row[place] = first_row + head(s)[2 + p];
     }
+    std::memcpy(out + first_row * row_bytes, segments[s] + kHeadBytes + 2 * sizeof(int32_t) * pairs,
+                size_t(rows * row_bytes));
+    first_row += rows;
   }
-  copy_rows(copies, row_bytes, num_threads);
 }
 
 }  // extern "C"

@@ -179,8 +179,14 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 @register("experts_mlp", "triton")
 def _experts_mlp(
-    x: Tensor, counts: Tensor, gate_up: PackedWeight, down: PackedWeight, out_row: Tensor | None
+    x: Tensor,
+    counts: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    x_row: Tensor | None,
+    out_row: Tensor | None,
 ) -> Tensor:
+    x = x if x_row is None else x[x_row]
     y = x.new_empty(x.shape)
     if y.numel():
         num_rows, (num_experts, inner_dim) = x.shape[0], (down.num_matrices, down.in_features)

@@ -123,7 +123,7 @@ class MoE:
     def _experts(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         """Tokens of this rank through their experts, wherever these are; the shared one works while outputs travel."""
         tokens, handle = self.dispatcher.dispatch(x, topk_idx, topk_weights, layer=self.layer)
-        y = experts_mlp(tokens.x, tokens.num_tokens_per_expert, self.gate_up, self.down, tokens.out_row)
+        y = experts_mlp(tokens.x, tokens.num_tokens_per_expert, self.gate_up, self.down, tokens.x_row, tokens.out_row)
         receive = self.dispatcher.combine(y, handle, layer=self.layer)
         return receive(None if self.shared is None else experts_mlp(x, torch.tensor([len(x)]), *self.shared))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.dispatch import pack_segments, permute_tokens, unpack_segments
+from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
 from shoal.kernels.registry import use_backend
 
 
@@ -36,8 +36,14 @@ def test_segments_by_hand() -> None:
     ]
     assert num_pairs == [1, 2]
     assert row_of.tolist() == [[1, 2], [0, -1]]
-    rows, counts, arrival, received = unpack_segments([segments[1], segments[1]], x, 2)
-    assert rows.tolist() == [[1], [1], [1], [1]]
+    rows, x_row, counts, arrival, received = unpack_segments([segments[1], segments[0]], x, 2)
+    assert rows.tolist() == [[1], [2]]
+    assert x_row.tolist() == [0, 1, 0]
+    assert counts.tolist() == [2, 1]
+    assert arrival.tolist() == [1, 2, 0]  # slot 0: the second pair of the first sender, the other's; slot 1: the first
+    assert received == [2, 1]
+    rows, x_row, counts, arrival, received = unpack_segments([segments[1], segments[1]], x, 2)
+    assert rows[x_row].tolist() == [[1], [1], [1], [1]]
     assert counts.tolist() == [2, 2]
     assert arrival.tolist() == [1, 3, 0, 2]  # slot 0: the second pair of each sender, then slot 1: the first
     assert received == [2, 2]
@@ -54,10 +60,10 @@ def test_cpu_and_reference_agree(
     found = []
     for backend in ("cpu", "reference"):
         with use_backend(backend):
-            rows, counts, row_of = permute_tokens(x, topk_idx, rank_of * num_slots + slot_of, num_ranks * num_slots)
+            token_of, counts, row_of = group_pairs(topk_idx, rank_of * num_slots + slot_of, num_ranks * num_slots)
             segments, num_pairs, sent_row_of = pack_segments(x, topk_idx, rank_of, slot_of, num_ranks)
-            unpacked, slot_counts, arrival, received = unpack_segments(segments, x, num_slots)
-        tensors = [rows, counts, row_of, *segments, sent_row_of, unpacked, slot_counts, arrival]
+            rows, x_row, slot_counts, arrival, received = unpack_segments(segments, x, num_slots)
+        tensors = [token_of, counts, row_of, *segments, sent_row_of, rows, x_row, slot_counts, arrival]
         found.append((tensors, num_pairs, received))
     (tensors, *lists), (expected, *expected_lists) = found
     assert lists == expected_lists

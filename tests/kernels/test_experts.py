@@ -62,12 +62,14 @@ def test_experts_mlp_equals_linear_swiglu_linear(dtype: torch.dtype, h: int, int
     ]
     assert y.dtype == dtype
     assert torch.equal(y, torch.cat(expected))
-    out_row = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
-    moved = experts_mlp(x, torch.tensor(counts), pack_weight(gate_up), pack_weight(down), out_row)
+    order = torch.randperm(2 * len(x), generator=torch.Generator().manual_seed(3))
+    place, out_row = order[: len(x)], order[len(x) :].argsort()
+    spread = torch.full((2 * len(x), h), torch.nan, dtype=dtype).index_copy_(0, place, x)
+    moved = experts_mlp(spread, torch.tensor(counts), pack_weight(gate_up), pack_weight(down), place, out_row)
     assert torch.equal(moved[out_row], y)
     with use_backend("reference"):
         reference = experts_mlp(x, torch.tensor(counts), pack_weight(gate_up), pack_weight(down))
-        moved = experts_mlp(x, torch.tensor(counts), pack_weight(gate_up), pack_weight(down), out_row)
+        moved = experts_mlp(spread, torch.tensor(counts), pack_weight(gate_up), pack_weight(down), place, out_row)
     assert torch.equal(moved[out_row], reference)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6
     torch.testing.assert_close(y, reference, rtol=tolerance, atol=tolerance * float(y.abs().max()))
@@ -106,14 +108,16 @@ def test_experts_mlp_with_nothing_to_do() -> None:
 
 def test_experts_mlp_refuses_what_does_not_fit() -> None:
     gate_up, down = pack_weight(torch.ones(2, 8, 6)), pack_weight(torch.ones(2, 6, 4))
-    with pytest.raises(ValueError, match="must sum to x's rows"):
+    with pytest.raises(ValueError, match="must sum to the rows"):
         experts_mlp(torch.ones(3, 6), torch.tensor([1, 1]), gate_up, down)
-    with pytest.raises(ValueError, match="must sum to x's rows"):
+    with pytest.raises(ValueError, match="must sum to the rows"):
         experts_mlp(torch.ones(3, 6), torch.tensor([4, -1]), gate_up, down)
     with pytest.raises(ValueError, match=r"must be \[2\] int64"):
         experts_mlp(torch.ones(3, 6), torch.tensor([3]), gate_up, down)
     with pytest.raises(ValueError, match=r"out_row must be \[3\] int64"):
-        experts_mlp(torch.ones(3, 6), torch.tensor([1, 2]), gate_up, down, torch.tensor([0, 1]))
+        experts_mlp(torch.ones(3, 6), torch.tensor([1, 2]), gate_up, down, out_row=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"x_row must be \[R\] int64"):
+        experts_mlp(torch.ones(3, 6), torch.tensor([1, 2]), gate_up, down, torch.tensor([0.0, 1.0, 2.0]))
     with pytest.raises(ValueError, match=r"gate_up \[E, 2I, H\]"):
         experts_mlp(torch.ones(3, 6), torch.tensor([1, 2]), gate_up, pack_weight(torch.ones(2, 6, 5)))
 

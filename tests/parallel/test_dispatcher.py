@@ -25,11 +25,11 @@ PLACEMENTS: dict[str, Callable[[int], ExpertPlacement]] = {
 
 def affine_experts(tokens: DispatchedTokens, local_experts: list[int]) -> Tensor:
     """Expert e computes x * (e + 1) + e / 4 in the dtype of x."""
-    assert int(tokens.num_tokens_per_expert.sum()) == tokens.x.shape[0]
+    assert int(tokens.num_tokens_per_expert.sum()) == len(tokens.x_row)
     assert len(local_experts) == len(tokens.num_tokens_per_expert)
     expert = torch.tensor(local_experts, dtype=torch.int64).repeat_interleave(tokens.num_tokens_per_expert)
     scale, shift = (expert + 1).to(tokens.x.dtype)[:, None], (expert / 4).to(tokens.x.dtype)[:, None]
-    return in_out_rows(tokens, tokens.x * scale + shift)
+    return in_out_rows(tokens, tokens.x[tokens.x_row] * scale + shift)
 
 
 def in_out_rows(tokens: DispatchedTokens, y: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ def test_local_layout_by_hand() -> None:
     dispatcher = LocalTokenDispatcher(ExpertPlacement.contiguous(3, 1))
     tokens, handle = dispatcher.dispatch(x, topk_idx, weights, layer=0)
     # expert 0: t0 t1 | expert 1: t2 | expert 2: t0 t2
-    assert tokens.x.tolist() == [[1, 2], [3, 4], [5, 6], [1, 2], [5, 6]]
+    assert tokens.x is x
+    assert tokens.x_row.tolist() == [0, 1, 2, 0, 2]
     assert tokens.num_tokens_per_expert.tolist() == [2, 1, 2]
     assert handle.row_of.tolist() == [[3, 0], [1, -1], [2, 4]]
     y = torch.tensor([[4.0, 8.0], [1.0, 1.0], [10.0, 20.0], [2.0, 6.0], [8.0, 4.0]])
@@ -70,7 +71,7 @@ def test_local_layout_with_permuted_slots() -> None:
     x = torch.tensor([[1.0], [2.0]])
     dispatcher = LocalTokenDispatcher(ExpertPlacement(3, ((2, 0, 1),)))
     tokens, handle = dispatcher.dispatch(x, torch.tensor([[0, 1], [2, 0]]), torch.ones(2, 2), layer=0)
-    assert tokens.x.tolist() == [[2], [1], [2], [1]]  # expert 2: t1 | expert 0: t0 t1 | expert 1: t0
+    assert tokens.x_row.tolist() == [1, 0, 1, 0]  # expert 2: t1 | expert 0: t0 t1 | expert 1: t0
     assert tokens.num_tokens_per_expert.tolist() == [1, 2, 1]
     assert handle.row_of.tolist() == [[1, 3], [0, 2]]
 
@@ -98,10 +99,11 @@ def dispatch_by_hand(rank: int, store: Store) -> dict[str, Any]:
     x = torch.tensor([[10.0], [11.0]]) if rank == 0 else torch.tensor([[20.0], [21.0], [22.0]])
     topk_idx = torch.tensor([[1, 0], [2, -1]]) if rank == 0 else torch.tensor([[0, 2], [1, 0], [-1, -1]])
     tokens, handle = dispatcher.dispatch(x, topk_idx, torch.ones(topk_idx.shape), layer=7)
-    out = dispatcher.combine(in_out_rows(tokens, tokens.x * (rank + 1)), handle, layer=7)(None)
+    out = dispatcher.combine(in_out_rows(tokens, tokens.x[tokens.x_row] * (rank + 1)), handle, layer=7)(None)
     assert tokens.out_row is not None
     return {
         "x": tokens.x.flatten().tolist(),
+        "x_row": tokens.x_row.tolist(),
         "num_tokens_per_expert": tokens.num_tokens_per_expert.tolist(),
         "row_of": handle.row_of.tolist(),
         "out_row": tokens.out_row.tolist(),
@@ -155,7 +157,8 @@ def test_all_to_all_gives_the_bits_of_local(results: list[dict[str, Any]], world
 def test_all_to_all_layout_by_hand(results: list[dict[str, Any]]) -> None:
     # rank 0 holds e0: t10 t20 t21 | e1: t10 t21;  rank 1 holds e2: t11 t20
     first, second = results[0]["by hand"], results[1]["by hand"]
-    assert first["x"] == [10, 20, 21, 10, 21]
+    assert first["x"] == [10, 20, 21]
+    assert first["x_row"] == [0, 1, 2, 0, 2]
     assert first["num_tokens_per_expert"] == [3, 2]
     assert second["x"] == [11, 20]
     assert second["num_tokens_per_expert"] == [2]
