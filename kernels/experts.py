@@ -83,6 +83,11 @@ def experts_mlp(
     return y
 
 
+def mlp(x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+    """linear(swiglu(linear(x, gate_up)), down), with exactly those bits: `experts_mlp` of one expert that sees all."""
+    return experts_mlp(x, torch.full((1,), len(x), device=x.device), gate_up, down)
+
+
 def combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: Tensor | None = None) -> Tensor:
     """out[t] = sum over slots k = 0..K-1 of topk_weights[t, k] * y[row_of[t, k]], in that order, then + shared[t].
 

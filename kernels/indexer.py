@@ -84,12 +84,13 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 def topk_positions(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
     """Of each row's first lengths[t] scores the best `topk` -> [T, topk] int32: ascending positions, then -1.
 
-    scores: [T, S] fp32, lengths: [T] int64. Best is (score descending, position ascending), -0 equal to 0, NaN below
+    scores: [T, S] fp32, lengths: [T] int64, checked on the CPU only. Best is (score descending, position ascending), -0 equal to 0, NaN below
     -infinity, so the selection is one definite set.
     """
     if scores.dim() != 2 or scores.dtype != torch.float32 or lengths.shape != scores.shape[:1] or topk < 1:
         raise ValueError(f"topk_positions needs scores [T, S] in float32, lengths [T] and topk >= 1, got topk={topk}")
-    if lengths.dtype != torch.int64 or bool((lengths < 0).any()) or bool((lengths > scores.shape[1]).any()):
+    outside = lengths.is_cpu and bool(((lengths < 0) | (lengths > scores.shape[1])).any())
+    if lengths.dtype != torch.int64 or outside:
         raise ValueError(f"topk_positions: lengths must be int64 in [0, {scores.shape[1]}]")
     selected: Tensor = implementation("topk_positions")(scores, lengths, topk)
     return selected

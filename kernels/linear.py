@@ -7,8 +7,9 @@ dtypes and roundings in torch, in whatever order torch sums; Triton's kernels in
 same for every row (kernels/triton/linear.py).
 
 A weight in FP8 with block scales stays in 8 bits and gives the bits of the weight that is dequantised first: a panel is
-dequantised when it is used, each element rounded once to the input's dtype. Triton's kernels multiply FP8 by FP8: see
-`pack_block_fp8`.
+dequantised when it is used, each element rounded once to the input's dtype. Triton's kernels multiply it by bf16 inputs
+that are quantised to FP8 first: y = sum over blocks of 128 columns, ascending, of (fp32 product of the block) * (scale
+of the input row * scale of the weight row), in fp32, with one rounding.
 """
 
 from __future__ import annotations
@@ -51,9 +52,14 @@ class PackedWeight:
     backend: Backend
     is_fp8: bool = False
     scale_inv: Tensor | None = None
-    """Of `pack_block_fp8`: [num_matrices, ceil(N / 128), ceil(K / 128)] float32, a scale for each 128 x 128 block."""
+    """Of FP8 products: [num_matrices, ceil(N / 128), ceil(K / 128)] float32, a scale for each 128 x 128 block, or
+    [num_matrices, N + 128, ceil(K / 128)] one for each row, for rows that were cut or put together between blocks."""
     ue8m0: bool = False
-    """Of `pack_block_fp8`: whether the scales of what it multiplies are rounded up to powers of two."""
+    """Of FP8 products: whether the scales of what it multiplies are rounded up to powers of two."""
+
+    @property
+    def has_row_scales(self) -> bool:
+        return self.scale_inv is not None and self.scale_inv.shape[1] != -(-self.out_features // BLOCK)
 
     @property
     def format(self) -> int:
@@ -61,16 +67,22 @@ class PackedWeight:
         return FP8_CODE if self.is_fp8 else DTYPE_CODES[self.dtype]
 
 
-def pack_weight(w: Tensor | BlockFP8Weight, *, dtype: torch.dtype | None = None) -> PackedWeight:
+def pack_weight(
+    w: Tensor | BlockFP8Weight, *, dtype: torch.dtype | None = None, ue8m0: bool = False
+) -> PackedWeight:
     """Pack a weight [N, K] or weights [B, N, K] (fp32 or bf16, any strides) for the backend in force.
 
-    Or one in FP8, which then is for inputs in `dtype`.
+    Or one in FP8, which then is for inputs in `dtype`; where bf16 inputs are quantised to multiply it, with scales that
+    are powers of two if `ue8m0`.
     """
     backend = current_backend()
     if isinstance(w, BlockFP8Weight):
         assert dtype in DTYPE_CODES, "an FP8 weight needs the dtype of its inputs"
         if backend == "cpu":
             return _pack_fp8_cpu(w, dtype)
+        if backend == "triton" and dtype == torch.bfloat16:
+            rows = w.scales[::BLOCK] if w.in_blocks else torch.nn.functional.pad(w.scales, (0, 0, 0, BLOCK))
+            return _packed_fp8(w.values.unsqueeze(0), rows.unsqueeze(0), backend, ue8m0=ue8m0)
         w = w.dequantize(dtype)
     if w.dim() not in (2, 3) or w.dtype not in DTYPE_CODES:
         raise ValueError(
@@ -86,9 +98,8 @@ def pack_weight(w: Tensor | BlockFP8Weight, *, dtype: torch.dtype | None = None)
 def pack_block_fp8(w: Tensor, scale_inv: Tensor, *, ue8m0: bool = False) -> PackedWeight:
     """Pack an FP8 weight [N, K] or weights [B, N, K] float8_e4m3fn with their block scales, to be multiplied by FP8.
 
-    What it multiplies is bf16 and is quantised first (`quantize_token_groups` with `ue8m0`). Then y = sum over blocks
-    of 128 columns, ascending, of (fp32 product of the block) * (scale of the row * scale of the block), in fp32, with
-    one rounding. ValueError on the CPU backend, which has no such product: there, use `pack_weight`.
+    What it multiplies is bf16 and is quantised first (`quantize_token_groups` with `ue8m0`). ValueError on the CPU
+    backend, which has no such product: there, use `pack_weight`.
     """
     stacked, scales = (w, scale_inv) if w.dim() == 3 else (w.unsqueeze(0), scale_inv.unsqueeze(0))
     batch, n, k = stacked.shape
@@ -101,9 +112,14 @@ def pack_block_fp8(w: Tensor, scale_inv: Tensor, *, ue8m0: bool = False) -> Pack
     backend = current_backend()
     if backend == "cpu":
         raise ValueError("the CPU kernels do not quantise what they multiply: use pack_weight(BlockFP8Weight)")
-    data: Tensor = implementation("pack_weight", backend)(stacked)
+    return _packed_fp8(stacked, scales, backend, ue8m0=ue8m0)
+
+
+def _packed_fp8(values: Tensor, scales: Tensor, backend: Backend, *, ue8m0: bool) -> PackedWeight:
+    """values: [B, N, K]; scales as `PackedWeight.scale_inv`."""
+    data: Tensor = implementation("pack_weight", backend)(values)
     return PackedWeight(
-        data, batch, n, k, torch.bfloat16, backend, is_fp8=True, scale_inv=scales.contiguous(), ue8m0=ue8m0
+        data, *values.shape, torch.bfloat16, backend, is_fp8=True, scale_inv=scales.contiguous(), ue8m0=ue8m0
     )
 
 
@@ -118,11 +134,18 @@ def pack_each(
     stacked: PackedWeight | None = None
     for index, weight in enumerate(weights):
         if stacked is None:
-            data = weight.data.new_empty(num_matrices, *weight.data.shape[1:])
-            stacked = replace(weight, data=data, num_matrices=num_matrices)
+            data, scales = (
+                None if part is None else part.new_empty(num_matrices, *part.shape[1:])
+                for part in (weight.data, weight.scale_inv)
+            )
+            assert data is not None
+            stacked = replace(weight, data=data, scale_inv=scales, num_matrices=num_matrices)
         if (weight.out_features, weight.in_features) != shape or weight.is_fp8 != stacked.is_fp8:
             raise ValueError("the weights of a layer's experts must have one shape and be all in FP8 or none")
         stacked.data[index] = weight.data[0]
+        if stacked.scale_inv is not None:
+            assert weight.scale_inv is not None
+            stacked.scale_inv[index] = weight.scale_inv[0]
     return stacked or pack_weight(torch.empty(0, *shape, dtype=dtype))
 
 
@@ -247,7 +270,11 @@ def multiply_reference(x: Tensor, w: PackedWeight, index: int) -> Tensor:
     rows = x.reshape(-1, w.in_features)
     q, scales = implementation("quantize_token_groups", "reference")(rows, w.ue8m0)
     wide = q.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : w.in_features]
-    weight = BlockFP8Weight.of_rows(w.data[index], w.scale_inv[index]).dequantize(torch.float32)
+    if w.has_row_scales:
+        stored = BlockFP8Weight(w.data[index], w.scale_inv[index, : w.out_features], in_blocks=False)
+    else:
+        stored = BlockFP8Weight.of_rows(w.data[index], w.scale_inv[index])
+    weight = stored.dequantize(torch.float32)
     y: Tensor = wide @ weight.T
     return y.view(*x.shape[:-1], w.out_features)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class BlockFP8Weight:
     """[N, K] float8_e4m3fn without NaN."""
     scales: Tensor
     """[N, ceil(K / 128)] float32."""
+    in_blocks: bool
+    """Rows 128 i .. 128 i + 127 have the same scales for every i, as nothing was cut or put together in between."""
 
     @classmethod
     def of_rows(cls, values: Tensor, scale_inv: Tensor, *, row_offset: int = 0) -> BlockFP8Weight:
@@ -48,17 +50,18 @@ class BlockFP8Weight:
                 f"{list(needed)}, got {list(scale_inv.shape)}: is the block size 128 x 128?"
             )
         blocks = torch.arange(row_offset, row_offset + rows, device=scale_inv.device) // BLOCK
-        return cls(values, scale_inv[blocks])
+        return cls(values, scale_inv[blocks], in_blocks=row_offset % BLOCK == 0)
 
     @classmethod
     def cat(cls, parts: Sequence[BlockFP8Weight]) -> BlockFP8Weight:
         """One matrix over the other."""
         # as bytes: not every version of torch puts FP8 tensors together
         values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
-        return cls(values, torch.cat([part.scales for part in parts]))
+        in_blocks = all(p.in_blocks for p in parts) and all(len(p.values) % BLOCK == 0 for p in parts[:-1])
+        return cls(values, torch.cat([part.scales for part in parts]), in_blocks)
 
     def to(self, device: torch.device) -> BlockFP8Weight:
-        return BlockFP8Weight(self.values.to(device), self.scales.to(device))
+        return replace(self, values=self.values.to(device), scales=self.scales.to(device))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[N, K] in `dtype`: each product in fp32 (one rounding), then one rounding to `dtype`."""

@@ -1,4 +1,7 @@
-"""The next token of rows of logits, greedy or at a temperature, with random numbers that are a function of the row."""
+"""The next token of rows of logits, greedy or at a temperature, with random numbers that are a function of the row.
+
+N rows, V tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,48 @@ def sample_tokens(
     token is the first whose cumulative weight, in order of id, exceeds uniform * total. The order of the sums is the
     backend's, and the same for every row.
     """
-    num_rows = logits.shape[0]
-    if logits.dim() != 2 or logits.dtype != torch.float32 or not logits.shape[1]:
-        raise ValueError(f"sample_tokens needs logits [N, V] in float32, got {list(logits.shape)} in {logits.dtype}")
-    wanted = ((temperatures, torch.float32), (seeds, torch.int64), (positions, torch.int64))
-    for values, dtype in (*wanted, (sample_indices, torch.int64)):
-        if values.shape != (num_rows,) or values.dtype != dtype:
-            raise ValueError(f"sample_tokens needs {num_rows} {dtype}, got {list(values.shape)} in {values.dtype}")
-    tokens: Tensor = implementation("sample_tokens")(logits, temperatures, seeds, positions, sample_indices)
+    integers = (seeds, positions, sample_indices)
+    _check("sample_tokens", logits, (temperatures,), integers)
+    tokens: Tensor = implementation("sample_tokens")(logits, temperatures, *integers)
     return tokens
+
+
+def truncate_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """-> [N, V] float32: the logits of the tokens that may be drawn, -Inf for the others.
+
+    temperatures, top_p and min_p: [N] float32; top_k: [N] int64, 0 for all. What they leave, one after the other:
+    top_k   the first k by (logit descending, id ascending)
+    min_p   weights of at least min_p, the highest weight being 1
+    top_p   of what is left, the shortest beginning by (logit descending, id ascending) that reaches top_p of its weight
+    Weights are exp((logit - highest) / temperature) in fp32, and add up as integers of 2^-40, so in any order.
+    Rows at temperature 0 and rows without a finite highest logit stay as they are.
+    """
+    _check("truncate_logits", logits, (temperatures, top_p, min_p), (top_k,))
+    truncated: Tensor = implementation("truncate_logits")(logits, temperatures, top_k, top_p, min_p)
+    return truncated
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(log_softmax of the logits at some tokens of each row [N, M] float32, the rank of the first of them [N] int64).
+
+    token_ids: [N, M] int64; rows whose first one is -1 give NaN and rank 0. The likeliest token has rank 1; order is by
+    (logit descending, id ascending). log_softmax is (logit - highest) - log(sum of exp(logit - highest)): fp32, with
+    the sum in fp64 in an order that is the backend's.
+    """
+    _check("token_logprobs", logits, (), tuple(token_ids.unbind(1)))
+    logprobs: Tensor
+    ranks: Tensor
+    logprobs, ranks = implementation("token_logprobs")(logits, token_ids)
+    return logprobs, ranks
+
+
+def _check(op: str, logits: Tensor, floats: tuple[Tensor, ...], integers: tuple[Tensor, ...]) -> None:
+    if logits.dim() != 2 or logits.dtype != torch.float32 or not logits.shape[1]:
+        raise ValueError(f"{op} needs logits [N, V] in float32, got {list(logits.shape)} in {logits.dtype}")
+    for group, dtype in ((floats, torch.float32), (integers, torch.int64)):
+        for values in group:
+            if values.shape != logits.shape[:1] or values.dtype != dtype:
+                raise ValueError(f"{op} needs {len(logits)} {dtype}, got {list(values.shape)} in {values.dtype}")
 
 
 @register("sample_tokens", "reference")
@@ -44,3 +80,33 @@ def _sample_tokens_reference(
     drawn = (cumulative <= (draws * cumulative[:, -1]).unsqueeze(1)).sum(dim=1)
     tokens = torch.where(temperatures > 0, drawn, best)
     return torch.where(torch.isfinite(highest), tokens, -1)
+
+
+@register("truncate_logits", "reference")
+@register("truncate_logits", "cpu")
+def _truncate_logits_reference(
+    logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    ordered, ids = logits.sort(dim=1, descending=True, stable=True)
+    weights = torch.exp((ordered - ordered[:, :1]) / temperatures.unsqueeze(1))
+    exact = (weights * 2.0**40).long()
+    k = torch.where(top_k > 0, top_k, logits.shape[1]).unsqueeze(1)
+    kept = (torch.arange(logits.shape[1], device=logits.device) < k) & (weights >= min_p.unsqueeze(1))
+    mass = torch.where(kept, exact, 0)
+    wanted = (top_p.double() * mass.sum(dim=1).double()).ceil().long().clamp_min(1).unsqueeze(1)
+    kept &= (top_p >= 1.0).unsqueeze(1) | (mass.cumsum(dim=1) - mass < wanted)
+    kept |= ~((temperatures > 0) & torch.isfinite(logits.max(dim=1).values)).unsqueeze(1)
+    stays = torch.zeros_like(kept).scatter_(1, ids, kept)
+    return torch.where(stays, logits, -torch.inf)
+
+
+@register("token_logprobs", "reference")
+@register("token_logprobs", "cpu")
+def _token_logprobs_reference(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    highest = logits.max(dim=1, keepdim=True).values
+    log_sum = torch.exp(logits - highest).double().sum(dim=1).log().float()
+    chosen, first = logits.gather(1, token_ids.clamp_min(0)), token_ids[:, :1]
+    earlier = torch.arange(logits.shape[1], device=logits.device) < first
+    ranks = 1 + ((logits > chosen[:, :1]) | ((logits == chosen[:, :1]) & earlier)).sum(dim=1)
+    logprobs = chosen - highest - log_sum.unsqueeze(1)
+    return torch.where(first >= 0, logprobs, torch.nan), torch.where(first.squeeze(1) >= 0, ranks, 0)

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import msgpack
 
+UNKNOWN_TOKEN = -1
+"""Of a step that is prepared while the one before it runs."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from shoal.parallel.kv_transport import KVChunk, KVTransport
 
 from .batch import EMPTY_BATCH, Batch, ScheduledSequence
 from .block_manager import BlockManager
+from .device_sampler import DeviceSampler
 from .engine_config import EngineConfig
 from .handoff import Clock, KVExporter, KVLoader, PlannedWrite
 from .model_loading import OnPhase, load_model
@@ -23,6 +24,7 @@ from .output_processor import Completion, OutputProcessor, RequestState
 from .sampler import SampledToken, Sampler, resolve_seed
 from .scheduler import Scheduler, SchedulerConfig
 from .sequence import Sequence
+from .step import InFlight, Round, Running, StepResult
 from .tokenizer import Tokenizer, read_eos_token_ids
 from .types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
 from .validation import RequestLimits, check_request, max_output_tokens
@@ -31,45 +33,6 @@ TRANSFER_TIMEOUT_S = 30.0
 """The longest wait for news of a prompt that another replica computes; then it is computed here."""
 EXPORT_LEASE_S = 600.0
 """How long a computed prompt is held for a replica that never says that it has read it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A sequence that is being generated, and what it belongs to."""
-
-    seq: Sequence
-    state: RequestState
-    completion: Completion
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step produced on this rank."""
-
-    outputs: list[RequestOutput]
-    """Finished requests, and streaming ones that have new tokens."""
-    idle: bool
-    """Nobody in the replica had work: nothing was computed."""
-    stopped: bool
-    """Some rank asked to stop: every rank sees it in the same step and must not call `step` again."""
-    woke: bool = False
-    """Nobody had work until now and the next step will compute: whoever has more for it should add it first."""
-    chunks: list[KVChunk] = field(default_factory=list)
-    """Prompt records that were published."""
-    loaded: list[PromptLoaded] = field(default_factory=list)
-    """Requests that no longer wait for records."""
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """What the ranks of a replica agreed on before a step."""
-
-    batch: Batch
-    """Of this rank's attention group."""
-    idle: bool
-    stopped: bool
-    num_prompt_slices: int
-    """The most that any attention group has in this step; every rank takes part in so many."""
 
 
 class Engine:
@@ -130,7 +93,11 @@ class Engine:
                 timeout_s=TRANSFER_TIMEOUT_S,
                 clock=clock,
             )
-        self.sampler = Sampler(self.model_config.vocab_size)
+        vocab_size, device = self.model_config.vocab_size, groups.device
+        self.sampler = Sampler(vocab_size) if device.type == "cpu" else DeviceSampler(vocab_size, device)
+        self._runs_ahead = self.runner.graphs is not None and transport is None
+        self._in_flight: InFlight | None = None
+        """A step that was started before the one that it follows was finished."""
         tokenizer = Tokenizer.from_pretrained(model_dir)
         self.eos_token_ids = read_eos_token_ids(model_dir) or self.model_config.eos_token_ids
         self.processor = OutputProcessor(tokenizer, self.eos_token_ids)
@@ -276,7 +243,7 @@ class Engine:
         The failed step is done again. An attention group with a new rank begins again with all it has, as the records
         of that rank are gone; the others keep their caches.
         """
-        self._num_steps, self._all_idle = 0, True
+        self._num_steps, self._all_idle, self._in_flight = 0, True, None
         if self.is_leader and not set(replaced).isdisjoint(self.groups.config.tp_group(self.groups.rank)):
             for seq in self.scheduler.running:
                 self.scheduler.preempt(seq.seq_id)
@@ -292,6 +259,8 @@ class Engine:
             self.exporter.expire()
         if self._all_idle and self.groups.world.size > 1:
             return self._wake()
+        if (started := self._take_in_flight()) is not None:
+            return StepResult(self._update(self._finish_step(started)[0]), idle=False, stopped=False)
         reach = self.groups.failpoints.reach
         reach("engine.schedule")
         self._start_loaded()
@@ -309,7 +278,7 @@ class Engine:
         reach("engine.sample")
         if self.loader is not None:
             self.loader.commit()
-        chunks = self._account(batch, sampled := self._sample(batch, logits))
+        sampled, chunks = self._finish_step(self._begin_sampling(batch, logits))
         outputs = self._update(sampled)
         reach("engine.update")
         return StepResult(outputs, idle=False, stopped=False, chunks=chunks, loaded=self._take_loaded())
@@ -383,11 +352,38 @@ class Engine:
             batch = batch if self.is_leader else Batch.unpack(received)
         return Round(batch, not any(row[0] for row in rows), stopped, max(row[2] for row in rows))
 
-    def _sample(self, batch: Batch, logits: Tensor) -> dict[int, SampledToken]:
+    def _begin_sampling(self, batch: Batch, logits: Tensor, *, ahead: int = 0) -> InFlight:
         """The next token of every sequence that reached its last one."""
-        sampling = [s.seq_id for s in batch.sequences if s.sample]
-        sampled = self.sampler.sample(logits, [self._running[i].completion.row for i in sampling])
-        return dict(zip(sampling, sampled, strict=True))
+        seq_ids = [s.seq_id for s in batch.sequences if s.sample]
+        rows = [self._running[i].completion.row for i in seq_ids]
+        return InFlight(batch, seq_ids, self.sampler.begin(logits, rows, ahead=ahead))
+
+    def _finish_step(self, step: InFlight) -> tuple[dict[int, SampledToken], list[KVChunk]]:
+        """Start the step after it where that is clear, then wait for its tokens and account for them."""
+        self._in_flight = self._run_ahead(step)
+        sampled = {i: token for i, token in step.finish().items() if i in self._running}
+        return sampled, self._account(step.batch, sampled)
+
+    def _run_ahead(self, step: InFlight) -> InFlight | None:
+        """The step after one whose tokens only the device knows: it has them computed and sampled meanwhile.
+
+        Who has ended by then, or is aborted, was computed in vain; the others get what they would have got.
+        """
+        if not self._runs_ahead or self._stop_requested or step.sampling.token_ids is None:
+            return None
+        batch = self.scheduler.schedule_ahead(step.batch)
+        if batch is None:
+            return None
+        place = {seq_id: i for i, seq_id in enumerate(step.seq_ids)}
+        places = [place[s.seq_id] for s in batch.sequences]
+        logits = self.runner.run_ahead(batch, step.sampling.token_ids, places)
+        return self._begin_sampling(batch, logits, ahead=1)
+
+    def _take_in_flight(self) -> InFlight | None:
+        """The step that was started ahead, if anybody still wants something of it."""
+        step, self._in_flight = self._in_flight, None
+        wanted = step is not None and not self._stop_requested and any(i in self._running for i in step.seq_ids)
+        return step if wanted else None
 
     def _account(self, batch: Batch, tokens: dict[int, SampledToken]) -> list[KVChunk]:
         """Tell the scheduler what was computed; returns the prompt records that were published of it."""

@@ -39,6 +39,8 @@ class EngineConfig:
     """With a request's index, the seed of requests that bring none."""
     kernel_backend: KernelBackend = "auto"
     """auto: cpu on a CPU, triton on a GPU."""
+    enforce_eager: bool = False
+    """On a GPU, start every kernel of a decode step by itself instead of all by a CUDA graph; the bits are the same."""
     invariance: Invariance = "strict"
     """strict refuses kernels whose results depend on the batch."""
 

@@ -15,6 +15,7 @@ from shoal.kernels.records import FP8_RECORDS
 from shoal.kernels.registry import Backend, current_backend, is_invariant, set_backend
 from shoal.parallel.groups import ParallelGroups
 
+from .decode_graphs import DecodeGraphs
 from .engine_config import EngineConfig, KernelBackend
 from .kv_cache import KVCache, RecordSpec, bytes_per_block
 from .loader import Checkpoint
@@ -74,9 +75,15 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
     if max_model_len < wanted_len:
         on_phase(f"notice: max_model_len is {max_model_len}, which is what the cache can hold")
     cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, device=groups.device)
+    graphs = None
+    if groups.device.type == "cuda" and current_backend() == "triton" and groups.world.size == 1:
+        if not config.enforce_eager:
+            graphs = DecodeGraphs(
+                model, cache, groups.device, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
+            )
     depends_on = f"{fingerprint}/{dtype}/{records_dtype}/{current_backend()}"
     return LoadedModel(
-        runner=ModelRunner(model, cache, groups.device),
+        runner=ModelRunner(model, cache, groups.device, graphs),
         config=model_config,
         max_model_len=max_model_len,
         record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),

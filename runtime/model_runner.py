@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from shoal.kernels.attention import PagedLayout
 
 from .batch import Batch, ScheduledSequence
+from .decode_graphs import DecodeGraphs, is_decode
 from .kv_cache import KVCache
 from .models.deepseek import DeepseekModel
 from .models.forward import AttentionMetadata, Tap
@@ -28,10 +30,13 @@ OnPromptLogits = Callable[[ScheduledSequence, int, Tensor], None]
 class ModelRunner:
     """Runs batches on one rank. Ranks of a tp group run the same batch; a rank without tokens runs an empty one."""
 
-    def __init__(self, model: DeepseekModel, cache: KVCache, device: torch.device) -> None:
+    def __init__(
+        self, model: DeepseekModel, cache: KVCache, device: torch.device, graphs: DecodeGraphs | None = None
+    ) -> None:
         self.model = model
         self.cache = cache
         self.device = device
+        self.graphs = graphs
         self.tap: Tap | None = None
 
     @torch.inference_mode()
@@ -40,12 +45,24 @@ class ModelRunner:
 
         `num_prompt_slices` is the largest `len(prompt_slices(batch))` of the replica's attention groups.
         Returns logits [N, vocab_size] fp32, one row per sequence with `sample`, in batch order (N = 0 on followers).
+        On a GPU the next call may overwrite them.
         """
+        if self.graphs is not None and self.tap is None and is_decode(batch):
+            return self.graphs.run(batch)
         input_ids, metadata, rows = self._prepare(batch)
         hidden = self.model.forward(input_ids, self.cache, metadata)
         self._prompt_logits(batch, hidden, rows, num_prompt_slices, on_prompt_logits)
         last = [r[-1] for s, r in zip(batch.sequences, rows, strict=True) if s.sample]
         return self.model.compute_logits(hidden[self._tensor(np.array(last, np.int64))])
+
+    @torch.inference_mode()
+    def run_ahead(self, batch: Batch, token_ids: Tensor, places: Sequence[int]) -> Tensor:
+        """`run` for sequences whose one token is only known on the device: token_ids[places[i]]."""
+        if self.graphs is not None:
+            return self.graphs.run(batch, (token_ids, places))
+        known = token_ids.tolist()
+        pairs = zip(batch.sequences, places, strict=True)
+        return self.run(Batch([replace(s, token_ids=[known[place]]) for s, place in pairs]), 0)
 
     def _prepare(self, batch: Batch) -> tuple[Tensor, AttentionMetadata, list[Rows]]:
         """Input ids and metadata of the step, and for each sequence the rows of its tokens."""

@@ -145,7 +145,7 @@ def make_checkpoint(
     tensors: dict[str, Tensor] = {}
     for name, shape in tensor_shapes(ModelConfig.from_dict(config), mtp=mtp).items():
         values = random_tensor(name, shape, seed)
-        if fp8 and _is_quantized(name):
+        if fp8 and is_quantized(name):
             tensors[name], tensors[name + "_scale_inv"] = quantize_block_fp8(values)
         else:
             tensors[name] = values if name.endswith("e_score_correction_bias") else values.to(dtype)
@@ -203,7 +203,7 @@ def write_safetensors(model_dir: Path, tensors: Mapping[str, Tensor], num_shards
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _is_quantized(name: str) -> bool:
+def is_quantized(name: str) -> bool:
     """The projections that DeepSeek's FP8 checkpoints quantise."""
     return name.endswith(("_proj.weight", "_with_mqa.weight", "wq_b.weight", "wk.weight")) and not name.endswith(
         ("weights_proj.weight", "eh_proj.weight")

@@ -8,12 +8,14 @@ frequency and presence penalties, temperature, min_p, top_k, top_p; then inversi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shoal.kernels.philox import uniforms
 
@@ -62,11 +64,26 @@ def resolve_seed(params_seed: int | None, run_seed: int, request_index: int) -> 
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The next tokens of some rows, which may still be being chosen."""
+
+    finish: Callable[[], list[SampledToken]]
+    """Waits for them."""
+    token_ids: Tensor | None = None
+    """[N] int64 where the logits are, for whom a token is enough; None where `finish` needs the logits."""
+
+
 class Sampler:
     """Chooses tokens; holds nothing but the vocabulary's size."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+
+    def begin(self, logits: torch.Tensor, rows: Sequence[SamplingRow], *, ahead: int = 0) -> Sampling:
+        """`sample` for rows that will have `ahead` more output tokens by then; here it runs in `finish`."""
+        assert ahead == 0, "the tokens before these are not known"
+        return Sampling(partial(self.sample, logits, rows))
 
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """The next token of each row; `logits` is [len(rows), vocab_size] float32.

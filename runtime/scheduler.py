@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 
-from .batch import Batch, ScheduledSequence
+from .batch import UNKNOWN_TOKEN, Batch, ScheduledSequence
 from .block_manager import BlockManager
 from .sequence import Sequence, SequenceStatus
 
@@ -119,6 +119,31 @@ class Scheduler:
             budget -= num_new
             index += 1
         self._admit(scheduled, budget)
+        return Batch(scheduled)
+
+    def schedule_ahead(self, batch: Batch) -> Batch | None:
+        """The step after `batch`, which is all that runs and whose tokens are not known yet: one more of each sequence.
+
+        Their token ids are UNKNOWN_TOKEN. A sequence that `batch` brings to its max_tokens is left out; one that ends
+        otherwise is computed in vain. None where more is to be done than that: sequences wait or load, a prompt is not
+        finished, a block is missing.
+        """
+        advanced = {s.seq_id for s in batch.sequences if s.sample}
+        if self._waiting or not all(seq.seq_id in advanced for seq in self._running):
+            return None
+        going_on = [seq for seq in self._running if seq.num_tokens < seq.max_positions]
+        manager = self.block_manager
+        lacking = (manager.num_blocks_for(seq.num_tokens + 1) - len(seq.block_table) for seq in going_on)
+        if not going_on or sum(lacking) > manager.num_free_blocks:
+            return None
+        scheduled = []
+        for seq in going_on:
+            start = seq.num_tokens
+            manager.allocate(seq, start + 1)
+            table = list(seq.block_table)
+            scheduled.append(
+                ScheduledSequence(seq.seq_id, start, [UNKNOWN_TOKEN], table, seq.num_prompt_tokens, sample=True)
+            )
         return Batch(scheduled)
 
     def update(self, batch: Batch, sampled: Mapping[int, int]) -> None:

@@ -72,6 +72,7 @@ def _experts_kernel(
     GROUP_M: tl.constexpr,
     KIND: tl.constexpr,
     PAIRED: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
     GATED: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -103,6 +104,7 @@ def _experts_kernel(
             BLOCK_N,
             BLOCK_K,
             KIND,
+            ROW_SCALES,
             False,
         )
         # as if gate and up had been stored
@@ -131,6 +133,7 @@ def _experts_kernel(
             BLOCK_K,
             KIND,
             PAIRED,
+            ROW_SCALES,
             NUM_STAGES,
         )
 
@@ -237,6 +240,7 @@ def multiply_grouped(operands: Operands, table: Tensor, y: Tensor, tiles: Tiles,
         GROUP_M=8,
         KIND=operands.kind,
         PAIRED=tiles.paired,
+        ROW_SCALES=operands.row_scales,
         GATED=gated,
         NUM_STAGES=num_stages,
         num_warps=tiles.num_warps,

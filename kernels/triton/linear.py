@@ -55,6 +55,24 @@ def _load(desc, batch, row, column, KIND: tl.constexpr, ROWS: tl.constexpr, BLOC
 
 
 @triton.jit
+def _scales_of(w_scale, n0, num_blocks, BLOCK_N: tl.constexpr, ROW_SCALES: tl.constexpr):
+    """Where the scales of weight rows n0 .. n0 + BLOCK_N begin: one for all, or each its own."""
+    if ROW_SCALES:
+        return w_scale + (n0 + tl.arange(0, BLOCK_N)) * num_blocks
+    else:
+        return w_scale + (n0 // 128) * num_blocks
+
+
+@triton.jit
+def _times(xs, w_scale, ROW_SCALES: tl.constexpr):
+    """Scale of a row times that of a weight row, [M, N] or, if they have one, [M, 1]: the same product."""
+    if ROW_SCALES:
+        return xs[:, None] * tl.load(w_scale)[None, :]
+    else:
+        return (xs * tl.load(w_scale))[:, None]
+
+
+@triton.jit
 def multiply_tile(
     x_desc,
     w_desc,
@@ -72,6 +90,7 @@ def multiply_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     KIND: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """x[m0 : m0 + BLOCK_M] w[n0 : n0 + BLOCK_N]^T over columns k_begin .. k_end, in fp32.
@@ -96,13 +115,16 @@ def multiply_tile(
         num_blocks = tl.cdiv(k_end, BLOCK_K)
         rows = m0 + tl.arange(0, BLOCK_M)
         inside = rows < num_rows
-        w_scale += (n0 // 128) * num_blocks
+        w_scale = _scales_of(w_scale, n0, num_blocks, BLOCK_N, ROW_SCALES)
         for block in tl.range(num_blocks, num_stages=NUM_STAGES):  # said here, it covers the scales as well
             x = _load(x_desc, x_batch, m0, block * BLOCK_K, KIND, BLOCK_M, BLOCK_K)
             w = _load(w_desc, w_batch, n0, block * BLOCK_K, KIND, BLOCK_N, BLOCK_K)
             xs = tl.load(x_scale + block * stride_xs + rows, mask=inside, other=0.0)
-            ws = tl.load(w_scale + block + rows * 0)  # one scale, as a tensor: a number would be waited for
-            acc += _dot(x, w, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), KIND) * (xs * ws)[:, None]
+            if ROW_SCALES:
+                scale = _times(xs, w_scale + block, ROW_SCALES)
+            else:  # one scale, as a tensor: a number would be waited for
+                scale = (xs * tl.load(w_scale + block + rows * 0))[:, None]
+            acc += _dot(x, w, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), KIND) * scale
     return acc
 
 
@@ -124,6 +146,7 @@ def multiply_tile_pair(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     KIND: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
     ONE_SCALE: tl.constexpr,
 ):
     """`multiply_tile` of all columns at n0 and at n1, with the bits of two calls but one pass over x.
@@ -151,21 +174,21 @@ def multiply_tile_pair(
         num_blocks = tl.cdiv(K, BLOCK_K)
         rows = m0 + tl.arange(0, BLOCK_M)
         inside = rows < num_rows
-        w_scale0 = w_scale + (n0 // 128) * num_blocks
-        w_scale1 = w_scale + (n1 // 128) * num_blocks
+        w_scale0 = _scales_of(w_scale, n0, num_blocks, BLOCK_N, ROW_SCALES)
+        w_scale1 = _scales_of(w_scale, n1, num_blocks, BLOCK_N, ROW_SCALES)
         xs = tl.load(x_scale + rows, mask=inside, other=0.0)
-        scale0 = xs * tl.load(w_scale0)
-        scale1 = scale0 if ONE_SCALE else xs * tl.load(w_scale1)
+        scale0 = _times(xs, w_scale0, ROW_SCALES)
+        scale1 = scale0 if ONE_SCALE else _times(xs, w_scale1, ROW_SCALES)
         for block in tl.range(num_blocks):
             x = _load(x_desc, x_batch, m0, block * BLOCK_K, KIND, BLOCK_M, BLOCK_K)
             w0 = _load(w_desc, w_batch, n0, block * BLOCK_K, KIND, BLOCK_N, BLOCK_K)
             w1 = _load(w_desc, w_batch, n1, block * BLOCK_K, KIND, BLOCK_N, BLOCK_K)
             following = tl.minimum(block + 1, num_blocks - 1)  # its scales arrive while the tensor cores work
             xs = tl.load(x_scale + following * stride_xs + rows, mask=inside, other=0.0)
-            next0 = xs * tl.load(w_scale0 + following)
-            next1 = next0 if ONE_SCALE else xs * tl.load(w_scale1 + following)
-            acc0 += _dot(x, w0, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), KIND) * scale0[:, None]
-            acc1 += _dot(x, w1, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), KIND) * scale1[:, None]
+            next0 = _times(xs, w_scale0 + following, ROW_SCALES)
+            next1 = next0 if ONE_SCALE else _times(xs, w_scale1 + following, ROW_SCALES)
+            acc0 += _dot(x, w0, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), KIND) * scale0
+            acc1 += _dot(x, w1, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), KIND) * scale1
             scale0, scale1 = next0, next1
     return acc0, acc1
 
@@ -211,6 +234,7 @@ def multiply_and_store(
     BLOCK_K: tl.constexpr,
     KIND: tl.constexpr,
     PAIRED: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """Rows m0 .. row_end of y, in one tile of columns or in a pair of them."""
@@ -234,7 +258,8 @@ def multiply_and_store(
             BLOCK_N,
             BLOCK_K,
             KIND,
-            2 * BLOCK_N <= 128,
+            ROW_SCALES,
+            2 * BLOCK_N <= 128 and not ROW_SCALES,
         )
         store_tile(y, stride_y, acc1, m0, n1, row_end, N, BLOCK_M, BLOCK_N)
     else:
@@ -256,6 +281,7 @@ def multiply_and_store(
             BLOCK_N,
             BLOCK_K,
             KIND,
+            ROW_SCALES,
             NUM_STAGES,
         )
     store_tile(y, stride_y, acc, m0, n0, row_end, N, BLOCK_M, BLOCK_N)
@@ -281,6 +307,7 @@ def _linear_kernel(
     GROUP_M: tl.constexpr,
     KIND: tl.constexpr,
     PAIRED: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
     SPLIT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
@@ -315,6 +342,7 @@ def _linear_kernel(
         BLOCK_K,
         KIND,
         PAIRED,
+        ROW_SCALES,
         NUM_STAGES,
     )
 
@@ -386,6 +414,7 @@ def multiply(operands: Operands, y: Tensor, tiles: Tiles) -> None:
         GROUP_M=8,
         KIND=operands.kind,
         PAIRED=tiles.paired,
+        ROW_SCALES=operands.row_scales,
         SPLIT=split,
         NUM_STAGES=num_stages,
         num_warps=tiles.num_warps,
@@ -410,6 +439,7 @@ class Operands:
     stride_xs: int
     kind: int
     itemsize: int
+    row_scales: bool
 
     @classmethod
     def of(cls, x: Tensor, w: PackedWeight, tiles: Tiles) -> Operands:
@@ -430,6 +460,7 @@ class Operands:
             stride_xs=0 if x_scale is None else x_scale.stride(1),
             kind=kind,
             itemsize=data.element_size(),
+            row_scales=w.has_row_scales,
         )
 
 

@@ -1,4 +1,7 @@
-"""Sampling on the device: the highest logit of a row, sums of its weights per chunk of ids, then the chosen id."""
+"""Sampling on the device: the highest logit of a row, sums of its weights per chunk of ids, then the chosen id.
+
+Truncation looks for thresholds bit by bit, one program for a row, in integers: what it finds is exact.
+"""
 
 from __future__ import annotations
 
@@ -93,23 +96,166 @@ def _draw_kernel(
         tl.store(tokens + row, (chunk * CHUNK + chosen).to(tl.int64))
 
 
+@triton.jit
+def _rank(x):
+    """fp32 -> uint32 of the same order; -0 equals 0."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
+    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit
+def _exact_weights(x, best, temperature, min_p):
+    """Weights as multiples of 2^-40; 0 below min_p."""
+    weights = tl.exp((x - best) / temperature)
+    return tl.where(weights >= min_p, (weights * 1099511627776.0).to(tl.int64), 0)
+
+
+@triton.jit
+def _reached(logits, best, temperature, min_p, threshold, vocab_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """(of ranks of at least `threshold`, of those above it): how many there are with COUNT, or what they weigh."""
+    lanes = tl.arange(0, BLOCK)
+    reached = tl.zeros((BLOCK,), dtype=tl.int64)
+    above = tl.zeros((BLOCK,), dtype=tl.int64)
+    for start in tl.range(0, vocab_size, BLOCK):
+        inside = start + lanes < vocab_size
+        x = tl.load(logits + start + lanes, mask=inside, other=-float("inf"))
+        rank = _rank(x)
+        if COUNT:
+            amount = inside.to(tl.int64)
+        else:
+            amount = _exact_weights(x, best, temperature, min_p)
+        reached += tl.where(rank >= threshold, amount, 0)
+        above += tl.where(rank > threshold, amount, 0)
+    return tl.sum(reached), tl.sum(above)
+
+
+@triton.jit
+def _threshold(logits, best, temperature, min_p, wanted, vocab_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """(the largest rank that `wanted` is reached with, what is above it)."""
+    threshold = tl.full([], 0, tl.uint32)
+    bit = tl.full([], 0x80000000, tl.uint32)
+    for _ in range(32):
+        higher = threshold | bit
+        reached, _above = _reached(logits, best, temperature, min_p, higher, vocab_size, COUNT, BLOCK)
+        threshold = tl.where(reached >= wanted, higher, threshold)
+        bit = bit >> 1
+    _all, above = _reached(logits, best, temperature, min_p, threshold, vocab_size, COUNT, BLOCK)
+    return threshold, above
+
+
+@triton.jit
+def _weight_of_rank(rank, best, temperature, min_p):
+    bits = tl.where((rank >> 31) != 0, rank & 0x7FFFFFFF, rank ^ 0xFFFFFFFF)
+    return _exact_weights(bits.to(tl.float32, bitcast=True), best, temperature, min_p)
+
+
+@triton.jit
+def _truncate_kernel(
+    logits, out, highest, temperatures, top_k, top_p, min_p, stride, vocab_size, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    out += row * vocab_size
+    temperature, best = tl.load(temperatures + row), tl.load(highest + row)
+    k, p, least = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
+    drawn = (temperature > 0) & (best == best)
+    least = tl.where(drawn, least, 0.0)
+    temperature = tl.where(drawn, temperature, 1.0)
+
+    # All above a rank stay, and the first `ties` of those that equal it.
+    rank = tl.full([], 0, tl.uint32)
+    ties = tl.full([], 0, tl.int64)
+    if drawn & (k > 0) & (k < vocab_size):
+        rank, above = _threshold(logits, best, temperature, least, k, vocab_size, True, BLOCK)
+        ties = k - above
+    if drawn & (p < 1.0):
+        _all, above = _reached(logits, best, temperature, least, rank, vocab_size, False, BLOCK)
+        total = above + ties * _weight_of_rank(rank, best, temperature, least)
+        wanted = tl.maximum(tl.ceil(p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
+        rank, above = _threshold(logits, best, temperature, least, wanted, vocab_size, False, BLOCK)
+        weight = tl.maximum(_weight_of_rank(rank, best, temperature, least), 1)
+        ties = (wanted - above + weight - 1) // weight
+
+    lanes = tl.arange(0, BLOCK)
+    seen = tl.full([], 0, tl.int64)
+    for start in tl.range(0, vocab_size, BLOCK):
+        inside = start + lanes < vocab_size
+        x = tl.load(logits + start + lanes, mask=inside, other=-float("inf"))
+        here = _rank(x)
+        equal = (here == rank) & inside
+        place = seen + tl.cumsum(equal.to(tl.int64), 0)
+        stays = (here > rank) | (equal & (place <= ties))
+        stays = (stays & (tl.exp((x - best) / temperature) >= least)) | (drawn == 0)
+        tl.store(out + start + lanes, tl.where(stays, x, -float("inf")), mask=inside)
+        seen += tl.sum(equal.to(tl.int64))
+
+
+@triton.jit
+def _logprob_parts_kernel(
+    logits, token_ids, highest, sums, earlier, stride, vocab_size, num_chunks, num_tokens, CHUNK: tl.constexpr
+):
+    """Of one chunk of a row: the sum of exp(logit - highest), and how many tokens come before the row's first token."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    token = tl.load(token_ids + row * num_tokens)
+    if token >= 0:
+        columns = chunk * CHUNK + tl.arange(0, CHUNK)
+        x = tl.load(logits + row * stride + columns, mask=columns < vocab_size, other=-float("inf"))
+        chosen = tl.load(logits + row * stride + token)
+        before = (x > chosen) | ((x == chosen) & (columns < token))
+        place = row * num_chunks + chunk
+        tl.store(sums + place, tl.sum(tl.exp(x - tl.load(highest + row)).to(tl.float64)))
+        tl.store(earlier + place, tl.sum(before.to(tl.int32)))
+
+
+@triton.jit
+def _logprob_kernel(
+    logits,
+    token_ids,
+    highest,
+    sums,
+    earlier,
+    logprobs,
+    ranks,
+    stride,
+    num_chunks,
+    num_tokens,
+    CHUNKS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.load(token_ids + row * num_tokens)
+    places = row * num_tokens + tl.arange(0, TOKENS)
+    here = tl.arange(0, TOKENS) < num_tokens
+    logprob = tl.full([TOKENS], float("nan"), tl.float32)
+    rank = tl.full([], 0, tl.int64)
+    if first >= 0:
+        chunks = tl.arange(0, CHUNKS)
+        total = tl.sum(tl.load(sums + row * num_chunks + chunks, mask=chunks < num_chunks, other=0.0))
+        count = tl.sum(tl.load(earlier + row * num_chunks + chunks, mask=chunks < num_chunks, other=0))
+        tokens = tl.load(token_ids + places, mask=here, other=0)
+        shifted = tl.load(logits + row * stride + tokens, mask=here, other=0.0) - tl.load(highest + row)
+        logprob = shifted - tl.log(total).to(tl.float32)
+        rank = 1 + count.to(tl.int64)
+    tl.store(logprobs + places, logprob, mask=here)
+    tl.store(ranks + row, rank)
+
+
 @register("sample_tokens", "triton")
 def _sample_tokens(
     logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, sample_indices: Tensor
 ) -> Tensor:
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = _rows(logits)
     num_rows, vocab_size = logits.shape
     num_chunks = triton.cdiv(vocab_size, CHUNK)
-    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    highest, tokens = _highest(logits)
     if not num_rows:
         return tokens
     temperatures, seeds, positions, sample_indices = (
         values.contiguous() for values in (temperatures, seeds, positions, sample_indices)
     )
-    highest = logits.new_empty(num_rows)
     sums = torch.empty(num_rows, num_chunks, dtype=torch.float64, device=logits.device)
     stride = logits.stride(0)
-    _highest_kernel[(num_rows,)](logits, highest, tokens, stride, vocab_size, BLOCK=4096, num_warps=8)
     _chunk_sums_kernel[(num_rows, num_chunks)](
         logits, highest, temperatures, sums, stride, vocab_size, num_chunks, CHUNK=CHUNK, num_warps=4
     )
@@ -130,3 +276,60 @@ def _sample_tokens(
         num_warps=4,
     )
     return tokens
+
+
+@register("truncate_logits", "triton")
+def _truncate_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    logits = _rows(logits)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if out.numel():
+        highest, _ = _highest(logits)
+        limits = (temperatures.contiguous(), top_k.contiguous(), top_p.contiguous(), min_p.contiguous())
+        block = min(8192, triton.next_power_of_2(logits.shape[1]))
+        _truncate_kernel[(len(logits),)](
+            logits, out, highest, *limits, logits.stride(0), logits.shape[1], BLOCK=block, num_warps=16
+        )
+    return out
+
+
+@register("token_logprobs", "triton")
+def _token_logprobs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    logits, token_ids = _rows(logits), token_ids.contiguous()
+    num_rows, vocab_size = logits.shape
+    num_chunks, num_tokens = triton.cdiv(vocab_size, CHUNK), token_ids.shape[1]
+    logprobs, ranks = logits.new_empty(token_ids.shape), token_ids.new_empty(num_rows)
+    if num_rows:
+        highest, _ = _highest(logits)
+        sums = torch.empty(num_rows, num_chunks, dtype=torch.float64, device=logits.device)
+        earlier = torch.empty(num_rows, num_chunks, dtype=torch.int32, device=logits.device)
+        rows = (logits, token_ids, highest, sums, earlier)
+        stride = logits.stride(0)
+        _logprob_parts_kernel[(num_rows, num_chunks)](
+            *rows, stride, vocab_size, num_chunks, num_tokens, CHUNK=CHUNK, num_warps=4
+        )
+        _logprob_kernel[(num_rows,)](
+            *rows,
+            logprobs,
+            ranks,
+            stride,
+            num_chunks,
+            num_tokens,
+            CHUNKS=triton.next_power_of_2(num_chunks),
+            TOKENS=triton.next_power_of_2(num_tokens),
+            num_warps=4,
+        )
+    return logprobs, ranks
+
+
+def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the highest logit, NaN if it cannot be sampled, and the first token that has it, or -1."""
+    highest, tokens = logits.new_empty(len(logits)), torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    if len(logits):
+        _highest_kernel[(len(logits),)](
+            logits, highest, tokens, logits.stride(0), logits.shape[1], BLOCK=4096, num_warps=8
+        )
+    return highest, tokens
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()

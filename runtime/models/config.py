@@ -79,6 +79,8 @@ class ModelConfig:
     indexer_rope_interleave: bool
     weight_block_size: tuple[int, int] | None
     """Rows and columns that share one scale in an FP8 checkpoint; None for an unquantised one."""
+    ue8m0_scales: bool
+    """Whether inputs of FP8 products were quantised with scales that are powers of two when the model was made."""
 
     @property
     def has_index(self) -> bool:
@@ -199,6 +201,7 @@ class ModelConfig:
             indexer_types=_indexer_types(values, num_layers) if indexed else (),
             indexer_rope_interleave=read.boolean("indexer_rope_interleave", default=model_type == "glm_moe_dsa"),
             weight_block_size=_weight_block_size(values.get("quantization_config")),
+            ue8m0_scales=_ue8m0_scales(values.get("quantization_config")),
         )
         config._check_together(values)
         return config
@@ -409,3 +412,10 @@ def _weight_block_size(quantization: object) -> tuple[int, int] | None:
             f"supported; only fp8 e4m3 with weight_block_size {list(_WEIGHT_BLOCK_SIZE)} is, or no quantization"
         )
     return _WEIGHT_BLOCK_SIZE
+
+
+def _ue8m0_scales(quantization: Mapping[str, object] | None) -> bool:
+    scale_fmt = None if quantization is None else quantization.get("scale_fmt")
+    if scale_fmt not in (None, "ue8m0"):
+        raise ValueError(f"quantization_config with scale_fmt {scale_fmt!r} is not supported; only 'ue8m0' is, or none")
+    return scale_fmt == "ue8m0"

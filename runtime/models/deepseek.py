@@ -130,7 +130,7 @@ class DeepseekModel:
         frequencies = inv_freq(config.qk_rope_head_dim, config.rope_theta, config.yarn)
         rope_table = cos_sin_table(frequencies, max_model_len, config.rope_cos_sin_scale).to(groups.device)
 
-        weights = LayerWeights(checkpoint, "model", dtype, groups.device)
+        weights = LayerWeights(checkpoint, "model", dtype, groups.device, config.ue8m0_scales)
         hidden = shard(config.hidden_size, groups.tp_rank, self.tp.size)
         self.embed_tokens = checkpoint.read("model.embed_tokens.weight", cols=hidden, dtype=dtype).to(groups.device)
         self.layers = [

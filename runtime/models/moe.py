@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels import blocks
-from shoal.kernels.experts import experts_mlp, swiglu
+from shoal.kernels.experts import experts_mlp, mlp, swiglu
 from shoal.kernels.linear import DTYPE_CODES, PackedWeight, linear, pack_each, pack_weight
 from shoal.kernels.router import route
 from shoal.parallel.dispatcher import LocalTokenDispatcher, TokenDispatcher
@@ -38,7 +38,7 @@ class DenseMLP:
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """x [T, H] -> [T, H]."""
         if self.tp.size == 1:
-            return experts_mlp(x, torch.tensor([len(x)]), self.gate_up, self.down)  # the same bits, in one call
+            return mlp(x, self.gate_up, self.down)  # the same bits, in one call
         inner = swiglu(linear(x, self.gate_up))
         inner = gather_last_dim(inner, self.tp, layer=self.layer, op="mlp.inner")
         return column_parallel(inner, self.down, self.tp, layer=self.layer, op="mlp.down")
@@ -125,7 +125,7 @@ class MoE:
         tokens, handle = self.dispatcher.dispatch(x, topk_idx, topk_weights, layer=self.layer)
         y = experts_mlp(tokens.x, tokens.num_tokens_per_expert, self.gate_up, self.down, tokens.x_row, tokens.out_row)
         receive = self.dispatcher.combine(y, handle, layer=self.layer)
-        return receive(None if self.shared is None else experts_mlp(x, torch.tensor([len(x)]), *self.shared))
+        return receive(None if self.shared is None else mlp(x, *self.shared))
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -21,6 +21,8 @@ class LayerWeights:
     prefix: str
     dtype: torch.dtype
     device: torch.device
+    ue8m0: bool = False
+    """Whether inputs of FP8 products are quantised with scales that are powers of two, as the weights' makers did."""
 
     def under(self, name: str) -> LayerWeights:
         """The view one level down."""
@@ -35,5 +37,5 @@ class LayerWeights:
         paths = [f"{self.prefix}.{name}" for name in names]
         if all(self.checkpoint.dtype(path) is torch.float8_e4m3fn for path in paths):
             stored = [self.checkpoint.read_fp8(path, rows=rows) for path in paths]
-            return pack_weight(BlockFP8Weight.cat(stored).to(self.device), dtype=self.dtype)
+            return pack_weight(BlockFP8Weight.cat(stored).to(self.device), dtype=self.dtype, ue8m0=self.ue8m0)
         return pack_weight(torch.cat([self.read(name, rows=rows) for name in names]))

@@ -127,6 +127,8 @@ class SimulatedEngine(Engine):
         self._num_steps = 0
         self._stop_requested = False
         self._all_idle = True
+        self._runs_ahead = False
+        self._in_flight = None
 
     def check_read(self, part: ScheduledSequence, records: list[int]) -> None:
         running = self._running[part.seq_id]

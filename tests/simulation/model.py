@@ -9,11 +9,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 from typing import Any
 
 from shoal.runtime.batch import Batch, ScheduledSequence
-from shoal.runtime.sampler import SampledToken, SamplingRow
+from shoal.runtime.sampler import SampledToken, Sampling, SamplingRow
 from shoal.runtime.types import FinishReason, Logprob, Request, SamplingParams
 
 VOCAB_SIZE = 13
@@ -201,6 +202,10 @@ class Runner:
 
 
 class Sampler:
+    def begin(self, logits: list[int], rows: Sequence[SamplingRow], *, ahead: int = 0) -> Sampling:
+        assert ahead == 0
+        return Sampling(partial(self.sample, logits, rows))
+
     def sample(self, logits: list[int], rows: Sequence[SamplingRow]) -> list[SampledToken]:
         sampled = []
         for record, row in zip(logits, rows, strict=True):

@@ -56,6 +56,15 @@ def row_kernels() -> Iterator[Case]:
     yield sampling._chunk_sums_kernel, sampling_types, {"CHUNK": sampling.CHUNK}, {}
     sampling_types = sampling_types | dict.fromkeys(("seeds", "positions", "sample_indices", "tokens"), "*i64")
     yield sampling._draw_kernel, sampling_types, {"CHUNK": sampling.CHUNK, "CHUNKS": 128}, {}
+    limits = {"logits": "*fp32", "out": "*fp32", "highest": "*fp32", "temperatures": "*fp32", "top_k": "*i64"}
+    limits |= {"top_p": "*fp32", "min_p": "*fp32", "stride": "i32!", "vocab_size": "i32!"}
+    yield sampling._truncate_kernel, limits, {"BLOCK": 8192}, {"num_warps": 16}
+    logprob_types = {"logits": "*fp32", "token_ids": "*i64", "highest": "*fp32", "sums": "*fp64", "earlier": "*i32"}
+    logprob_types |= {"stride": "i32!", "num_chunks": "i32", "num_tokens": "i32"}
+    parts_types = logprob_types | {"vocab_size": "i32!"}
+    yield sampling._logprob_parts_kernel, parts_types, {"CHUNK": sampling.CHUNK}, {}
+    logprob_types |= {"logprobs": "*fp32", "ranks": "*i64"}
+    yield sampling._logprob_kernel, logprob_types, {"CHUNKS": 128, "TOKENS": 32}, {}
     yield (
         experts._swiglu_kernel,
         {"gate_up": "*bf16", "y": "*bf16", "stride": "i32!", "width": "i32!"},
@@ -89,7 +98,7 @@ def product_kernels(dtype: torch.dtype, tiles: Tiles) -> Iterator[Case]:
     kind = KINDS[dtype]
     types, constants, options = product(tiles, TRITON_TYPES[dtype], kind.value)
     linear_types = types | dict.fromkeys(("M", "stride_ys", "stride_yb", "stride_ym"), "i32!")
-    constants |= {"PAIRED": tiles.paired, "NUM_STAGES": tiles.num_stages}
+    constants |= {"PAIRED": tiles.paired, "ROW_SCALES": tiles == TILES[dtype][-1], "NUM_STAGES": tiles.num_stages}
     yield linear._linear_kernel, linear_types, {**constants, "SPLIT": dtype == torch.float32}, options
     expert_types = types | {"table": "*i32", "num_tiles": "i32", "stride_y": "i32!", "stride_ws": "i32"}
     gated = tiles == TILES[dtype][0]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoal.kernels.experts import experts_mlp, swiglu
 from shoal.kernels.linear import PackedWeight, batched_linear, linear, pack_block_fp8, pack_weight
-from shoal.kernels.quant import quantize_block_fp8
+from shoal.kernels.quant import BlockFP8Weight, quantize_block_fp8
 from shoal.kernels.registry import use_backend
 from shoal.kernels.triton.linear import Operands, multiply
 from shoal.kernels.triton.tiles import TILES, tiles_for
@@ -151,6 +151,24 @@ def test_experts(counts: list[int], kind: torch.dtype) -> None:
     # The hidden values round to bf16, then to FP8: where sums differ in their last bit, a step of those.
     tolerance = 1e-5 if kind == torch.float32 else 2**-7
     assert (y.float() - expected.float()).norm() <= tolerance * expected.float().norm()
+
+
+def test_fp8_rows_that_were_put_together_between_blocks() -> None:
+    hidden, inner = 256, 72
+    gate, up, down = (BlockFP8Weight.of_rows(*fp8_weight(n, hidden, seed=n)) for n in (inner, inner + 1, 140))
+    up = BlockFP8Weight(up.values[:inner], up.scales[:inner], up.in_blocks)
+    joined = BlockFP8Weight.cat([gate, up])
+    blocks = BlockFP8Weight.cat([gate])
+    x = randn(37, hidden, dtype=torch.bfloat16)
+    with use_backend("triton"):
+        both, first, alone = (pack_weight(w, dtype=torch.bfloat16) for w in (joined, blocks, up))
+        assert (both.has_row_scales, first.has_row_scales) == (True, False)
+        y = linear(x, both)
+        parts = torch.cat([linear(x, first), linear(x, alone)], dim=1)
+    torch.testing.assert_close(y, parts, rtol=2**-7, atol=1e-3)
+    wide = linear(x, pack_weight(joined.dequantize(torch.bfloat16)))
+    assert (y.float() - wide.float()).norm() <= 0.05 * wide.float().norm()
+    assert down.in_blocks
 
 
 def test_experts_have_the_bits_of_their_linear_layers() -> None:

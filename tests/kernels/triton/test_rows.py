@@ -21,7 +21,7 @@ from shoal.kernels.records import FP8_RECORDS, read_latents, write_latents
 from shoal.kernels.registry import use_backend
 from shoal.kernels.rope import apply_rope, cos_sin_table, inv_freq
 from shoal.kernels.router import route
-from shoal.kernels.sampling import sample_tokens
+from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logits
 from tests.kernels.triton.interpreter import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="interpreted here; tests/gpu is for devices")
@@ -246,3 +246,32 @@ def test_equal_logits_are_drawn_evenly_and_greedily_the_first() -> None:
     counts = torch.bincount(drawn, minlength=vocab_size).double()
     assert ((counts - 20) ** 2 / 20).sum() < 24.3  # chi-square, 7 degrees of freedom, p = 0.001
     assert greedy.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 1000, 9000])
+def test_truncation(vocab_size: int) -> None:
+    rows = 32
+    logits = (randn(rows, vocab_size) * 8).round() / 4  # many are equal
+    logits[3], logits[4] = 0.0, -torch.inf
+    logits[5, 0], logits[6, -1] = torch.nan, torch.inf
+    temperatures = torch.tensor([0.7, 1.0, 1.3, 0.0] * 8)
+    top_k = torch.tensor([0, 5, 40, 1, 0, 2 * vocab_size, 300, 7]).repeat(4)
+    top_p = torch.tensor([0.9, 1.0, 0.5, 0.99, 0.3, 0.001, 1.0, 0.7] * 2).repeat_interleave(2)
+    min_p = torch.tensor([0.0, 0.0, 0.05, 0.2]).repeat_interleave(8)
+    kept, expected = on_both(lambda: truncate_logits(logits, temperatures, top_k, top_p, min_p))
+    assert torch.equal(kept.isneginf(), expected.isneginf())
+    assert torch.equal(kept[~kept.isneginf()].nan_to_num(99.0), logits[~kept.isneginf()].nan_to_num(99.0))
+    untouched = (temperatures == 0) | ~torch.isfinite(logits.max(dim=1).values)
+    assert torch.equal(kept[untouched].nan_to_num(99.0), logits[untouched].nan_to_num(99.0))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 1000, 3000])
+def test_logprobs_of_tokens(vocab_size: int) -> None:
+    logits = (randn(9, vocab_size) * 8).round() / 4
+    token_ids = torch.randint(0, vocab_size, (9, 3), generator=torch.Generator().manual_seed(2))
+    token_ids[2, 0] = -1
+    logits[4, 0] = -torch.inf
+    (logprobs, ranks), (expected, expected_ranks) = on_both(lambda: token_logprobs(logits, token_ids))
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert ranks.tolist() == expected_ranks.tolist()
+    assert ranks[2] == 0

@@ -1,0 +1,89 @@
+"""An engine on one GPU: the contract as far as one rank can break it, decode graphs, and steps that run ahead."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.parallel.groups import single_process_groups
+from shoal.runtime.engine import Engine
+from shoal.runtime.engine_config import EngineConfig
+from shoal.runtime.types import Request, SamplingParams
+from tests.invariance import BASE_ENGINE, Point, dtypes, make_model, rows, run_point, run_rows
+from tests.test_invariance_matrix import SCHEDULES, differing
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+MODELS = [("deepseek_v3", "bfloat16"), ("deepseek_v32", "bfloat16"), ("deepseek_v32", "fp8"), ("glm_moe_dsa", "float32")]
+POINTS: dict[str, dict[str, Any]] = {
+    **{name: how for name, how in SCHEDULES.items() if "threads" not in how},
+    "without graphs": {"engine": {"enforce_eager": True}},
+    "2 sequences at a time": {"engine": {"max_num_seqs": 2}},
+    "longer tables": {"engine": {"max_model_len": 2560, "num_kv_blocks": 512}},
+}
+
+
+@pytest.mark.parametrize(("model_type", "dtype"), MODELS)
+def test_the_answer_does_not_depend_on_how_it_is_computed(tmp_path: Path, model_type: str, dtype: str) -> None:
+    model_dir = make_model(tmp_path, model_type, dtype)
+    groups = single_process_groups(torch.device("cuda"))
+    base = run_point(Point("reference"), model_dir, dtype, groups)
+    assert len({row[0][1] for row in base.values()}) == len(base) == 7
+    found = {name: differing(run_point(Point(name, **how), model_dir, dtype, groups), base) for name, how in POINTS.items()}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+
+
+def sampled_on_device(vocab_size: int) -> list[Request]:
+    """Rows whose tokens the device chooses, so that steps run ahead; they end at different times."""
+    kept = [r for r in rows(vocab_size) if r.index < 5]
+    return [replace(r, params=replace(r.params, max_tokens=10 + 3 * r.index)) for r in kept]
+
+
+def test_steps_that_run_ahead_change_nothing(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path, "deepseek_v32", "bfloat16")
+    found, ahead = [], []
+    for eager in (True, False):
+        config = EngineConfig(**BASE_ENGINE, **dtypes("bfloat16"), enforce_eager=eager)
+        engine = Engine(model_dir, config, single_process_groups(torch.device("cuda")))
+        calls: list[int] = []
+        run_ahead = engine.runner.run_ahead
+
+        def counting(*args: Any, calls: list[int] = calls, run_ahead: Any = run_ahead) -> torch.Tensor:
+            calls.append(1)
+            logits: torch.Tensor = run_ahead(*args)
+            return logits
+
+        engine.runner.run_ahead = counting  # type: ignore[method-assign]
+        found.append(run_rows(engine, Point("ahead"), sampled_on_device(engine.model_config.vocab_size)))
+        assert engine.audit() == []
+        ahead.append(len(calls))
+    assert differing(found[0], found[1]) == []
+    assert ahead[0] == 0
+    assert ahead[1] > 10
+
+
+def test_a_request_that_is_aborted_while_its_step_runs(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path, "deepseek_v3", "bfloat16")
+    config = EngineConfig(**BASE_ENGINE, **dtypes("bfloat16"))
+    engine = Engine(model_dir, config, single_process_groups(torch.device("cuda")))
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    answers: dict[str, tuple[int, ...]] = {}
+    for attempt in range(2):
+        for name in ("a", "b"):
+            prompt = (5, 7, 9) if name == "a" else (11, 13)
+            request_id = f"{name}{attempt}"
+            engine.add_request(Request(request_id=request_id, prompt_token_ids=prompt, params=params, index=0))
+        steps = 0
+        while engine.has_unfinished:
+            steps += 1
+            if attempt and steps == 4:
+                engine.abort("b1")
+            for output in engine.step().outputs:
+                answers[output.request_id] = tuple(output.outputs[0].token_ids)
+        assert engine.audit() == []
+    assert answers["a0"] == answers["a1"]
+    assert set(answers) == {"a0", "b0", "a1"}
