@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check docs benchmarks tiny-model clean
+.PHONY: demo test check docs benchmarks gpu-check tiny-model clean
 
 demo: $(VENV)/.installed
 	$(BIN)/shoal demo
@@ -37,6 +37,10 @@ tiny-model: $(VENV)/.installed
 CURVES ?= context,batch,ranks
 benchmarks: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/scaling.py --curves $(CURVES) $(if $(AGAIN),--again) --output benchmarks/results/scaling.json
+
+# What only a GPU can show, from a bare checkout: nothing is installed.
+gpu-check:
+	PYTHONPATH=.src $(PYTHON) benchmarks/gpu_check.py
 
 # Tables in docs/ are written by the tests that prove them.
 docs: $(VENV)/.installed-test

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Attention and indexer kernels of the Triton tier on one GPU, against the bandwidth and products of that same GPU.
 
-    python benchmarks/gpu_attention.py --output benchmarks/results/h100/gpu-attention.json
+    python benchmarks/gpu_attention.py --output benchmarks/results/<device>/attention.json
 
 A time is the median over replays of a CUDA graph. The floor of a kernel is the larger of its bytes over the measured
 copy bandwidth and its operations over the measured rate of bfloat16 products (FP8 kernels multiply in bfloat16 too).
@@ -23,8 +23,7 @@ from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
 from shoal.kernels.registry import implementation, set_backend
-from shoal.kernels.triton.attention import mla_attention_fp8
-from shoal.kernels.triton.indexer import index_scores_fp8, index_topk_fp8, paged_scores
+from shoal.kernels.triton.indexer import paged_scores
 from shoal.kernels.triton.prefill import prefill_attention
 
 HEADS, LATENT, ROPE = 128, 512, 64
@@ -169,13 +168,14 @@ def main() -> None:
             num_bytes=2.0 * (q.numel() + k.numel()),
         )
 
-    fp8 = torch.randint(0, 120, (batch * context, 656), dtype=torch.uint8, device=DEVICE)
+    fp8 = torch.randint(0, 120, (batch * context, 656 + 132), dtype=torch.uint8, device=DEVICE)
     fp8[:, 512:528] = torch.full((batch * context, 4), 2.0**-6, device=DEVICE).view(torch.uint8)
-    fp8[:, 528:] = normal(batch * context, ROPE).view(torch.uint8)
+    fp8[:, 528:656] = normal(batch * context, ROPE).view(torch.uint8)
+    fp8[:, 784:] = torch.rand(batch * context, 1, device=DEVICE).view(torch.uint8)
 
     def attend_fp8(records: Tensor, layout: PagedLayout, selected: Tensor) -> Callable[[], Tensor]:
         q = normal(len(layout.positions), HEADS, LATENT + ROPE)
-        return lambda: mla_attention_fp8(q[..., :LATENT], q[..., LATENT:], records, layout, SCALE, selected=selected)
+        return lambda: attention(q[..., :LATENT], q[..., LATENT:], records, layout, SCALE, selected)
 
     for name, layout in (("decode", decode), ("prefill", prompt)):
         tokens = len(layout.positions)
@@ -185,33 +185,25 @@ def main() -> None:
             flop=flop_per_key * TOPK * tokens,
             num_bytes=656 * min(TOPK * tokens, context * len(layout.block_tables)),
         )
-    del fp8
 
-    pages = torch.randint(0, 120, (batch * context // 64, 64 * 132), dtype=torch.uint8, device=DEVICE)
-    pages[:, 8192:] = torch.rand(len(pages), 64, device=DEVICE).view(torch.uint8)
     keys = records[:, LATENT + ROPE :]
     select = implementation("index_topk")
     for name, layout in (("decode", decode), ("prefill", prompt)):
         tokens = len(layout.positions)
         q, weights = normal(tokens, INDEX_HEADS, INDEX_DIM), normal(tokens, INDEX_HEADS, dtype=torch.float32)
-        q8 = q.to(torch.float8_e4m3fn)
         contexts = float((layout.positions + 1).sum())
         flop = 2 * INDEX_HEADS * INDEX_DIM * contexts
         stored = len(layout.block_tables) * context
         written = 4 * contexts
         report.add(
             f"index scores {name} bf16, {tokens} tokens",
-            [
-                lambda q=q, w=weights, x=layout: paged_scores(
-                    q, w, keys, keys.stride(0), len(keys), x, unscored=0, fp8=False
-                )
-            ],
+            [lambda q=q, w=weights, x=layout: paged_scores(q, w, keys, x, unscored=0)],
             flop=flop,
             num_bytes=2 * INDEX_DIM * stored + written,
         )
         report.add(
             f"index scores {name} FP8, {tokens} tokens",
-            [lambda q=q8, w=weights, x=layout: index_scores_fp8(q, w, pages, x)],
+            [lambda q=q, w=weights, x=layout: paged_scores(q, w, fp8[:, 656:], x, unscored=0)],
             flop=flop,
             num_bytes=132 * stored + written,
         )
@@ -223,7 +215,7 @@ def main() -> None:
         )
         report.add(
             f"index top-k {name} FP8, {tokens} tokens",
-            [lambda q=q8, w=weights, x=layout: index_topk_fp8(q, w, pages, x, TOPK)],
+            [lambda q=q, w=weights, x=layout: select(q, w, fp8, 656, x, TOPK)],
             flop=flop,
             num_bytes=132 * stored,
         )

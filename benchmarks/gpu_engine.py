@@ -3,7 +3,8 @@
 
     python benchmarks/gpu_engine.py --output benchmarks/results/<device>/engine.json
 
-Prompts go in, then every request decodes. Of decode steps: time, and the part of it in which no kernel ran.
+Prompts go in, then every request decodes at temperature 1. Of decode steps: time, and the part of it in which no kernel
+ran. Then the same with `top_p`, whose tokens take longer to choose.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.random_checkpoint import is_quantized, tensor_shapes
-from shoal.runtime.sequence import Sequence
 from shoal.runtime.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, SamplingParams
 
@@ -118,10 +118,6 @@ def write_model(model_dir: Path, layers: int, experts: int) -> int:
     return sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
 
 
-def running(engine: Engine) -> tuple[Sequence, ...]:
-    return engine.scheduler.running
-
-
 def step(engine: Engine) -> float:
     """Seconds of one step, with everything that the device does in it."""
     torch.cuda.synchronize()
@@ -141,7 +137,9 @@ def busy_seconds(engine: Engine, steps: int) -> tuple[float, float, list[tuple[s
             engine.step()
         torch.cuda.synchronize()
         wall = time.perf_counter() - begin
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = profile.events()
+    assert events is not None
+    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
     busy, reached = 0.0, 0.0
     for start, end in spans:
@@ -171,30 +169,60 @@ def measure(args: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"load_s": round(time.perf_counter() - begin, 1)}
     result["memory_gib"] = round(torch.cuda.memory_allocated() / 2**30, 1)
     generator = torch.Generator().manual_seed(1)
-    for i in range(args.batch):
-        prompt = torch.randint(3, 129000, (args.context,), generator=generator).tolist()
-        params = SamplingParams(temperature=1.0, max_tokens=args.steps * 4 + 32, ignore_eos=True, seed=i)
-        engine.add_request(Request(request_id=str(i), index=i, prompt_token_ids=tuple(prompt), params=params))
+    prompts = [torch.randint(3, 129000, (args.context,), generator=generator).tolist() for _ in range(args.batch)]
+    add_requests(engine, prompts, args.steps, temperature=1.0)
     prefill = []
-    while engine.scheduler.num_waiting or any(s.num_computed_tokens < s.num_prompt_tokens for s in running(engine)):
+    while prompts_are_left(engine):
+        if len(prefill) == 8:
+            result["prefill_kernels_us"] = table(busy_seconds(engine, 1)[2])
         prefill.append(step(engine))
     result["prefill_tokens_per_s"] = round(args.chunk / statistics.median(prefill[1:] or prefill))
+    result |= decode(engine, args)
+    while engine.has_unfinished:
+        engine.step()
+    add_requests(engine, prompts, args.steps, temperature=1.0, top_p=0.95)
+    while prompts_are_left(engine):
+        step(engine)
+    result["top_p"] = decode(engine, args)
+    return result
+
+
+def add_requests(engine: Engine, prompts: list[list[int]], steps: int, **params: Any) -> None:
+    for i, prompt in enumerate(prompts):
+        sampling = SamplingParams(max_tokens=steps * 4 + 32, ignore_eos=True, seed=i, **params)
+        engine.add_request(Request(request_id=str(i), index=i, prompt_token_ids=tuple(prompt), params=sampling))
+
+
+def prompts_are_left(engine: Engine) -> bool:
+    running = engine.scheduler.running
+    return engine.scheduler.num_waiting > 0 or any(s.num_computed_tokens < s.num_prompt_tokens for s in running)
+
+
+def decode(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of steps in which every request decodes."""
     for _ in range(8):
         step(engine)
     times = [step(engine) for _ in range(args.steps)]
-    result["decode_step_ms"] = round(1e3 * statistics.median(times), 3)
     begin = time.perf_counter()
     for _ in range(args.steps):
         engine.step()
     torch.cuda.synchronize()
     wall = (time.perf_counter() - begin) / args.steps
-    result["decode_tokens_per_s"] = round(args.batch / wall)
     busy, profiled, longest = busy_seconds(engine, args.steps // 2)
-    result["kernel_ms_per_step"] = round(1e3 * busy / (args.steps // 2), 3)
-    result["profiled_step_ms"] = round(1e3 * profiled / (args.steps // 2), 3)
-    result["host_gap"] = round(1 - busy / (args.steps // 2) / wall, 4)
-    result["kernels_us"] = [{"name": n, "us": round(t, 1), "calls": c} for n, t, c in longest[:30]]
-    return result
+    busy, profiled = busy / (args.steps // 2), profiled / (args.steps // 2)
+    return {
+        "decode_step_ms": round(1e3 * statistics.median(times), 3),
+        "decode_tokens_per_s": round(args.batch / wall),
+        "kernel_ms_per_step": round(1e3 * busy, 3),
+        "profiled_step_ms": round(1e3 * profiled, 3),
+        "host_gap": round(1 - busy / wall, 4),
+        "kernels_us": table(longest),
+    }
+
+
+def table(kernels: list[tuple[str, float, int]]) -> list[dict[str, Any]]:
+    """The kernels that take longest, of a step."""
+    return [{"name": name, "us": round(us, 1), "calls": calls} for name, us, calls in kernels[:25]]
 
 
 def main() -> None:
@@ -221,7 +249,8 @@ def main() -> None:
         "torch": torch.__version__,
         "checkpoint_gib": round(size / 2**30, 1),
     }
-    print(json.dumps(result, indent=1))
+    for figures in (result, result["top_p"]):
+        print(json.dumps({name: value for name, value in figures.items() if not isinstance(value, list | dict)}))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")

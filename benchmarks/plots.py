@@ -44,6 +44,19 @@ def save_lines(path: Path, panels: dict[str, dict[str, tuple[list[float], list[f
     _save(figure, path)
 
 
+def save_fractions(path: Path, fractions: dict[str, float], *, xlabel: str) -> None:
+    """A bar from the left for each name, from the top, up to its fraction of 1."""
+    figure, axes = plt.subplots(figsize=(WIDTH, 1 + 0.2 * len(fractions)))
+    drawn = axes.barh(range(len(fractions)), list(fractions.values()))
+    axes.bar_label(drawn, fmt="{:.0%}", fontsize=7)
+    axes.set_yticks(range(len(fractions)), list(fractions), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.05)
+    axes.set_xlabel(xlabel)
+    axes.grid(alpha=0.3, axis="x")
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()

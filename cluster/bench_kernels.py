@@ -10,20 +10,23 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from shoal.kernels.attention import PagedLayout
 from shoal.kernels.linear import PackedWeight
 from shoal.kernels.registry import current_backend, use_backend
+from shoal.runtime.model_loading import choose_backend
 
 from .environment import environment
 from .job import EXIT_OK
 from .kernel_cases import SHAPES, Case, Inputs, ShapesName, cases
-from .roofline import Ceilings, measure_ceilings
+from .roofline import Ceilings, event_seconds, measure_ceilings, measure_device_ceilings
 
 EXIT_DIFFERENT = 1
 COLD_BYTES, MAX_COPIES = 1 << 27, 64
@@ -31,6 +34,8 @@ COLD_BYTES, MAX_COPIES = 1 << 27, 64
 MIN_SECONDS, MIN_CALLS, MAX_CALLS = 0.2, 5, 2000
 MAX_SECONDS = 10.0
 """Once the calls of a case took so long, three of them are enough."""
+OPS_THAT_WAIT = ("mha_attention", "pack_segments", "unpack_segments")
+"""For the device, to learn sizes, and so cannot be in a graph."""
 TOLERANCES = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-14}
 """Of outputs, against the largest one; everything else must be equal."""
 
@@ -40,6 +45,7 @@ def kernels(
     shapes: ShapesName,
     ops: Sequence[str] | None,
     threads: int | None,
+    device: str,
     refcheck: bool,
     output: Path | None,
     stdout: TextIO,
@@ -47,43 +53,80 @@ def kernels(
 ) -> int:
     """Measure, print a table on stdout and write all figures to `output`; 1 when an op differs from its reference.
 
-    `ops`: these only; ValueError for one that does not exist.
+    `ops`: these only; ValueError for one that does not exist. `device`: cpu or cuda; ValueError where there is none.
     """
-    chosen = list(cases(SHAPES[shapes]))
-    if unknown := sorted(set(ops or ()) - {case.op for case in chosen}):
-        raise ValueError(f"there is no op {unknown[0]!r}; there are {', '.join(sorted({c.op for c in chosen}))}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch finds no GPU here")
     if output is not None and output.is_dir():
         raise ValueError(f"{output} is a directory; give the name of a file")
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    ceilings = measure_ceilings(matrix_size=256, read_bytes=1 << 20) if shapes == "tiny" else measure_ceilings()
-    rows = []
-    for case in chosen:
-        if ops is None or case.op in ops:
+
+    def on_case(case: Case, _row: dict[str, Any] | None) -> None:
+        if _row is None:
             print(f"{case.op} {case.sizes}", file=stderr, flush=True)
-            rows.append(measure_case(case, ceilings, refcheck=refcheck))
-    report = {
-        "benchmark": "kernels",
-        "comparable": False,
-        "environment": environment(),
-        "backend": current_backend(),
-        "threads": torch.get_num_threads(),
-        "shapes": {"name": shapes, **asdict(SHAPES[shapes])},
-        "ceilings": asdict(ceilings),
-        "kernels": rows,
-    }
+
+    report = measure_kernels(
+        shapes=shapes, ops=ops, threads=threads, device=torch.device(device), refcheck=refcheck, on_case=on_case
+    )
     _print_table(report, stdout)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return EXIT_DIFFERENT if any(row.get("within_tolerance") is False for row in rows) else EXIT_OK
+    return EXIT_DIFFERENT if any(row.get("within_tolerance") is False for row in report["kernels"]) else EXIT_OK
+
+
+def measure_kernels(
+    *,
+    shapes: ShapesName,
+    ops: Sequence[str] | None,
+    threads: int | None,
+    device: torch.device,
+    refcheck: bool,
+    on_case: Callable[[Case, dict[str, Any] | None], None],
+) -> dict[str, Any]:
+    """All figures; `on_case` sees each case before it is measured, with None, and its row afterwards.
+
+    On a GPU what the host does is left out: a time is one of replays of a CUDA graph, or for an op that waits for the
+    device, of the device's events around it.
+    """
+    chosen = [case for case in cases(SHAPES[shapes]) if device.type == "cpu" or case.op != "sample"]
+    if unknown := sorted(set(ops or ()) - {case.op for case in chosen}):
+        raise ValueError(f"there is no op {unknown[0]!r}; there are {', '.join(sorted({c.op for c in chosen}))}")
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    with use_backend(choose_backend("auto", device) or current_backend()):
+        if device.type == "cuda":
+            ceilings = measure_device_ceilings(device)
+        else:
+            ceilings = measure_ceilings(matrix_size=256, read_bytes=1 << 20) if shapes == "tiny" else measure_ceilings()
+        rows = []
+        for case in chosen:
+            if ops is None or case.op in ops:
+                on_case(case, None)
+                rows.append(measure_case(case, ceilings, device, refcheck=refcheck))
+                on_case(case, rows[-1])
+        return {
+            "benchmark": "kernels",
+            "comparable": False,
+            "environment": environment(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "backend": current_backend(),
+            "threads": torch.get_num_threads(),
+            "shapes": {"name": shapes, **asdict(SHAPES[shapes])},
+            "ceilings": asdict(ceilings),
+            "kernels": rows,
+        }
 
 
 @torch.inference_mode()
-def measure_case(case: Case, ceilings: Ceilings, *, refcheck: bool) -> dict[str, Any]:
+def measure_case(case: Case, ceilings: Ceilings, device: torch.device, *, refcheck: bool) -> dict[str, Any]:
     """Time and rates of one op, and its largest difference from the reference."""
-    inputs = case.make(Inputs())
+    inputs = _to(case.make(Inputs(device)), device)
     num_copies = min(MAX_COPIES, max(1, math.ceil(COLD_BYTES / max(1, _size(inputs)))))
-    seconds = _median_seconds(case.call, [inputs, *(copy.deepcopy(inputs) for _ in range(num_copies - 1))])
+    copies = [inputs, *(copy.deepcopy(inputs) for _ in range(num_copies - 1))]
+    if device.type == "cuda":
+        seconds = _device_seconds(case.call, copies, waits=case.op in OPS_THAT_WAIT)
+    else:
+        seconds = _median_seconds(case.call, copies)
+    del copies
     row: dict[str, Any] = {
         "op": case.op,
         "sizes": case.sizes,
@@ -96,7 +139,7 @@ def measure_case(case: Case, ceilings: Ceilings, *, refcheck: bool) -> dict[str,
     if refcheck and case.has_reference:
         ours = _tensors(case.call(*inputs))
         with use_backend("reference"):
-            reference = _tensors(case.call(*case.make(Inputs())))
+            reference = _tensors(case.call(*_to(case.make(Inputs(device)), device)))
         row |= _worst_difference(ours, reference, case.tolerance)
     return row
 
@@ -116,6 +159,32 @@ def _median_seconds(call: Callable[..., Any], copies: Sequence[tuple[Any, ...]])
     return statistics.median(seconds)
 
 
+def _device_seconds(call: Callable[..., Any], copies: Sequence[tuple[Any, ...]], *, waits: bool) -> float:
+    for inputs in copies[: 1 if waits else None]:
+        call(*inputs)
+    torch.cuda.synchronize()
+    if waits:
+        return statistics.median(event_seconds(partial(call, *inputs)) for inputs in [*copies, *copies][:20])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for inputs in copies:
+            call(*inputs)
+    graph.replay()
+    return statistics.median(event_seconds(graph.replay) / len(copies) for _ in range(20))
+
+
+def _to(inputs: Any, device: torch.device) -> Any:
+    """The same with all tensors on the device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, PackedWeight):
+        return replace(inputs, data=inputs.data.to(device))
+    if isinstance(inputs, PagedLayout):
+        tables, bounds, positions = inputs.block_tables, inputs.cu_seqlens_q, inputs.positions
+        return PagedLayout(tables.to(device), bounds.to(device), positions.to(device), inputs.block_size)
+    return type(inputs)(_to(part, device) for part in inputs) if isinstance(inputs, tuple | list) else inputs
+
+
 def _size(inputs: Any) -> int:
     """Bytes of the tensors among them."""
     if isinstance(inputs, PackedWeight):
@@ -128,7 +197,7 @@ def _size(inputs: Any) -> int:
 def _tensors(output: Any) -> list[Tensor]:
     """All tensors of an op's result, and its lists of numbers as tensors."""
     if isinstance(output, Tensor):
-        return [output]
+        return [output.cpu()]
     if isinstance(output, list) and all(isinstance(value, int) for value in output):
         return [torch.tensor(output)]
     return [tensor for part in output for tensor in _tensors(part)]
@@ -165,8 +234,8 @@ def _print_table(report: dict[str, Any], stdout: TextIO) -> None:
 
     ceilings = report["ceilings"]
     table = Table(
-        title=f"{report['threads']} threads; ceilings: {ceilings['flops_per_s'] / 1e9:.0f} GFLOP/s in bfloat16, "
-        f"{ceilings['bytes_per_s'] / 1e9:.1f} GB/s"
+        title=f"{report['device']}, {report['threads']} threads; ceilings: {ceilings['flops_per_s'] / 1e9:.0f} GFLOP/s "
+        f"in bfloat16, {ceilings['bytes_per_s'] / 1e9:.1f} GB/s"
     )
     table.add_column("op")
     table.add_column("sizes")

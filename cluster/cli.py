@@ -60,6 +60,7 @@ _ENGINE_OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
         help="Which kernels compute; auto: cpu on a CPU, triton on a GPU.",
     ),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the workers compute."),
+    click.option("--enforce-eager", is_flag=True, default=None, help="No CUDA graphs; the answers are the same."),
     click.option("--num-threads-per-worker", type=int, metavar="N", help="CPU threads of a worker."),
     click.option("--ray-address", metavar="ADDRESS", help="Cluster to use; default: the job's own, else a local Ray."),
     click.option("--insecure", is_flag=True, default=None, help="Run on several nodes without Ray authentication."),
@@ -197,6 +198,19 @@ def evaluate(
     finish(run)
 
 
+@main.command()
+@click.option("--json", "output", metavar="FILE", type=click.Path(path_type=Path), help="Write the findings there.")
+def doctor(output: Path | None) -> None:
+    """What is installed here, what of it would be used, and why. Exit status 1: something that is needed is broken."""
+
+    def run() -> int:
+        from .doctor import doctor as run_doctor
+
+        return run_doctor(output=output, stdout=sys.stdout)
+
+    finish(run)
+
+
 @main.group()
 def bench() -> None:
     """Measure a model on this machine or cluster."""
@@ -244,6 +258,7 @@ def throughput(
 @bench.command()
 @click.option("--refcheck", is_flag=True, help="Compare every op with its reference. Exit status 1: one differs.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Default: one for every core.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option(
     "--shapes",
     type=click.Choice(["tiny", "v3-test", "v3"]),
@@ -253,8 +268,10 @@ def throughput(
 )
 @click.option("--ops", metavar="A,B,..", help="Some of the ops; default: all.")
 @click.option("--output", "-o", metavar="FILE.json", type=click.Path(path_type=Path), help="Write all figures there.")
-def kernels(refcheck: bool, threads: int | None, shapes: Any, ops: str | None, output: Path | None) -> None:
-    """Time of every kernel on a CPU, and how close it comes to what the machine could do."""
+def kernels(
+    refcheck: bool, threads: int | None, device: str, shapes: Any, ops: str | None, output: Path | None
+) -> None:
+    """Time of every kernel, and how close it comes to what the machine could do."""
 
     def run() -> int:
         from .bench_kernels import kernels as run_kernels
@@ -263,6 +280,7 @@ def kernels(refcheck: bool, threads: int | None, shapes: Any, ops: str | None, o
             shapes=shapes,
             ops=None if ops is None else ops.split(","),
             threads=threads,
+            device=device,
             refcheck=refcheck,
             output=output,
             stdout=sys.stdout,

@@ -22,7 +22,7 @@ from shoal.kernels.quant import quantize_token_groups
 from shoal.kernels.records import write_index_keys, write_latents
 from shoal.kernels.rope import apply_rope, cos_sin_table, inv_freq
 from shoal.kernels.router import route
-from shoal.kernels.sampling import sample_tokens
+from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logits
 from shoal.runtime.sampler import Sampler, SamplingRow
 from shoal.runtime.types import SamplingParams
 
@@ -137,30 +137,33 @@ SHAPES: dict[ShapesName, Shapes] = {"tiny": _TINY, "v3-test": _V3_TEST, "v3": _V
 class Inputs:
     """Draws what a kernel is given; a new object draws the same again."""
 
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device`: where the large ones are drawn."""
+        self._device = device or torch.device("cpu")
+        self._generator = torch.Generator(self._device).manual_seed(0)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(shape, generator=self._generator).to(dtype)
+        return torch.randn(shape, generator=self._generator, device=self._device).to(dtype)
 
     def weight(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
         """[.., N, K], packed for the backend in force, so scaled that a product is about as large as its input."""
-        values = torch.randn(shape, generator=self._generator).div_(math.sqrt(shape[-1]))
+        values = torch.randn(shape, generator=self._generator, device=self._device).div_(math.sqrt(shape[-1]))
         return pack_weight(values.to(dtype))
 
     def positions(self, count: int, limit: int) -> Tensor:
-        return torch.randint(limit, (count,), generator=self._generator)
+        return torch.randint(limit, (count,), generator=self._generator, device=self._device)
 
     def experts(self, tokens: int, num_experts: int, top_k: int) -> Tensor:
         """[T, K] int64, different ones for each token."""
-        return torch.rand(tokens, num_experts, generator=self._generator).topk(top_k, dim=1).indices
+        draws = torch.rand(tokens, num_experts, generator=self._generator, device=self._device)
+        return draws.topk(top_k, dim=1).indices
 
     def layout(self, sequences: int, length: int, context: int) -> PagedLayout:
         """The last `length` tokens of contexts whose blocks lie anywhere among `num_slots` records."""
         blocks = -(-context // BLOCK_SIZE)
-        order = torch.randperm(sequences * blocks, generator=self._generator)
+        order = torch.randperm(sequences * blocks, generator=self._generator, device=self._device)
         return PagedLayout(
-            block_tables=order.to(torch.int32).view(sequences, blocks),
+            block_tables=order.to("cpu", torch.int32).view(sequences, blocks),
             cu_seqlens_q=torch.arange(0, sequences * length + 1, length, dtype=torch.int32),
             positions=torch.arange(context - length, context).repeat(sequences),
             block_size=BLOCK_SIZE,
@@ -436,6 +439,29 @@ def cases(s: Shapes) -> Iterator[Case]:
         4 * b * s.vocab_size,
         tolerance=0.0,
     )
+    ones = partial(torch.ones, b)
+    yield Case(
+        "truncate_logits",
+        f"top-p {b} x {s.vocab_size}",
+        lambda r: (
+            r.normal(b, s.vocab_size, dtype=torch.float32),
+            ones(),
+            torch.zeros(b, dtype=torch.int64),
+            0.9 * ones(),
+            0.0 * ones(),
+        ),
+        _num_kept,
+        0,
+        8 * b * s.vocab_size,
+    )
+    yield Case(
+        "token_logprobs",
+        f"{b} x {s.vocab_size}",
+        lambda r: (r.normal(b, s.vocab_size, dtype=torch.float32), torch.arange(2 * b).view(b, 2)),
+        token_logprobs,
+        0,
+        4 * b * s.vocab_size,
+    )
     yield _sample("greedy", b, s.vocab_size, SamplingParams(temperature=0.0))
     yield _sample("top-p", b, s.vocab_size, SamplingParams(top_p=0.9))
 
@@ -489,6 +515,11 @@ def _written(write: Callable[..., None]) -> Callable[..., Tensor]:
         return records
 
     return call
+
+
+def _num_kept(*args: Tensor) -> Tensor:
+    """How many tokens `truncate_logits` leaves: which one is the last is a matter of the last bit."""
+    return (~truncate_logits(*args).isneginf()).sum(dim=1).float()
 
 
 def _sample(name: str, rows: int, vocab_size: int, params: SamplingParams) -> Case:

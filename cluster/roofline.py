@@ -36,6 +36,27 @@ class Ceilings:
         return "compute" if flops / self.flops_per_s > num_bytes / self.bytes_per_s else "memory"
 
 
+def measure_device_ceilings(device: torch.device, *, matrix_size: int = 8192, num_bytes: int = 1 << 31) -> Ceilings:
+    """Of a GPU: the best of some products of two square matrices and of some copies, which read and write."""
+    x, y = (torch.randn(matrix_size, matrix_size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    return Ceilings(
+        flops_per_s=2 * matrix_size**3 / min(event_seconds(lambda: torch.mm(x, y.T)) for _ in range(10)),
+        bytes_per_s=2 * num_bytes / min(event_seconds(lambda: target.copy_(source)) for _ in range(10)),
+    )
+
+
+def event_seconds(call: Callable[[], object]) -> float:
+    """How long the current GPU is busy with what `call` starts."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
 def measure_ceilings(*, matrix_size: int = 4096, read_bytes: int = 1 << 29, repeats: int = 5) -> Ceilings:
     """The best of some products of two square matrices and of some sums over an array, with torch's threads."""
     x, y = (torch.randn(matrix_size, matrix_size).bfloat16() for _ in range(2))

@@ -172,19 +172,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@register("group_pairs", "triton")
-def _group_pairs_on_device(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The host waits for nothing, so every pair gets a place; pairs without an expert come last."""
-    flat_idx = topk_idx.flatten()
-    slots = torch.where(flat_idx >= 0, slot_of.to(topk_idx.device)[flat_idx], num_slots)
-    pairs = slots.argsort(stable=True)
-    places = torch.arange(len(pairs), device=topk_idx.device)
-    row_of = torch.empty_like(pairs).scatter_(0, pairs, places).masked_fill_(flat_idx < 0, -1)
-    counts = torch.zeros(num_slots + 1, dtype=torch.int64, device=topk_idx.device)
-    counts.scatter_add_(0, slots, torch.ones_like(slots))
-    return pairs // topk_idx.shape[1], counts[:num_slots], row_of.view_as(topk_idx)
-
-
 @register("group_pairs", "reference")
 def _group_pairs_reference(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     flat_idx = topk_idx.flatten()

@@ -84,8 +84,8 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 def topk_positions(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
     """Of each row's first lengths[t] scores the best `topk` -> [T, topk] int32: ascending positions, then -1.
 
-    scores: [T, S] fp32, lengths: [T] int64, checked on the CPU only. Best is (score descending, position ascending), -0 equal to 0, NaN below
-    -infinity, so the selection is one definite set.
+    scores: [T, S] fp32, lengths: [T] int64, checked on the CPU only. Best is (score descending, position ascending),
+    -0 equal to 0, NaN below -infinity, so the selection is one definite set.
     """
     if scores.dim() != 2 or scores.dtype != torch.float32 or lengths.shape != scores.shape[:1] or topk < 1:
         raise ValueError(f"topk_positions needs scores [T, S] in float32, lengths [T] and topk >= 1, got topk={topk}")
@@ -172,16 +172,16 @@ def _topk_positions_cpu(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
 def _index_topk_reference(
     q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int
 ) -> Tensor:
-    out = torch.full((q.shape[0], topk), -1, dtype=torch.int32)
+    out = torch.full((q.shape[0], topk), -1, dtype=torch.int32, device=q.device)
     bounds = layout.cu_seqlens_q.tolist()
     for sequence, (first, last) in enumerate(pairwise(bounds)):
         for t in range(first, last):
             context = int(layout.positions[t]) + 1
             if context <= topk:
-                out[t, :context] = torch.arange(context, dtype=torch.int32)
+                out[t, :context] = torch.arange(context, dtype=torch.int32, device=q.device)
                 continue
             try:
-                gathered = records[layout.slots(sequence, torch.arange(context))]
+                gathered = records[layout.slots(sequence, torch.arange(context, device=q.device))]
             except IndexError as error:
                 raise slot_error("index_topk") from error
             keys = read_index_keys(gathered, key_offset, q.shape[2], q.dtype)
@@ -192,7 +192,7 @@ def _index_topk_reference(
 
 @register("index_scores", "reference")
 def _index_scores_reference(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    scores = torch.zeros(q.shape[0], keys.shape[0])
+    scores = torch.zeros(q.shape[0], keys.shape[0], device=q.device)
     for head in range(q.shape[1]):
         dots = q[:, head].float() @ keys.float().T
         scores = scores + weights[:, head, None] * torch.relu(dots)
@@ -201,10 +201,10 @@ def _index_scores_reference(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 
 @register("topk_positions", "reference")
 def _topk_positions_reference(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
-    out = torch.full((scores.shape[0], topk), -1, dtype=torch.int32)
+    out = torch.full((scores.shape[0], topk), -1, dtype=torch.int32, device=scores.device)
     for t, length in enumerate(lengths.tolist()):
         row = scores[t, :length].tolist()
         best = sorted(range(length), key=lambda s: (row[s] != row[s], -row[s] if row[s] == row[s] else 0.0, s))
         chosen = sorted(best[:topk])
-        out[t, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+        out[t, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32, device=out.device)
     return out

@@ -67,9 +67,7 @@ class PackedWeight:
         return FP8_CODE if self.is_fp8 else DTYPE_CODES[self.dtype]
 
 
-def pack_weight(
-    w: Tensor | BlockFP8Weight, *, dtype: torch.dtype | None = None, ue8m0: bool = False
-) -> PackedWeight:
+def pack_weight(w: Tensor | BlockFP8Weight, *, dtype: torch.dtype | None = None, ue8m0: bool = False) -> PackedWeight:
     """Pack a weight [N, K] or weights [B, N, K] (fp32 or bf16, any strides) for the backend in force.
 
     Or one in FP8, which then is for inputs in `dtype`; where bf16 inputs are quantised to multiply it, with scales that
@@ -118,8 +116,9 @@ def pack_block_fp8(w: Tensor, scale_inv: Tensor, *, ue8m0: bool = False) -> Pack
 def _packed_fp8(values: Tensor, scales: Tensor, backend: Backend, *, ue8m0: bool) -> PackedWeight:
     """values: [B, N, K]; scales as `PackedWeight.scale_inv`."""
     data: Tensor = implementation("pack_weight", backend)(values)
+    batch, n, k = values.shape
     return PackedWeight(
-        data, *values.shape, torch.bfloat16, backend, is_fp8=True, scale_inv=scales.contiguous(), ue8m0=ue8m0
+        data, batch, n, k, torch.bfloat16, backend, is_fp8=True, scale_inv=scales.contiguous(), ue8m0=ue8m0
     )
 
 

@@ -1,8 +1,8 @@
 """Steps in which every sequence has one token, as CUDA graphs: the host starts hundreds of kernels at once.
 
-A graph is made for a number of sequences and a width of block tables, when they come for the first time. Sequences fewer
-than that are filled up with copies of the first one, which compute and write what it does; wider tables say nothing more.
-Neither changes a bit of a row, as no kernel lets rows depend on each other.
+A graph is made for a number of sequences and a width of block tables, when they come for the first time. Where there
+are fewer, copies of the first one compute and write what it does; wider tables say nothing more. Neither changes a bit
+of a row, as no kernel lets rows depend on each other.
 """
 
 from __future__ import annotations

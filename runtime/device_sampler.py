@@ -50,8 +50,9 @@ class DeviceSampler(Sampler):
             scored = torch.cat([token_ids.unsqueeze(1), self._likeliest(logits, max(asked))], dim=1)
             results += [scored, *token_logprobs(logits, scored)]
         copies = [_to_host(result) for result in results]
-        copied = torch.cuda.Event() if self._device.type == "cuda" else None
-        if copied is not None:
+        copied: torch.cuda.Event | None = None
+        if self._device.type == "cuda":
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         assert not (ahead and on_host), "what the host needs of the logits would be gone"
         finish = partial(self._finish, copied, copies, logits, list(rows), on_host)

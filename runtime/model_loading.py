@@ -56,6 +56,8 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
     check_layout(model_config, groups.config.tensor_parallel_size)
     dtype = _compute_dtype(model_config) if config.dtype == "auto" else getattr(torch, config.dtype)
     records_dtype = FP8_RECORDS if config.kv_cache_dtype == "fp8" else dtype
+    if records_dtype == FP8_RECORDS and current_backend() == "triton":
+        _check_fp8_cache(model_config, dtype)
     specs = record_specs(model_config, records_dtype)
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     if wanted_len > model_config.max_position_embeddings:
@@ -76,11 +78,11 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
         on_phase(f"notice: max_model_len is {max_model_len}, which is what the cache can hold")
     cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, device=groups.device)
     graphs = None
-    if groups.device.type == "cuda" and current_backend() == "triton" and groups.world.size == 1:
-        if not config.enforce_eager:
-            graphs = DecodeGraphs(
-                model, cache, groups.device, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
-            )
+    on_gpu_alone = groups.device.type == "cuda" and groups.world.size == 1 and current_backend() == "triton"
+    if on_gpu_alone and not config.enforce_eager:
+        graphs = DecodeGraphs(
+            model, cache, groups.device, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
+        )
     depends_on = f"{fingerprint}/{dtype}/{records_dtype}/{current_backend()}"
     return LoadedModel(
         runner=ModelRunner(model, cache, groups.device, graphs),
@@ -101,6 +103,17 @@ def choose_backend(wanted: KernelBackend, device: torch.device) -> Backend | Non
             'kernels "triton" need device "cuda" (or TRITON_INTERPRET=1, which is for tests of the kernels)'
         )
     return wanted
+
+
+def _check_fp8_cache(config: ModelConfig, dtype: torch.dtype) -> None:
+    """ValueError for records that the Triton kernels do not read."""
+    dims = (config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim if config.has_index else 128)
+    if dtype != torch.bfloat16 or dims[:2] != (512, 64) or dims[2] not in (32, 64, 128):
+        raise ValueError(
+            f"kv_cache_dtype fp8 on a GPU needs dtype bfloat16, kv_lora_rank 512, qk_rope_head_dim 64 and an "
+            f"index_head_dim of 32, 64 or 128, the model has {dtype}, {dims[0]}, {dims[1]} and {dims[2]}; "
+            f"use kv_cache_dtype auto"
+        )
 
 
 def _load_weights(

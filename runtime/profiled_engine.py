@@ -7,10 +7,11 @@ from typing import Any
 
 from shoal.parallel.groups import ParallelGroups
 
-from .engine import Engine, StepResult
+from .engine import Engine
 from .engine_config import EngineConfig
 from .models.deepseek import DeepseekModel
 from .models.moe import MoE
+from .step import StepResult
 from .step_profile import PhaseClock, StepProfile
 
 COLLECTIVES = ("all_gather", "all_to_all", "all_to_all_bytes", "all_gather_ints", "broadcast_bytes")

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import PagedLayout
+from ..records import FP8_RECORDS
 from ..registry import register
 from . import hopper
 from .launch import decode_e4m3, dot, has_fp8, round_to
@@ -24,8 +25,7 @@ BLOCK_HEADS = 64
 """Always one shape of matrix instruction, whatever share of the heads is here."""
 MAX_PARTIAL_BYTES = 256 << 20
 """Of the splits' partial results: tokens go in parts where there would be more."""
-FP8_RECORD_BYTES = 656
-FP8_LATENT_DIM, FP8_ROPE_DIM, FP8_GROUP = 512, 64, 128
+FP8_LATENT_DIM, FP8_ROPE_DIM = 512, 64
 _LOG2_E = 1.4426950408889634
 
 NO_SLOT = tl.constexpr(-1)
@@ -95,14 +95,15 @@ def expand_kernel(block_tables, slots, width, max_blocks, block_size, num_slots,
 
 
 @triton.jit
-def _load_fp8_latents(values, scales, slot, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """[keys, 512] in DTYPE: FP8 codes times the scale of their group of 128."""
+def _load_fp8_latents(values, scales, slot, record_bytes, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
+    """[keys, 512] in DTYPE: 512 FP8 codes times the scale of their group of 128, the scales behind the codes."""
     rows = slot.to(tl.int64)[:, None, None]
     groups = tl.arange(0, 4)
     columns = tl.arange(0, 128)
     found = rows >= 0
-    codes = tl.load(values + rows * 656 + groups[None, :, None] * 128 + columns[None, None, :], mask=found, other=0)
-    scale = tl.load(scales + rows * 164 + 128 + groups[None, :, None], mask=found, other=0)
+    places = rows * record_bytes + groups[None, :, None] * 128 + columns[None, None, :]
+    codes = tl.load(values + places, mask=found, other=0)
+    scale = tl.load(scales + rows * (record_bytes // 4) + 128 + groups[None, :, None], mask=found, other=0)
     if NATIVE_FP8:
         widened = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
@@ -173,7 +174,7 @@ def mla_kernel(
         rows = records + slot.to(tl.int64)[:, None] * record_stride
         key_rope = tl.load(rows + ROPE_OFFSET + ropes[None, :], mask=found & (ropes < ROPE)[None, :], other=0.0)
         if FP8:
-            latent = _load_fp8_latents(fp8_values, fp8_scales, slot, NATIVE_FP8, query.dtype)
+            latent = _load_fp8_latents(fp8_values, fp8_scales, slot, record_stride * 2, NATIVE_FP8, query.dtype)
         else:
             latent = tl.load(rows + latents[None, :], mask=found & (latents < LATENT)[None, :], other=0.0)
         scores = tl.zeros([BLOCK_HEADS, BLOCK_KEYS], tl.float32)
@@ -247,31 +248,16 @@ def mla_options(dtype: torch.dtype, capability: tuple[int, int], *, fp8: bool) -
 def mla_attention_triton(
     q_latent: Tensor, q_rope: Tensor, records: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
 ) -> Tensor:
+    """FP8 records, `kernels/records.py`, go with bf16 queries of 512 and 64 columns; ValueError for others."""
+    if records.dtype == FP8_RECORDS:
+        dims = (q_latent.shape[2], q_rope.shape[2])
+        if q_latent.dtype != torch.bfloat16 or dims != (FP8_LATENT_DIM, FP8_ROPE_DIM):
+            raise ValueError(
+                f"FP8 records go with bfloat16 queries [T, h, {FP8_LATENT_DIM}] and [T, h, {FP8_ROPE_DIM}] on a GPU, "
+                f"got {list(dims)} in {q_latent.dtype}"
+            )
     records = records if records.stride(-1) == 1 else records.contiguous()
-    return _attend(q_latent, q_rope, records, layout, scale, selected, fp8=False)
-
-
-def mla_attention_fp8(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    records: Tensor,
-    layout: PagedLayout,
-    scale: float,
-    *,
-    selected: Tensor | None = None,
-) -> Tensor:
-    """`mla_attention` with bf16 queries over FP8 records [num_slots, 656] uint8.
-
-    A record: 512 float8_e4m3fn latents | 4 fp32 scales, one per 128 latents | 64 bf16 rotary keys. A latent is its code
-    times its scale, rounded to bf16; from there on everything is as in bf16.
-    """
-    if records.dtype != torch.uint8 or records.dim() != 2 or records.shape[1] != FP8_RECORD_BYTES:
-        raise ValueError(
-            f"FP8 records are uint8 [num_slots, {FP8_RECORD_BYTES}], got {list(records.shape)} in {records.dtype}"
-        )
-    if q_latent.dtype != torch.bfloat16 or q_latent.shape[2:] + q_rope.shape[2:] != (FP8_LATENT_DIM, FP8_ROPE_DIM):
-        raise ValueError(f"FP8 records go with bfloat16 queries [T, h, {FP8_LATENT_DIM}] and [T, h, {FP8_ROPE_DIM}]")
-    return _attend(q_latent, q_rope, records.contiguous(), layout, scale, selected, fp8=True)
+    return _attend(q_latent, q_rope, records, layout, scale, selected, fp8=records.dtype == FP8_RECORDS)
 
 
 def _attend(
@@ -326,7 +312,7 @@ def _attend(
             mla_kernel[grid](
                 *queries,
                 records.view(torch.bfloat16) if fp8 else records,
-                FP8_RECORD_BYTES // 2 if fp8 else records.stride(0),
+                records.stride(0) // 2 if fp8 else records.stride(0),
                 records,
                 records.view(torch.float32) if fp8 else records,
                 *lists,

@@ -1,4 +1,4 @@
-"""`index_scores` and `index_topk`, over bf16 or fp32 keys and over FP8 keys in pages of 64.
+"""`index_scores` and `index_topk`, over keys in the queries' dtype or in FP8 with a scale behind each.
 
 A score is a product with keys as rows and heads as columns, and a sum over the heads in fp32. Many tokens of a sequence
 keep a tile of keys and go through the tokens, a single one goes through the keys; both compute a score alike, so which
@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import PagedLayout
+from ..records import FP8_RECORDS
 from ..registry import register
 from .attention import BAD_SLOT, find_sequence, find_slots
-from .launch import decode_e4m3, dot, has_fp8
+from .launch import decode_e4m3, dot, has_fp8, round_to
 from .token_tiles import token_tiles
 from .topk import select_best
 
@@ -24,34 +25,32 @@ CHUNK_KEYS = 2048
 TILE_TOKENS = 64
 """Tokens that one program scores against one tile of keys."""
 MAX_SCORE_BYTES = 256 << 20
-PAGE = 64
-PAGE_BYTES = 64 * 132
 
 
 @triton.jit
 def _load_keys(
     keys,
     key_stride,
-    values,
     scales,
     slot,
+    DTYPE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     FP8: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """-> keys [n, BLOCK_DIM] and their scales [n], NaN for a BAD_SLOT."""
+    """-> keys [n, BLOCK_DIM] in DTYPE, which holds every FP8 number, and their scales [n], NaN for a BAD_SLOT."""
     columns = tl.arange(0, BLOCK_DIM)[None, :]
     found = slot >= 0
     rows = slot.to(tl.int64)
     unit = tl.where(slot == BAD_SLOT, float("nan"), 1.0)
+    mask = found[:, None] & (columns < DIM)
     if FP8:
-        page, entry = rows // 64, rows % 64
-        key = tl.load(values + (page * 8448 + entry * 128)[:, None] + columns, mask=found[:, None], other=0)
-        scale = tl.load(scales + page * 2112 + 2048 + entry, mask=found, other=0.0) * unit
-        return key.to(tl.float8e4nv, bitcast=True) if NATIVE_FP8 else decode_e4m3(key), scale
+        codes = tl.load(keys + rows[:, None] * key_stride + columns, mask=mask, other=0)
+        scale = tl.load(scales + rows * (key_stride // 4) + DIM // 4, mask=found, other=0.0) * unit
+        key = codes.to(tl.float8e4nv, bitcast=True) if NATIVE_FP8 else decode_e4m3(codes)
+        return round_to(key.to(tl.float32), DTYPE), scale
     else:
-        mask = found[:, None] & (columns < DIM)
         return tl.load(keys + rows[:, None] * key_stride + columns, mask=mask, other=0.0), unit
 
 
@@ -64,19 +63,13 @@ def _load_queries(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-    FP8: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
 ):
     """-> one token's queries [BLOCK_HEADS, BLOCK_DIM] and weights [BLOCK_HEADS]."""
     heads = tl.arange(0, BLOCK_HEADS)
     columns = tl.arange(0, BLOCK_DIM)[None, :]
     mask = (heads < num_heads)[:, None] & (columns < DIM)
     weight = tl.load(weights + heads, mask=heads < num_heads, other=0.0)
-    if FP8:
-        query = tl.load(q + heads[:, None] * q_head_stride + columns, mask=mask, other=0)
-        return query.to(tl.float8e4nv, bitcast=True) if NATIVE_FP8 else decode_e4m3(query), weight
-    else:
-        return tl.load(q + heads[:, None] * q_head_stride + columns, mask=mask, other=0.0), weight
+    return tl.load(q + heads[:, None] * q_head_stride + columns, mask=mask, other=0.0), weight
 
 
 @triton.jit
@@ -94,7 +87,6 @@ def token_scores_kernel(
     weights,
     keys,
     key_stride,
-    values,
     scales,
     block_tables,
     cu_seqlens_q,
@@ -132,15 +124,13 @@ def token_scores_kernel(
         DIM,
         BLOCK_DIM,
         BLOCK_HEADS,
-        FP8,
-        NATIVE_FP8,
     )
     sequence = find_sequence(cu_seqlens_q, num_sequences, token, BLOCK_SEQUENCES)
     table = block_tables + sequence.to(tl.int64) * max_blocks
     for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
         entries = start + tl.arange(0, BLOCK_KEYS)
         slot = find_slots(entries, entries < end, table, max_blocks, block_size, num_slots)
-        key, scale = _load_keys(keys, key_stride, values, scales, slot, DIM, BLOCK_DIM, FP8, NATIVE_FP8)
+        key, scale = _load_keys(keys, key_stride, scales, slot, query.dtype, DIM, BLOCK_DIM, FP8, NATIVE_FP8)
         score = _score(key, query, weight) * scale
         tl.store(scores + token * scores_stride + entries, score, mask=entries < end)
 
@@ -153,7 +143,6 @@ def tile_scores_kernel(
     weights,
     keys,
     key_stride,
-    values,
     scales,
     block_tables,
     tile_sequences,
@@ -191,7 +180,8 @@ def tile_scores_kernel(
     entries = begin + tl.arange(0, BLOCK_KEYS)
     table = block_tables + sequence * max_blocks
     slot = find_slots(entries, entries < longest, table, max_blocks, block_size, num_slots)
-    key, scale = _load_keys(keys, key_stride, values, scales, slot, DIM, BLOCK_DIM, FP8, NATIVE_FP8)
+    dtype: tl.constexpr = q.dtype.element_ty
+    key, scale = _load_keys(keys, key_stride, scales, slot, dtype, DIM, BLOCK_DIM, FP8, NATIVE_FP8)
     for index in tl.range(first, last, num_stages=STAGES):
         token = tl.cast(index, tl.int64)
         query, weight = _load_queries(
@@ -202,8 +192,6 @@ def tile_scores_kernel(
             DIM,
             BLOCK_DIM,
             BLOCK_HEADS,
-            FP8,
-            NATIVE_FP8,
         )
         length = tl.load(positions + token).to(tl.int32) + 1
         score = _score(key, query, weight) * scale
@@ -221,26 +209,27 @@ def paged_scores(
     q: Tensor,
     weights: Tensor,
     keys: Tensor,
-    key_stride: int,
-    num_slots: int,
     layout: PagedLayout,
     *,
     unscored: int,
-    fp8: bool,
 ) -> Tensor:
     """Scores of each token for its context -> [T, positions in the table] fp32, undefined beyond positions[t].
 
-    keys: the first key of bf16 or fp32 records, or FP8 pages. Contexts of at most `unscored` positions are left out.
+    keys: [num_slots, ..], the records from the first column of the keys on. Contexts of at most `unscored` positions
+    are left out.
     """
+    fp8 = keys.dtype == FP8_RECORDS
     num_tokens, num_heads, dim = q.shape
     num_sequences, max_blocks = layout.block_tables.shape
     device = q.device
     scores = torch.empty(num_tokens, max_blocks * layout.block_size, dtype=torch.float32, device=device)
     if scores.numel() == 0:
         return scores
-    scales = keys.view(torch.float32) if fp8 else weights
-    pages = (keys, key_stride, keys, scales, layout.block_tables)
-    sizes = (max_blocks, layout.block_size, num_slots)
+    if fp8 and dim not in (32, 64, 128):  # one scale, and bytes that the kernel need not count
+        raise ValueError(f"FP8 index keys have 32, 64 or 128 columns on a GPU, not {dim}")
+    scales = keys[:, :4].view(torch.float32) if fp8 else weights
+    pages = (keys, keys.stride(0), scales, layout.block_tables)
+    sizes = (max_blocks, layout.block_size, len(keys))
     options = score_options(q.dtype) | {
         "DIM": dim,
         "BLOCK_DIM": max(16, triton.next_power_of_2(dim)),
@@ -286,18 +275,13 @@ def paged_scores(
     return scores
 
 
-def _select(
-    q: Tensor,
-    weights: Tensor,
-    keys: Tensor,
-    key_stride: int,
-    num_slots: int,
-    layout: PagedLayout,
-    topk: int,
-    *,
-    fp8: bool,
+@register("index_topk", "triton")
+def index_topk_triton(
+    q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int
 ) -> Tensor:
     """Scores and selection, a bounded number of tokens at a time."""
+    q, records = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, records))
+    weights, keys = weights.contiguous(), records[:, key_offset:]
     num_tokens = q.shape[0]
     positions_per_row = max(1, layout.block_tables.shape[1] * layout.block_size)
     step = max(1, MAX_SCORE_BYTES // (4 * positions_per_row))
@@ -308,45 +292,9 @@ def _select(
         if last - first < num_tokens:
             bounds = layout.cu_seqlens_q.clamp(first, last) - first
             part = PagedLayout(layout.block_tables, bounds, layout.positions[first:last], layout.block_size)
-        scores = paged_scores(
-            q[first:last], weights[first:last], keys, key_stride, num_slots, part, unscored=topk, fp8=fp8
-        )
+        scores = paged_scores(q[first:last], weights[first:last], keys, part, unscored=topk)
         parts.append(select_best(scores, part.positions, topk, extra=1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-@register("index_topk", "triton")
-def index_topk_triton(
-    q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int
-) -> Tensor:
-    q, records = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, records))
-    keys = records[:, key_offset:]
-    return _select(q, weights.contiguous(), keys, records.stride(0), records.shape[0], layout, topk, fp8=False)
-
-
-def index_topk_fp8(q: Tensor, weights: Tensor, pages: Tensor, layout: PagedLayout, topk: int) -> Tensor:
-    """`index_topk` over FP8 keys: q [T, Hi, 128] float8_e4m3fn, weights [T, Hi] fp32 that include the queries' scales.
-
-    pages: [num_pages, 64 * 132] uint8, in a page first its 64 keys of 128 float8_e4m3fn, then their 64 fp32 scales;
-    slot s is entry s % 64 of page s // 64. A score is scale * sum over heads of weight * relu(q . key), in fp32.
-    """
-    _check_pages(q, pages)
-    q, pages = q.contiguous().view(torch.uint8), pages.contiguous()
-    return _select(q, weights.contiguous(), pages, 0, pages.shape[0] * PAGE, layout, topk, fp8=True)
-
-
-def index_scores_fp8(q: Tensor, weights: Tensor, pages: Tensor, layout: PagedLayout) -> Tensor:
-    """What `index_topk_fp8` selects by -> [T, positions in the table] fp32, undefined beyond positions[t]."""
-    _check_pages(q, pages)
-    q, pages = q.contiguous().view(torch.uint8), pages.contiguous()
-    return paged_scores(q, weights.contiguous(), pages, 0, pages.shape[0] * PAGE, layout, unscored=0, fp8=True)
-
-
-def _check_pages(q: Tensor, pages: Tensor) -> None:
-    if q.dtype != torch.float8_e4m3fn or q.dim() != 3 or q.shape[2] != 128:
-        raise ValueError(f"FP8 index queries are float8_e4m3fn [T, Hi, 128], got {list(q.shape)} {q.dtype}")
-    if pages.dtype != torch.uint8 or pages.dim() != 2 or pages.shape[1] != PAGE_BYTES:
-        raise ValueError(f"FP8 index keys are uint8 [num_pages, {PAGE_BYTES}], got {list(pages.shape)} {pages.dtype}")
 
 
 @register("index_scores", "triton")
@@ -361,4 +309,4 @@ def index_scores_triton(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
         torch.full((num_tokens,), num_keys - 1, device=q.device),
         num_keys,
     )
-    return paged_scores(q, weights, keys, keys.stride(0), num_keys, layout, unscored=0, fp8=False)
+    return paged_scores(q, weights, keys, layout, unscored=0)

@@ -1,6 +1,6 @@
 """Sampling on the device: the highest logit of a row, sums of its weights per chunk of ids, then the chosen id.
 
-Truncation looks for thresholds bit by bit, one program for a row, in integers: what it finds is exact.
+Truncation looks for thresholds two bits at a time, one program for a row, in integers: what it finds is exact.
 """
 
 from __future__ import annotations
@@ -111,11 +111,12 @@ def _exact_weights(x, best, temperature, min_p):
 
 
 @triton.jit
-def _reached(logits, best, temperature, min_p, threshold, vocab_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """(of ranks of at least `threshold`, of those above it): how many there are with COUNT, or what they weigh."""
+def _reached(logits, best, temperature, min_p, low, step, vocab_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Of ranks of at least low + step, + 2 step, + 3 step: how many there are with COUNT, or what they weigh."""
     lanes = tl.arange(0, BLOCK)
-    reached = tl.zeros((BLOCK,), dtype=tl.int64)
-    above = tl.zeros((BLOCK,), dtype=tl.int64)
+    first = tl.zeros((BLOCK,), dtype=tl.int64)
+    second = tl.zeros((BLOCK,), dtype=tl.int64)
+    third = tl.zeros((BLOCK,), dtype=tl.int64)
     for start in tl.range(0, vocab_size, BLOCK):
         inside = start + lanes < vocab_size
         x = tl.load(logits + start + lanes, mask=inside, other=-float("inf"))
@@ -124,23 +125,33 @@ def _reached(logits, best, temperature, min_p, threshold, vocab_size, COUNT: tl.
             amount = inside.to(tl.int64)
         else:
             amount = _exact_weights(x, best, temperature, min_p)
-        reached += tl.where(rank >= threshold, amount, 0)
-        above += tl.where(rank > threshold, amount, 0)
-    return tl.sum(reached), tl.sum(above)
+        first += tl.where(rank >= low + step, amount, 0)
+        second += tl.where(rank >= low + 2 * step, amount, 0)
+        third += tl.where(rank >= low + 3 * step, amount, 0)
+    return tl.sum(first), tl.sum(second), tl.sum(third)
+
+
+@triton.jit
+def _above(logits, best, temperature, min_p, threshold, vocab_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Of ranks above the threshold, likewise."""
+    above, _second, _third = _reached(
+        logits, best, temperature, min_p, threshold, tl.full([], 1, tl.uint32), vocab_size, COUNT, BLOCK
+    )
+    return above
 
 
 @triton.jit
 def _threshold(logits, best, temperature, min_p, wanted, vocab_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """(the largest rank that `wanted` is reached with, what is above it)."""
+    """The largest rank that `wanted` is reached with."""
     threshold = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 0x80000000, tl.uint32)
-    for _ in range(32):
-        higher = threshold | bit
-        reached, _above = _reached(logits, best, temperature, min_p, higher, vocab_size, COUNT, BLOCK)
-        threshold = tl.where(reached >= wanted, higher, threshold)
-        bit = bit >> 1
-    _all, above = _reached(logits, best, temperature, min_p, threshold, vocab_size, COUNT, BLOCK)
-    return threshold, above
+    step = tl.full([], 0x40000000, tl.uint32)
+    for _ in range(16):
+        first, second, third = _reached(logits, best, temperature, min_p, threshold, step, vocab_size, COUNT, BLOCK)
+        threshold += tl.where(first >= wanted, step, 0).to(tl.uint32)
+        threshold += tl.where(second >= wanted, step, 0).to(tl.uint32)
+        threshold += tl.where(third >= wanted, step, 0).to(tl.uint32)
+        step = step >> 2
+    return threshold
 
 
 @triton.jit
@@ -150,9 +161,7 @@ def _weight_of_rank(rank, best, temperature, min_p):
 
 
 @triton.jit
-def _truncate_kernel(
-    logits, out, highest, temperatures, top_k, top_p, min_p, stride, vocab_size, BLOCK: tl.constexpr
-):
+def _truncate_kernel(logits, out, highest, temperatures, top_k, top_p, min_p, stride, vocab_size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     out += row * vocab_size
@@ -166,13 +175,14 @@ def _truncate_kernel(
     rank = tl.full([], 0, tl.uint32)
     ties = tl.full([], 0, tl.int64)
     if drawn & (k > 0) & (k < vocab_size):
-        rank, above = _threshold(logits, best, temperature, least, k, vocab_size, True, BLOCK)
-        ties = k - above
+        rank = _threshold(logits, best, temperature, least, k, vocab_size, True, BLOCK)
+        ties = k - _above(logits, best, temperature, least, rank, vocab_size, True, BLOCK)
     if drawn & (p < 1.0):
-        _all, above = _reached(logits, best, temperature, least, rank, vocab_size, False, BLOCK)
+        above = _above(logits, best, temperature, least, rank, vocab_size, False, BLOCK)
         total = above + ties * _weight_of_rank(rank, best, temperature, least)
         wanted = tl.maximum(tl.ceil(p.to(tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
-        rank, above = _threshold(logits, best, temperature, least, wanted, vocab_size, False, BLOCK)
+        rank = _threshold(logits, best, temperature, least, wanted, vocab_size, False, BLOCK)
+        above = _above(logits, best, temperature, least, rank, vocab_size, False, BLOCK)
         weight = tl.maximum(_weight_of_rank(rank, best, temperature, least), 1)
         ties = (wanted - above + weight - 1) // weight
 

@@ -13,12 +13,20 @@ from shoal.parallel.groups import single_process_groups
 from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.types import Request, SamplingParams
+from tests.checkpoints import make_checkpoint
 from tests.invariance import BASE_ENGINE, Point, dtypes, make_model, rows, run_point, run_rows
 from tests.test_invariance_matrix import SCHEDULES, differing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-MODELS = [("deepseek_v3", "bfloat16"), ("deepseek_v32", "bfloat16"), ("deepseek_v32", "fp8"), ("glm_moe_dsa", "float32")]
+MODELS = [
+    ("deepseek_v3", "bfloat16"),
+    ("deepseek_v32", "bfloat16"),
+    ("deepseek_v32", "fp8"),
+    ("glm_moe_dsa", "float32"),
+]
+WIDE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
+"""What FP8 records are made for."""
 POINTS: dict[str, dict[str, Any]] = {
     **{name: how for name, how in SCHEDULES.items() if "threads" not in how},
     "without graphs": {"engine": {"enforce_eager": True}},
@@ -33,8 +41,31 @@ def test_the_answer_does_not_depend_on_how_it_is_computed(tmp_path: Path, model_
     groups = single_process_groups(torch.device("cuda"))
     base = run_point(Point("reference"), model_dir, dtype, groups)
     assert len({row[0][1] for row in base.values()}) == len(base) == 7
-    found = {name: differing(run_point(Point(name, **how), model_dir, dtype, groups), base) for name, how in POINTS.items()}
+    found = {
+        name: differing(run_point(Point(name, **how), model_dir, dtype, groups), base) for name, how in POINTS.items()
+    }
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "deepseek_v32"])
+def test_a_cache_in_fp8(tmp_path: Path, model_type: str) -> None:
+    wide = {name: value for name, value in WIDE.items() if model_type == "deepseek_v32" or name != "index_head_dim"}
+    make_checkpoint(tmp_path, model_type, seed=11, dtype=torch.bfloat16, overrides=wide)
+    groups = single_process_groups(torch.device("cuda"))
+    base = run_point(Point("reference"), tmp_path, "bfloat16, fp8 cache", groups)
+    assert differing(run_point(Point("reference"), tmp_path, "bfloat16", groups), base)
+    some = ("one after another", "chunks of 7", "prefix cache warm", "too few blocks", "without graphs")
+    found = {
+        name: differing(run_point(Point(name, **POINTS[name]), tmp_path, "bfloat16, fp8 cache", groups), base)
+        for name in some
+    }
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+
+
+def test_an_fp8_cache_of_other_widths_is_refused(tmp_path: Path) -> None:
+    model_dir = make_model(tmp_path, "deepseek_v3", "bfloat16")
+    with pytest.raises(ValueError, match="kv_cache_dtype fp8 on a GPU needs dtype bfloat16, kv_lora_rank 512"):
+        Engine(model_dir, EngineConfig(kv_cache_dtype="fp8"), single_process_groups(torch.device("cuda")))
 
 
 def sampled_on_device(vocab_size: int) -> list[Request]:
@@ -47,7 +78,7 @@ def test_steps_that_run_ahead_change_nothing(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path, "deepseek_v32", "bfloat16")
     found, ahead = [], []
     for eager in (True, False):
-        config = EngineConfig(**BASE_ENGINE, **dtypes("bfloat16"), enforce_eager=eager)
+        config = EngineConfig(**{**BASE_ENGINE, **dtypes("bfloat16"), "enforce_eager": eager})
         engine = Engine(model_dir, config, single_process_groups(torch.device("cuda")))
         calls: list[int] = []
         run_ahead = engine.runner.run_ahead
@@ -57,7 +88,7 @@ def test_steps_that_run_ahead_change_nothing(tmp_path: Path) -> None:
             logits: torch.Tensor = run_ahead(*args)
             return logits
 
-        engine.runner.run_ahead = counting  # type: ignore[method-assign]
+        engine.runner.run_ahead = counting  # type: ignore[method-assign, assignment]
         found.append(run_rows(engine, Point("ahead"), sampled_on_device(engine.model_config.vocab_size)))
         assert engine.audit() == []
         ahead.append(len(calls))
@@ -68,7 +99,7 @@ def test_steps_that_run_ahead_change_nothing(tmp_path: Path) -> None:
 
 def test_a_request_that_is_aborted_while_its_step_runs(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path, "deepseek_v3", "bfloat16")
-    config = EngineConfig(**BASE_ENGINE, **dtypes("bfloat16"))
+    config = EngineConfig(**{**BASE_ENGINE, **dtypes("bfloat16")})
     engine = Engine(model_dir, config, single_process_groups(torch.device("cuda")))
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     answers: dict[str, tuple[int, ...]] = {}

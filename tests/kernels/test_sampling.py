@@ -15,7 +15,9 @@ def logs(*probabilities: float) -> Tensor:
     return torch.tensor([[math.log(p) for p in probabilities]])
 
 
-def kept(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[int]:
+def kept(
+    logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> list[int]:
     """The tokens that stay."""
     floats = [torch.tensor([value]) for value in (temperature, top_p, min_p)]
     out = truncate_logits(logits, floats[0], torch.tensor([top_k]), floats[1], floats[2])
@@ -80,7 +82,7 @@ def test_logprobs_and_ranks() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     one = torch.ones(1)
-    with pytest.raises(ValueError, match="truncate_logits needs 1 torch.int64"):
+    with pytest.raises(ValueError, match=r"truncate_logits needs 1 torch\.int64"):
         truncate_logits(DESCENDING, one, one, one, one)
     with pytest.raises(ValueError, match=r"token_logprobs needs logits \[N, V\] in float32"):
         token_logprobs(DESCENDING.double(), torch.zeros(1, 1, dtype=torch.int64))

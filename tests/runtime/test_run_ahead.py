@@ -110,7 +110,7 @@ def test_the_next_step_is_started_before_the_tokens_are_read(model_dir: Path) ->
         events.append("read")
         return finish(self, *args)
 
-    engine.runner.run_ahead = ahead  # type: ignore[method-assign]
+    engine.runner.run_ahead = ahead  # type: ignore[method-assign, assignment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DeviceSampler, "_finish", finishing)
         run(engine, {0: requests()[:1]}, {})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.parallel.collectives import CollectiveError
 from shoal.runtime.batch import EMPTY_BATCH, Batch
-from shoal.runtime.engine import StepResult
+from shoal.runtime.step import StepResult
 
 from .model import TakePromptLogits
 from .virtual import World

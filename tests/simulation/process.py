@@ -13,7 +13,7 @@ from shoal.cluster.wire import Command, Event
 from shoal.cluster.worker import obey
 from shoal.cluster.worker_spec import StartReport
 from shoal.runtime.batch import Batch
-from shoal.runtime.engine import StepResult
+from shoal.runtime.step import StepResult
 from shoal.runtime.validation import RequestLimits
 
 from .engine import SimulatedEngine

@@ -74,14 +74,14 @@ def hopper_kernels() -> Iterator[Case]:
 def indexer_kernels(target: int) -> Iterator[Case]:
     common = integers("q_token_stride", "q_head_stride", "key_stride", "scores_stride", "num_heads", "num_sequences")
     common |= integers("unscored", "max_blocks", "block_size", "num_slots")
-    common |= {"weights": "*fp32", "values": "*u8", "scales": "*fp32", "scores": "*fp32", "positions": "*i64"}
+    common |= {"weights": "*fp32", "scales": "*fp32", "scores": "*fp32", "positions": "*i64"}
     common |= {"block_tables": "*i32", "cu_seqlens_q": "*i32"}
     tiles = {"tile_sequences": "*i32", "tile_tokens": "*i32"}
     for dtype, element in ELEMENTS.items():
         constants, options = split_options(indexer.score_options(dtype))
         constants |= {"DIM": 128, "BLOCK_DIM": 128, "BLOCK_HEADS": 64, "NATIVE_FP8": target >= 89}
         for fp8 in (False, True) if dtype == torch.bfloat16 else (False,):
-            types = common | {"q": "*u8" if fp8 else element, "keys": element}
+            types = common | {"q": element, "keys": "*u8" if fp8 else element}
             constants["FP8"] = fp8
             by_token = {"CHUNK_KEYS": indexer.CHUNK_KEYS, "BLOCK_SEQUENCES": 64}
             yield indexer.token_scores_kernel, types, constants | by_token, options

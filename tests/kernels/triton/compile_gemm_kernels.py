@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from shoal.kernels.triton import experts, linear, norm, quant, rope, router, sampling
+from shoal.kernels.triton import dispatch, experts, linear, norm, quant, rope, router, sampling
 from shoal.kernels.triton.linear import BF16, DECODED_FP8, FP32, NATIVE_FP8
 from shoal.kernels.triton.tiles import TILES, Tiles
 from tests.kernels.triton.compiler import TARGETS, compile_kernel
 
 Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
-MODULES = (norm, quant, rope, linear, experts, router, sampling)
+MODULES = (norm, quant, rope, linear, experts, router, sampling, dispatch)
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.uint8: "u8"}
 KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float8_e4m3fn: NATIVE_FP8, torch.uint8: DECODED_FP8}
 
@@ -50,6 +50,11 @@ def row_kernels() -> Iterator[Case]:
         {"GROUPS": 8, "GROUP_SIZE": 32, "TOP_K": 8, "TOP_K_BLOCK": 8, "NORMALIZE": True},
         {"num_warps": 1},
     )
+    pair_types = {"topk_idx": "*i64", "slot_of": "*i64", "chunk_counts": "*i32", "num_pairs": "i32", "num_slots": "i32"}
+    pair_blocks = {"CHUNK": dispatch.CHUNK, "SLOTS": 512}
+    yield dispatch._count_kernel, pair_types, pair_blocks, {}
+    pair_types |= {"token_of": "*i64", "row_of": "*i64", "counts": "*i64", "num_chunks": "i32", "top_k": "i32"}
+    yield dispatch._place_kernel, pair_types, pair_blocks, {}
     sampling_types = {"logits": "*fp32", "highest": "*fp32", "stride": "i32!", "vocab_size": "i32!"}
     yield sampling._highest_kernel, {**sampling_types, "tokens": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8}
     sampling_types = sampling_types | {"temperatures": "*fp32", "sums": "*fp64", "num_chunks": "i32"}

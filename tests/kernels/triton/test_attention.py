@@ -10,7 +10,6 @@ from torch import Tensor
 
 from shoal.kernels.attention import mla_attention
 from shoal.kernels.registry import use_backend
-from shoal.kernels.triton.attention import mla_attention_fp8
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.paging import Sequences, random_selection, to_device
 
@@ -146,16 +145,18 @@ def test_fp8_records_count_as_what_they_hold(sparse: bool, monkeypatch: pytest.M
     queries, _, records, layout = sequences.span([(87, 90), (0, 2)])
     fp8, held = _fp8_records(records)
     assert fp8.shape[1] == 656
+    fp8 = torch.cat([fp8, torch.full((len(fp8), 132), 127, dtype=torch.uint8)], dim=1)  # with an index key
     selected = random_selection(layout.positions, 70) if sparse else None
     q_latent, q_rope = queries[..., :512], queries[..., 512:]
-    out = mla_attention_fp8(
-        q_latent.to(DEVICE),
-        q_rope.to(DEVICE),
-        fp8.to(DEVICE),
-        to_device(layout, DEVICE),
-        0.1,
-        selected=None if selected is None else selected.to(DEVICE),
-    )
+    with use_backend("triton"):
+        out = mla_attention(
+            q_latent.to(DEVICE),
+            q_rope.to(DEVICE),
+            fp8.to(DEVICE),
+            to_device(layout, DEVICE),
+            0.1,
+            selected=None if selected is None else selected.to(DEVICE),
+        )
     with use_backend("reference"):
         expected = mla_attention(q_latent, q_rope, held, layout, 0.1, selected=selected)
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-2, atol=1e-2)
@@ -163,9 +164,7 @@ def test_fp8_records_count_as_what_they_hold(sparse: bool, monkeypatch: pytest.M
 
 def test_fp8_records_refuse_what_does_not_fit() -> None:
     sequences = Sequences([9], torch.bfloat16, **MODEL)
-    queries, _, records, layout = sequences.span([(8, 9)])
+    queries, _, _, layout = sequences.span([(8, 9)])
     q_latent, q_rope = queries[..., :512], queries[..., 512:]
-    with pytest.raises(ValueError, match="FP8 records are"):
-        mla_attention_fp8(q_latent, q_rope, records, layout, 0.1)
-    with pytest.raises(ValueError, match="go with bfloat16 queries"):
-        mla_attention_fp8(q_latent[..., :64], q_rope, torch.zeros(16, 656, dtype=torch.uint8), layout, 0.1)
+    with use_backend("triton"), pytest.raises(ValueError, match="go with bfloat16 queries"):
+        mla_attention(q_latent[..., :64], q_rope, torch.zeros(16, 656, dtype=torch.uint8), layout, 0.1)

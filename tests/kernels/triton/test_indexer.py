@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores, index_topk, topk_positions
 from shoal.kernels.registry import use_backend
-from shoal.kernels.triton.indexer import index_scores_fp8, index_topk_fp8, paged_scores
+from shoal.kernels.triton.indexer import paged_scores
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.paging import Sequences, to_device
 
@@ -104,11 +105,8 @@ def _scores(sequences: Sequences, spans: list[tuple[int, int]], *, block_size: i
         queries.to(DEVICE),
         weights.to(DEVICE),
         records,
-        records.stride(0),
-        len(records),
         to_device(layout, DEVICE),
         unscored=0,
-        fp8=False,
     )
     return [row[: position + 1] for row, position in zip(scores.cpu(), layout.positions.tolist(), strict=True)]
 
@@ -134,32 +132,24 @@ def test_selection_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
         assert torch.equal(index_topk(*arguments), whole)
 
 
-def _fp8_pages(num_pages: int) -> tuple[Tensor, Tensor]:
-    """Random pages [n, 64 * 132] uint8, and the keys in them [64 n, 128] fp32."""
-    codes = torch.randn(num_pages, 64, 128).to(torch.float8_e4m3fn)
-    scales = torch.rand(num_pages, 64) + 0.5
-    pages = torch.cat([codes.flatten(1).view(torch.uint8), scales.view(torch.uint8)], dim=1)
-    return pages, (codes.float() * scales[..., None]).flatten(0, 1)
-
-
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spans", [[(140, 150), (0, 1)], [(149, 150), (0, 1)]])
-def test_fp8_keys_in_planar_pages(spans: list[tuple[int, int]]) -> None:
-    torch.manual_seed(0)
-    sequences = Sequences([150, 1], torch.float32, heads=4, latent=64, rope=64)
-    queries, weights, _, layout = sequences.span(spans, block_size=64)
-    pages, keys = _fp8_pages(layout.block_tables.numel())
-    assert pages.shape[1] == 64 * 132
-    codes = queries.to(torch.float8_e4m3fn)
-    arguments = (codes.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE))
-    scores, selected = index_scores_fp8(*arguments).cpu(), index_topk_fp8(*arguments, 20).cpu()
-    with use_backend("reference"):
-        for t, context in enumerate((layout.positions + 1).tolist()):
-            sequence = int(t >= layout.cu_seqlens_q[1])
-            slots = layout.slots(sequence, torch.arange(context))
-            expected = index_scores(codes[t : t + 1].float(), weights[t : t + 1], keys[slots])
-            torch.testing.assert_close(scores[t : t + 1, :context], expected, rtol=1e-2, atol=2e-2)
-            best = topk_positions(scores[t : t + 1, :context].contiguous(), torch.tensor([context]), 20)
-            assert torch.equal(selected[t : t + 1], best)
+def test_fp8_keys_count_as_what_they_hold(dtype: torch.dtype, spans: list[tuple[int, int]]) -> None:
+    sequences = Sequences([150, 1], dtype, heads=4, latent=64, rope=64)
+    queries, weights, records, layout = sequences.span(spans)
+    codes, scales = quantize_rows_fp8(records[:, :128].contiguous())
+    held = dequantize_rows_fp8(codes, scales, dtype)
+    before = torch.full((len(records), 20), 127, dtype=torch.uint8)
+    fp8 = torch.cat([before, codes.view(torch.uint8), scales.view(torch.uint8)], dim=1)
+    arguments = (queries.to(DEVICE), weights.to(DEVICE))
+    with use_backend("triton"):
+        found = paged_scores(*arguments, fp8.to(DEVICE)[:, 20:], to_device(layout, DEVICE), unscored=0).cpu()
+        expected = paged_scores(*arguments, held.to(DEVICE), to_device(layout, DEVICE), unscored=0).cpu()
+        selected = index_topk(*arguments, fp8.to(DEVICE), 20, to_device(layout, DEVICE), 20).cpu()
+    for t, context in enumerate((layout.positions + 1).tolist()):
+        assert torch.equal(found[t, :context], expected[t, :context])  # powers of two multiply without rounding
+        best = topk_positions(found[t : t + 1, :context].contiguous(), torch.tensor([context]), 20)
+        assert torch.equal(selected[t : t + 1], best)
 
 
 def test_a_position_without_a_slot_is_chosen_last() -> None:
@@ -174,9 +164,6 @@ def test_a_position_without_a_slot_is_chosen_last() -> None:
 
 
 def test_refuses_what_does_not_fit() -> None:
-    _, _, _, layout = Sequences([9], torch.float32).span([(8, 9)], block_size=64)
-    pages, _ = _fp8_pages(2)
-    with pytest.raises(ValueError, match="FP8 index queries"):
-        index_topk_fp8(torch.zeros(1, 4, 128), torch.zeros(1, 4), pages, layout, 2)
-    with pytest.raises(ValueError, match="FP8 index keys"):
-        index_topk_fp8(torch.zeros(1, 4, 128).to(torch.float8_e4m3fn), torch.zeros(1, 4), pages[:, :132], layout, 2)
+    queries, weights, _, layout = Sequences([9], torch.float32, latent=40, rope=8).span([(8, 9)])
+    with use_backend("triton"), pytest.raises(ValueError, match="32, 64 or 128 columns on a GPU, not 48"):
+        index_topk(queries, weights, torch.zeros(32, 52, dtype=torch.uint8), 0, layout, 2)

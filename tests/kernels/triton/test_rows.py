@@ -112,6 +112,18 @@ def test_nan_makes_its_group_nan() -> None:
             assert q.float().isnan().sum(1).tolist() == [0, 128]
 
 
+@settings(max_examples=25, deadline=None)
+@given(tokens=st.integers(0, 70), top_k=st.integers(1, 6), num_slots=st.integers(1, 9), seed=st.integers(0, 99))
+def test_pairs_are_grouped(tokens: int, top_k: int, num_slots: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    slot_of = torch.randperm(num_slots, generator=generator)
+    topk_idx = torch.randint(-1, num_slots, (tokens, top_k), generator=generator)
+    (token_of, *found), (expected_token_of, *expected) = on_both(lambda: group_pairs(topk_idx, slot_of, num_slots))
+    assert torch.equal(token_of[: len(expected_token_of)], expected_token_of)
+    assert token_of.sort().values.tolist() == [t for t in range(tokens) for _ in range(top_k)]
+    assert [part.tolist() for part in found] == [part.tolist() for part in expected]
+
+
 def test_absent_pairs_come_last() -> None:
     slot_of = torch.tensor([2, 0, 1, 3])
     topk_idx = torch.tensor([[0, 3], [-1, 1], [2, -1], [-1, -1], [1, 0], [3, 1]])

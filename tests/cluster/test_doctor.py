@@ -1,0 +1,89 @@
+"""What `shoal doctor` says about packages that are there, absent, broken or installed twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from shoal.cluster.cli import main
+from shoal.cluster.doctor import MODULES, Module, distribution_of, look_at
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of installed packages, which are forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in ("fake_ep", "deep_ep"):
+        sys.modules.pop(name, None)
+
+
+def install(site: Path, module: str, code: str, *owners: tuple[str, str]) -> None:
+    (site / f"{module}.py").write_text(code)
+    for name, version in owners:
+        info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "top_level.txt").write_text(module + "\n")
+
+
+def fake(why_not: str = "") -> Module:
+    deep_ep = next(module for module in MODULES if module.name == "deep_ep")
+    return Module("fake_ep", "exchange of tokens", deep_ep.generation, why_not)
+
+
+@pytest.mark.parametrize(
+    ("code", "generation"),
+    [
+        ("class Buffer: pass", "has Buffer"),
+        ("class Buffer: pass\nclass ElasticBuffer: pass", "has ElasticBuffer"),
+        ("class EPBuffer: pass\nclass Buffer: pass", "has EPBuffer"),
+        ("", "of an unknown interface"),
+    ],
+)
+def test_the_generation_of_an_interface(site: Path, code: str, generation: str) -> None:
+    install(site, "fake_ep", code, ("fake-ep-cu13", "1.2.1"))
+    found = look_at(fake())
+    assert (found.found, found.verdict) == (f"fake-ep-cu13 1.2.1, {generation}", "used")
+    declined = look_at(fake("its bits depend on the batch"))
+    assert declined.verdict == "not used"
+    assert "its bits depend on the batch" in declined.why
+
+
+def test_a_module_that_is_missing_or_broken(site: Path) -> None:
+    assert look_at(fake()).verdict == "missing"
+    install(site, "fake_ep", "raise OSError('libnvshmem.so.3: cannot open shared object file')", ("fake-ep", "1.0"))
+    broken = look_at(fake())
+    assert broken.verdict == "broken"
+    assert broken.why == "cannot be imported: libnvshmem.so.3: cannot open shared object file"
+    assert look_at(fake("never")).verdict == "not used"
+
+
+def test_two_distributions_that_own_one_module(site: Path) -> None:
+    install(site, "fake_ep", "", ("fake-ep", "1.0"), ("fake-ep-fork", "2.0"))
+    assert distribution_of("fake_ep") == "fake-ep 1.0 and fake-ep-fork 2.0"
+    assert distribution_of("no_such_module_at_all") == "in no distribution"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "doctor.json"
+    result = CliRunner().invoke(main, ["doctor", "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    findings = {row["name"]: row for row in json.loads(path.read_text())["findings"]}
+    assert findings["C++ compiler"]["verdict"] == findings["device cpu"]["verdict"] == "used"
+    assert findings["ray"]["found"].startswith("ray 2.")
+    assert {module.name for module in MODULES} < set(findings)
+    for name in findings:
+        assert name in result.stdout
+
+
+def test_nothing_is_imported_before_somebody_asks() -> None:
+    code = "import sys, shoal.cluster.cli, shoal.cluster.llm, shoal.runtime.engine; print(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert not set(loaded.stdout.split()) & {module.name for module in MODULES} - {"nixl_cu13"}
