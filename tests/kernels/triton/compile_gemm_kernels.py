@@ -53,7 +53,8 @@ def row_kernels() -> Iterator[Case]:
     pair_types = {"topk_idx": "*i64", "slot_of": "*i64", "chunk_counts": "*i32", "num_pairs": "i32", "num_slots": "i32"}
     pair_blocks = {"CHUNK": dispatch.CHUNK, "SLOTS": 512}
     yield dispatch._count_kernel, pair_types, pair_blocks, {}
-    pair_types |= {"token_of": "*i64", "row_of": "*i64", "counts": "*i64", "num_chunks": "i32", "top_k": "i32"}
+    pair_types = pair_types | dict.fromkeys(("token_of", "row_of", "counts"), "*i64")
+    pair_types = pair_types | {"num_chunks": "i32", "top_k": "i32"}
     yield dispatch._place_kernel, pair_types, pair_blocks, {}
     sampling_types = {"logits": "*fp32", "highest": "*fp32", "stride": "i32!", "vocab_size": "i32!"}
     yield sampling._highest_kernel, {**sampling_types, "tokens": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8}
