@@ -168,10 +168,10 @@ def main() -> None:
             num_bytes=2.0 * (q.numel() + k.numel()),
         )
 
-    fp8 = torch.randint(0, 120, (batch * context, 656 + 132), dtype=torch.uint8, device=DEVICE)
+    fp8 = torch.randint(0, 120, (batch * context, 800), dtype=torch.uint8, device=DEVICE)
     fp8[:, 512:528] = torch.full((batch * context, 4), 2.0**-6, device=DEVICE).view(torch.uint8)
     fp8[:, 528:656] = normal(batch * context, ROPE).view(torch.uint8)
-    fp8[:, 784:] = torch.rand(batch * context, 1, device=DEVICE).view(torch.uint8)
+    fp8[:, 784:788] = torch.rand(batch * context, 1, device=DEVICE).view(torch.uint8)
 
     def attend_fp8(records: Tensor, layout: PagedLayout, selected: Tensor) -> Callable[[], Tensor]:
         q = normal(len(layout.positions), HEADS, LATENT + ROPE)

@@ -43,6 +43,31 @@ class Point:
         return self.tp * self.dp
 
 
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "one after another": {"order": "alone"},
+    "all together": {},
+    "reversed order": {"order": "reversed"},
+    "chunks of 1": {"engine": {"max_chunk_size": 1}},
+    "chunks of 7": {"engine": {"max_chunk_size": 7}},
+    "chunks of 64": {"engine": {"max_chunk_size": 64, "max_num_batched_tokens": 512}},
+    "budget of 5 tokens": {"engine": {"max_num_batched_tokens": 5}},
+    "blocks of 1": {"engine": {"block_size": 1, "num_kv_blocks": 512}},
+    "blocks of 64": {"engine": {"block_size": 64, "num_kv_blocks": 16}},
+    "prefix cache off": {"engine": {"enable_prefix_caching": False}},
+    "prefix cache warm": {"warm": True},
+    "preempted every 3 steps": {"preempt_every": 3},
+    "too few blocks": {"engine": {"num_kv_blocks": 16}},
+    "resumed by another engine after 9 steps": {"resume_after": 9},
+    "2 threads": {"threads": 2},
+}
+
+Rows = dict[int, tuple[Any, ...]]
+
+
+def differing(rows: Rows, expected: Rows) -> list[int]:
+    return [index for index in expected if rows.get(index) != expected[index]]
+
+
 def dtypes(names: str) -> dict[str, Any]:
     """Engine settings of "float32", of "fp8" (weights in FP8) or of "float32, fp8 cache"."""
     dtype, _, cache = names.partition(", ")

@@ -17,7 +17,7 @@ from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.loader import SCALE_SUFFIX, Checkpoint
 from shoal.runtime.model_loading import check_layout
 from shoal.runtime.models.config import ModelConfig
-from tests.invariance import Point, make_model, run_point, run_points_on_rank
+from tests.invariance import SCHEDULES, Point, Rows, differing, make_model, run_point, run_points_on_rank
 from tests.parallel.spawn import run_ranks
 from tests.tables import write_or_compare
 
@@ -25,23 +25,6 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "invariance.md"
 MODELS = [(m, d) for m in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa") for d in ("float32", "bfloat16")]
 MODELS += [("deepseek_v32", "fp8"), ("deepseek_v32", "bfloat16, fp8 cache"), ("glm_moe_dsa", "float32, fp8 cache")]
 
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "one after another": {"order": "alone"},
-    "all together": {},
-    "reversed order": {"order": "reversed"},
-    "chunks of 1": {"engine": {"max_chunk_size": 1}},
-    "chunks of 7": {"engine": {"max_chunk_size": 7}},
-    "chunks of 64": {"engine": {"max_chunk_size": 64, "max_num_batched_tokens": 512}},
-    "budget of 5 tokens": {"engine": {"max_num_batched_tokens": 5}},
-    "blocks of 1": {"engine": {"block_size": 1, "num_kv_blocks": 512}},
-    "blocks of 64": {"engine": {"block_size": 64, "num_kv_blocks": 16}},
-    "prefix cache off": {"engine": {"enable_prefix_caching": False}},
-    "prefix cache warm": {"warm": True},
-    "preempted every 3 steps": {"preempt_every": 3},
-    "too few blocks": {"engine": {"num_kv_blocks": 16}},
-    "resumed by another engine after 9 steps": {"resume_after": 9},
-    "2 threads": {"threads": 2},
-}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp 2": {"tp": 2},
     "tp 4": {"tp": 4},
@@ -77,18 +60,12 @@ Refused, with the reason, when the engine is configured:
 | torch reference kernels with `invariance: strict` | torch's products depend on the batch |
 """
 
-Rows = dict[int, tuple[Any, ...]]
-
 
 def reference(model_dir: Path, dtype: str) -> Rows:
     """One rank, one thread, everything together."""
     rows = run_point(Point("reference"), model_dir, dtype, single_process_groups())
     assert len(rows) == 7
     return rows
-
-
-def differing(rows: Rows, expected: Rows) -> list[int]:
-    return [index for index in expected if rows.get(index) != expected[index]]
 
 
 @pytest.mark.docs

@@ -147,7 +147,12 @@ def mla_kernel(
     NATIVE_FP8: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Attention of a token's heads to one split of its list. `scale` includes log2(e)."""
+    """Attention of a token's heads to one split of its list. `scale` includes log2(e).
+
+    record_stride counts elements of `records`, or with FP8 16 bytes, so that loads know how rows are aligned.
+    """
+    if FP8:
+        record_stride *= 8
     head_blocks = tl.cdiv(num_heads, BLOCK_HEADS)
     token = (tl.program_id(0) // head_blocks).to(tl.int64)
     heads = tl.program_id(0) % head_blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -256,8 +261,15 @@ def mla_attention_triton(
                 f"FP8 records go with bfloat16 queries [T, h, {FP8_LATENT_DIM}] and [T, h, {FP8_ROPE_DIM}] on a GPU, "
                 f"got {list(dims)} in {q_latent.dtype}"
             )
+        check_fp8_rows(records)
     records = records if records.stride(-1) == 1 else records.contiguous()
     return _attend(q_latent, q_rope, records, layout, scale, selected, fp8=records.dtype == FP8_RECORDS)
+
+
+def check_fp8_rows(records: Tensor) -> None:
+    """ValueError unless rows of FP8 records begin at multiples of 16 bytes."""
+    if records.stride(0) % 16 or records.data_ptr() % 16:
+        raise ValueError(f"FP8 records on a GPU begin at multiples of 16 bytes, these are {records.stride(0)} apart")
 
 
 def _attend(
@@ -312,7 +324,7 @@ def _attend(
             mla_kernel[grid](
                 *queries,
                 records.view(torch.bfloat16) if fp8 else records,
-                records.stride(0) // 2 if fp8 else records.stride(0),
+                records.stride(0) // 16 if fp8 else records.stride(0),
                 records,
                 records.view(torch.float32) if fp8 else records,
                 *lists,

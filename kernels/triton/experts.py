@@ -189,15 +189,15 @@ def _experts_mlp(
     x_row: Tensor | None,
     out_row: Tensor | None,
 ) -> Tensor:
-    x = x if x_row is None else x[x_row]
-    y = x.new_empty(x.shape)
+    num_rows = len(x if x_row is None else x_row)
+    y = x.new_empty(num_rows, x.shape[1])
     if y.numel():
-        num_rows, (num_experts, inner_dim) = x.shape[0], (down.num_matrices, down.in_features)
+        num_experts, inner_dim = down.num_matrices, down.in_features
         rows_each = num_rows // num_experts
         counts = counts.to(x.device, non_blocking=True)
         tiles = tiles_for(down.data.dtype, rows_each, inner_dim * num_experts, x.device, gated=True)
         inner = x.new_empty(num_rows, inner_dim)
-        operands = Operands.of(x.unsqueeze(0), gate_up, tiles)
+        operands = Operands.of(x.unsqueeze(0), gate_up, tiles, x_row)
         multiply_grouped(operands, tile_table(counts, num_rows, tiles.block_m), inner, tiles, gated=True)
         tiles = tiles_for(down.data.dtype, rows_each, x.shape[1] * num_experts, x.device)
         operands = Operands.of(inner.unsqueeze(0), down, tiles)

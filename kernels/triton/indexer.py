@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import PagedLayout
 from ..records import FP8_RECORDS
 from ..registry import register
-from .attention import BAD_SLOT, find_sequence, find_slots
+from .attention import BAD_SLOT, check_fp8_rows, find_sequence, find_slots
 from .launch import decode_e4m3, dot, has_fp8, round_to
 from .token_tiles import token_tiles
 from .topk import select_best
@@ -45,9 +45,9 @@ def _load_keys(
     rows = slot.to(tl.int64)
     unit = tl.where(slot == BAD_SLOT, float("nan"), 1.0)
     mask = found[:, None] & (columns < DIM)
-    if FP8:
-        codes = tl.load(keys + rows[:, None] * key_stride + columns, mask=mask, other=0)
-        scale = tl.load(scales + rows * (key_stride // 4) + DIM // 4, mask=found, other=0.0) * unit
+    if FP8:  # key_stride counts 16 bytes, so that loads know how keys are aligned
+        codes = tl.load(keys + rows[:, None] * (key_stride * 16) + columns, mask=mask, other=0)
+        scale = tl.load(scales + rows * (key_stride * 4) + DIM // 4, mask=found, other=0.0) * unit
         key = codes.to(tl.float8e4nv, bitcast=True) if NATIVE_FP8 else decode_e4m3(codes)
         return round_to(key.to(tl.float32), DTYPE), scale
     else:
@@ -227,8 +227,10 @@ def paged_scores(
         return scores
     if fp8 and dim not in (32, 64, 128):  # one scale, and bytes that the kernel need not count
         raise ValueError(f"FP8 index keys have 32, 64 or 128 columns on a GPU, not {dim}")
+    if fp8:
+        check_fp8_rows(keys)
     scales = keys[:, :4].view(torch.float32) if fp8 else weights
-    pages = (keys, keys.stride(0), scales, layout.block_tables)
+    pages = (keys, keys.stride(0) // (16 if fp8 else 1), scales, layout.block_tables)
     sizes = (max_blocks, layout.block_size, len(keys))
     options = score_options(q.dtype) | {
         "DIM": dim,

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..linear import PackedWeight
+from ..quant import scale_columns
 from ..registry import register
 from .launch import INTERPRET, decode_e4m3, dot, has_fp8, num_sms, round_to
 from .quant import quantize_token_groups
@@ -442,15 +443,21 @@ class Operands:
     row_scales: bool
 
     @classmethod
-    def of(cls, x: Tensor, w: PackedWeight, tiles: Tiles) -> Operands:
+    def of(cls, x: Tensor, w: PackedWeight, tiles: Tiles, rows: Tensor | None = None) -> Operands:
+        """`rows` [M] int64: of x [1, ..], which are the operand; quantised before they are taken, perhaps often."""
         data, x_scale, kind = w.data, None, (FP32 if w.dtype == torch.float32 else BF16).value
         if w.scale_inv is not None:
             assert x.shape[0] == 1, "FP8 weights come one at a time or grouped by rows"
             q, x_scale = quantize_token_groups(x[0], w.ue8m0)
+            if rows is not None:
+                x_scale = scale_columns(len(rows), q.shape[1], q.device).copy_(x_scale[rows])
+                q = q.view(torch.uint8)[rows].view(q.dtype)
             x = q.unsqueeze(0)
             kind = NATIVE_FP8.value
             if not has_fp8(x.device):
                 x, data, kind = x.view(torch.uint8), data.view(torch.uint8), DECODED_FP8.value
+        elif rows is not None:
+            x = x[:, rows]
         return cls(
             x=TensorDescriptor.from_tensor(_aligned(x, data.shape[2]), [1, tiles.block_m, tiles.block_k]),
             w=TensorDescriptor.from_tensor(data, [1, tiles.block_n, tiles.block_k]),

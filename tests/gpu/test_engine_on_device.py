@@ -14,8 +14,17 @@ from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.types import Request, SamplingParams
 from tests.checkpoints import make_checkpoint
-from tests.invariance import BASE_ENGINE, Point, dtypes, make_model, rows, run_point, run_rows
-from tests.test_invariance_matrix import SCHEDULES, differing
+from tests.invariance import (
+    BASE_ENGINE,
+    SCHEDULES,
+    Point,
+    differing,
+    dtypes,
+    make_model,
+    rows,
+    run_point,
+    run_rows,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

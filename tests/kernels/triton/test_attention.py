@@ -145,7 +145,7 @@ def test_fp8_records_count_as_what_they_hold(sparse: bool, monkeypatch: pytest.M
     queries, _, records, layout = sequences.span([(87, 90), (0, 2)])
     fp8, held = _fp8_records(records)
     assert fp8.shape[1] == 656
-    fp8 = torch.cat([fp8, torch.full((len(fp8), 132), 127, dtype=torch.uint8)], dim=1)  # with an index key
+    fp8 = torch.cat([fp8, torch.full((len(fp8), 144), 127, dtype=torch.uint8)], dim=1)  # with an index key, padded
     selected = random_selection(layout.positions, 70) if sparse else None
     q_latent, q_rope = queries[..., :512], queries[..., 512:]
     with use_backend("triton"):
@@ -160,6 +160,12 @@ def test_fp8_records_count_as_what_they_hold(sparse: bool, monkeypatch: pytest.M
     with use_backend("reference"):
         expected = mla_attention(q_latent, q_rope, held, layout, 0.1, selected=selected)
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_fp8_records_that_are_not_aligned_are_refused() -> None:
+    queries, _, _, layout = Sequences([9], torch.bfloat16, **MODEL).span([(8, 9)])
+    with use_backend("triton"), pytest.raises(ValueError, match="multiples of 16 bytes, these are 788 apart"):
+        mla_attention(queries[..., :512], queries[..., 512:], torch.zeros(16, 788, dtype=torch.uint8), layout, 0.1)
 
 
 def test_fp8_records_refuse_what_does_not_fit() -> None:

@@ -139,13 +139,14 @@ def test_fp8_keys_count_as_what_they_hold(dtype: torch.dtype, spans: list[tuple[
     queries, weights, records, layout = sequences.span(spans)
     codes, scales = quantize_rows_fp8(records[:, :128].contiguous())
     held = dequantize_rows_fp8(codes, scales, dtype)
-    before = torch.full((len(records), 20), 127, dtype=torch.uint8)
-    fp8 = torch.cat([before, codes.view(torch.uint8), scales.view(torch.uint8)], dim=1)
+    padding = torch.full((len(records), 28), 127, dtype=torch.uint8)
+    parts = (padding[:, :16], codes.view(torch.uint8), scales.view(torch.uint8), padding[:, 16:])
+    fp8 = torch.cat(parts, dim=1)
     arguments = (queries.to(DEVICE), weights.to(DEVICE))
     with use_backend("triton"):
-        found = paged_scores(*arguments, fp8.to(DEVICE)[:, 20:], to_device(layout, DEVICE), unscored=0).cpu()
+        found = paged_scores(*arguments, fp8.to(DEVICE)[:, 16:], to_device(layout, DEVICE), unscored=0).cpu()
         expected = paged_scores(*arguments, held.to(DEVICE), to_device(layout, DEVICE), unscored=0).cpu()
-        selected = index_topk(*arguments, fp8.to(DEVICE), 20, to_device(layout, DEVICE), 20).cpu()
+        selected = index_topk(*arguments, fp8.to(DEVICE), 16, to_device(layout, DEVICE), 20).cpu()
     for t, context in enumerate((layout.positions + 1).tolist()):
         assert torch.equal(found[t, :context], expected[t, :context])  # powers of two multiply without rounding
         best = topk_positions(found[t : t + 1, :context].contiguous(), torch.tensor([context]), 20)

@@ -153,6 +153,16 @@ def test_experts(counts: list[int], kind: torch.dtype) -> None:
     assert (y.float() - expected.float()).norm() <= tolerance * expected.float().norm()
 
 
+@pytest.mark.parametrize("kind", [*DTYPES, torch.float8_e4m3fn])
+def test_experts_read_rows_wherever_they_are(kind: torch.dtype) -> None:
+    counts = torch.tensor([3, 0, 70])
+    x = randn(9, 128, dtype=torch.float32 if kind == torch.float32 else torch.bfloat16)
+    x_row = torch.randint(0, 9, (73,), generator=torch.Generator().manual_seed(4))
+    with use_backend("triton"):
+        weights = experts_weights(kind, 3, 128, 128)
+        assert torch.equal(experts_mlp(x, counts, *weights, x_row), experts_mlp(x[x_row], counts, *weights))
+
+
 def test_fp8_rows_that_were_put_together_between_blocks() -> None:
     hidden, inner = 256, 72
     gate, up, down = (BlockFP8Weight.of_rows(*fp8_weight(n, hidden, seed=n)) for n in (inner, inner + 1, 140))
