@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
+HERE = Path(os.path.relpath(Path(__file__).parent))
 TESTS = ("tests/gpu", "tests/kernels/triton")
 COMPILE_ONLY = ("tests/kernels/triton/test_compile_attention.py", "tests/kernels/triton/test_compile_gemm.py")
 """They need no GPU, and run wherever the other tests do."""
@@ -54,6 +54,7 @@ def measure_kernels(output: Path) -> int:
             print(f"{case.op + ' ' + case.sizes:52} {rates}{checked}", flush=True)
 
     report = measure(shapes="v3", ops=None, threads=None, device=torch.device("cuda"), refcheck=True, on_case=on_case)
+    report["command"] = "make gpu-check"
     output.write_text(json.dumps(report, indent=1) + "\n")
     return sum(row.get("within_tolerance") is False for row in report["kernels"])
 

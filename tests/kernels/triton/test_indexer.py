@@ -149,7 +149,8 @@ def test_fp8_keys_count_as_what_they_hold(dtype: torch.dtype, spans: list[tuple[
         selected = index_topk(*arguments, fp8.to(DEVICE), 16, to_device(layout, DEVICE), 20).cpu()
     for t, context in enumerate((layout.positions + 1).tolist()):
         assert torch.equal(found[t, :context], expected[t, :context])  # powers of two multiply without rounding
-        best = topk_positions(found[t : t + 1, :context].contiguous(), torch.tensor([context]), 20)
+        with use_backend("reference"):
+            best = topk_positions(found[t : t + 1, :context].contiguous(), torch.tensor([context]), 20)
         assert torch.equal(selected[t : t + 1], best)
 
 
