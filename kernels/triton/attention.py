@@ -301,6 +301,9 @@ def _attend(
         partial_out = torch.empty(num_splits * step * num_heads, latent_dim, dtype=torch.float32, device=device)
         partial_stats = torch.empty(num_splits * step * num_heads, 2, dtype=torch.float32, device=device)
     block_latent = max(16, triton.next_power_of_2(latent_dim))
+    stored = (records, records.stride(0), records, records)
+    if fp8:
+        stored = (records.view(torch.bfloat16), records.stride(0) // 16, records, records.view(torch.float32))
     for first in range(0, num_tokens, step):
         chunk = slice(first, min(first + step, num_tokens))
         count = chunk.stop - first
@@ -317,16 +320,11 @@ def _attend(
         results = (out[chunk], partial_out, partial_stats, count, num_heads, scale * _LOG2_E)
         splits = {"SPLIT_KEYS": SPLIT_KEYS, "SPARSE": selected is not None, "SPLIT": num_splits > 1}
         if by_hand:
-            hopper.mla_kernel[grid](
-                *queries, records, records.stride(0), *lists, *results, **splits, num_warps=hopper.NUM_WARPS
-            )
+            hopper.mla_kernel[grid](*queries, *stored, *lists, *results, **splits, FP8=fp8, num_warps=hopper.NUM_WARPS)
         else:
             mla_kernel[grid](
                 *queries,
-                records.view(torch.bfloat16) if fp8 else records,
-                records.stride(0) // 16 if fp8 else records.stride(0),
-                records,
-                records.view(torch.float32) if fp8 else records,
+                *stored,
                 *lists,
                 *results,
                 **splits,

@@ -1,9 +1,10 @@
-"""`mla_kernel` of attention.py for bf16 records of 512 + 64 columns on sm_90, with its layouts and copies by hand.
+"""`mla_kernel` of attention.py for records of 512 + 64 columns on sm_90, with its layouts and copies by hand.
 
 Tiles of 64 keys go in pairs, and three groups of four warps work at once: one copies records, and two multiply. Of
 these the first scores the even tiles and keeps the left half of the output, the second the odd tiles and the right
 half; they pass each other the weights, which take the place of the tile's rotary keys, and the running maximum. So one
-of them multiplies while the other exponentiates. The numeric contract is that of attention.py.
+of them multiplies while the other exponentiates. FP8 latents are widened to bf16 on their way, by the group that
+copies, which loads the next keys before it widens the last ones. The numeric contract is that of attention.py.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ NUM_WARPS = 4
 
 def supports(capability: tuple[int, int], records: Tensor, latent_dim: int, rope_dim: int) -> bool:
     """Whether `mla_kernel` takes these records on such a device: it copies 16 bytes at a time."""
-    aligned = records.data_ptr() % 16 == 0 and records.stride(0) % 16 == 0
-    return capability[0] == 9 and records.dtype == torch.bfloat16 and aligned and (latent_dim, rope_dim) == (512, 64)
+    aligned = records.data_ptr() % 16 == 0 and records.stride(0) * records.element_size() % 16 == 0
+    fits = records.dtype in (torch.bfloat16, torch.uint8) and (latent_dim, rope_dim) == (512, 64)
+    return capability[0] == 9 and aligned and fits
 
 
 @gluon.jit
@@ -42,6 +44,71 @@ def _copy(records, record_stride, slot, column: gl.constexpr, tile, layout: gl.c
     rows = records + slot.to(gl.int64) * record_stride
     pointers = gl.expand_dims(rows, 1) + gl.expand_dims(columns, 0)
     async_copy.async_copy_global_to_shared(tile, pointers, mask=gl.expand_dims(slot >= 0, 1))
+
+
+@gluon.jit
+def _load_codes(codes, scales, record_stride, slot, column: gl.constexpr, layout: gl.constexpr):
+    """256 codes of each key from `column` on, in two groups of 128, and the two scales of each key."""
+    found = slot >= 0
+    rows = slot.to(gl.int64) * record_stride
+    columns = column + gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
+    pointers = codes + gl.expand_dims(rows * 16, 1) + gl.expand_dims(columns, 0)
+    mask = gl.expand_dims(found, 1)
+    first = gl.load(pointers, mask=mask, other=0)
+    second = gl.load(pointers + 128, mask=mask, other=0)
+    scale = scales + rows * 4 + 128 + column // 128
+    return first, second, gl.load(scale, mask=found, other=0.0), gl.load(scale + 1, mask=found, other=0.0)
+
+
+@gluon.jit
+def _widen(tile, codes, scale, column: gl.constexpr):
+    """128 columns of keys in shared memory: codes times the key's scale, rounded to bf16."""
+    values = codes.to(gl.float8e4nv, bitcast=True).to(gl.float32) * gl.expand_dims(scale, 1)
+    tile.slice(column, 128, dim=1).store(values.to(gl.bfloat16))
+
+
+@gluon.jit
+def _widen_tiles(records, codes, scales, record_stride, slots, begin, end, latents, ropes, full, free):
+    """`_copy_tiles` of FP8 records, whose latents go through registers; `record_stride` counts 16 bytes."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    rope_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    phase = 1
+    for start in range(begin, end, 128):
+        for place in gl.static_range(2):
+            first = start + place * 64
+            rope_slot = _load_slots(slots, first, end, 64, gl.SliceLayout(1, rope_layout))
+            upper = _load_slots(slots, first, end, 32, gl.SliceLayout(1, layout))
+            lower = _load_slots(slots, first + 32, end, 32, gl.SliceLayout(1, layout))
+            left = latents.index(2 * place)
+            right = latents.index(2 * place + 1)
+            c0, c1, s0, s1 = _load_codes(codes, scales, record_stride, upper, 0, layout)
+            c2, c3, s2, s3 = _load_codes(codes, scales, record_stride, upper, 256, layout)
+            mbarrier.wait(free.index(place), phase)
+            _copy(records, record_stride * 8, rope_slot, 264, ropes.index(place), rope_layout)
+            d0, d1, t0, t1 = _load_codes(codes, scales, record_stride, lower, 0, layout)
+            _widen(left.slice(0, 32, dim=0), c0, s0, 0)
+            _widen(left.slice(0, 32, dim=0), c1, s1, 128)
+            d2, d3, t2, t3 = _load_codes(codes, scales, record_stride, lower, 256, layout)
+            _widen(right.slice(0, 32, dim=0), c2, s2, 0)
+            _widen(right.slice(0, 32, dim=0), c3, s3, 128)
+            _widen(left.slice(32, 32, dim=0), d0, t0, 0)
+            _widen(left.slice(32, 32, dim=0), d1, t1, 128)
+            _widen(right.slice(32, 32, dim=0), d2, t2, 0)
+            _widen(right.slice(32, 32, dim=0), d3, t3, 128)
+            fence_async_shared()
+            async_copy.mbarrier_arrive(full.index(place), increment_count=False)
+        phase ^= 1
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _bring_tiles(
+    records, codes, scales, record_stride, slots, begin, end, latents, ropes, full, free, FP8: gl.constexpr
+):
+    if FP8:
+        _widen_tiles(records, codes, scales, record_stride, slots, begin, end, latents, ropes, full, free)
+    else:
+        _copy_tiles(records, record_stride, slots, begin, end, latents, ropes, full, free)
 
 
 @gluon.jit
@@ -228,6 +295,8 @@ def mla_kernel(
     rope_head_stride,
     records,
     record_stride,
+    codes,
+    scales,
     slots,
     slots_stride,
     sequences,
@@ -241,6 +310,7 @@ def mla_kernel(
     SPLIT_KEYS: gl.constexpr,
     SPARSE: gl.constexpr,
     SPLIT: gl.constexpr,
+    FP8: gl.constexpr,
 ):
     """Attention of 64 of a token's heads to one split of its list. `scale` includes log2(e)."""
     head_blocks = (num_heads + 63) // 64
@@ -336,8 +406,11 @@ def mla_kernel(
                     gl.constexpr(1),
                 ),
             ),
-            (_copy_tiles, (records, record_stride, slots, begin, end, latents, ropes, full, free)),
+            (
+                _bring_tiles,
+                (records, codes, scales, record_stride, slots, begin, end, latents, ropes, full, free, FP8),
+            ),
         ],
         [4, 4],
-        [216, 72],
+        [208, 88] if FP8 else [216, 72],  # registers of a thread, of which widening takes more
     )

@@ -66,8 +66,9 @@ def attention_kernels(target: int) -> Iterator[Case]:
 def hopper_kernels() -> Iterator[Case]:
     types = QUERIES | LISTS | RESULTS | integers("record_stride")
     types |= dict.fromkeys(("q_latent", "q_rope", "records", "out"), "*bf16")
-    for sparse, split in ((True, False), (False, True)):
-        constants = {"SPLIT_KEYS": 2048, "SPARSE": sparse, "SPLIT": split}
+    types |= {"codes": "*u8", "scales": "*fp32"}
+    for sparse, split, fp8 in ((True, False, False), (False, True, False), (True, False, True)):
+        constants = {"SPLIT_KEYS": 2048, "SPARSE": sparse, "SPLIT": split, "FP8": fp8}
         yield hopper.mla_kernel, types, constants, {"num_warps": hopper.NUM_WARPS}
 
 
