@@ -66,12 +66,12 @@ def unpack_segments(
 
     -> (the rows of all segments [N, H];
         the row there of every pair, grouped by slot, ascending, in arrival order within a slot [R] int64;
-        pairs of each slot [num_slots] int64 in host memory;
+        pairs of each slot [num_slots] int64, in host memory or, on a GPU, in its own;
         the place of each of those pairs among the arrivals [R] int64, a permutation;
         pairs in each segment).
     """
     row_bytes = like.shape[-1] * like.element_size()
-    heads = [_head(segment) for segment in segments]
+    heads = _heads(segments)
     for source, (segment, (num_rows, num_pairs)) in enumerate(zip(segments, heads, strict=True)):
         expected = _HEAD.size + 8 * num_pairs + num_rows * row_bytes
         assert segment.numel() == expected, f"rank {source} sent {segment.numel()} bytes, its head says {expected}"
@@ -83,11 +83,12 @@ def unpack_segments(
     return rows, x_row, counts, arrival, [num_pairs for _, num_pairs in heads]
 
 
-def _head(segment: Tensor) -> tuple[int, int]:
-    """(number of rows, number of pairs)."""
-    head = segment[: _HEAD.size] if segment.is_cpu else segment[: _HEAD.size].cpu()
-    num_rows, num_pairs = _HEAD.unpack(head.numpy().data)
-    return num_rows, num_pairs
+def _heads(segments: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(number of rows, number of pairs) of each, for which a device is waited for once."""
+    parts = [segment[: _HEAD.size] for segment in segments]
+    if not parts[0].is_cpu:
+        parts = list(torch.stack(parts).cpu())
+    return [_HEAD.unpack(part.numpy().data) for part in parts]
 
 
 @register("group_pairs", "cpu")
@@ -185,7 +186,6 @@ def _group_pairs_reference(topk_idx: Tensor, slot_of: Tensor, num_slots: int) ->
 
 
 @register("pack_segments", "reference")
-@register("pack_segments", "triton")
 def _pack_segments_reference(
     x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
 ) -> tuple[list[Tensor], list[int], Tensor]:
@@ -220,7 +220,6 @@ def _pack_segments_reference(
 
 
 @register("unpack_segments", "reference")
-@register("unpack_segments", "triton")
 def _unpack_segments_reference(
     segments: Sequence[Tensor], heads: Sequence[tuple[int, int]], like: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,10 +1,13 @@
-"""`group_pairs`: a stable counting sort of (token, expert) pairs, which asks the device nothing.
+"""Counting sorts of (token, expert) pairs: by slot on one rank, by rank and into segments over several.
 
-Chunks of pairs count how many there are of each slot; then each pair finds its place: behind the pairs of lower slots,
-behind those of its slot in earlier chunks, behind those of its slot in its own chunk.
+Chunks of pairs count how many there are of each slot or rank; then each pair finds its place: behind the pairs of lower
+ones, behind those of its own in earlier chunks, behind those of its own in its chunk. `group_pairs` asks the device
+nothing; segments are cut by sizes that the host waits for.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -101,3 +104,186 @@ def _group_pairs(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Ten
         num_warps=4,
     )
     return token_of, counts, row_of
+
+
+@triton.jit
+def _ranks_of(topk_idx, rank_of, num_tokens, num_ranks, TOP_K: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr):
+    """Of a chunk: pairs, experts, ranks, and whether a pair is the first of its token for its rank [TOKENS * SLOTS].
+
+    SLOTS is TOP_K or more; pairs that do not exist have rank num_ranks + 1, those without an expert num_ranks.
+    """
+    lanes = tl.arange(0, TOKENS * SLOTS)
+    token = tl.program_id(0) * TOKENS + lanes // SLOTS
+    slot = lanes % SLOTS
+    exists = (token < num_tokens) & (slot < TOP_K)
+    pairs = token * TOP_K + slot
+    expert = tl.load(topk_idx + pairs, mask=exists, other=-1)
+    rank = tl.load(rank_of + expert, mask=expert >= 0, other=num_ranks).to(tl.int32)
+    rank = tl.where(exists, rank, num_ranks + 1)
+    first = exists & (expert >= 0)
+    for k in tl.static_range(TOP_K):
+        other_expert = tl.load(topk_idx + token * TOP_K + k, mask=exists & (k < slot), other=-1)
+        other = tl.load(rank_of + other_expert, mask=other_expert >= 0, other=num_ranks + 2).to(tl.int32)
+        first = first & (other != rank)
+    return pairs, expert, rank, first
+
+
+@triton.jit
+def _count_ranks_kernel(
+    topk_idx,
+    rank_of,
+    chunk_counts,
+    num_tokens,
+    num_ranks,
+    TOP_K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """chunk_counts[chunk, 0, rank] pairs and [chunk, 1, rank] rows."""
+    _pairs, _expert, rank, first = _ranks_of(topk_idx, rank_of, num_tokens, num_ranks, TOP_K, TOKENS, SLOTS)
+    ranks = tl.arange(0, RANKS)
+    mine = rank[:, None] == ranks[None, :]
+    place = chunk_counts + tl.program_id(0) * 2 * num_ranks + ranks
+    tl.store(place, tl.sum(mine.to(tl.int32), axis=0), mask=ranks < num_ranks)
+    tl.store(place + num_ranks, tl.sum((mine & first[:, None]).to(tl.int32), axis=0), mask=ranks < num_ranks)
+
+
+@triton.jit
+def _route_kernel(
+    topk_idx,
+    rank_of,
+    slot_of,
+    chunk_counts,
+    totals,
+    integers,
+    row_of,
+    row_places,
+    num_tokens,
+    num_ranks,
+    num_chunks,
+    row_bytes,
+    TOP_K: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """Heads and routes of all segments, in int32, and for each pair the byte that its row goes to; -1: to none."""
+    this = tl.program_id(0)
+    ranks = tl.arange(0, RANKS)
+    pairs_all = tl.zeros((RANKS,), dtype=tl.int32)
+    pairs_before = tl.zeros((RANKS,), dtype=tl.int32)
+    rows_all = tl.zeros((RANKS,), dtype=tl.int32)
+    rows_before = tl.zeros((RANKS,), dtype=tl.int32)
+    for chunk in range(num_chunks):
+        place = chunk_counts + chunk * 2 * num_ranks + ranks
+        num_pairs = tl.load(place, mask=ranks < num_ranks, other=0)
+        num_rows = tl.load(place + num_ranks, mask=ranks < num_ranks, other=0)
+        pairs_all += num_pairs
+        rows_all += num_rows
+        pairs_before += tl.where(chunk < this, num_pairs, 0)
+        rows_before += tl.where(chunk < this, num_rows, 0)
+    # segment   [ rows, pairs | row of each pair | slot of each pair | rows ], beginning at a multiple of 8 bytes
+    size = 8 + 8 * pairs_all.to(tl.int64) + rows_all.to(tl.int64) * row_bytes
+    size = tl.where(ranks < num_ranks, (size + 7) // 8 * 8, 0)
+    begin = tl.cumsum(size, 0) - size
+    first_pair = tl.cumsum(pairs_all, 0) - pairs_all
+    if this == 0:
+        tl.store(integers + begin // 4, rows_all, mask=ranks < num_ranks)
+        tl.store(integers + begin // 4 + 1, pairs_all, mask=ranks < num_ranks)
+        tl.store(totals + ranks, pairs_all, mask=ranks < num_ranks)
+        tl.store(totals + num_ranks + ranks, rows_all, mask=ranks < num_ranks)
+
+    pairs, expert, rank, first = _ranks_of(topk_idx, rank_of, num_tokens, num_ranks, TOP_K, TOKENS, SLOTS)
+    sent = rank < num_ranks
+    mine = rank[:, None] == ranks[None, :]
+    pair = tl.sum(tl.where(mine, tl.cumsum(mine.to(tl.int32), 0) - 1 + pairs_before[None, :], 0), axis=1)
+    rows_here = tl.cumsum((mine & first[:, None]).to(tl.int32), 0) - 1 + rows_before[None, :]
+    row = tl.sum(tl.where(mine, rows_here, 0), axis=1)
+    num_pairs = tl.sum(tl.where(mine, pairs_all[None, :], 0), axis=1)
+    start = tl.sum(tl.where(mine, begin[None, :], 0), axis=1)
+    before = tl.sum(tl.where(mine, first_pair[None, :], 0), axis=1)
+    tl.store(integers + start // 4 + 2 + pair, row, mask=sent)
+    slot = tl.load(slot_of + expert, mask=sent, other=0).to(tl.int32)
+    tl.store(integers + start // 4 + 2 + num_pairs + pair, slot, mask=sent)
+    exists = rank <= num_ranks
+    tl.store(row_of + pairs, tl.where(sent, before + pair, -1).to(tl.int64), mask=exists)
+    place = start + 8 + 8 * num_pairs.to(tl.int64) + row.to(tl.int64) * row_bytes
+    tl.store(row_places + pairs, tl.where(first, place, -1), mask=exists)
+
+
+@triton.jit
+def _copy_rows_kernel(x, row_places, segments, stride, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """x's row of a pair to its place in `segments`, which has x's dtype."""
+    pair = tl.program_id(0).to(tl.int64)
+    place = tl.load(row_places + pair)
+    if place >= 0:
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(x + pair // TOP_K * stride + columns, mask=columns < width)
+        size: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
+        tl.store(segments + place // size + columns, values, mask=columns < width)
+
+
+@register("pack_segments", "triton")
+def _pack_segments(
+    x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
+) -> tuple[list[Tensor], list[int], Tensor]:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    topk_idx, rank_of, slot_of = topk_idx.contiguous(), rank_of.to(x.device), slot_of.to(x.device)
+    (num_tokens, width), top_k = x.shape, topk_idx.shape[1]
+    row_bytes = width * x.element_size()
+    capacity = num_ranks * 16 + 8 * topk_idx.numel() + num_tokens * min(top_k, num_ranks) * row_bytes
+    buffer = torch.empty(-(-capacity // 8) * 8, dtype=torch.uint8, device=x.device)
+    row_of = torch.empty_like(topk_idx)
+    totals = torch.zeros(2, num_ranks, dtype=torch.int32, device=x.device)
+    slots = triton.next_power_of_2(top_k)
+    tokens = max(1, CHUNK // slots)
+    num_chunks = max(1, triton.cdiv(num_tokens, tokens))  # one writes the heads, also of no tokens
+    chunk_counts = torch.empty(num_chunks, 2, num_ranks, dtype=torch.int32, device=x.device)
+    row_places = torch.empty_like(topk_idx)
+    blocks = {"TOP_K": top_k, "TOKENS": tokens, "SLOTS": slots, "RANKS": triton.next_power_of_2(num_ranks)}
+    _count_ranks_kernel[(num_chunks,)](topk_idx, rank_of, chunk_counts, num_tokens, num_ranks, **blocks, num_warps=4)
+    _route_kernel[(num_chunks,)](
+        topk_idx,
+        rank_of,
+        slot_of,
+        chunk_counts,
+        totals,
+        buffer.view(torch.int32),
+        row_of,
+        row_places,
+        num_tokens,
+        num_ranks,
+        num_chunks,
+        row_bytes,
+        **blocks,
+        num_warps=4,
+    )
+    if num_tokens:
+        grid = (topk_idx.numel(), triton.cdiv(width, 1024))
+        typed = buffer.view(x.dtype)
+        _copy_rows_kernel[grid](x, row_places, typed, x.stride(0), width, TOP_K=top_k, BLOCK=1024, num_warps=4)
+    num_pairs, num_rows = totals.tolist()
+    segments, begin = [], 0
+    for pairs, rows in zip(num_pairs, num_rows, strict=True):
+        size = 8 + 8 * pairs + rows * row_bytes
+        segments.append(buffer[begin : begin + size])
+        begin += -(-size // 8) * 8
+    return segments, num_pairs, row_of
+
+
+@register("unpack_segments", "triton")
+def _unpack_segments(
+    segments: Sequence[Tensor], heads: Sequence[tuple[int, int]], like: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts stay on the device. A pair that names a row or a slot that is not there is not found."""
+    routes, rows, first_row = [], [], 0
+    for segment, (num_rows, num_pairs) in zip(segments, heads, strict=True):
+        row, slot = segment[8 : 8 + 8 * num_pairs].view(torch.int32).view(2, num_pairs)
+        routes.append(torch.stack([row + first_row, slot]))
+        rows.append(segment[8 + 8 * num_pairs :].view(like.dtype).view(num_rows, like.shape[-1]))
+        first_row += num_rows
+    row_of_pair, slot_of_pair = torch.cat(routes, dim=1).long()
+    identity = torch.arange(num_slots, device=slot_of_pair.device)
+    arrival, counts, _ = _group_pairs(slot_of_pair.unsqueeze(1), identity, num_slots)
+    return torch.cat(rows), row_of_pair[arrival], counts, arrival

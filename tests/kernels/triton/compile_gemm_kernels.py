@@ -56,6 +56,20 @@ def row_kernels() -> Iterator[Case]:
     pair_types = pair_types | dict.fromkeys(("token_of", "row_of", "counts"), "*i64")
     pair_types = pair_types | {"num_chunks": "i32", "top_k": "i32"}
     yield dispatch._place_kernel, pair_types, pair_blocks, {}
+    rank_types = {
+        "topk_idx": "*i64",
+        "rank_of": "*i64",
+        "chunk_counts": "*i32",
+        "num_tokens": "i32",
+        "num_ranks": "i32",
+    }
+    rank_blocks = {"TOP_K": 8, "TOKENS": 16, "SLOTS": 8, "RANKS": 32}
+    yield dispatch._count_ranks_kernel, rank_types, rank_blocks, {}
+    rank_types = rank_types | dict.fromkeys(("slot_of", "row_of", "row_places"), "*i64")
+    rank_types = rank_types | {"totals": "*i32", "integers": "*i32", "num_chunks": "i32", "row_bytes": "i32!"}
+    yield dispatch._route_kernel, rank_types, rank_blocks, {}
+    copy_types = {"x": "*bf16", "row_places": "*i64", "segments": "*bf16", "stride": "i32!", "width": "i32!"}
+    yield dispatch._copy_rows_kernel, copy_types, {"TOP_K": 8, "BLOCK": 1024}, {}
     sampling_types = {"logits": "*fp32", "highest": "*fp32", "stride": "i32!", "vocab_size": "i32!"}
     yield sampling._highest_kernel, {**sampling_types, "tokens": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8}
     sampling_types = sampling_types | {"temperatures": "*fp32", "sums": "*fp64", "num_chunks": "i32"}

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.kernels.dispatch import group_pairs
+from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
 from shoal.kernels.experts import combine_topk, swiglu
 from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
@@ -122,6 +122,34 @@ def test_pairs_are_grouped(tokens: int, top_k: int, num_slots: int, seed: int) -
     assert torch.equal(token_of[: len(expected_token_of)], expected_token_of)
     assert token_of.sort().values.tolist() == [t for t in range(tokens) for _ in range(top_k)]
     assert [part.tolist() for part in found] == [part.tolist() for part in expected]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    top_k=st.integers(1, 5),
+    num_ranks=st.integers(1, 5),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_segments(tokens: int, top_k: int, num_ranks: int, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    experts = 2 * num_ranks + 1
+    place = torch.randperm(experts, generator=generator)
+    rank_of, slot_of = place % num_ranks, place // num_ranks
+    x = randn(tokens, 12, dtype=dtype, seed=seed)[:, 1:8]
+    topk_idx = torch.randint(-1, experts, (tokens, top_k), generator=generator)
+
+    def exchanged() -> tuple[Any, ...]:
+        segments, num_pairs, row_of = pack_segments(x, topk_idx, rank_of, slot_of, num_ranks)
+        return segments, num_pairs, row_of, *unpack_segments([segments[0], segments[-1], segments[0]], x, 3)
+
+    (segments, num_pairs, row_of, *found), (expected_segments, *expected) = on_both(exchanged)
+    assert [bytes(s.numpy()) for s in segments] == [bytes(s.numpy()) for s in expected_segments]
+    assert num_pairs == expected[0]
+    assert torch.equal(row_of, expected[1])
+    for ours, theirs in zip(found, expected[2:], strict=True):
+        assert ours == theirs if isinstance(theirs, list) else torch.equal(ours, theirs)
 
 
 def test_absent_pairs_come_last() -> None:
