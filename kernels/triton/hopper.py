@@ -47,20 +47,6 @@ def _copy(records, record_stride, slot, column: gl.constexpr, tile, layout: gl.c
 
 
 @gluon.jit
-def _prefetch(records, record_stride, slots, start, end):
-    """Ask for a tile's records, which are then in the L2 cache by the time there is room for them."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
-    slot = _load_slots(slots, start, end, 64, gl.SliceLayout(1, layout))
-    rows = records + gl.maximum(slot, 0).to(gl.int64) * record_stride
-    lines = gl.arange(0, 8, layout=gl.SliceLayout(0, layout)) * 64
-    latents = gl.expand_dims(rows, 1) + gl.expand_dims(lines, 0)
-    prefetch: gl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-    gl.inline_asm_elementwise(prefetch, "=r,l", [latents.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
-    ropes = rows + 512
-    gl.inline_asm_elementwise(prefetch, "=r,l", [ropes.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _load_codes(codes, scales, record_stride, slot, column: gl.constexpr, layout: gl.constexpr):
     """256 codes of each key from `column` on, in two groups of 128, and the two scales of each key."""
     found = slot >= 0
@@ -139,7 +125,6 @@ def _copy_tiles(records, record_stride, slots, begin, end, latents, ropes, full,
             lower = _load_slots(slots, first + 32, end, 32, gl.SliceLayout(1, layout))
             left = latents.index(2 * place)
             right = latents.index(2 * place + 1)
-            _prefetch(records, record_stride, slots, first, end)
             mbarrier.wait(free.index(place), phase)
             _copy(records, record_stride, upper, 0, left.slice(0, 32, dim=0), layout)
             _copy(records, record_stride, upper, 256, right.slice(0, 32, dim=0), layout)
