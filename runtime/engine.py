@@ -260,7 +260,8 @@ class Engine:
         if self._all_idle and self.groups.world.size > 1:
             return self._wake()
         if (started := self._take_in_flight()) is not None:
-            return StepResult(self._update(self._finish_step(started)[0]), idle=False, stopped=False)
+            outputs, _ = self._complete(started)
+            return StepResult(outputs, idle=False, stopped=False)
         reach = self.groups.failpoints.reach
         reach("engine.schedule")
         self._start_loaded()
@@ -275,12 +276,7 @@ class Engine:
         logits = self.runner.run(round_.batch, round_.num_prompt_slices, take)
         if not self.is_leader:
             return StepResult([], idle=False, stopped=False)
-        reach("engine.sample")
-        if self.loader is not None:
-            self.loader.commit()
-        sampled, chunks = self._finish_step(self._begin_sampling(batch, logits))
-        outputs = self._update(sampled)
-        reach("engine.update")
+        outputs, chunks = self._complete(self._begin_sampling(batch, logits))
         return StepResult(outputs, idle=False, stopped=False, chunks=chunks, loaded=self._take_loaded())
 
     def _take_loaded(self) -> list[PromptLoaded]:
@@ -358,11 +354,18 @@ class Engine:
         rows = [self._running[i].completion.row for i in seq_ids]
         return InFlight(batch, seq_ids, self.sampler.begin(logits, rows, ahead=ahead))
 
-    def _finish_step(self, step: InFlight) -> tuple[dict[int, SampledToken], list[KVChunk]]:
-        """Start the step after it where that is clear, then wait for its tokens and account for them."""
+    def _complete(self, step: InFlight) -> tuple[list[RequestOutput], list[KVChunk]]:
+        """Start the step after it where that is clear, then wait for its tokens; what there is to show and published."""
         self._in_flight = self._run_ahead(step)
+        reach = self.groups.failpoints.reach
+        reach("engine.sample")
+        if self.loader is not None:
+            self.loader.commit()
         sampled = {i: token for i, token in step.finish().items() if i in self._running}
-        return sampled, self._account(step.batch, sampled)
+        chunks = self._account(step.batch, sampled)
+        outputs = self._update(sampled)
+        reach("engine.update")
+        return outputs, chunks
 
     def _run_ahead(self, step: InFlight) -> InFlight | None:
         """The step after one whose tokens only the device knows: it has them computed and sampled meanwhile.
@@ -374,6 +377,7 @@ class Engine:
         batch = self.scheduler.schedule_ahead(step.batch)
         if batch is None:
             return None
+        self.groups.failpoints.reach("engine.run")
         place = {seq_id: i for i, seq_id in enumerate(step.seq_ids)}
         places = [place[s.seq_id] for s in batch.sequences]
         logits = self.runner.run_ahead(batch, step.sampling.token_ids, places)
