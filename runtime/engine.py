@@ -355,7 +355,7 @@ class Engine:
         return InFlight(batch, seq_ids, self.sampler.begin(logits, rows, ahead=ahead))
 
     def _complete(self, step: InFlight) -> tuple[list[RequestOutput], list[KVChunk]]:
-        """Start the step after it where that is clear, then wait for its tokens; what there is to show and published."""
+        """Start the step after it where that is clear, then wait for its tokens; outputs and published chunks."""
         self._in_flight = self._run_ahead(step)
         reach = self.groups.failpoints.reach
         reach("engine.sample")
