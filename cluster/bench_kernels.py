@@ -25,7 +25,8 @@ from shoal.runtime.model_loading import choose_backend
 
 from .environment import environment
 from .job import EXIT_OK
-from .kernel_cases import SHAPES, Case, Inputs, ShapesName, cases
+from .kernel_cases import Case, cases
+from .kernel_shapes import SHAPES, Inputs, ShapesName
 from .roofline import Ceilings, event_seconds, measure_ceilings, measure_device_ceilings
 
 EXIT_DIFFERENT = 1

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
+from shoal.kernels.attention import mha_attention, mla_attention
 from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
 from shoal.kernels.experts import combine_topk, experts_mlp, swiglu
 from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores, index_topk, topk_positions
-from shoal.kernels.linear import PackedWeight, batched_linear, linear, pack_weight
+from shoal.kernels.linear import batched_linear, linear
 from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from shoal.kernels.quant import quantize_token_groups
 from shoal.kernels.records import write_index_keys, write_latents
@@ -26,152 +25,9 @@ from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logit
 from shoal.runtime.sampler import Sampler, SamplingRow
 from shoal.runtime.types import SamplingParams
 
-BLOCK_SIZE = 64
+from .kernel_shapes import BLOCK_SIZE, Inputs, Shapes
+
 EPS = 1e-6
-ShapesName = Literal["tiny", "v3-test", "v3"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shapes:
-    """Sizes of one rank's part of a model, by their names in config.json, and of the batches that meet it."""
-
-    hidden_size: int
-    q_lora_rank: int
-    kv_lora_rank: int
-    num_attention_heads: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    moe_intermediate_size: int
-    n_routed_experts: int
-    num_local_experts: int
-    num_experts_per_tok: int
-    n_group: int
-    topk_group: int
-    vocab_size: int
-    index_n_heads: int
-    index_head_dim: int
-    index_topk: int
-    rows: tuple[int, ...]
-    """Tokens of a step, from one stream to a prompt."""
-    decode_batch: int
-    context: int
-    """Tokens of a sequence whose attention is dense."""
-    long_context: int
-    """Tokens of a sequence whose attention is sparse."""
-
-
-_V3 = Shapes(
-    hidden_size=7168,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    num_attention_heads=128,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    moe_intermediate_size=2048,
-    n_routed_experts=256,
-    num_local_experts=8,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
-    vocab_size=129280,
-    index_n_heads=64,
-    index_head_dim=128,
-    index_topk=2048,
-    rows=(1, 16, 256),
-    decode_batch=16,
-    context=1024,
-    long_context=8192,
-)
-_V3_TEST = Shapes(
-    hidden_size=1024,
-    q_lora_rank=384,
-    kv_lora_rank=512,
-    num_attention_heads=16,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    moe_intermediate_size=512,
-    n_routed_experts=32,
-    num_local_experts=32,
-    num_experts_per_tok=4,
-    n_group=4,
-    topk_group=2,
-    vocab_size=32000,
-    index_n_heads=16,
-    index_head_dim=128,
-    index_topk=256,
-    rows=(1, 16, 64, 2048),
-    decode_batch=16,
-    context=2048,
-    long_context=8192,
-)
-_TINY = Shapes(
-    hidden_size=96,
-    q_lora_rank=48,
-    kv_lora_rank=32,
-    num_attention_heads=4,
-    qk_nope_head_dim=24,
-    qk_rope_head_dim=16,
-    v_head_dim=24,
-    moe_intermediate_size=48,
-    n_routed_experts=16,
-    num_local_experts=16,
-    num_experts_per_tok=4,
-    n_group=4,
-    topk_group=2,
-    vocab_size=320,
-    index_n_heads=16,
-    index_head_dim=32,
-    index_topk=8,
-    rows=(1, 9),
-    decode_batch=3,
-    context=80,
-    long_context=100,
-)
-SHAPES: dict[ShapesName, Shapes] = {"tiny": _TINY, "v3-test": _V3_TEST, "v3": _V3}
-"""A small model; the model that other engines are compared on; one rank of 32 of DeepSeek-V3."""
-
-
-class Inputs:
-    """Draws what a kernel is given; a new object draws the same again."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        """`device`: where the large ones are drawn."""
-        self._device = device or torch.device("cpu")
-        self._generator = torch.Generator(self._device).manual_seed(0)
-
-    def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(shape, generator=self._generator, device=self._device).to(dtype)
-
-    def weight(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
-        """[.., N, K], packed for the backend in force, so scaled that a product is about as large as its input."""
-        values = torch.randn(shape, generator=self._generator, device=self._device).div_(math.sqrt(shape[-1]))
-        return pack_weight(values.to(dtype))
-
-    def positions(self, count: int, limit: int) -> Tensor:
-        return torch.randint(limit, (count,), generator=self._generator, device=self._device)
-
-    def experts(self, tokens: int, num_experts: int, top_k: int) -> Tensor:
-        """[T, K] int64, different ones for each token."""
-        draws = torch.rand(tokens, num_experts, generator=self._generator, device=self._device)
-        return draws.topk(top_k, dim=1).indices
-
-    def layout(self, sequences: int, length: int, context: int) -> PagedLayout:
-        """The last `length` tokens of contexts whose blocks lie anywhere among `num_slots` records."""
-        blocks = -(-context // BLOCK_SIZE)
-        order = torch.randperm(sequences * blocks, generator=self._generator, device=self._device)
-        return PagedLayout(
-            block_tables=order.to("cpu", torch.int32).view(sequences, blocks),
-            cu_seqlens_q=torch.arange(0, sequences * length + 1, length, dtype=torch.int32),
-            positions=torch.arange(context - length, context).repeat(sequences),
-            block_size=BLOCK_SIZE,
-        )
-
-    def selected(self, tokens: int, context: int, topk: int) -> Tensor:
-        """[T, topk] int32, ascending positions of the context."""
-        return self.experts(tokens, context, topk).sort(dim=1).values.to(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +53,14 @@ def num_slots(sequences: int, context: int) -> int:
 
 def cases(s: Shapes) -> Iterator[Case]:
     """Every public op of the kernels, and the sampler."""
-    h, inner, dl, dr = s.hidden_size, s.moe_intermediate_size, s.kv_lora_rank, s.qk_rope_head_dim
-    heads, top_k, hi, d = s.num_attention_heads, s.num_experts_per_tok, s.index_n_heads, s.index_head_dim
-    v_all, local, width = heads * s.v_head_dim, s.num_local_experts, dl + dr
+    for group in (_products, _rows, _attention, _records, _index, _exchange, _sampling):
+        yield from group(s)
+
+
+def _products(s: Shapes) -> Iterator[Case]:
+    """Linear layers and experts."""
+    h, inner, dl, heads = s.hidden_size, s.moe_intermediate_size, s.kv_lora_rank, s.num_attention_heads
+    top_k, v_all, local = s.num_experts_per_tok, heads * s.v_head_dim, s.num_local_experts
     for t in s.rows:
         yield _linear(t, v_all, h)
     yield _linear(s.decode_batch, h, s.vocab_size, out_dtype=torch.float32)
@@ -223,6 +84,12 @@ def cases(s: Shapes) -> Iterator[Case]:
         2 * t * (top_k + 1) * h,
         2 * t * (top_k + 2) * h,
     )
+
+
+def _rows(s: Shapes) -> Iterator[Case]:
+    """Norms, rotations, routing, quantisation."""
+    h, dr, d, t = s.hidden_size, s.qk_rope_head_dim, s.index_head_dim, s.rows[-1]
+    heads, top_k = s.num_attention_heads, s.num_experts_per_tok
     norm_weight = partial(Inputs.normal, dtype=torch.float32)
     yield Case(
         "rms_norm", f"{t} x {h}", lambda r: (r.normal(t, h), norm_weight(r, h), EPS), rms_norm, 4 * t * h, 4 * t * h
@@ -266,6 +133,20 @@ def cases(s: Shapes) -> Iterator[Case]:
         8 * t * s.n_routed_experts,
         4 * t * s.n_routed_experts + 12 * t * top_k,
     )
+    yield Case(
+        "quantize_token_groups",
+        f"{t} x {h}",
+        lambda r: (r.normal(t, h),),
+        quantize_token_groups,
+        3 * t * h,
+        3 * t * h,
+    )
+
+
+def _attention(s: Shapes) -> Iterator[Case]:
+    """Dense and sparse, of prompts and of generated tokens."""
+    heads, dl, dr = s.num_attention_heads, s.kv_lora_rank, s.qk_rope_head_dim
+    width = dl + dr
     b, context, long = s.decode_batch, s.context, s.long_context
     scale = (s.qk_nope_head_dim + dr) ** -0.5
     yield Case(
@@ -314,6 +195,13 @@ def cases(s: Shapes) -> Iterator[Case]:
         2 * made + 2 * pairs * heads * (s.qk_nope_head_dim + dr + s.v_head_dim),
         2 * context * (width + heads * (s.qk_nope_head_dim + dr + s.v_head_dim)),
     )
+
+
+def _records(s: Shapes) -> Iterator[Case]:
+    """What writes and reads the cache."""
+    dl, dr, d, t = s.kv_lora_rank, s.qk_rope_head_dim, s.index_head_dim, s.rows[-1]
+    width = dl + dr
+    norm_weight = partial(Inputs.normal, dtype=torch.float32)
     rope_table = partial(cos_sin_table, inv_freq(dr, 10000.0), 4096)
     yield Case(
         "write_latents",
@@ -360,6 +248,12 @@ def cases(s: Shapes) -> Iterator[Case]:
         7 * t * d,
         4 * t * d,
     )
+
+
+def _index(s: Shapes) -> Iterator[Case]:
+    """Scores and selection."""
+    hi, d, b, long = s.index_n_heads, s.index_head_dim, s.decode_batch, s.long_context
+    width = s.kv_lora_rank + s.qk_rope_head_dim
     yield Case(
         "index_topk",
         f"decode {b} x {long} -> {s.index_topk}",
@@ -392,6 +286,11 @@ def cases(s: Shapes) -> Iterator[Case]:
         2 * b * long,
         4 * b * (long + s.index_topk),
     )
+
+
+def _exchange(s: Shapes) -> Iterator[Case]:
+    """Tokens to experts."""
+    h, t, top_k = s.hidden_size, s.rows[-1], s.num_experts_per_tok
     identity = torch.arange(s.n_routed_experts)
     halves = (identity * 2 // s.n_routed_experts, identity % (s.n_routed_experts // 2))
     yield Case(
@@ -418,14 +317,11 @@ def cases(s: Shapes) -> Iterator[Case]:
         0,
         4 * t * h,
     )
-    yield Case(
-        "quantize_token_groups",
-        f"{t} x {h}",
-        lambda r: (r.normal(t, h),),
-        quantize_token_groups,
-        3 * t * h,
-        3 * t * h,
-    )
+
+
+def _sampling(s: Shapes) -> Iterator[Case]:
+    """Tokens from logits."""
+    b = s.decode_batch
     yield Case(
         "sample_tokens",
         f"{b} x {s.vocab_size}",

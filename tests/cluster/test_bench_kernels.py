@@ -13,7 +13,8 @@ from torch import Tensor
 from shoal.cluster import bench_kernels
 from shoal.cluster.bench_kernels import difference
 from shoal.cluster.cli import main
-from shoal.cluster.kernel_cases import SHAPES, cases
+from shoal.cluster.kernel_cases import cases
+from shoal.cluster.kernel_shapes import SHAPES
 from shoal.kernels import registry
 
 
