@@ -14,7 +14,8 @@ from torch import Tensor
 from ..linear import PackedWeight
 from ..registry import register
 from .launch import round_to
-from .linear import NATIVE_FP8, Operands, multiply_and_store, multiply_tile_pair, store_tile, tile_of
+from .linear import Operands
+from .multiply import NATIVE_FP8, multiply_and_store, multiply_tile_pair, store_tile, tile_of
 from .tiles import Tiles, tiles_for
 
 

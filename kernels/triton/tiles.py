@@ -1,4 +1,4 @@
-"""Into which tiles products are cut: a choice of speed alone, which changes no bit (see linear.py)."""
+"""Into which tiles products are cut: a choice of speed alone, which changes no bit (see multiply.py)."""
 
 from __future__ import annotations
 

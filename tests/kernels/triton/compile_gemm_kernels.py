@@ -10,7 +10,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from shoal.kernels.triton import dispatch, experts, linear, norm, quant, rope, router, sampling
-from shoal.kernels.triton.linear import BF16, DECODED_FP8, FP32, NATIVE_FP8
+from shoal.kernels.triton.multiply import BF16, DECODED_FP8, FP32, NATIVE_FP8
 from shoal.kernels.triton.tiles import TILES, Tiles
 from tests.kernels.triton.compiler import TARGETS, compile_kernel
 
