@@ -30,20 +30,16 @@ from shoal.parallel.groups import single_process_groups
 from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.random_checkpoint import is_quantized, tensor_shapes
+from shoal.runtime.random_checkpoint import YARN, is_quantized, tensor_shapes, tiny_config
 from shoal.runtime.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, SamplingParams
 
 DEVICE = torch.device("cuda")
 V32: dict[str, Any] = {
-    "architectures": ["DeepseekV32ForCausalLM"],
-    "model_type": "deepseek_v32",
     "vocab_size": 129280,
     "hidden_size": 7168,
     "intermediate_size": 18432,
     "moe_intermediate_size": 2048,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
     "num_attention_heads": 128,
     "num_key_value_heads": 128,
     "q_lora_rank": 1536,
@@ -51,32 +47,11 @@ V32: dict[str, Any] = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-    "n_shared_experts": 1,
     "num_experts_per_tok": 8,
     "n_group": 8,
     "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
+    "rope_scaling": YARN | {"original_max_position_embeddings": 4096},
     "max_position_embeddings": 163840,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "num_nextn_predict_layers": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
     "index_n_heads": 64,
     "index_head_dim": 128,
     "index_topk": 2048,
@@ -89,11 +64,12 @@ V32: dict[str, Any] = {
         "scale_fmt": "ue8m0",
     },
 }
+"""Where V3.2 differs from the tiny model of its type."""
 
 
 def write_model(model_dir: Path, layers: int, experts: int) -> int:
     """Random weights, made on the GPU, one file for each layer; returns their bytes."""
-    config = V32 | {"num_hidden_layers": layers, "n_routed_experts": experts}
+    config = tiny_config("deepseek_v32", V32 | {"num_hidden_layers": layers, "n_routed_experts": experts})
     (model_dir / "config.json").write_text(json.dumps(config))
     write_byte_tokenizer(model_dir / "tokenizer.json")
     files: dict[str, dict[str, Tensor]] = {}

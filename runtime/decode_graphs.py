@@ -32,7 +32,7 @@ def is_decode(batch: Batch) -> bool:
 
 
 def padded_size(count: int, largest: int) -> int:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, ..: the next of powers of two and their halves' sums, but not above `largest`."""
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, .. (powers of two and one and a half of them), at most `largest`."""
     power = 1 << (count - 1).bit_length()
     return min(largest, power * 3 // 4 if count <= power * 3 // 4 and power > 2 else power)
 

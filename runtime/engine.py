@@ -361,7 +361,8 @@ class Engine:
         reach("engine.sample")
         if self.loader is not None:
             self.loader.commit()
-        sampled = {i: token for i, token in step.finish().items() if i in self._running}
+        running = {seq.seq_id for seq in self.scheduler.running}  # who ended or lost its blocks meanwhile gets no token
+        sampled = {i: token for i, token in step.finish().items() if i in running}
         chunks = self._account(step.batch, sampled)
         outputs = self._update(sampled)
         reach("engine.update")

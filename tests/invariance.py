@@ -219,7 +219,7 @@ def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups)
 
 
 def run_points_on_rank(
-    rank: int, store: Store, models: list[tuple[Path, str]], points: list[Point]
+    rank: int, store: Store, models: list[tuple[Path, str]], points: list[Point], device: str = "cpu"
 ) -> list[list[dict[int, tuple[Any, ...]]]]:
     """This rank's rows of every point, for every (model, dtype); a rank that a point has no use for skips it."""
     results = []
@@ -230,7 +230,8 @@ def run_points_on_rank(
                 of_model.append({})
                 continue
             layout = ParallelConfig(tensor_parallel_size=point.tp, data_parallel_size=point.dp)
-            groups = init_groups(layout, rank, store, epoch=index * len(points) + number, timeout_s=120.0)
+            epoch = index * len(points) + number
+            groups = init_groups(layout, rank, store, epoch=epoch, device=torch.device(device), timeout_s=120.0)
             of_model.append(run_point(point, model_dir, dtype, groups))
         results.append(of_model)
     return results

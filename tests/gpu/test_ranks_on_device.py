@@ -17,10 +17,9 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from shoal.parallel import groups as groups_module
 from shoal.parallel.collectives import Communicator
-from shoal.parallel.config import ParallelConfig
-from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
+from shoal.parallel.groups import ParallelGroups, single_process_groups
 from shoal.parallel.transport import SocketMesh
-from tests.invariance import Point, differing, make_model, run_point
+from tests.invariance import Point, Rows, differing, make_model, run_point, run_points_on_rank
 from tests.parallel.spawn import run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -80,23 +79,10 @@ create_backends = groups_module._create_backends
 
 
 def rows_of_rank(
-    rank: int, store: Store, device: str, models: list[tuple[Path, str]], points: list[Point]
-) -> list[list[dict[int, tuple[Any, ...]]]]:
-    """This rank's rows of every point, for every model."""
+    rank: int, store: Store, models: list[tuple[Path, str]], points: list[Point], device: str
+) -> list[list[Rows]]:
     groups_module._create_backends = backends
-    found = []
-    for index, (model_dir, dtype) in enumerate(models):
-        of_model: list[dict[int, tuple[Any, ...]]] = []
-        for number, point in enumerate(points):
-            if rank >= point.world_size:
-                of_model.append({})
-                continue
-            layout = ParallelConfig(tensor_parallel_size=point.tp, data_parallel_size=point.dp)
-            epoch = index * len(points) + number
-            groups = init_groups(layout, rank, store, epoch=epoch, device=torch.device(device), timeout_s=120.0)
-            of_model.append(run_point(point, model_dir, dtype, groups))
-        found.append(of_model)
-    return found
+    return run_points_on_rank(rank, store, models, points, device)
 
 
 def compare(directory: Path, device: str) -> dict[str, list[int]]:
@@ -104,7 +90,7 @@ def compare(directory: Path, device: str) -> dict[str, list[int]]:
     models = [(make_model(directory, model_type, dtype), dtype) for model_type, dtype in MODELS]
     alone = single_process_groups(torch.device(device))
     expected = [run_point(Point("reference"), model_dir, dtype, alone) for model_dir, dtype in models]
-    per_rank = run_ranks(rows_of_rank, 4, device, models, POINTS, timeout_s=400.0)
+    per_rank = run_ranks(rows_of_rank, 4, models, POINTS, device, timeout_s=400.0)
     wrong = {}
     for index, (_, dtype) in enumerate(models):
         for number, point in enumerate(POINTS):

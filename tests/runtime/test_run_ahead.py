@@ -59,8 +59,10 @@ def requests() -> list[Request]:
     ]
 
 
-def run(engine: Engine, arrivals: dict[int, list[Request]], aborts: dict[int, str]) -> dict[str, RequestOutput]:
-    """Requests come before the steps that they are listed under, and are aborted likewise."""
+def run(
+    engine: Engine, arrivals: dict[int, list[Request]], aborts: dict[int, str], preempt_every: int = 0
+) -> dict[str, RequestOutput]:
+    """Requests come before the steps that they are listed under, and are aborted likewise; some lose their blocks."""
     finished: dict[str, RequestOutput] = {}
     step = 0
     while engine.has_unfinished or step <= max(arrivals):
@@ -68,6 +70,8 @@ def run(engine: Engine, arrivals: dict[int, list[Request]], aborts: dict[int, st
             engine.add_request(request)
         if step in aborts:
             engine.abort(aborts[step])
+        if preempt_every and step % preempt_every == preempt_every - 1 and (running := engine.scheduler.running):
+            engine.scheduler.preempt(running[step % len(running)].seq_id)
         finished |= {o.request_id: o for o in engine.step().outputs if o.finished}
         engine.block_manager.check_integrity()
         step += 1
@@ -81,16 +85,17 @@ def run(engine: Engine, arrivals: dict[int, list[Request]], aborts: dict[int, st
     arrival=st.lists(st.integers(0, 12), min_size=7, max_size=7),
     aborts=st.dictionaries(st.integers(1, 14), st.sampled_from("01246"), max_size=2),
     num_kv_blocks=st.sampled_from([16, 64]),
+    preempt_every=st.sampled_from([0, 3, 4]),
 )
 def test_running_ahead_changes_no_answer(
-    model_dir: Path, arrival: list[int], aborts: dict[int, str], num_kv_blocks: int
+    model_dir: Path, arrival: list[int], aborts: dict[int, str], num_kv_blocks: int, preempt_every: int
 ) -> None:
-    """16 blocks are too few for all, so that sequences are preempted too."""
+    """16 blocks are too few for all, so that sequences are preempted for that too."""
     arrivals: dict[int, list[Request]] = {}
     for request, step in zip(requests(), arrival, strict=True):
         arrivals.setdefault(step, []).append(request)
     expected = run(make_engine(model_dir, ahead=False), {0: requests()}, {})
-    found = run(make_engine(model_dir, ahead=True, num_kv_blocks=num_kv_blocks), arrivals, aborts)
+    found = run(make_engine(model_dir, ahead=True, num_kv_blocks=num_kv_blocks), arrivals, aborts, preempt_every)
     assert set(found) >= set(expected) - set(aborts.values())
     for request_id, output in found.items():
         assert bits(output) == bits(expected[request_id])

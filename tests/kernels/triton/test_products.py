@@ -165,7 +165,7 @@ def test_experts_read_rows_wherever_they_are(kind: torch.dtype) -> None:
 
 def test_fp8_rows_that_were_put_together_between_blocks() -> None:
     hidden, inner = 256, 72
-    gate, up, down = (BlockFP8Weight.of_rows(*fp8_weight(n, hidden, seed=n)) for n in (inner, inner + 1, 140))
+    gate, up = (BlockFP8Weight.of_rows(*fp8_weight(n, hidden, seed=n)) for n in (inner, inner + 1))
     up = BlockFP8Weight(up.values[:inner], up.scales[:inner], up.in_blocks)
     joined = BlockFP8Weight.cat([gate, up])
     blocks = BlockFP8Weight.cat([gate])
@@ -178,7 +178,6 @@ def test_fp8_rows_that_were_put_together_between_blocks() -> None:
     torch.testing.assert_close(y, parts, rtol=2**-7, atol=1e-3)
     wide = linear(x, pack_weight(joined.dequantize(torch.bfloat16)))
     assert (y.float() - wide.float()).norm() <= 0.05 * wide.float().norm()
-    assert down.in_blocks
 
 
 def test_experts_have_the_bits_of_their_linear_layers() -> None:
