@@ -61,6 +61,9 @@ _ENGINE_OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
     ),
     click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the workers compute."),
     click.option("--enforce-eager", is_flag=True, default=None, help="No CUDA graphs; the answers are the same."),
+    click.option(
+        "--all2all-backend", type=click.Choice(["default", "deepep"]), help="How tokens get to experts on other GPUs."
+    ),
     click.option("--num-threads-per-worker", type=int, metavar="N", help="CPU threads of a worker."),
     click.option("--ray-address", metavar="ADDRESS", help="Cluster to use; default: the job's own, else a local Ray."),
     click.option("--insecure", is_flag=True, default=None, help="Run on several nodes without Ray authentication."),

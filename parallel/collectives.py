@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import Store, Work  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, ProcessGroup, Store, Work  # type: ignore[attr-defined]
 
 from .failpoints import Failpoints
 from .transport import SocketMesh
@@ -194,6 +194,12 @@ class Communicator:
         call = self._call(kind, layer, op, torch.uint8, [payload] * self.size, [t.numel() for t in recvs], peers)
         self._exchange(call, recvs)()
         return data if data is not None else recvs[root].numpy().tobytes()
+
+    def process_group(self) -> ProcessGroup:
+        """This epoch's ranks as torch knows a group, for a library that takes one; tensors on a GPU only."""
+        assert self._nccl is not None
+        assert self._store is not None
+        return as_process_group(self._nccl, PrefixStore(f"torch/{self.name}", self._store), self.rank, self.size)
 
     def abort(self, reason: str, *, epoch: int | None = None) -> None:
         """Leave the group: the collective that runs here, now and on every peer, fails at once. Any thread may call.
@@ -391,6 +397,18 @@ class Communicator:
             self._mesh.shut_down()
         if self._nccl is not None:
             self._nccl.abort()
+
+
+def as_process_group(backend: Any, store: Store, rank: int, size: int) -> ProcessGroup:
+    """A backend (`ProcessGroupNCCL`, `ProcessGroupGloo`) as a group that no global of torch knows."""
+    device, kind = {
+        "nccl": (torch.device("cuda"), ProcessGroup.BackendType.NCCL),
+        "gloo": (torch.device("cpu"), ProcessGroup.BackendType.GLOO),
+    }[backend.name()]
+    group = ProcessGroup(store, rank, size)
+    group._set_default_backend(kind)
+    group._register_backend(device, kind, backend)
+    return group
 
 
 def _as_bytes(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,12 +50,14 @@ class DispatchHandle:
     Over several ranks:
     num_sent: pairs sent to each rank, [num_ranks], sums to P, the number of rows that come back
     num_received: pairs received from each rank, [num_ranks], sums to R
+    received: of a library that moves the rows, what it wants to see again
     """
 
     topk_weights: Tensor
     row_of: Tensor
     num_sent: Sequence[int] = ()
     num_received: Sequence[int] = ()
+    received: Any = None
 
 
 RecvHook = Callable[[Tensor | None], Tensor]

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 DType = Literal["auto", "float32", "bfloat16"]
 KVCacheDType = Literal["auto", "fp8"]
 Invariance = Literal["strict", "relaxed"]
+All2AllBackend = Literal["default", "deepep"]
 KernelBackend = Literal["auto", "cpu", "triton", "reference"]
 
 
@@ -39,6 +40,9 @@ class EngineConfig:
     """With a request's index, the seed of requests that bring none."""
     kernel_backend: KernelBackend = "auto"
     """auto: cpu on a CPU, triton on a GPU."""
+    all2all_backend: All2AllBackend = "default"
+    """How tokens get to experts on other ranks: with NCCL (on a CPU, sockets), or on GPUs with DeepEP, if it is
+    installed; the bits are the same."""
     enforce_eager: bool = False
     """On a GPU, start every kernel of a decode step by itself instead of all by a CUDA graph; the bits are the same."""
     invariance: Invariance = "strict"
@@ -53,6 +57,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
         _one_of("kernel_backend", self.kernel_backend, get_args(KernelBackend))
+        _one_of("all2all_backend", self.all2all_backend, get_args(All2AllBackend))
         _one_of("invariance", self.invariance, ("strict", "relaxed"))
 
 

@@ -13,6 +13,8 @@ import torch
 from shoal.kernels.numerics import pin_floating_point
 from shoal.kernels.records import FP8_RECORDS
 from shoal.kernels.registry import Backend, current_backend, is_invariant, set_backend
+from shoal.parallel.deep_ep import deep_ep_dispatcher
+from shoal.parallel.dispatcher import TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
 
 from .decode_graphs import DecodeGraphs
@@ -22,7 +24,7 @@ from .loader import Checkpoint
 from .memory import available_memory, release_freed_memory
 from .model_runner import ModelRunner
 from .models.config import ModelConfig
-from .models.deepseek import DeepseekModel, expected_tensors, record_specs
+from .models.deepseek import DeepseekModel, default_dispatcher, default_placement, expected_tensors, record_specs
 
 KV_MEMORY_FRACTION = 0.5
 """Of the memory that is free once the weights are there, what the cache may take when its size is not given."""
@@ -65,7 +67,8 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
             f"max_model_len {wanted_len} is above the model's max_position_embeddings "
             f"({model_config.max_position_embeddings})"
         )
-    model, fingerprint = _load_weights(model_dir, model_config, groups, dtype, wanted_len, on_phase)
+    dispatcher = _dispatcher(config, model_config, groups, dtype)
+    model, fingerprint = _load_weights(model_dir, model_config, groups, dtype, wanted_len, dispatcher, on_phase)
     release_freed_memory()  # tensors were unpacked one at a time, of all sizes
     num_blocks = _num_kv_blocks(config, groups, specs, wanted_len)
     max_model_len = min(wanted_len, num_blocks * config.block_size)
@@ -122,6 +125,7 @@ def _load_weights(
     groups: ParallelGroups,
     dtype: torch.dtype,
     max_len: int,
+    dispatcher: TokenDispatcher,
     on_phase: OnPhase,
 ) -> tuple[DeepseekModel, str]:
     """This rank's part of the model, and what tells its checkpoint from others."""
@@ -132,8 +136,26 @@ def _load_weights(
             on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
         if unused := sorted(leftovers - mtp):
             on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
-        model = DeepseekModel(config, checkpoint, groups, dtype=dtype, max_model_len=max_len)
+        model = DeepseekModel(config, checkpoint, groups, dtype=dtype, max_model_len=max_len, dispatcher=dispatcher)
         return model, checkpoint.fingerprint
+
+
+def _dispatcher(
+    config: EngineConfig, model: ModelConfig, groups: ParallelGroups, dtype: torch.dtype
+) -> TokenDispatcher:
+    """ValueError for a backend that does not fit the model or the device, or that is not installed."""
+    placement = default_placement(model, groups)
+    if config.all2all_backend == "default" or groups.world.size == 1:
+        return default_dispatcher(placement, groups)
+    if groups.device.type != "cuda" or dtype != torch.bfloat16:
+        raise ValueError(
+            f"all2all_backend deepep moves bfloat16 between GPUs, this is {dtype} on device {groups.device.type}: "
+            f"set all2all_backend to default"
+        )
+    tokens_per_rank = -(-config.max_num_batched_tokens // groups.tp.size)
+    return deep_ep_dispatcher(
+        placement, groups, model.hidden_size, max_rows=tokens_per_rank * model.num_experts_per_tok
+    )
 
 
 def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[RecordSpec], max_len: int) -> int:

@@ -117,16 +117,14 @@ class DeepseekModel:
         dtype: torch.dtype,
         max_model_len: int,
         placement: ExpertPlacement | None = None,
+        dispatcher: TokenDispatcher | None = None,
     ) -> None:
+        """`dispatcher` brings tokens to experts where `placement` put them; None: as `default_dispatcher` says."""
         self.config = config
         self.dtype = dtype
         self.tp = groups.tp
         placement = placement or default_placement(config, groups)
-        dispatcher: TokenDispatcher
-        if groups.world.size == 1:
-            dispatcher = LocalTokenDispatcher(placement, groups.device)
-        else:
-            dispatcher = AllToAllTokenDispatcher(placement, groups.world, groups.device)
+        dispatcher = dispatcher or default_dispatcher(placement, groups)
         frequencies = inv_freq(config.qk_rope_head_dim, config.rope_theta, config.yarn)
         rope_table = cos_sin_table(frequencies, max_model_len, config.rope_cos_sin_scale).to(groups.device)
 
@@ -174,6 +172,13 @@ def default_placement(config: ModelConfig, groups: ParallelGroups) -> ExpertPlac
     """On one node spread the routing groups, whose loads differ; over several keep them, so tokens reach few nodes."""
     place = ExpertPlacement.contiguous if several_nodes(groups) else ExpertPlacement.round_robin
     return place(config.n_routed_experts, groups.world.size)
+
+
+def default_dispatcher(placement: ExpertPlacement, groups: ParallelGroups) -> TokenDispatcher:
+    """In place where one rank holds all experts, otherwise with the collectives of the replica's ranks."""
+    if groups.world.size == 1:
+        return LocalTokenDispatcher(placement, groups.device)
+    return AllToAllTokenDispatcher(placement, groups.world, groups.device)
 
 
 def several_nodes(groups: ParallelGroups) -> bool:

@@ -27,6 +27,7 @@ def test_the_engine_gets_its_part() -> None:
         enable_prefix_caching=False,
         seed=11,
         kernel_backend="reference",
+        all2all_backend="deepep",
         invariance="relaxed",
     )
     config = args.to_engine_config()
@@ -55,6 +56,7 @@ def test_the_engine_gets_its_part() -> None:
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype must be one of auto, fp8"),
         ({"invariance": "loose"}, "invariance must be one of"),
+        ({"all2all_backend": "nvshmem"}, "all2all_backend must be one of default, deepep"),
         ({"block_size": True}, "block_size"),
         (
             {"tensor_paralel_size": 2},

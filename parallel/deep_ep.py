@@ -1,0 +1,251 @@
+"""DeepEP behind `TokenDispatcher`: rows go to their experts and back over NVLink and RDMA.
+
+DeepEP adds up and rounds what the experts of one rank made of a token before that travels, so results would depend on
+which experts share a rank. Here each (token, slot) pair is a token of its own to DeepEP, with one expert and no weight:
+every output comes back as it was, and `combine_topk` weighs and adds them as it does for the other dispatchers. The
+price is a row for each pair on the way there, where a token could go once to each rank.
+
+Three interfaces exist: `Buffer` (NVSHMEM), `ElasticBuffer` (NCCL) and `EPBuffer`, its successor. DeepEP frees a buffer
+together with the peers, so after a failure the old one is left behind; it waits for peers on the GPU, and ends the
+process when they do not come in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from shoal.kernels.dispatch import group_pairs
+from shoal.kernels.experts import combine_topk
+from shoal.kernels.optional import import_optional
+
+from .collectives import CollectiveError, Communicator
+from .dispatcher import DispatchedTokens, DispatchHandle, RecvHook
+from .groups import ParallelGroups
+from .placement import ExpertPlacement
+
+INTERFACES = ("EPBuffer", "ElasticBuffer", "Buffer")
+"""Classes of the module, the one that is taken first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeSizes:
+    """What a buffer is made for."""
+
+    hidden_size: int
+    max_rows: int
+    """Pairs that one rank sends at a time."""
+    num_experts: int
+    """Slots of all ranks together."""
+    timeout_s: float
+
+
+class Exchange(Protocol):
+    """One interface of DeepEP, for rows [P, H] in bf16 that go to one expert each."""
+
+    def dispatch(self, rows: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """experts: [P, 1], physical, -1 for a row that stays.
+
+        -> (rows that arrived, in any order [R, H]; the local slot of each [R, 1]; a handle for `combine`).
+        """
+        ...
+
+    def combine(self, y: Tensor, handle: Any) -> Callable[[], Tensor]:
+        """y: [R, H], in the order of the arrivals -> what waits for the rows that come back, [P, H]."""
+        ...
+
+
+class DeepEPTokenDispatcher:
+    """Experts are spread over the ranks of `comm`, the same number of slots on each; tokens are bf16 on a GPU."""
+
+    def __init__(
+        self,
+        placement: ExpertPlacement,
+        comm: Communicator,
+        open_exchange: Callable[[], Exchange],
+        device: torch.device | None = None,
+    ) -> None:
+        """`open_exchange` is called by all ranks together, when they first dispatch in an epoch."""
+        self._comm, self._open_exchange = comm, open_exchange
+        self._exchange: Exchange | None = None
+        self._epoch = -1
+        self._num_local_experts = slots_per_rank(placement)
+        rank_of, slot_of = placement.lookup(source_rank=comm.rank, device=device)
+        self._physical = rank_of * self._num_local_experts + slot_of
+        self._own_slots = torch.arange(self._num_local_experts, device=device)
+
+    def dispatch(
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, layer: int
+    ) -> tuple[DispatchedTokens, DispatchHandle]:
+        top_k = topk_idx.shape[1]
+        absent = topk_idx < 0
+        experts = self._physical[topk_idx.clamp_min(0)].masked_fill(absent, -1)
+        rows, slots, received = self._connected().dispatch(x.repeat_interleave(top_k, dim=0), experts.view(-1, 1))
+        x_row, num_tokens_per_expert, _ = group_pairs(slots, self._own_slots, self._num_local_experts)
+        row_of = torch.arange(topk_idx.numel(), device=x.device).view_as(topk_idx).masked_fill(absent, -1)
+        tokens = DispatchedTokens(rows, x_row, num_tokens_per_expert, out_row=x_row)
+        return tokens, DispatchHandle(topk_weights, row_of, received=received)
+
+    def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
+        receive = self._connected().combine(y, handle.received)
+        return lambda shared: combine_topk(receive(), handle.row_of, handle.topk_weights, shared)
+
+    def _connected(self) -> Exchange:
+        """This epoch's buffer: after a failure other processes may be at the other end."""
+        if self._exchange is None or self._epoch != self._comm.epoch:
+            self._exchange, self._epoch = self._open_exchange(), self._comm.epoch
+        return self._exchange
+
+
+def deep_ep_dispatcher(
+    placement: ExpertPlacement, groups: ParallelGroups, hidden_size: int, *, max_rows: int
+) -> DeepEPTokenDispatcher:
+    """For all ranks of a replica, each of which sends up to `max_rows` (token, slot) pairs at a time.
+
+    ValueError when DeepEP is not there or the placement does not suit it.
+    """
+    module, world = import_deep_ep(), groups.world
+    num_experts = placement.num_ranks * slots_per_rank(placement)
+    sizes = ExchangeSizes(hidden_size, max_rows, num_experts, world.timeout_s)
+    return DeepEPTokenDispatcher(
+        placement, world, lambda: open_exchange(module, world.process_group(), sizes), groups.device
+    )
+
+
+def slots_per_rank(placement: ExpertPlacement) -> int:
+    """ValueError unless every rank has the same number of expert slots, as DeepEP numbers experts by rank."""
+    counts = [len(slots) for slots in placement.slots]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"all2all_backend deepep needs the same number of experts on every rank, {placement.num_experts} experts "
+            f"on {placement.num_ranks} ranks are {counts}: choose a number of ranks that divides the experts"
+        )
+    return counts[0]
+
+
+def import_deep_ep() -> ModuleType:
+    """ValueError when the module is missing, cannot be imported or has none of the known interfaces."""
+    module = import_optional(
+        "deep_ep",
+        setting="all2all_backend deepep",
+        install="build it from https://github.com/deepseek-ai/DeepEP (deep-ep on the package index is something else)",
+    )
+    if interface_of(module) is None:
+        raise ValueError(f"the installed deep_ep has none of the interfaces {', '.join(INTERFACES)}")
+    return module
+
+
+def interface_of(module: ModuleType) -> str | None:
+    """The name of the class that would be used."""
+    return next((name for name in INTERFACES if hasattr(module, name)), None)
+
+
+def open_exchange(module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes) -> Exchange:
+    """The newest interface that the module has; every rank of the group calls it.
+
+    ValueError, with DeepEP's own words, for a number of ranks or GPUs that it does not take; CollectiveError when the
+    ranks did not get connected.
+    """
+    name = interface_of(module)
+    make = _BufferExchange if name == "Buffer" else _ElasticExchange
+    what = f"deep_ep.{name} cannot connect {group.size()} ranks"
+    try:
+        return make(module, group, sizes)
+    except AssertionError as error:
+        raise ValueError(f"{what}: {error}; set all2all_backend to default") from error
+    except RuntimeError as error:
+        raise CollectiveError(f"{what}: {error}") from error
+
+
+class _ElasticExchange:
+    """`EPBuffer` and `ElasticBuffer`, whose calls are the same."""
+
+    def __init__(self, module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes) -> None:
+        buffer_class = getattr(module, interface_of(module) or "")
+        self._num_experts, self._max_rows, self._index_dtype = sizes.num_experts, sizes.max_rows, _index_dtype(module)
+        self._buffer = buffer_class(
+            group,
+            num_max_tokens_per_rank=sizes.max_rows,
+            hidden=sizes.hidden_size,
+            num_topk=1,
+            num_cpu_timeout_secs=max(1, int(sizes.timeout_s)),
+            num_gpu_timeout_secs=max(1, int(sizes.timeout_s)),
+            explicitly_destroy=True,
+        )
+
+    def dispatch(self, rows: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Any]:
+        assert len(rows) <= self._max_rows, f"{len(rows)} rows, the buffer was made for {self._max_rows}"
+        arrived, slots, _, handle, _ = self._buffer.dispatch(
+            rows,
+            topk_idx=experts.to(self._index_dtype),
+            topk_weights=_unit_weights(experts),
+            num_experts=self._num_experts,
+        )
+        return arrived, slots.long(), handle
+
+    def combine(self, y: Tensor, handle: Any) -> Callable[[], Tensor]:
+        combined, _, event = self._buffer.combine(y, handle, async_with_compute_stream=True)
+        return _Arriving(event, combined, y)
+
+
+class _BufferExchange:
+    """`Buffer`, in the mode that fills buffers of a fixed size piece by piece ("normal")."""
+
+    def __init__(self, module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes) -> None:
+        self._num_experts, self._index_dtype = sizes.num_experts, _index_dtype(module)
+        ranks, row_bytes = group.size(), 2 * sizes.hidden_size
+        configs = (module.Buffer.get_dispatch_config(ranks), module.Buffer.get_combine_config(ranks))
+        self._buffer = module.Buffer(
+            group,
+            num_nvl_bytes=max(config.get_nvl_buffer_size_hint(row_bytes, ranks) for config in configs),
+            num_rdma_bytes=max(config.get_rdma_buffer_size_hint(row_bytes, ranks) for config in configs),
+            explicitly_destroy=True,
+        )
+
+    def dispatch(self, rows: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Any]:
+        experts = experts.to(self._index_dtype)
+        per_rank, per_rdma_rank, per_expert, is_in_rank, _ = self._buffer.get_dispatch_layout(
+            experts, self._num_experts
+        )
+        arrived, slots, _, _, handle, _ = self._buffer.dispatch(
+            rows,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
+            is_token_in_rank=is_in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=experts,
+            topk_weights=_unit_weights(experts),
+        )
+        return arrived, slots.long(), handle
+
+    def combine(self, y: Tensor, handle: Any) -> Callable[[], Tensor]:
+        combined, _, event = self._buffer.combine(y, handle, async_finish=True)
+        return _Arriving(event, combined, y)
+
+
+def _index_dtype(module: ModuleType) -> torch.dtype:
+    dtype: torch.dtype = getattr(module, "topk_idx_t", torch.int64)
+    return dtype
+
+
+def _unit_weights(experts: Tensor) -> Tensor:
+    """DeepEP carries weights along with experts; nobody reads these."""
+    return torch.ones(experts.shape, dtype=torch.float32, device=experts.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arriving:
+    event: Any
+    rows: Tensor
+    sent: Tensor
+    """DeepEP's stream reads it until then."""
+
+    def __call__(self) -> Tensor:
+        self.event.current_stream_wait()
+        return self.rows
