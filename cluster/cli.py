@@ -62,6 +62,11 @@ _ENGINE_OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
     click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the workers compute."),
     click.option("--enforce-eager", is_flag=True, default=None, help="No CUDA graphs; the answers are the same."),
     click.option(
+        "--vendor-kernels",
+        type=click.Choice(["none", "flash_mla", "deep_gemm", "all"]),
+        help="Libraries to use on a GPU; with --invariance relaxed only.",
+    ),
+    click.option(
         "--all2all-backend", type=click.Choice(["default", "deepep"]), help="How tokens get to experts on other GPUs."
     ),
     click.option("--num-threads-per-worker", type=int, metavar="N", help="CPU threads of a worker."),

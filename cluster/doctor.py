@@ -16,13 +16,16 @@ from typing import Literal, TextIO
 import torch
 
 from shoal.kernels.build import build_library, find_compiler
+from shoal.kernels.registry import NOT_STRICT, Vendor, check_vendors
+from shoal.parallel.deep_ep import INTERFACES
 from shoal.runtime.model_loading import choose_backend
 
 from .environment import environment
 from .job import EXIT_OK
 
 EXIT_BROKEN = 1
-Verdict = Literal["used", "not used", "missing", "broken"]
+Verdict = Literal["used", "available", "not used", "missing", "broken"]
+"""available: it works here, and a setting asks for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +46,12 @@ class Module:
     name: str
     """As it is imported."""
     purpose: str
-    generation: Callable[[ModuleType], str]
+    generation: Callable[[ModuleType], str] = lambda _: ""
     """Which of its interfaces the installed version has; "" if there is only one."""
-    why_not: str = ""
-    """Why it is not used where it is installed; "" for one that is."""
+    setting: str = ""
+    """What asks for it, and then needs a GPU; "" for one that is used wherever it is installed."""
+    check: Callable[[torch.device], None] | None = None
+    """ValueError if it does not work on a device."""
 
 
 def _has(*names: str) -> Callable[[ModuleType], str]:
@@ -54,34 +59,36 @@ def _has(*names: str) -> Callable[[ModuleType], str]:
     return lambda module: next((f"has {name}" for name in names if hasattr(module, name)), "of an unknown interface")
 
 
+def _runs(vendor: Vendor) -> Callable[[torch.device], None]:
+    return lambda device: check_vendors([vendor], device)
+
+
 MODULES = (
-    Module("triton", "kernels on GPUs", lambda _: ""),
-    Module("ray", "more than one worker", lambda _: ""),
-    Module("nixl_cu13", "cache records from one replica to another on a node", lambda _: ""),
-    Module(
-        "deep_ep",
-        "exchange of tokens between GPUs",
-        _has("EPBuffer", "ElasticBuffer", "Buffer"),
-        "it rounds the sum of a rank's experts before that travels, so answers would depend on the layout",
-    ),
+    Module("triton", "kernels on GPUs"),
+    Module("ray", "more than one worker"),
+    Module("nixl_cu13", "cache records from one replica to another on a node"),
+    Module("deep_ep", "exchange of tokens between GPUs", _has(*INTERFACES), "all2all_backend deepep"),
     Module(
         "flash_mla",
         "attention on Hopper and Blackwell",
         _has("flash_mla_sparse_fwd", "get_mla_metadata"),
-        "it splits contexts by what else is in the batch, so answers would depend on that",
+        f"vendor_kernels flash_mla and invariance relaxed, because {NOT_STRICT['flash_mla']}",
+        _runs("flash_mla"),
     ),
     Module(
         "deep_gemm",
         "FP8 products on Hopper and Blackwell",
         _has("fp8_fp4_gemm_nt", "fp8_gemm_nt"),
-        "products are Shoal's own, on every device",
+        f"vendor_kernels deep_gemm and invariance relaxed, because {NOT_STRICT['deep_gemm']}",
+        _runs("deep_gemm"),
     ),
 )
 
 
 def doctor(*, output: Path | None, stdout: TextIO) -> int:
     """Look, print a table and write it to `output`; 1 when something that would be used is broken."""
-    findings = [_compiler(), *_devices(), *(look_at(module) for module in MODULES)]
+    device = torch.device("cuda") if torch.cuda.is_available() else None
+    findings = [_compiler(), *_devices(), *(look_at(module, device) for module in MODULES)]
     _print_table(findings, stdout)
     if output is not None:
         report = {"environment": environment(), "findings": [asdict(finding) for finding in findings]}
@@ -90,19 +97,27 @@ def doctor(*, output: Path | None, stdout: TextIO) -> int:
     return EXIT_BROKEN if any(finding.verdict == "broken" for finding in findings) else EXIT_OK
 
 
-def look_at(module: Module) -> Finding:
-    """Import it, if it is there, and say whose it is."""
+def look_at(module: Module, device: torch.device | None) -> Finding:
+    """Import it, if it is there, say whose it is, and try it on `device`, a GPU or None."""
+    wanted_by = f", with {module.setting}" if module.setting else ""
     if find_spec(module.name) is None:
-        return Finding(module.name, "", "missing", f"not installed; it is for {module.purpose}")
+        return Finding(module.name, "", "missing", f"not installed; it is for {module.purpose}{wanted_by}")
     owner = distribution_of(module.name)
     try:
         generation = module.generation(importlib.import_module(module.name))
     except Exception as error:  # whatever a foreign package does when it is imported is the finding
-        return Finding(module.name, owner, "not used" if module.why_not else "broken", f"cannot be imported: {error}")
+        return Finding(module.name, owner, "not used" if module.setting else "broken", f"cannot be imported: {error}")
     found = f"{owner}, {generation}" if generation else owner
-    if module.why_not:
-        return Finding(module.name, found, "not used", f"{module.why_not}; it would be for {module.purpose}")
-    return Finding(module.name, found, "used", f"for {module.purpose}")
+    if not module.setting:
+        return Finding(module.name, found, "used", f"for {module.purpose}")
+    try:
+        if device is None:
+            raise ValueError("there is no GPU here")
+        if module.check is not None:
+            module.check(device)
+    except ValueError as error:
+        return Finding(module.name, found, "not used", f"{error}; it would be for {module.purpose}{wanted_by}")
+    return Finding(module.name, found, "available", f"for {module.purpose}{wanted_by}")
 
 
 def distribution_of(module: str) -> str:
@@ -145,7 +160,7 @@ def _print_table(findings: Sequence[Finding], stdout: TextIO) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"used": "green", "not used": "yellow", "missing": "dim", "broken": "red"}
+    colours = {"used": "green", "available": "cyan", "not used": "yellow", "missing": "dim", "broken": "red"}
     table = Table()
     for column in ("", "found", "verdict", "why"):
         table.add_column(column, overflow="fold")

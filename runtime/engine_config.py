@@ -9,6 +9,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 KVCacheDType = Literal["auto", "fp8"]
 Invariance = Literal["strict", "relaxed"]
 All2AllBackend = Literal["default", "deepep"]
+VendorKernels = Literal["none", "flash_mla", "deep_gemm", "all"]
 KernelBackend = Literal["auto", "cpu", "triton", "reference"]
 
 
@@ -40,6 +41,9 @@ class EngineConfig:
     """With a request's index, the seed of requests that bring none."""
     kernel_backend: KernelBackend = "auto"
     """auto: cpu on a CPU, triton on a GPU."""
+    vendor_kernels: VendorKernels = "none"
+    """Libraries, to be installed, whose kernels run on a GPU in place of Triton's: FlashMLA for absorbed attention,
+    DeepGEMM for experts with FP8 weights and for index scores over an FP8 cache. They need invariance relaxed."""
     all2all_backend: All2AllBackend = "default"
     """How tokens get to experts on other ranks: with NCCL (on a CPU, sockets), or on GPUs with DeepEP, if it is
     installed; the bits are the same."""
@@ -57,6 +61,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
         _one_of("kernel_backend", self.kernel_backend, get_args(KernelBackend))
+        _one_of("vendor_kernels", self.vendor_kernels, get_args(VendorKernels))
         _one_of("all2all_backend", self.all2all_backend, get_args(All2AllBackend))
         _one_of("invariance", self.invariance, ("strict", "relaxed"))
 

@@ -12,13 +12,22 @@ import torch
 
 from shoal.kernels.numerics import pin_floating_point
 from shoal.kernels.records import FP8_RECORDS
-from shoal.kernels.registry import Backend, current_backend, is_invariant, set_backend
+from shoal.kernels.registry import (
+    NOT_STRICT,
+    Backend,
+    Vendor,
+    check_vendors,
+    current_backend,
+    current_vendors,
+    is_invariant,
+    set_backend,
+)
 from shoal.parallel.deep_ep import deep_ep_dispatcher
 from shoal.parallel.dispatcher import TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
 
 from .decode_graphs import DecodeGraphs
-from .engine_config import EngineConfig, KernelBackend
+from .engine_config import EngineConfig, KernelBackend, VendorKernels
 from .kv_cache import KVCache, RecordSpec, bytes_per_block
 from .loader import Checkpoint
 from .memory import available_memory, release_freed_memory
@@ -28,6 +37,13 @@ from .models.deepseek import DeepseekModel, default_dispatcher, default_placemen
 
 KV_MEMORY_FRACTION = 0.5
 """Of the memory that is free once the weights are there, what the cache may take when its size is not given."""
+
+VENDORS: dict[VendorKernels, tuple[Vendor, ...]] = {
+    "none": (),
+    "flash_mla": ("flash_mla",),
+    "deep_gemm": ("deep_gemm",),
+    "all": ("flash_mla", "deep_gemm"),
+}
 
 OnPhase = Callable[[str], None]
 
@@ -46,13 +62,7 @@ class LoadedModel:
 
 def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGroups, on_phase: OnPhase) -> LoadedModel:
     """ValueError for a checkpoint or a setting that cannot work; `on_phase` is told what a user should know."""
-    if (backend := choose_backend(config.kernel_backend, groups.device)) is not None:
-        set_backend(backend)
-    if config.invariance == "strict" and not is_invariant(current_backend()):
-        raise ValueError(
-            f"kernels {current_backend()!r} do not promise that a row's result is independent of its batch; "
-            f"choose others or set invariance to relaxed"
-        )
+    _choose_kernels(config, groups.device)
     pin_floating_point()
     model_config = ModelConfig.from_pretrained(model_dir)
     check_layout(model_config, groups.config.tensor_parallel_size)
@@ -60,6 +70,7 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
     records_dtype = FP8_RECORDS if config.kv_cache_dtype == "fp8" else dtype
     if records_dtype == FP8_RECORDS and current_backend() == "triton":
         _check_fp8_cache(model_config, dtype)
+    _check_vendor_kernels(config, model_config, dtype, groups)
     specs = record_specs(model_config, records_dtype)
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     if wanted_len > model_config.max_position_embeddings:
@@ -86,13 +97,33 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
         graphs = DecodeGraphs(
             model, cache, groups.device, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
         )
-    depends_on = f"{fingerprint}/{dtype}/{records_dtype}/{current_backend()}"
+    kernels = "+".join([current_backend(), *current_vendors()])
+    depends_on = f"{fingerprint}/{dtype}/{records_dtype}/{kernels}"
     return LoadedModel(
         runner=ModelRunner(model, cache, groups.device, graphs),
         config=model_config,
         max_model_len=max_model_len,
         record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
     )
+
+
+def _choose_kernels(config: EngineConfig, device: torch.device) -> None:
+    """ValueError for kernels that do not run there, or that do not promise what is asked of them."""
+    backend = choose_backend(config.kernel_backend, device) or current_backend()
+    vendors = VENDORS[config.vendor_kernels]
+    if config.invariance == "strict" and not is_invariant(backend):
+        raise ValueError(
+            f"kernels {backend!r} do not promise that a row's result is independent of its batch; "
+            f"choose others or set invariance to relaxed"
+        )
+    if config.invariance == "strict" and vendors:
+        why = "; ".join(f"{vendor}: {NOT_STRICT[vendor]}" for vendor in vendors)
+        raise ValueError(
+            f"vendor_kernels {config.vendor_kernels} do not promise that a row's result is independent of its batch "
+            f"({why}); set vendor_kernels to none or invariance to relaxed"
+        )
+    set_backend(backend, vendors)
+    check_vendors(vendors, device)
 
 
 def choose_backend(wanted: KernelBackend, device: torch.device) -> Backend | None:
@@ -117,6 +148,26 @@ def _check_fp8_cache(config: ModelConfig, dtype: torch.dtype) -> None:
             f"index_head_dim of 32, 64 or 128, the model has {dtype}, {dims[0]}, {dims[1]} and {dims[2]}; "
             f"use kv_cache_dtype auto"
         )
+
+
+def _check_vendor_kernels(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, groups: ParallelGroups) -> None:
+    """ValueError for a model that the chosen libraries have no kernels for."""
+    vendors = current_vendors()
+    if "flash_mla" in vendors:
+        from shoal.kernels.vendor.flash_mla import check_attention
+
+        check_attention(
+            dtype,
+            (model.kv_lora_rank, model.qk_rope_head_dim),
+            model.num_attention_heads // groups.tp.size,
+            fp8=config.kv_cache_dtype == "fp8",
+            sparse=model.has_index,
+            page_size=config.block_size,
+        )
+    if "deep_gemm" in vendors:
+        from shoal.kernels.vendor.deep_gemm import check_experts
+
+        check_experts(model.hidden_size, model.moe_intermediate_size, in_blocks=model.weight_block_size is not None)
 
 
 def _load_weights(

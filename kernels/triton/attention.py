@@ -288,7 +288,7 @@ def _attend(
     if out.numel() == 0:
         return out
     device = q_latent.device
-    sequences, slots, lengths = _find_lists(layout, records.shape[0], selected)
+    sequences, slots, lengths = find_lists(layout, records.shape[0], selected)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     by_hand = device.type == "cuda" and hopper.supports(capability, records, latent_dim, q_rope.shape[2])
     options = mla_options(q_latent.dtype, capability, fp8=fp8)
@@ -352,7 +352,7 @@ def _attend(
     return out
 
 
-def _find_lists(layout: PagedLayout, num_slots: int, selected: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def find_lists(layout: PagedLayout, num_slots: int, selected: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """-> each token's sequence [T], slots of the lists' entries, and how many entries of them a token attends to [T].
 
     Slots are [T, topk] with a selection and otherwise [B, positions], all tokens of a sequence sharing a list.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from shoal.cluster.cli import main
@@ -33,9 +34,9 @@ def install(site: Path, module: str, code: str, *owners: tuple[str, str]) -> Non
         (info / "top_level.txt").write_text(module + "\n")
 
 
-def fake(why_not: str = "") -> Module:
+def fake(setting: str = "", check: Callable[[torch.device], None] | None = None) -> Module:
     deep_ep = next(module for module in MODULES if module.name == "deep_ep")
-    return Module("fake_ep", "exchange of tokens", deep_ep.generation, why_not)
+    return Module("fake_ep", "exchange of tokens", deep_ep.generation, setting, check)
 
 
 @pytest.mark.parametrize(
@@ -49,20 +50,34 @@ def fake(why_not: str = "") -> Module:
 )
 def test_the_generation_of_an_interface(site: Path, code: str, generation: str) -> None:
     install(site, "fake_ep", code, ("fake-ep-cu13", "1.2.1"))
-    found = look_at(fake())
+    found = look_at(fake(), None)
     assert (found.found, found.verdict) == (f"fake-ep-cu13 1.2.1, {generation}", "used")
-    declined = look_at(fake("its bits depend on the batch"))
+
+
+def test_a_module_that_a_setting_asks_for(site: Path) -> None:
+    def fails(device: torch.device) -> None:
+        raise ValueError(f"no kernel for {device}")
+
+    install(site, "fake_ep", "class Buffer: pass", ("fake-ep", "1.0"))
+    gpu = torch.device("cuda")
+    for check in (None, lambda _: None):
+        found = look_at(fake("all2all_backend fake", check), gpu)
+        assert (found.verdict, found.why) == ("available", "for exchange of tokens, with all2all_backend fake")
+    declined = look_at(fake("all2all_backend fake", fails), gpu)
     assert declined.verdict == "not used"
-    assert "its bits depend on the batch" in declined.why
+    assert declined.why == "no kernel for cuda; it would be for exchange of tokens, with all2all_backend fake"
+    without = look_at(fake("all2all_backend fake"), None)
+    assert (without.verdict, without.why.split(";")[0]) == ("not used", "there is no GPU here")
 
 
 def test_a_module_that_is_missing_or_broken(site: Path) -> None:
-    assert look_at(fake()).verdict == "missing"
+    assert look_at(fake(), None).verdict == "missing"
+    assert look_at(fake("a setting"), None).why == "not installed; it is for exchange of tokens, with a setting"
     install(site, "fake_ep", "raise OSError('libnvshmem.so.3: cannot open shared object file')", ("fake-ep", "1.0"))
-    broken = look_at(fake())
+    broken = look_at(fake(), None)
     assert broken.verdict == "broken"
     assert broken.why == "cannot be imported: libnvshmem.so.3: cannot open shared object file"
-    assert look_at(fake("never")).verdict == "not used"
+    assert look_at(fake("a setting"), None).verdict == "not used"
 
 
 def test_two_distributions_that_own_one_module(site: Path) -> None:

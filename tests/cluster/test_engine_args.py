@@ -27,6 +27,7 @@ def test_the_engine_gets_its_part() -> None:
         enable_prefix_caching=False,
         seed=11,
         kernel_backend="reference",
+        vendor_kernels="all",
         all2all_backend="deepep",
         invariance="relaxed",
     )
@@ -56,6 +57,7 @@ def test_the_engine_gets_its_part() -> None:
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype must be one of auto, fp8"),
         ({"invariance": "loose"}, "invariance must be one of"),
+        ({"vendor_kernels": "cutlass"}, "vendor_kernels must be one of none, flash_mla, deep_gemm, all"),
         ({"all2all_backend": "nvshmem"}, "all2all_backend must be one of default, deepep"),
         ({"block_size": True}, "block_size"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from shoal.runtime.engine_config import EngineConfig
 from shoal.runtime.model_loading import choose_backend
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.checkpoints import make_checkpoint
+from tests.fakes.install import install
 from tests.kernels.triton.interpreter import DEVICE
 
 PROMPTS = [list(range(3, 14)), [7, 5]]
 
 
 def answers(model: Path, prompts: list[list[int]], **settings: Any) -> list[RequestOutput]:
-    config = EngineConfig(block_size=4, num_kv_blocks=64, max_model_len=64, **settings)
+    config = EngineConfig(**{"block_size": 4, "num_kv_blocks": 64, "max_model_len": 64, **settings})
     backend = settings["kernel_backend"]
     with use_backend(backend):  # as the engine chooses it for the whole process
         device = torch.device(DEVICE if backend == "triton" else "cpu")
@@ -54,6 +56,51 @@ def test_an_engine_gives_the_answers_of_the_cpu_kernels(tmp_path: Path, model_ty
     [alone] = answers(tmp_path, PROMPTS[:1], kernel_backend="triton", max_num_batched_tokens=7)
     assert alone.outputs[0].token_ids == together[0].outputs[0].token_ids
     assert logprobs(alone) == logprobs(together[0])
+
+
+@pytest.mark.parametrize(
+    ("vendor", "model_type", "settings"),
+    [
+        ("flash_mla", "deepseek_v32", {}),
+        ("flash_mla", "deepseek_v3", {"block_size": 64}),
+        ("deep_gemm", "deepseek_v3", {}),
+    ],
+)
+def test_an_engine_on_a_vendors_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vendor: str, model_type: str, settings: dict[str, Any]
+) -> None:
+    if DEVICE == "cpu":
+        install(monkeypatch, vendor)
+    elif find_spec(vendor) is None:
+        pytest.skip(f"{vendor} is not installed")
+    sizes = {"num_hidden_layers": 2, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "hidden_size": 128}
+    sizes |= {"moe_intermediate_size": 128, "intermediate_size": 128}
+    sizes |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    if model_type == "deepseek_v32":
+        sizes["index_head_dim"] = 128
+    fp8 = vendor == "deep_gemm"
+    make_checkpoint(tmp_path, model_type, seed=5, dtype=torch.bfloat16, fp8=fp8, overrides=sizes)
+    prompts = [PROMPTS[1]]
+    expected = answers(tmp_path, prompts, kernel_backend="triton", **settings)
+    got = answers(tmp_path, prompts, kernel_backend="triton", vendor_kernels=vendor, invariance="relaxed", **settings)
+    assert logprobs(got[0]) == pytest.approx(logprobs(expected[0]), abs=0.05)
+
+
+def test_vendors_kernels_promise_nothing_and_need_a_gpu(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3", seed=5, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"flash_mla: its decode kernels split a context .* invariance to relaxed"):
+        answers(tmp_path, PROMPTS, kernel_backend="triton", vendor_kernels="flash_mla")
+    with pytest.raises(ValueError, match="kernels of flash_mla, deep_gemm go with kernels 'triton', not with 'cpu'"):
+        answers(tmp_path, PROMPTS, kernel_backend="cpu", vendor_kernels="all", invariance="relaxed")
+
+
+@pytest.mark.skipif(find_spec("flash_mla") is not None, reason="FlashMLA is installed")
+def test_a_missing_vendor_is_an_error_that_says_where_to_get_it(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3", seed=5, dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"vendor_kernels flash_mla needs the module flash_mla, .* build it from https"
+    ):
+        answers(tmp_path, PROMPTS, kernel_backend="triton", vendor_kernels="flash_mla", invariance="relaxed")
 
 
 def test_kernels_follow_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

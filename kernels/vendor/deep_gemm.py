@@ -1,0 +1,115 @@
+"""DeepGEMM for `experts_mlp`: FP8 weights with a scale for each 128 x 128 block, all experts in one launch.
+
+Its rows are grouped by expert, and each group begins at a multiple of its tile of rows:
+
+    pairs   | e0 e0 e0 | e2 e2 |              what no pair is at belongs to no expert (-1)
+    rows    | e0 e0 e0 -1 | e2 e2 -1 -1 | -1 .. |
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..experts import swiglu
+from ..linear import PackedWeight
+from ..quant import BLOCK, quantize_token_groups, scale_columns
+from ..registry import register
+from . import LIBRARIES
+
+
+def check(device: torch.device) -> None:
+    """ValueError unless the library is there and multiplies something on this device."""
+    library = LIBRARIES["deep_gemm"].load()
+    rows = library.get_mk_alignment_for_contiguous_layout()
+    x = torch.zeros(rows, BLOCK, dtype=torch.bfloat16, device=device).to(torch.float8_e4m3fn)
+    w = torch.zeros(1, BLOCK, BLOCK, dtype=torch.bfloat16, device=device).to(torch.float8_e4m3fn)
+    y = torch.empty(rows, BLOCK, dtype=torch.bfloat16, device=device)
+    scales = scale_columns(rows, BLOCK, device).fill_(1.0)
+    layout = torch.zeros(rows, dtype=torch.int32, device=device)
+    try:
+        library.m_grouped_fp8_gemm_nt_contiguous((x, scales), (w, torch.ones(1, 1, 1, device=device)), y, layout)
+    except Exception as error:  # its checks are C++ exceptions
+        raise ValueError(f"vendor_kernels deep_gemm: the library does not run on {device}: {error}") from error
+
+
+def check_experts(hidden_size: int, intermediate_size: int, *, in_blocks: bool) -> None:
+    """ValueError for weights that DeepGEMM does not multiply by."""
+    if not in_blocks or hidden_size % BLOCK or intermediate_size % BLOCK:
+        raise ValueError(
+            f"deep_gemm multiplies by FP8 weights with a scale for each {BLOCK} x {BLOCK} block and whole blocks, the "
+            f"model has hidden_size {hidden_size}, experts of {intermediate_size} and "
+            + ("FP8 weights" if in_blocks else "other weights")
+        )
+
+
+def _library() -> ModuleType:
+    import deep_gemm  # type: ignore[import-not-found]
+
+    module: ModuleType = deep_gemm
+    return module
+
+
+@register("experts_mlp", "deep_gemm")
+def experts_mlp_deep_gemm(
+    x: Tensor,
+    counts: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    x_row: Tensor | None,
+    out_row: Tensor | None,
+) -> Tensor:
+    """Inputs of both products are quantised per row and 128 channels, as for Triton's kernels."""
+    in_blocks = all(w.scale_inv is not None and not w.has_row_scales for w in (gate_up, down))
+    check_experts(x.shape[1], down.in_features, in_blocks=in_blocks)
+    num_rows = len(x if x_row is None else x_row)
+    if num_rows == 0:
+        return torch.empty_like(x[:0])
+    place, layout = place_rows(
+        counts.to(x.device, non_blocking=True), num_rows, _library().get_mk_alignment_for_contiguous_layout()
+    )
+    inputs = quantize_token_groups(x, ue8m0=gate_up.ue8m0)
+    if x_row is not None:
+        inputs = (inputs[0].view(torch.uint8)[x_row].view(torch.float8_e4m3fn), inputs[1][x_row])
+    gated = _multiply(_spread(inputs, place, len(layout)), gate_up, layout)
+    inner = quantize_token_groups(swiglu(gated), ue8m0=down.ue8m0)
+    y = _multiply(inner, down, layout)[place]
+    return y if out_row is None else torch.empty_like(y).index_copy_(0, out_row, y)
+
+
+def place_rows(counts: Tensor, num_rows: int, alignment: int) -> tuple[Tensor, Tensor]:
+    """-> (the row of each pair [num_rows] int64, the expert of each row [M] int32, -1 where there is no pair).
+
+    counts: [E] pairs of each expert, which come first among the num_rows; the others share a row that is nobody's. M
+    depends on num_rows and E only: it is enough however the pairs are spread.
+    """
+    num_experts = counts.shape[0]
+    ends = counts.cumsum(0)
+    aligned = (counts + alignment - 1) // alignment * alignment
+    shift = aligned.cumsum(0) - aligned - (ends - counts)
+    pairs = torch.arange(num_rows, device=counts.device)
+    expert = torch.searchsorted(ends, pairs, right=True)
+    exists = expert < num_experts
+    used = (num_rows + num_experts * (alignment - 1)) // alignment * alignment
+    place = torch.where(exists, pairs + shift[expert.clamp_max(num_experts - 1)], used)
+    layout = torch.full((used + alignment,), -1, dtype=torch.int32, device=counts.device)
+    layout[place] = torch.where(exists, expert, -1).int()
+    return place, layout
+
+
+def _spread(inputs: tuple[Tensor, Tensor], place: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Quantised rows and their scales, each where it belongs among `num_rows`; what lies in between is arbitrary."""
+    values, scales = inputs
+    rows = torch.empty(num_rows, values.shape[1], dtype=torch.uint8, device=values.device)
+    rows[place] = values.view(torch.uint8)
+    row_scales = scale_columns(num_rows, values.shape[1], values.device)
+    row_scales[place] = scales
+    return rows.view(torch.float8_e4m3fn), row_scales
+
+
+def _multiply(inputs: tuple[Tensor, Tensor], w: PackedWeight, layout: Tensor) -> Tensor:
+    y = torch.empty(len(layout), w.out_features, dtype=torch.bfloat16, device=layout.device)
+    _library().m_grouped_fp8_gemm_nt_contiguous(inputs, (w.data, w.scale_inv), y, layout)
+    return y

@@ -1,0 +1,130 @@
+"""FlashMLA for `mla_attention`: its sparse kernel for bf16 records, its decode kernels for FP8 or for all positions.
+
+FlashMLA sees 64 or 128 heads: missing ones are zeros. Every token is a sequence of its own to the decode kernels. Lists
+of selected positions become lists of slots, filled up with -1. Slots are not checked here.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..attention import PagedLayout
+from ..records import FP8_RECORDS
+from ..registry import register
+from ..triton.attention import find_lists
+from . import LIBRARIES
+
+LATENT_DIM, ROPE_DIM = 512, 64
+HEADS = (64, 128)
+LIST_MULTIPLE = 128
+"""Of the kernels' tiles of keys."""
+PAGE_SIZE = 64
+"""That the dense kernel reads."""
+FP8_RECORD_BYTES = 656
+
+
+def check(device: torch.device) -> None:
+    """ValueError unless the library is there and attends to something on this device."""
+    library = LIBRARIES["flash_mla"].load()
+    q = torch.zeros(1, HEADS[0], LATENT_DIM + ROPE_DIM, dtype=torch.bfloat16, device=device)
+    slots = torch.zeros(1, 1, LIST_MULTIPLE, dtype=torch.int32, device=device)
+    try:
+        library.flash_mla_sparse_fwd(q, q.transpose(0, 1), slots, 1.0)
+        library.get_mla_metadata()
+    except Exception as error:  # its checks are C++ exceptions and assertions
+        raise ValueError(f"vendor_kernels flash_mla: the library does not run on {device}: {error}") from error
+
+
+def _library() -> ModuleType:
+    import flash_mla  # type: ignore[import-not-found]
+
+    module: ModuleType = flash_mla
+    return module
+
+
+@register("mla_attention", "flash_mla")
+def mla_attention_flash_mla(
+    q_latent: Tensor, q_rope: Tensor, records: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
+) -> Tensor:
+    """ValueError for what FlashMLA does not take: see `check_attention`."""
+    num_tokens, num_heads, latent_dim = q_latent.shape
+    fp8 = records.dtype == FP8_RECORDS
+    check_attention(
+        q_latent.dtype,
+        (latent_dim, q_rope.shape[2]),
+        num_heads,
+        fp8=fp8,
+        sparse=selected is not None,
+        page_size=layout.block_size,
+    )
+    if num_tokens == 0:
+        return torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+    q = pad(torch.cat([q_latent, q_rope], dim=2), (0, 0, 0, padded_heads(num_heads) - num_heads))
+    sequences, slots, lengths = find_lists(layout, records.shape[0], selected)
+    if selected is None:
+        out = _dense(q, records, layout.block_tables[sequences.long()], lengths, scale)
+    else:
+        width = slots.shape[1]
+        slots = pad(slots.clamp_min(-1), (0, -width % LIST_MULTIPLE), value=-1)
+        out = _sparse_fp8(q, records, slots, layout.block_size, scale) if fp8 else _sparse(q, records, slots, scale)
+    return out[:, :num_heads]
+
+
+def check_attention(
+    dtype: torch.dtype, dims: tuple[int, int], num_heads: int, *, fp8: bool, sparse: bool, page_size: int
+) -> None:
+    """ValueError for queries, numbers of heads, records or pages that FlashMLA has no kernel for."""
+    if dtype != torch.bfloat16 or dims != (LATENT_DIM, ROPE_DIM) or num_heads > HEADS[-1]:
+        raise ValueError(
+            f"flash_mla attends in bfloat16 with kv_lora_rank {LATENT_DIM}, qk_rope_head_dim {ROPE_DIM} and up to "
+            f"{HEADS[-1]} heads on a rank, not in {dtype} with {dims[0]}, {dims[1]} and {num_heads}"
+        )
+    if fp8 and not sparse:
+        raise ValueError("flash_mla reads an FP8 cache where attention is sparse, this model attends to all positions")
+    if not sparse and page_size != PAGE_SIZE:
+        raise ValueError(f"flash_mla attends to all positions with block_size {PAGE_SIZE}, not {page_size}")
+
+
+def padded_heads(num_heads: int) -> int:
+    """The fewest heads that FlashMLA has a kernel for."""
+    return next(heads for heads in HEADS if num_heads <= heads)
+
+
+def _sparse(q: Tensor, records: Tensor, slots: Tensor, scale: float) -> Tensor:
+    """q [T, H, 576], records [num_slots, >= 576] bf16, slots [T, topk] -> [T, H, 512]."""
+    kv = records[:, None, : q.shape[2]]
+    out: Tensor = _library().flash_mla_sparse_fwd(q, kv, slots[:, None], scale)[0]
+    return out
+
+
+def _sparse_fp8(q: Tensor, records: Tensor, slots: Tensor, page_size: int, scale: float) -> Tensor:
+    library = _library()
+    pages = records.view(-1, page_size, 1, records.shape[1])[..., :FP8_RECORD_BYTES]
+    out: Tensor
+    out, _ = library.flash_mla_with_kvcache(
+        q[:, None],
+        pages,
+        None,
+        None,
+        LATENT_DIM,
+        library.get_mla_metadata()[0],
+        softmax_scale=scale,
+        is_fp8_kvcache=True,
+        indices=slots[:, None],
+    )
+    return out[:, 0]
+
+
+def _dense(q: Tensor, records: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """block_table [T, max_blocks], lengths [T], both int32."""
+    library = _library()
+    pages = records.view(-1, PAGE_SIZE, 1, records.shape[1])[..., : q.shape[2]]
+    out: Tensor
+    out, _ = library.flash_mla_with_kvcache(
+        q[:, None], pages, block_table, lengths, LATENT_DIM, library.get_mla_metadata()[0], softmax_scale=scale
+    )
+    return out[:, 0]

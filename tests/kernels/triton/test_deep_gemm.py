@@ -1,0 +1,118 @@
+"""DeepGEMM's kernels in place of Triton's: with its surface as a fake, and with the library where it and a GPU are."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.kernels.experts import experts_mlp
+from shoal.kernels.linear import PackedWeight, pack_block_fp8, pack_weight
+from shoal.kernels.quant import quantize_block_fp8
+from shoal.kernels.registry import check_vendors, use_backend
+from shoal.kernels.vendor.deep_gemm import check_experts, place_rows
+from tests.fakes.install import install
+from tests.kernels.triton.interpreter import DEVICE
+
+HIDDEN, INNER = 256, 128
+COUNTS = [3, 0, 20, 16, 1]
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        install(monkeypatch, "deep_gemm")
+    elif find_spec("deep_gemm") is None:
+        pytest.skip("DeepGEMM is not installed")
+
+
+def weights(experts: int, *, ue8m0: bool, device: str) -> tuple[PackedWeight, PackedWeight]:
+    generator = torch.Generator().manual_seed(1)
+    packed = []
+    for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
+        stored = [quantize_block_fp8(torch.randn(*shape, generator=generator) / 8) for _ in range(experts)]
+        values, scales = (torch.stack(list(parts)).to(device) for parts in zip(*stored, strict=True))
+        if ue8m0:
+            scales = scales.log2().ceil().exp2()
+        packed.append(pack_block_fp8(values, scales, ue8m0=ue8m0))
+    return packed[0], packed[1]
+
+
+def run(
+    x: Tensor, counts: list[int], x_row: Tensor | None, out_row: Tensor | None, *, ue8m0: bool, reference: bool
+) -> Tensor:
+    device = "cpu" if reference else DEVICE
+    rows = [None if row is None else row.to(device) for row in (x_row, out_row)]
+    with use_backend("reference") if reference else use_backend("triton", ["deep_gemm"]):
+        packed = weights(len(counts), ue8m0=ue8m0, device=device)
+        return experts_mlp(x.to(device), torch.tensor(counts, device=device), *packed, *rows).cpu()
+
+
+@pytest.mark.parametrize(("ue8m0", "gathered"), [(False, False), (True, True)])
+def test_experts_match_the_reference(ue8m0: bool, gathered: bool) -> None:
+    num_rows = sum(COUNTS)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(21 if gathered else num_rows, HIDDEN, generator=generator).bfloat16()
+    x_row = torch.randint(len(x), (num_rows,), generator=generator) if gathered else None
+    out_row = torch.randperm(num_rows, generator=generator) if gathered else None
+    expected = run(x, COUNTS, x_row, out_row, ue8m0=ue8m0, reference=True)
+    got = run(x, COUNTS, x_row, out_row, ue8m0=ue8m0, reference=False)
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_rows_that_no_expert_has_change_nothing() -> None:
+    """On a GPU there are as many rows as there could be, and those after the last expert's mean nothing."""
+    x = torch.randn(30, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
+    few = run(x[:7], [3, 4], None, None, ue8m0=False, reference=False)
+    x_row = torch.arange(7 + 20).clamp_max(29)
+    device = torch.device(DEVICE)
+    with use_backend("triton", ["deep_gemm"]):
+        packed = weights(2, ue8m0=False, device=DEVICE)
+        counts = torch.tensor([3, 4])
+        many = torch.empty(0)
+        if device.type == "cuda":
+            many = experts_mlp(x.to(device), counts.to(device), *packed, x_row.to(device)).cpu()
+        else:  # where counts in host memory must sum to the rows
+            from shoal.kernels.vendor.deep_gemm import experts_mlp_deep_gemm
+
+            many = experts_mlp_deep_gemm(x, counts, *packed, x_row, None)
+    assert torch.equal(many[:7], few)
+
+
+def test_no_rows() -> None:
+    x = torch.empty(0, HIDDEN, dtype=torch.bfloat16)
+    assert run(x, [0, 0], None, None, ue8m0=False, reference=False).shape == (0, HIDDEN)
+
+
+def test_rows_of_an_expert_begin_a_tile() -> None:
+    place, layout = place_rows(torch.tensor([3, 0, 5, 1]), 11, 4)
+    #     e0: rows 0 1 2 | e2: rows 4 .. 8 | e3: row 12 | two pairs of no expert share the row after the last tile
+    assert place.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 12, 20, 20]
+    assert layout.tolist() == [0, 0, 0, -1, 2, 2, 2, 2, 2, -1, -1, -1, 3, *[-1] * 11]
+    assert layout.dtype == torch.int32
+
+
+def test_the_tiles_are_enough_however_pairs_are_spread() -> None:
+    for counts in ([1, 1, 1, 1, 1, 1], [6, 0, 0, 0, 0, 0], [5, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 6], [2, 2, 2, 0, 0, 0]):
+        place, layout = place_rows(torch.tensor(counts), 6, 4)
+        assert len(layout) == 28
+        assert int(place.max()) < 24
+        assert layout[place].tolist() == [expert for expert, count in enumerate(counts) for _ in range(count)]
+
+
+def test_the_library_is_tried_before_it_is_used() -> None:
+    check_vendors(["deep_gemm"], torch.device(DEVICE))
+
+
+def test_weights_that_it_does_not_multiply_by() -> None:
+    check_experts(7168, 2048, in_blocks=True)
+    with pytest.raises(ValueError, match="hidden_size 7168, experts of 2000 and FP8 weights"):
+        check_experts(7168, 2000, in_blocks=True)
+    with use_backend("triton", ["deep_gemm"]):
+        w = pack_weight(torch.ones(1, 2 * INNER, HIDDEN, dtype=torch.bfloat16, device=DEVICE))
+        down = pack_weight(torch.ones(1, HIDDEN, INNER, dtype=torch.bfloat16, device=DEVICE))
+        x = torch.ones(1, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
+        with pytest.raises(ValueError, match="and other weights"):
+            experts_mlp(x, torch.tensor([1]), w, down)
