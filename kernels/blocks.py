@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import build
-from .attention import PagedArgs, PagedLayout, slot_error
+from .attention import LayoutArgs, PagedLayout, slot_error
 from .linear import PackedWeight
 from .records import Records, records_args
 
@@ -72,7 +72,7 @@ class StepArgs(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("num_tokens", "num_per_head_tokens")),
         *((name, c_void_p) for name in ("positions", "slots")),
-        *((name, PagedArgs) for name in ("per_head", "absorbed")),
+        *((name, LayoutArgs) for name in ("per_head", "absorbed")),
         ("threads", Threads),
     )
 
@@ -93,14 +93,13 @@ _MOE_BLOCK = ("shoal_moe_block", POINTER(MoeBlock), POINTER(Threads), c_int64, *
 def step_args(per_head: PagedLayout, absorbed: PagedLayout, positions: Tensor, slots: Tensor) -> StepArgs:
     """positions and slots: [T] int64, tokens of `per_head` first; the arguments must outlive the result."""
     threads = Threads(torch.get_num_threads(), build.MIN_PARALLEL_WORK)
-    none = torch.empty(0, 0)
     return StepArgs(
         positions.shape[0],
         per_head.num_tokens,
         positions.data_ptr(),
         slots.data_ptr(),
-        per_head.args(none),
-        absorbed.args(none),
+        per_head.args(),
+        absorbed.args(),
         threads,
     )
 

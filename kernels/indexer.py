@@ -14,7 +14,7 @@ from torch import Tensor
 from .attention import PagedArgs, PagedLayout, slot_error
 from .build import c_function, num_threads
 from .linear import DTYPE_CODES
-from .records import FP8_RECORDS, index_key_width, read_index_keys
+from .records import FP8_RECORDS, index_key_width, read_index_keys, records_args
 from .registry import implementation, register
 
 _INDEX_TOPK = (
@@ -121,7 +121,7 @@ def _index_topk_cpu(
         q.stride(1),
         weights.data_ptr(),
         *q.shape,
-        byref(layout.args(records)),
+        byref(PagedArgs(records_args(records), layout.args())),
         key_offset * records.element_size(),
         topk,
         out.data_ptr(),

@@ -36,7 +36,7 @@ struct AttentionBlock {
 struct StepArgs {
   int64_t num_tokens, num_per_head_tokens;
   const int64_t *positions, *slots;
-  PagedArgs per_head, absorbed;  // their records are filled in for each layer
+  LayoutArgs per_head, absorbed;
   Threads threads;
 };
 
@@ -87,9 +87,7 @@ template <typename T>
 class AttentionStep {
  public:
   AttentionStep(const AttentionBlock& block, const StepArgs& step, const Records& records)
-      : b_(block), s_(step), per_head_(step.per_head), absorbed_(step.absorbed), records_(records) {
-    per_head_.records = absorbed_.records = records;
-  }
+      : b_(block), s_(step), per_head_{records, step.per_head}, absorbed_{records, step.absorbed}, records_(records) {}
 
   // hidden, residual (or nullptr), new_residual and out: [T, hidden_size]; selected: [absorbed tokens, index_topk].
   // new_residual may be residual, out may be hidden.
@@ -202,7 +200,7 @@ class AttentionStep {
     const int64_t tokens = s_.num_tokens - s_.num_per_head_tokens, heads = b_.index_n_heads, dim = b_.index_head_dim;
     T* q = reserve<T>(memory_.index_q, tokens * heads * dim);
     linear(q_latent, b_.q_lora_rank, b_.index_wq_b, q, tokens, heads * dim, b_.q_lora_rank);
-    rotate(q, tokens, absorbed_.positions, heads, dim, b_.index_rope_interleave);
+    rotate(q, tokens, s_.absorbed.positions, heads, dim, b_.index_rope_interleave);
     float* weights = memory_.weights.reserve(tokens * heads);
     linear_fp32(x, b_.index_weights_proj, weights, tokens, heads, b_.hidden_size, s_.threads, memory_.wide);
     for (int64_t i = 0; i < tokens * heads; ++i) weights[i] *= b_.index_weight_scale;
@@ -213,7 +211,7 @@ class AttentionStep {
 
   const AttentionBlock& b_;
   const StepArgs& s_;
-  PagedArgs per_head_, absorbed_;
+  const PagedArgs per_head_, absorbed_;
   const Records records_;
   Scratch& memory_ = scratch();
 };

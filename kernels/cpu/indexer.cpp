@@ -235,13 +235,13 @@ class Wave {
   Wave(const IndexQueries<T>& queries, const PagedArgs& args, int64_t key_offset, int64_t topk, int64_t first,
        int64_t last, Buffer<float>& scores)
       : queries_(queries), args_(args), key_offset_(key_offset), topk_(topk), first_(first) {
-    for (int64_t t = first; t < last; ++t) stride_ = std::max(stride_, round_up(args.positions[t] + 1, kLanes));
+    for (int64_t t = first; t < last; ++t) stride_ = std::max(stride_, round_up(args.layout.positions[t] + 1, kLanes));
     scores_ = scores.reserve((last - first) * stride_);
     for (int64_t t = first, next; t < last; t = next) {
-      const int64_t sequence = args.sequence_of(t);
-      next = std::min({last, t + kTileTokens, int64_t(args.cu_seqlens_q[sequence + 1])});
+      const int64_t sequence = args.layout.sequence_of(t);
+      next = std::min({last, t + kTileTokens, int64_t(args.layout.cu_seqlens_q[sequence + 1])});
       int64_t context = 0;
-      for (int64_t i = t; i < next; ++i) context = std::max(context, args.positions[i] + 1);
+      for (int64_t i = t; i < next; ++i) context = std::max(context, args.layout.positions[i] + 1);
       for (int64_t begin = 0; begin < context && context > topk; begin += kChunkKeys)
         tasks_.push_back({t, next - t, sequence, begin, std::min(context, begin + kChunkKeys)});
     }
@@ -260,7 +260,7 @@ class Wave {
   }
 
   void select(int64_t token, TopK& state, int32_t* out) const {
-    state.select(scores_ + (token - first_) * stride_, args_.positions[token] + 1, topk_, out);
+    state.select(scores_ + (token - first_) * stride_, args_.layout.positions[token] + 1, topk_, out);
   }
 
  private:
