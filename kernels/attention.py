@@ -140,8 +140,8 @@ class PagedLayout:
 
 
 def slot_error(op: str) -> ValueError:
-    """What to raise when a context reaches outside its block table or the records."""
-    return ValueError(f"{op}: a position has no slot in its sequence's block table, or the slot is outside the records")
+    """What to raise when a context reaches outside its block table or the cache."""
+    return ValueError(f"{op}: a position has no slot in its sequence's block table, or the slot is outside the cache")
 
 
 def mla_attention(

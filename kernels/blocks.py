@@ -15,7 +15,7 @@ from torch import Tensor
 from . import build
 from .attention import LayoutArgs, PagedLayout, slot_error
 from .linear import PackedWeight
-from .records import Records, records_args
+from .records import IndexKeys, Records, index_keys_args, records_args
 
 
 class Threads(ctypes.Structure):
@@ -83,6 +83,7 @@ _ATTENTION_BLOCK = (
     POINTER(StepArgs),
     *[c_void_p] * 2,
     POINTER(Records),
+    POINTER(IndexKeys),
     *[c_void_p] * 3,
     POINTER(c_int64),
 )
@@ -110,11 +111,12 @@ def attention_block(
     hidden: Tensor,
     residual: Tensor | None,
     records: Tensor,
+    index_keys: Tensor | None,
     selected: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden [T, H], residual) -> (attention output [T, H], hidden + residual, the selection this layer used).
 
-    The results are in the memory of hidden and residual.
+    index_keys: of a layer with an indexer. The results are in the memory of hidden and residual.
     """
     total = torch.empty_like(hidden) if residual is None else residual
     if block.index_n_heads:
@@ -127,6 +129,7 @@ def attention_block(
         hidden.data_ptr(),
         None if residual is None else residual.data_ptr(),
         byref(records_args(records)),
+        None if index_keys is None else byref(index_keys_args(index_keys, block.index_head_dim)),
         total.data_ptr(),
         None if selected is None else selected.data_ptr(),
         hidden.data_ptr(),

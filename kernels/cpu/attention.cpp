@@ -133,7 +133,7 @@ class SplitAttention {
         if (record == nullptr) return false;
         records[i] = read_latent(record, fp8, a_.latent_dim, a_.rope_dim, rows + i * a_.key_dim());
         copy_terms(records[i], a_.key_dim(), keys_ + (j + i) * key_stride_);
-        prefetch_record(find_ahead(begin + j + i), num_bytes);
+        prefetch(find_ahead(begin + j + i), num_bytes);
       }
       interleave_latents(records, j / width);
     }

@@ -57,10 +57,32 @@ struct PagedArgs {
   }
 };
 
-// Ask for n bytes of a record that will be read soon.
-inline void prefetch_record(const char* record, int64_t n) {
-  if (record == nullptr) return;
-  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(record + i);
+// Where an index key is: its numbers, and in FP8 its scales; nullptr where there is none.
+struct IndexKey {
+  char *data, *scales;
+};
+
+// The index keys of a layer, a page of numbers and then scales for each block; without scales in the dtype that is
+// computed in.
+struct IndexKeys {
+  char* pages;
+  int64_t num_blocks, block_size, data_bytes, scale_bytes;  // the last two of a key
+
+  bool fp8() const { return scale_bytes > 0; }
+
+  IndexKey find(Place place) const {
+    if (place.block < 0 || place.block >= num_blocks) return {};
+    char* page = pages + place.block * block_size * (data_bytes + scale_bytes);
+    return {page + place.offset * data_bytes, page + block_size * data_bytes + place.offset * scale_bytes};
+  }
+
+  IndexKey find_slot(int64_t slot) const { return slot < 0 ? IndexKey{} : find({slot / block_size, slot % block_size}); }
+};
+
+// Ask for n bytes that will be read soon.
+inline void prefetch(const char* bytes, int64_t n) {
+  if (bytes == nullptr) return;
+  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(bytes + i);
 }
 
 }  // namespace shoal
