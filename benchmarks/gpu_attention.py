@@ -118,7 +118,7 @@ def main() -> None:
     report = Report()
     batch, context, prefill = args.batch, args.context, args.prefill
     decode, prompt = make_layout(batch, context), make_layout(1, context, prefill)
-    records = torch.empty(batch * context, LATENT + ROPE + INDEX_DIM, dtype=torch.bfloat16, device=DEVICE).normal_()
+    records = torch.empty(batch * context, LATENT + ROPE, dtype=torch.bfloat16, device=DEVICE).normal_()
 
     attention = implementation("mla_attention")
     flop_per_key = 2 * HEADS * (2 * LATENT + ROPE)
@@ -168,10 +168,9 @@ def main() -> None:
             num_bytes=2.0 * (q.numel() + k.numel()),
         )
 
-    fp8 = torch.randint(0, 120, (batch * context, 800), dtype=torch.uint8, device=DEVICE)
+    fp8 = torch.randint(0, 120, (batch * context, 656), dtype=torch.uint8, device=DEVICE)
     fp8[:, 512:528] = torch.full((batch * context, 4), 2.0**-6, device=DEVICE).view(torch.uint8)
     fp8[:, 528:656] = normal(batch * context, ROPE).view(torch.uint8)
-    fp8[:, 784:788] = torch.rand(batch * context, 1, device=DEVICE).view(torch.uint8)
 
     def attend_fp8(records: Tensor, layout: PagedLayout, selected: Tensor) -> Callable[[], Tensor]:
         q = normal(len(layout.positions), HEADS, LATENT + ROPE)
@@ -186,7 +185,10 @@ def main() -> None:
             num_bytes=656 * min(TOPK * tokens, context * len(layout.block_tables)),
         )
 
-    keys = records[:, LATENT + ROPE :]
+    pages = batch * context // BLOCK_SIZE
+    keys = normal(pages, BLOCK_SIZE * INDEX_DIM)
+    fp8_keys = torch.randint(0, 120, (pages, BLOCK_SIZE * (INDEX_DIM + 4)), dtype=torch.uint8, device=DEVICE)
+    fp8_keys[:, BLOCK_SIZE * INDEX_DIM :] = torch.rand(pages, BLOCK_SIZE, device=DEVICE).view(torch.uint8)
     select = implementation("index_topk")
     for name, layout in (("decode", decode), ("prefill", prompt)):
         tokens = len(layout.positions)
@@ -203,19 +205,19 @@ def main() -> None:
         )
         report.add(
             f"index scores {name} FP8, {tokens} tokens",
-            [lambda q=q, w=weights, x=layout: paged_scores(q, w, fp8[:, 656:], x, unscored=0)],
+            [lambda q=q, w=weights, x=layout: paged_scores(q, w, fp8_keys, x, unscored=0)],
             flop=flop,
             num_bytes=132 * stored + written,
         )
         report.add(
             f"index top-k {name} bf16, {tokens} tokens",
-            [lambda q=q, w=weights, x=layout: select(q, w, records, LATENT + ROPE, x, TOPK)],
+            [lambda q=q, w=weights, x=layout: select(q, w, keys, x, TOPK)],
             flop=flop,
             num_bytes=2 * INDEX_DIM * stored,
         )
         report.add(
             f"index top-k {name} FP8, {tokens} tokens",
-            [lambda q=q, w=weights, x=layout: select(q, w, fp8, 656, x, TOPK)],
+            [lambda q=q, w=weights, x=layout: select(q, w, fp8_keys, x, TOPK)],
             flop=flop,
             num_bytes=132 * stored,
         )

@@ -170,8 +170,9 @@ class Steps:
             config = EngineConfig(num_kv_blocks=self._num_blocks, block_size=BLOCK_SIZE)
             model = checkpoint(self._models, self._kind)
             self._runner = load_model(model, config, single_process_groups(), lambda _: None).runner
-            for records in self._runner.cache.records:
-                records.normal_(generator=torch.Generator().manual_seed(0))
+            cache = self._runner.cache
+            for layer in (*cache.records, *(keys for keys in cache.index_keys if keys is not None)):
+                layer.normal_(generator=torch.Generator().manual_seed(0))
         return self._runner
 
 

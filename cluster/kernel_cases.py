@@ -51,6 +51,11 @@ def num_slots(sequences: int, context: int) -> int:
     return sequences * -(-context // BLOCK_SIZE) * BLOCK_SIZE
 
 
+def index_keys(r: Inputs, sequences: int, context: int, dim: int) -> Tensor:
+    """Pages of them, as many as the sequences have blocks."""
+    return r.normal(num_slots(sequences, context), dim).view(-1, BLOCK_SIZE * dim)
+
+
 def cases(s: Shapes) -> Iterator[Case]:
     """Every public op of the kernels, and the sampler."""
     for group in (_products, _rows, _attention, _records, _index, _exchange, _sampling):
@@ -235,10 +240,9 @@ def _records(s: Shapes) -> Iterator[Case]:
         "write_index_keys",
         f"{t} x {d}",
         lambda r: (
-            r.normal(t, width + d),
+            index_keys(r, 1, t, d),
             torch.arange(t),
             r.normal(t, d),
-            width,
             (norm_weight(r, d), norm_weight(r, d)),
             EPS,
             rope_table(),
@@ -253,15 +257,13 @@ def _records(s: Shapes) -> Iterator[Case]:
 def _index(s: Shapes) -> Iterator[Case]:
     """Scores and selection."""
     hi, d, b, long = s.index_n_heads, s.index_head_dim, s.decode_batch, s.long_context
-    width = s.kv_lora_rank + s.qk_rope_head_dim
     yield Case(
         "index_topk",
         f"decode {b} x {long} -> {s.index_topk}",
         lambda r: (
             r.normal(b, hi, d),
             r.normal(b, hi, dtype=torch.float32),
-            r.normal(num_slots(b, long), width + d),
-            width,
+            index_keys(r, b, long, d),
             r.layout(b, 1, long),
             s.index_topk,
         ),

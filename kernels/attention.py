@@ -32,11 +32,10 @@ SPLIT_KEYS = 512
 """Keys of a split of the absorbed form; part of the contract as well."""
 
 
-class PagedArgs(ctypes.Structure):
-    """shoal::PagedArgs of the compiled kernels."""
+class LayoutArgs(ctypes.Structure):
+    """shoal::LayoutArgs of the compiled kernels."""
 
     _fields_ = (
-        ("records", Records),
         ("block_tables", c_void_p),
         ("max_blocks", c_int64),
         ("block_size", c_int64),
@@ -44,6 +43,12 @@ class PagedArgs(ctypes.Structure):
         ("num_sequences", c_int64),
         ("positions", c_void_p),
     )
+
+
+class PagedArgs(ctypes.Structure):
+    """shoal::PagedArgs of the compiled kernels."""
+
+    _fields_ = (("records", Records), ("layout", LayoutArgs))
 
 
 _MLA_ATTENTION = (
@@ -117,10 +122,9 @@ class PagedLayout:
     def num_tokens(self) -> int:
         return self.positions.shape[0]
 
-    def args(self, records: Tensor) -> PagedArgs:
+    def args(self) -> LayoutArgs:
         """For the compiled kernels; its pointers live as long as the tensors."""
-        return PagedArgs(
-            records_args(records),
+        return LayoutArgs(
             self.block_tables.data_ptr(),
             self.block_tables.shape[1],
             self.block_size,
@@ -136,8 +140,8 @@ class PagedLayout:
 
 
 def slot_error(op: str) -> ValueError:
-    """What to raise when a context reaches outside its block table or the records."""
-    return ValueError(f"{op}: a position has no slot in its sequence's block table, or the slot is outside the records")
+    """What to raise when a context reaches outside its block table or the cache."""
+    return ValueError(f"{op}: a position has no slot in its sequence's block table, or the slot is outside the cache")
 
 
 def mla_attention(
@@ -255,7 +259,7 @@ def _mla_attention_cpu(
         q_rope.data_ptr(),
         q_rope.stride(0),
         q_rope.stride(1),
-        byref(layout.args(records)),
+        byref(PagedArgs(records_args(records), layout.args())),
         num_heads,
         latent_dim,
         q_rope.shape[2],
@@ -284,7 +288,7 @@ def _mha_attention_cpu(
         q.data_ptr(),
         q.stride(0),
         q.stride(1),
-        byref(layout.args(records)),
+        byref(PagedArgs(records_args(records), layout.args())),
         w_uk.data.data_ptr(),
         w_uv.data.data_ptr(),
         num_heads,

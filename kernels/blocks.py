@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import build
-from .attention import PagedArgs, PagedLayout, slot_error
+from .attention import LayoutArgs, PagedLayout, slot_error
 from .linear import PackedWeight
-from .records import Records, records_args
+from .records import IndexKeys, Records, index_keys_args, records_args
 
 
 class Threads(ctypes.Structure):
@@ -72,7 +72,7 @@ class StepArgs(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("num_tokens", "num_per_head_tokens")),
         *((name, c_void_p) for name in ("positions", "slots")),
-        *((name, PagedArgs) for name in ("per_head", "absorbed")),
+        *((name, LayoutArgs) for name in ("per_head", "absorbed")),
         ("threads", Threads),
     )
 
@@ -83,6 +83,7 @@ _ATTENTION_BLOCK = (
     POINTER(StepArgs),
     *[c_void_p] * 2,
     POINTER(Records),
+    POINTER(IndexKeys),
     *[c_void_p] * 3,
     POINTER(c_int64),
 )
@@ -93,14 +94,13 @@ _MOE_BLOCK = ("shoal_moe_block", POINTER(MoeBlock), POINTER(Threads), c_int64, *
 def step_args(per_head: PagedLayout, absorbed: PagedLayout, positions: Tensor, slots: Tensor) -> StepArgs:
     """positions and slots: [T] int64, tokens of `per_head` first; the arguments must outlive the result."""
     threads = Threads(torch.get_num_threads(), build.MIN_PARALLEL_WORK)
-    none = torch.empty(0, 0)
     return StepArgs(
         positions.shape[0],
         per_head.num_tokens,
         positions.data_ptr(),
         slots.data_ptr(),
-        per_head.args(none),
-        absorbed.args(none),
+        per_head.args(),
+        absorbed.args(),
         threads,
     )
 
@@ -111,11 +111,12 @@ def attention_block(
     hidden: Tensor,
     residual: Tensor | None,
     records: Tensor,
+    index_keys: Tensor | None,
     selected: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden [T, H], residual) -> (attention output [T, H], hidden + residual, the selection this layer used).
 
-    The results are in the memory of hidden and residual.
+    index_keys: of a layer with an indexer. The results are in the memory of hidden and residual.
     """
     total = torch.empty_like(hidden) if residual is None else residual
     if block.index_n_heads:
@@ -128,6 +129,7 @@ def attention_block(
         hidden.data_ptr(),
         None if residual is None else residual.data_ptr(),
         byref(records_args(records)),
+        None if index_keys is None else byref(index_keys_args(index_keys, block.index_head_dim)),
         total.data_ptr(),
         None if selected is None else selected.data_ptr(),
         hidden.data_ptr(),

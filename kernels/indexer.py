@@ -11,10 +11,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .attention import PagedArgs, PagedLayout, slot_error
+from .attention import LayoutArgs, PagedLayout, slot_error
 from .build import c_function, num_threads
 from .linear import DTYPE_CODES
-from .records import FP8_RECORDS, index_key_width, read_index_keys
+from .records import IndexKeys, index_keys_args, index_page_size, read_index_keys
 from .registry import implementation, register
 
 _INDEX_TOPK = (
@@ -24,8 +24,9 @@ _INDEX_TOPK = (
     *[c_int64] * 2,
     c_void_p,
     *[c_int64] * 3,
-    POINTER(PagedArgs),
-    *[c_int64] * 2,
+    POINTER(LayoutArgs),
+    POINTER(IndexKeys),
+    c_int64,
     c_void_p,
     c_int64,
     POINTER(c_int64),
@@ -44,25 +45,23 @@ _INDEX_SCORES = (
 _TOPK_POSITIONS = ("shoal_topk_positions", c_void_p, c_int64, c_void_p, *[c_int64] * 2, c_void_p, c_int64)
 
 
-def index_topk(q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int) -> Tensor:
+def index_topk(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
     """The `topk` positions of each token's context that score best -> [T, topk] int32, ascending, then -1.
 
-    q: [T, Hi, D], weights: [T, Hi] fp32, records: [num_slots, W] in q's dtype or in FP8 (kernels/records.py), with the
-    index key from column `key_offset` on. A context (positions 0..positions[t]) of at most topk positions is returned
+    q: [T, Hi, D], weights: [T, Hi] fp32, keys: pages [num_blocks, block_size * width] in q's dtype or in FP8, as
+    kernels/records.py says, contiguous. A context (positions 0..positions[t]) of at most topk positions is returned
     whole, unscored. Otherwise scores are those of `index_scores`, the selection that of `topk_positions`: both depend
-    on the token and its context only. ValueError when a context reaches outside the block table or the records.
+    on the token and its context only. ValueError when a context reaches outside the block table or the pages.
     """
     _check_queries("index_topk", q, weights, topk)
-    end = key_offset + index_key_width(records.dtype, q.shape[2])
-    fits = records.dim() == 2 and 0 <= key_offset <= end <= records.shape[1]
-    if not fits or records.dtype not in (q.dtype, FP8_RECORDS):
+    page_size = index_page_size("index_topk", keys, q.shape[2], q.dtype)
+    if page_size != layout.block_size:
         raise ValueError(
-            f"index_topk needs records [num_slots, W] in {q.dtype} or {FP8_RECORDS} with columns "
-            f"[{key_offset}, {end}), got {list(records.shape)} in {records.dtype}"
+            f"index_topk: a page holds {page_size} index keys, but a block of the layout {layout.block_size}"
         )
     if q.shape[0] != layout.num_tokens:
         raise ValueError(f"index_topk: {q.shape[0]} query tokens, but the layout has {layout.num_tokens}")
-    selected: Tensor = implementation("index_topk")(q, weights, records, key_offset, layout, topk)
+    selected: Tensor = implementation("index_topk")(q, weights, keys, layout, topk)
     return selected
 
 
@@ -107,11 +106,8 @@ def _check_queries(op: str, q: Tensor, weights: Tensor, topk: int) -> None:
 
 
 @register("index_topk", "cpu")
-def _index_topk_cpu(
-    q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int
-) -> Tensor:
-    q, records = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, records))
-    weights = weights.contiguous()
+def _index_topk_cpu(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
+    q, weights = q if q.stride(-1) == 1 else q.contiguous(), weights.contiguous()
     out = torch.empty(q.shape[0], topk, dtype=torch.int32)
     status = c_int64()
     c_function(*_INDEX_TOPK)(
@@ -121,8 +117,8 @@ def _index_topk_cpu(
         q.stride(1),
         weights.data_ptr(),
         *q.shape,
-        byref(layout.args(records)),
-        key_offset * records.element_size(),
+        byref(layout.args()),
+        byref(index_keys_args(keys, q.shape[2])),
         topk,
         out.data_ptr(),
         num_threads(q.numel() * topk),
@@ -169,9 +165,7 @@ def _topk_positions_cpu(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
 
 
 @register("index_topk", "reference")
-def _index_topk_reference(
-    q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int
-) -> Tensor:
+def _index_topk_reference(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
     out = torch.full((q.shape[0], topk), -1, dtype=torch.int32, device=q.device)
     bounds = layout.cu_seqlens_q.tolist()
     for sequence, (first, last) in enumerate(pairwise(bounds)):
@@ -181,11 +175,11 @@ def _index_topk_reference(
                 out[t, :context] = torch.arange(context, dtype=torch.int32, device=q.device)
                 continue
             try:
-                gathered = records[layout.slots(sequence, torch.arange(context, device=q.device))]
+                slots = layout.slots(sequence, torch.arange(context, device=q.device))
+                context_keys = read_index_keys(keys, slots, q.shape[2], q.dtype)
             except IndexError as error:
                 raise slot_error("index_topk") from error
-            keys = read_index_keys(gathered, key_offset, q.shape[2], q.dtype)
-            scores = _index_scores_reference(q[t : t + 1], weights[t : t + 1], keys)
+            scores = _index_scores_reference(q[t : t + 1], weights[t : t + 1], context_keys)
             out[t] = _topk_positions_reference(scores, torch.tensor([context]), topk)[0]
     return out
 

@@ -1,16 +1,20 @@
-"""Records: what a token leaves in the cache of a layer, in two formats, written in one pass of norm, rotation, store.
+"""Records and index keys: what a token leaves in the cache of a layer, in two formats, each written in one pass.
 
 T tokens; Dl latent and Dr rotary columns, index keys of D columns. Records are rows [num_slots, W] of
 
-the computing dtype   latent (Dl) | rope key (Dr) | index key (D)
-bytes, in FP8         Dl e4m3 | ceil(Dl / 128) fp32 scales | Dr bf16 rope key | D e4m3 | ceil(D / 128) fp32 scales
+the computing dtype   latent (Dl) | rope key (Dr)
+bytes, in FP8         Dl e4m3 | ceil(Dl / 128) fp32 scales | Dr bf16 rope key
 
-where the index key is missing if the layer has no indexer, and W may be larger. For Dl = 512 and Dr = 64 the FP8 record
-begins with the 656 bytes per token that FlashMLA reads. Its index key (132 bytes for D = 128) follows there, because a
-token has one record; DeepGEMM reads the same bytes from planar pages, 64 tokens' e4m3 and then their 64 scales.
+where W may be larger. Index keys, where a layer has an indexer, are in pages [num_blocks, block_size * width], one for
+each block of the cache; the key of slot s is number s % block_size of page s // block_size, which is
 
-Who reads an FP8 record gets `dequantize_rows_fp8` and the rope key in the computing dtype, and goes on as with records
-in that dtype.
+the computing dtype   block_size x D
+bytes, in FP8         block_size x D e4m3 | block_size x ceil(D / 128) fp32 scales
+
+For Dl = 512 and Dr = 64 the FP8 record is the 656 bytes per token that FlashMLA reads. For D = 128 the FP8 page is what
+DeepGEMM's paged index logits read: of 64 keys, codes in bytes [0, 8192) and scales in [8192, 8448).
+
+Who reads FP8 gets `dequantize_rows_fp8` and the rope key in the computing dtype, and goes on as with that dtype.
 """
 
 from __future__ import annotations
@@ -29,13 +33,22 @@ from .registry import implementation, register
 from .rope import apply_rope
 
 FP8_RECORDS = torch.uint8
-"""The dtype of records in FP8."""
+"""The dtype of records and index keys in FP8."""
 
 
 class Records(ctypes.Structure):
     """shoal::Records of the compiled kernels."""
 
     _fields_ = (("data", c_void_p), ("stride", c_int64), ("num_slots", c_int64), ("fp8", c_int64))
+
+
+class IndexKeys(ctypes.Structure):
+    """shoal::IndexKeys of the compiled kernels."""
+
+    _fields_ = (
+        ("pages", c_void_p),
+        *((name, c_int64) for name in ("num_blocks", "block_size", "data_bytes", "scale_bytes")),
+    )
 
 
 _WRITE_LATENTS = (
@@ -65,8 +78,7 @@ _WRITE_INDEX_KEYS = (
     c_int64,
     c_void_p,
     c_int64,
-    POINTER(Records),
-    c_int64,
+    POINTER(IndexKeys),
     c_void_p,
     c_int64,
     POINTER(c_int64),
@@ -79,13 +91,19 @@ def records_args(records: Tensor) -> Records:
     return Records(records.data_ptr(), records.stride(0) * size, records.shape[0], records.dtype == FP8_RECORDS)
 
 
+def index_keys_args(keys: Tensor, dim: int) -> IndexKeys:
+    """For the compiled kernels; its pointer lives as long as the tensor."""
+    size, width = keys.element_size(), index_key_width(keys.dtype, dim)
+    return IndexKeys(keys.data_ptr(), keys.shape[0], keys.shape[1] // width, dim * size, (width - dim) * size)
+
+
 def latent_width(dtype: torch.dtype, latent_dim: int, rope_dim: int) -> int:
-    """Columns of latent and rope key in records of a dtype."""
+    """Columns of a record in a dtype of records."""
     return fp8_row_bytes(latent_dim) + 2 * rope_dim if dtype == FP8_RECORDS else latent_dim + rope_dim
 
 
 def index_key_width(dtype: torch.dtype, dim: int) -> int:
-    """Columns of an index key in records of a dtype."""
+    """Columns that an index key takes in pages of a dtype."""
     return fp8_row_bytes(dim) if dtype == FP8_RECORDS else dim
 
 
@@ -99,10 +117,45 @@ def read_latents(records: Tensor, latent_dim: int, rope_dim: int, dtype: torch.d
     return torch.cat([_read_quantized(records[:, :width], latent_dim, dtype), rope.to(dtype)], dim=1)
 
 
-def read_index_keys(records: Tensor, key_offset: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """The index keys, which begin in column `key_offset`, of records [n, W] as `dtype` [n, D]."""
-    keys = records[:, key_offset : key_offset + index_key_width(records.dtype, dim)]
-    return _read_quantized(keys, dim, dtype) if records.dtype == FP8_RECORDS else keys
+def read_index_keys(keys: Tensor, slots: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Index keys of slots [n] int64 as `dtype` [n, D]; keys: pages in `dtype` or in FP8. ValueError for others."""
+    index_page_size("read_index_keys", keys, dim, dtype)
+    rows = gather_index_keys(keys, slots, dim)
+    return _read_quantized(rows, dim, dtype) if keys.dtype == FP8_RECORDS else rows
+
+
+def gather_index_keys(keys: Tensor, slots: Tensor, dim: int) -> Tensor:
+    """What pages hold of the index keys of slots [n], [n, width] in their dtype: D numbers, in FP8 then the scales."""
+    numbers, scales = _numbers_and_scales(keys, dim)
+    place = (slots // numbers.shape[1], slots % numbers.shape[1])
+    return torch.cat([numbers[place], scales[place]], dim=1)
+
+
+def scatter_index_keys(keys: Tensor, slots: Tensor, rows: Tensor, dim: int) -> None:
+    """The inverse of `gather_index_keys`."""
+    numbers, scales = _numbers_and_scales(keys, dim)
+    place = (slots // numbers.shape[1], slots % numbers.shape[1])
+    numbers[place], scales[place] = rows[:, :dim], rows[:, dim:]
+
+
+def _numbers_and_scales(keys: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Views of pages: [num_blocks, block_size, D], and [num_blocks, block_size, width - D] with columns in FP8 only."""
+    width = index_key_width(keys.dtype, dim)
+    block_size = keys.shape[1] // width
+    numbers, scales = keys[:, : block_size * dim], keys[:, block_size * dim :]
+    return numbers.view(len(keys), block_size, dim), scales.view(len(keys), block_size, width - dim)
+
+
+def index_page_size(op: str, keys: Tensor, dim: int, dtype: torch.dtype) -> int:
+    """How many index keys a page holds; ValueError unless they are pages in `dtype` or in FP8, for `op`."""
+    width = index_key_width(keys.dtype, dim)
+    fits = keys.dim() == 2 and 0 < width <= keys.shape[1] and keys.shape[1] % width == 0 and keys.is_contiguous()
+    if not fits or keys.dtype not in (dtype, FP8_RECORDS):
+        raise ValueError(
+            f"{op} needs contiguous index keys [num_blocks, block_size * {width}] in {dtype} or in {FP8_RECORDS}, got "
+            f"{list(keys.shape)} in {keys.dtype}"
+        )
+    return keys.shape[1] // width
 
 
 def _read_quantized(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -135,15 +188,19 @@ def write_latents(
     """
     latent_dim, rope_dim = norm.shape[0], rope_table.shape[1]
     width = latent_width(records.dtype, latent_dim, rope_dim)
-    _check("write_latents", records, slots, kv, positions, latent_dim + rope_dim, width)
+    _check_rows("write_latents", kv, latent_dim + rope_dim, slots, positions)
+    if records.dim() != 2 or records.shape[1] < width or records.dtype not in (kv.dtype, FP8_RECORDS):
+        raise ValueError(
+            f"write_latents needs records [num_slots, >= {width}] in {kv.dtype} or in {FP8_RECORDS}, got "
+            f"{list(records.shape)} in {records.dtype}"
+        )
     implementation("write_latents")(records, slots, kv, norm, eps, rope_table, positions, interleaved)
 
 
 def write_index_keys(
-    records: Tensor,
+    keys: Tensor,
     slots: Tensor,
     k: Tensor,
-    key_offset: int,
     norm: tuple[Tensor, Tensor],
     eps: float,
     rope_table: Tensor,
@@ -151,25 +208,21 @@ def write_index_keys(
     *,
     interleaved: bool,
 ) -> None:
-    """Index key of records[slots[t]], from column `key_offset` on, = layer_norm(k[t]), first Dr columns then rotated.
+    """Index key of slots[t] = layer_norm(k[t]), first Dr columns then rotated.
 
-    k: [T, D]; norm: weight and bias, each [D] fp32; the others as in `write_latents`.
+    keys: pages [num_blocks, block_size * width] in k's dtype or in FP8, contiguous; k: [T, D]; norm: weight and bias,
+    each [D] fp32; the others as in `write_latents`. ValueError for a slot outside the pages or a position outside the
+    table.
     """
-    width = index_key_width(records.dtype, k.shape[-1])
-    _check("write_index_keys", records, slots, k, positions, norm[0].shape[0], key_offset + width)
-    implementation("write_index_keys")(records, slots, k, key_offset, norm, eps, rope_table, positions, interleaved)
+    _check_rows("write_index_keys", k, norm[0].shape[0], slots, positions)
+    index_page_size("write_index_keys", keys, k.shape[1], k.dtype)
+    implementation("write_index_keys")(keys, slots, k, norm, eps, rope_table, positions, interleaved)
 
 
-def _check(op: str, records: Tensor, slots: Tensor, rows: Tensor, positions: Tensor, columns: int, width: int) -> None:
-    if rows.dim() != 2 or rows.shape[1] != columns or records.dim() != 2 or records.shape[1] < width:
+def _check_rows(op: str, rows: Tensor, columns: int, slots: Tensor, positions: Tensor) -> None:
+    if rows.dim() != 2 or rows.shape[1] != columns or rows.dtype not in DTYPE_CODES:
         raise ValueError(
-            f"{op} needs rows [T, {columns}] and records [num_slots, >= {width}], got {list(rows.shape)} and "
-            f"{list(records.shape)}"
-        )
-    if rows.dtype not in DTYPE_CODES or records.dtype not in (rows.dtype, FP8_RECORDS):
-        raise ValueError(
-            f"{op} needs rows in float32 or in bfloat16 and records in the same or in {FP8_RECORDS}, got {rows.dtype}, "
-            f"{records.dtype}"
+            f"{op} needs rows [T, {columns}] in float32 or in bfloat16, got {list(rows.shape)} in {rows.dtype}"
         )
     for name, tensor in (("slots", slots), ("positions", positions)):
         if tensor.shape != rows.shape[:1] or tensor.dtype != torch.int64:
@@ -177,7 +230,7 @@ def _check(op: str, records: Tensor, slots: Tensor, rows: Tensor, positions: Ten
 
 
 def _outside(op: str) -> ValueError:
-    return ValueError(f"{op}: a slot is outside the records or a position outside the rotary table")
+    return ValueError(f"{op}: a slot is outside the cache or a position outside the rotary table")
 
 
 @register("write_latents", "cpu")
@@ -218,17 +271,15 @@ def _write_latents_cpu(
 
 @register("write_index_keys", "cpu")
 def _write_index_keys_cpu(
-    records: Tensor,
+    keys: Tensor,
     slots: Tensor,
     k: Tensor,
-    key_offset: int,
     norm: tuple[Tensor, Tensor],
     eps: float,
     rope_table: Tensor,
     positions: Tensor,
     interleaved: bool,
 ) -> None:
-    assert records.stride(1) == 1
     assert k.stride(1) == 1
     status = c_int64()
     c_function(*_WRITE_INDEX_KEYS)(
@@ -244,8 +295,7 @@ def _write_index_keys_cpu(
         rope_table.shape[0],
         positions.data_ptr(),
         int(interleaved),
-        byref(records_args(records)),
-        key_offset * records.element_size(),
+        byref(index_keys_args(keys, k.shape[1])),
         slots.data_ptr(),
         num_threads(k.numel()),
         byref(status),
@@ -272,16 +322,17 @@ def _write_latents_reference(
         fields = [_quantized_bytes(latent), k_rope.bfloat16().contiguous().view(FP8_RECORDS)]
     else:
         fields = [latent, k_rope]
-    _store("write_latents", records, slots, torch.cat(fields, dim=1), 0)
+    rows = torch.cat(fields, dim=1)
+    _check_slots("write_latents", slots, records.shape[0])
+    records[slots, : rows.shape[1]] = rows
 
 
 @register("write_index_keys", "reference")
 @register("write_index_keys", "triton")
 def _write_index_keys_reference(
-    records: Tensor,
+    keys: Tensor,
     slots: Tensor,
     k: Tensor,
-    key_offset: int,
     norm: tuple[Tensor, Tensor],
     eps: float,
     rope_table: Tensor,
@@ -290,10 +341,11 @@ def _write_index_keys_reference(
 ) -> None:
     normed, rope_dim = layer_norm(k, *norm, eps), rope_table.shape[1]
     rotated = apply_rope(normed[:, None, :rope_dim], rope_table, positions, interleaved=interleaved).squeeze(1)
-    key = torch.cat([rotated, normed[:, rope_dim:]], dim=1)
-    if records.dtype == FP8_RECORDS:
-        key = _quantized_bytes(key)
-    _store("write_index_keys", records, slots, key, key_offset)
+    rows, dim = torch.cat([rotated, normed[:, rope_dim:]], dim=1), k.shape[1]
+    if keys.dtype == FP8_RECORDS:
+        rows = _quantized_bytes(rows)
+    _check_slots("write_index_keys", slots, keys.numel() // rows.shape[1])
+    scatter_index_keys(keys, slots, rows, dim)
 
 
 def _quantized_bytes(x: Tensor) -> Tensor:
@@ -301,7 +353,6 @@ def _quantized_bytes(x: Tensor) -> Tensor:
     return torch.cat([part.view(FP8_RECORDS) for part in quantize_rows_fp8(x)], dim=1)
 
 
-def _store(op: str, records: Tensor, slots: Tensor, rows: Tensor, offset: int) -> None:
-    if slots.is_cpu and slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < records.shape[0]:
+def _check_slots(op: str, slots: Tensor, num_slots: int) -> None:
+    if slots.is_cpu and slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < num_slots:
         raise _outside(op)  # nobody waits for a device to look
-    records[slots, offset : offset + rows.shape[1]] = rows

@@ -25,7 +25,7 @@ class TransferError(RuntimeError):
 class KVChunk:
     """The records of prompt positions `[start, end)` in all layers, and where to read them.
 
-    layer 0: end - start records | layer 1: end - start records | ..      (a record: latent | rope key | index key)
+    layer 0: end - start records, then as many index keys if it has an indexer | layer 1: .. | ..
     """
 
     request_id: str

@@ -133,7 +133,7 @@ class SplitAttention {
         if (record == nullptr) return false;
         records[i] = read_latent(record, fp8, a_.latent_dim, a_.rope_dim, rows + i * a_.key_dim());
         copy_terms(records[i], a_.key_dim(), keys_ + (j + i) * key_stride_);
-        prefetch_record(find_ahead(begin + j + i), num_bytes);
+        prefetch(find_ahead(begin + j + i), num_bytes);
       }
       interleave_latents(records, j / width);
     }
@@ -241,11 +241,11 @@ void write(const AbsorbedAttention<T>& a, int64_t token, bool empty, const Parti
 }
 
 template <typename T>
-std::vector<Split> make_splits(const AbsorbedAttention<T>& a, const PagedArgs& args) {
+std::vector<Split> make_splits(const AbsorbedAttention<T>& a, const LayoutArgs& layout) {
   std::vector<Split> splits;
-  for (int64_t b = 0; b < args.num_sequences; ++b)
-    for (int64_t t = args.cu_seqlens_q[b]; t < args.cu_seqlens_q[b + 1]; ++t) {
-      int64_t keys = args.positions[t] + 1;
+  for (int64_t b = 0; b < layout.num_sequences; ++b)
+    for (int64_t t = layout.cu_seqlens_q[b]; t < layout.cu_seqlens_q[b + 1]; ++t) {
+      int64_t keys = layout.positions[t] + 1;
       if (a.selected) keys = std::find(a.selected + t * a.topk, a.selected + (t + 1) * a.topk, -1) - (a.selected + t * a.topk);
       const bool whole = keys <= kSplitKeys;
       for (int64_t begin = 0; begin == 0 || begin < keys; begin += kSplitKeys)
@@ -260,8 +260,8 @@ Partial partial_at(const AbsorbedAttention<T>& a, float* memory) {
 }
 
 template <typename T>
-Status mla_attention(const AbsorbedAttention<T>& a, const PagedArgs& args, int64_t num_threads) {
-  const std::vector<Split> splits = make_splits(a, args);
+Status mla_attention(const AbsorbedAttention<T>& a, int64_t num_threads) {
+  const std::vector<Split> splits = make_splits(a, a.paged.layout);
   const int64_t partial_size = 2 * a.padded_heads() + a.num_heads * a.width();
   const bool any_cut = std::any_of(splits.begin(), splits.end(), [](const Split& s) { return !s.whole; });
   std::vector<float> partials(any_cut ? splits.size() * size_t(partial_size) : 0);
@@ -319,6 +319,6 @@ extern "C" void shoal_mla_attention(int64_t dtype, const void* q_latent, int64_t
                                          selected,
                                          topk,
                                          static_cast<T*>(out)};
-    *status = mla_attention(attention, *paged, num_threads);
+    *status = mla_attention(attention, num_threads);
   });
 }

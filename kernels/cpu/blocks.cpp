@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "ops.h"
-#include "record.h"
 #include "vec.h"
 
 namespace shoal {
@@ -36,7 +35,7 @@ struct AttentionBlock {
 struct StepArgs {
   int64_t num_tokens, num_per_head_tokens;
   const int64_t *positions, *slots;
-  PagedArgs per_head, absorbed;  // their records are filled in for each layer
+  LayoutArgs per_head, absorbed;
   Threads threads;
 };
 
@@ -86,10 +85,8 @@ void linear_fp32(const T* x, const float* w, float* out, int64_t t, int64_t n, i
 template <typename T>
 class AttentionStep {
  public:
-  AttentionStep(const AttentionBlock& block, const StepArgs& step, const Records& records)
-      : b_(block), s_(step), per_head_(step.per_head), absorbed_(step.absorbed), records_(records) {
-    per_head_.records = absorbed_.records = records;
-  }
+  AttentionStep(const AttentionBlock& block, const StepArgs& step, const Records& records, const IndexKeys* index_keys)
+      : b_(block), s_(step), per_head_{records, step.per_head}, absorbed_{records, step.absorbed}, index_keys_(index_keys) {}
 
   // hidden, residual (or nullptr), new_residual and out: [T, hidden_size]; selected: [absorbed tokens, index_topk].
   // new_residual may be residual, out may be hidden.
@@ -153,18 +150,16 @@ class AttentionStep {
     int64_t status = kOk;
     const int64_t t = s_.num_tokens, dim = b_.index_head_dim;
     shoal_write_latents(b_.dtype, kv, stride, t, b_.kv_lora_rank, b_.qk_rope_head_dim, b_.kv_a_norm, b_.latent_norm_eps,
-                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, &records_, s_.slots,
+                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, &absorbed_.records, s_.slots,
                         s_.threads(t * b_.kv_lora_rank), &status);
     if (b_.index_n_heads == 0 || status != kOk) return status == kOk;
     T* k = reserve<T>(memory_.index_k, t * dim);
     linear(x, b_.hidden_size, b_.index_wk, k, t, dim, b_.hidden_size);
     shoal_write_index_keys(b_.dtype, k, dim, t, dim, b_.qk_rope_head_dim, b_.index_k_norm, b_.index_k_norm_bias,
-                           b_.latent_norm_eps, b_.rope_table, b_.rope_rows, s_.positions, b_.index_rope_interleave, &records_,
-                           index_key_offset(), s_.slots, s_.threads(t * dim), &status);
+                           b_.latent_norm_eps, b_.rope_table, b_.rope_rows, s_.positions, b_.index_rope_interleave,
+                           index_keys_, s_.slots, s_.threads(t * dim), &status);
     return status == kOk;
   }
-
-  int64_t index_key_offset() const { return latent_bytes<T>(records_.fp8, b_.kv_lora_rank, b_.qk_rope_head_dim); }
 
   const T* queries(const T* q_latent) {
     const int64_t t = s_.num_tokens, head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim, n = b_.num_heads * head_dim;
@@ -202,19 +197,19 @@ class AttentionStep {
     const int64_t tokens = s_.num_tokens - s_.num_per_head_tokens, heads = b_.index_n_heads, dim = b_.index_head_dim;
     T* q = reserve<T>(memory_.index_q, tokens * heads * dim);
     linear(q_latent, b_.q_lora_rank, b_.index_wq_b, q, tokens, heads * dim, b_.q_lora_rank);
-    rotate(q, tokens, absorbed_.positions, heads, dim, b_.index_rope_interleave);
+    rotate(q, tokens, s_.absorbed.positions, heads, dim, b_.index_rope_interleave);
     float* weights = memory_.weights.reserve(tokens * heads);
     linear_fp32(x, b_.index_weights_proj, weights, tokens, heads, b_.hidden_size, s_.threads, memory_.wide);
     for (int64_t i = 0; i < tokens * heads; ++i) weights[i] *= b_.index_weight_scale;
-    shoal_index_topk(b_.dtype, q, heads * dim, dim, weights, tokens, heads, dim, &absorbed_,
-                     index_key_offset(), b_.index_topk, selected, s_.threads(tokens * heads * dim * b_.index_topk), &status);
+    shoal_index_topk(b_.dtype, q, heads * dim, dim, weights, tokens, heads, dim, &s_.absorbed, index_keys_,
+                     b_.index_topk, selected, s_.threads(tokens * heads * dim * b_.index_topk), &status);
     return status == kOk;
   }
 
   const AttentionBlock& b_;
   const StepArgs& s_;
-  PagedArgs per_head_, absorbed_;
-  const Records records_;
+  const PagedArgs per_head_, absorbed_;
+  const IndexKeys* index_keys_;
   Scratch& memory_ = scratch();
 };
 
@@ -263,14 +258,16 @@ void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
 }  // namespace
 }  // namespace shoal
 
-// hidden, residual (or nullptr), new_residual, out: [T, hidden_size] contiguous. Writes a shoal::Status.
+// hidden, residual (or nullptr), new_residual, out: [T, hidden_size] contiguous. index_keys: nullptr without an indexer.
+// Writes a shoal::Status.
 extern "C" void shoal_attention_block(const shoal::AttentionBlock* block, const shoal::StepArgs* step, const void* hidden,
-                                      const void* residual, const shoal::Records* records, void* new_residual,
-                                      int32_t* selected, void* out, int64_t* status) {
+                                      const void* residual, const shoal::Records* records,
+                                      const shoal::IndexKeys* index_keys, void* new_residual, int32_t* selected,
+                                      void* out, int64_t* status) {
   using namespace shoal;
   with_dtype(block->dtype, [&](auto element) {
     using T = decltype(element);
-    *status = AttentionStep<T>(*block, *step, *records)
+    *status = AttentionStep<T>(*block, *step, *records, index_keys)
                   .run(static_cast<const T*>(hidden), static_cast<const T*>(residual), static_cast<T*>(new_residual),
                        selected, static_cast<T*>(out));
   });

@@ -31,8 +31,7 @@ struct IndexQueries {
 template <typename T>
 class Scorer {
  public:
-  // Keys are rows of T or in the FP8 format.
-  Scorer(const IndexQueries<T>& queries, bool fp8) : q_(queries), fp8_(fp8) {}
+  Scorer(const IndexQueries<T>& queries, const IndexKeys& keys) : q_(queries), keys_(keys) {}
 
   // find(s) is where key s is, s in [begin, end); row t of `scores`, `stride` apart, gets them from column `begin` on.
   // False when a key cannot be found.
@@ -53,8 +52,11 @@ class Scorer {
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t first = begin + p * kPanel, last = std::min(end, first + kPanel);
       if (!read_keys(first, last, find, read_index_key<T>)) return false;
-      for (int64_t s = first; s < last && s + kKeysAhead < end; ++s)
-        prefetch_record(find(s + kKeysAhead), field_bytes<T>(fp8_, q_.dim));
+      for (int64_t s = first; s < last && s + kKeysAhead < end; ++s) {
+        const IndexKey key = find(s + kKeysAhead);
+        prefetch(key.data, keys_.data_bytes);
+        prefetch(key.scales, keys_.scale_bytes);
+      }
       pack_panel(rows_.reserve(0), padded_dim(), q_.dim, keys + p * panel_size<T>(q_.dim));
     }
     T* queries = queries_.reserve(q_.num_heads * terms);
@@ -105,9 +107,9 @@ class Scorer {
   bool read_keys(int64_t begin, int64_t end, Find find, Read read) {
     T* rows = clear_rows();
     for (int64_t s = begin; s < end; ++s, rows += padded_dim()) {
-      const char* key = find(s);
-      if (key == nullptr) return false;
-      read(key, fp8_, q_.dim, rows);
+      const IndexKey key = find(s);
+      if (key.data == nullptr) return false;
+      read(key, keys_.fp8(), q_.dim, rows);
     }
     return true;
   }
@@ -115,12 +117,13 @@ class Scorer {
   // The cache lines of keys [begin, end), at most 16.
   template <typename Find>
   Lines lines_of(int64_t begin, int64_t end, Find find) {
-    const int64_t bytes = field_bytes<T>(fp8_, q_.dim);
-    const char** const lines = lines_.reserve(kPanel * (bytes / 64 + 1));
+    const char** const lines = lines_.reserve(kPanel * (keys_.data_bytes / 64 + keys_.scale_bytes / 64 + 2));
     const char** line = lines;
     for (int64_t s = begin; s < end; ++s) {
-      const char* key = find(s);
-      for (int64_t i = 0; key != nullptr && i < bytes; i += 64) *line++ = key + i;
+      const IndexKey key = find(s);
+      if (key.data == nullptr) continue;
+      for (int64_t i = 0; i < keys_.data_bytes; i += 64) *line++ = key.data + i;
+      for (int64_t i = 0; i < keys_.scale_bytes; i += 64) *line++ = key.scales + i;
     }
     return {lines, line};
   }
@@ -159,7 +162,7 @@ class Scorer {
   }
 
   const IndexQueries<T>& q_;
-  const bool fp8_;
+  const IndexKeys& keys_;
   Buffer<T> packed_, rows_, queries_;
   Buffer<float> dots_, turned_;
   Buffer<const char*> lines_;
@@ -232,16 +235,15 @@ struct ScoreTask {
 template <typename T>
 class Wave {
  public:
-  Wave(const IndexQueries<T>& queries, const PagedArgs& args, int64_t key_offset, int64_t topk, int64_t first,
-       int64_t last, Buffer<float>& scores)
-      : queries_(queries), args_(args), key_offset_(key_offset), topk_(topk), first_(first) {
-    for (int64_t t = first; t < last; ++t) stride_ = std::max(stride_, round_up(args.positions[t] + 1, kLanes));
+  Wave(const LayoutArgs& layout, const IndexKeys& keys, int64_t topk, int64_t first, int64_t last, Buffer<float>& scores)
+      : layout_(layout), keys_(keys), topk_(topk), first_(first) {
+    for (int64_t t = first; t < last; ++t) stride_ = std::max(stride_, round_up(layout.positions[t] + 1, kLanes));
     scores_ = scores.reserve((last - first) * stride_);
     for (int64_t t = first, next; t < last; t = next) {
-      const int64_t sequence = args.sequence_of(t);
-      next = std::min({last, t + kTileTokens, int64_t(args.cu_seqlens_q[sequence + 1])});
+      const int64_t sequence = layout.sequence_of(t);
+      next = std::min({last, t + kTileTokens, int64_t(layout.cu_seqlens_q[sequence + 1])});
       int64_t context = 0;
-      for (int64_t i = t; i < next; ++i) context = std::max(context, args.positions[i] + 1);
+      for (int64_t i = t; i < next; ++i) context = std::max(context, layout.positions[i] + 1);
       for (int64_t begin = 0; begin < context && context > topk; begin += kChunkKeys)
         tasks_.push_back({t, next - t, sequence, begin, std::min(context, begin + kChunkKeys)});
     }
@@ -251,39 +253,36 @@ class Wave {
 
   bool score(int64_t i, Scorer<T>& scorer) {
     const ScoreTask& task = tasks_[i];
-    const auto find = [&](int64_t s) {
-      const char* record = args_.find(task.sequence, s);
-      return record == nullptr ? record : record + key_offset_;
-    };
+    const auto find = [&](int64_t s) { return keys_.find(layout_.find(task.sequence, s)); };
     return scorer.score(task.token, task.num_tokens, task.begin, task.end, find,
                         scores_ + (task.token - first_) * stride_, stride_);
   }
 
   void select(int64_t token, TopK& state, int32_t* out) const {
-    state.select(scores_ + (token - first_) * stride_, args_.positions[token] + 1, topk_, out);
+    state.select(scores_ + (token - first_) * stride_, layout_.positions[token] + 1, topk_, out);
   }
 
  private:
-  const IndexQueries<T>& queries_;
-  const PagedArgs& args_;
-  const int64_t key_offset_, topk_, first_;
+  const LayoutArgs& layout_;
+  const IndexKeys& keys_;
+  const int64_t topk_, first_;
   int64_t stride_ = 0;
   float* scores_;
   std::vector<ScoreTask> tasks_;
 };
 
 template <typename T>
-Status index_topk(const IndexQueries<T>& queries, const PagedArgs& args, int64_t key_offset, int64_t topk,
+Status index_topk(const IndexQueries<T>& queries, const LayoutArgs& layout, const IndexKeys& keys, int64_t topk,
                   int64_t num_tokens, int32_t* out, int64_t num_threads) {
   static thread_local Buffer<float> scores;
   std::atomic<int64_t> status{kOk};
   for (int64_t first = 0; first < num_tokens; first += kWaveTokens) {
     const int64_t last = std::min(num_tokens, first + kWaveTokens);
-    Wave<T> wave(queries, args, key_offset, topk, first, last, scores);
+    Wave<T> wave(layout, keys, topk, first, last, scores);
 #pragma omp parallel num_threads(int(num_threads))
     {
       const FlushDenormals flush;
-      Scorer<T> scorer(queries, args.records.fp8);
+      Scorer<T> scorer(queries, keys);
       TopK state;
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < wave.num_tasks(); ++i)
@@ -300,33 +299,33 @@ Status index_topk(const IndexQueries<T>& queries, const PagedArgs& args, int64_t
 }  // namespace
 }  // namespace shoal
 
-// Strides are in elements; the index key is `key_offset` bytes into a record. Writes a shoal::Status.
+// Strides are in elements. Writes a shoal::Status.
 extern "C" void shoal_index_topk(int64_t dtype, const void* q, int64_t token_stride, int64_t head_stride,
                                  const float* weights, int64_t num_tokens, int64_t num_heads, int64_t dim,
-                                 const shoal::PagedArgs* paged, int64_t key_offset, int64_t topk, int32_t* out,
-                                 int64_t num_threads, int64_t* status) {
+                                 const shoal::LayoutArgs* layout, const shoal::IndexKeys* keys, int64_t topk,
+                                 int32_t* out, int64_t num_threads, int64_t* status) {
   using namespace shoal;
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const IndexQueries<T> queries{static_cast<const T*>(q), token_stride, head_stride, weights, num_heads, dim};
-    *status = index_topk(queries, *paged, key_offset, topk, num_tokens, out, num_threads);
+    *status = index_topk(queries, *layout, *keys, topk, num_tokens, out, num_threads);
   });
 }
 
 // keys: [num_keys, dim] contiguous; q: [T, num_heads, dim] contiguous; out: [T, num_keys].
 extern "C" void shoal_index_scores(int64_t dtype, const void* q, const float* weights, int64_t num_tokens,
-                                   int64_t num_heads, int64_t dim, const void* keys, int64_t num_keys, float* out,
+                                   int64_t num_heads, int64_t dim, void* keys, int64_t num_keys, float* out,
                                    int64_t num_threads) {
   using namespace shoal;
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const IndexQueries<T> queries{static_cast<const T*>(q), num_heads * dim, dim, weights, num_heads, dim};
-    const int64_t row_bytes = dim * int64_t(sizeof(T));
-    const auto find = [&](int64_t s) { return static_cast<const char*>(keys) + s * row_bytes; };
+    const IndexKeys one_page{static_cast<char*>(keys), 1, num_keys, dim * int64_t(sizeof(T)), 0};
+    const auto find = [&](int64_t s) { return one_page.find({0, s}); };
 #pragma omp parallel num_threads(int(num_threads))
     {
       const FlushDenormals flush;
-      Scorer<T> scorer(queries, false);
+      Scorer<T> scorer(queries, one_page);
 #pragma omp for schedule(dynamic)
       for (int64_t begin = 0; begin < num_keys; begin += kChunkKeys)
         scorer.score(0, num_tokens, begin, std::min(num_keys, begin + kChunkKeys), find, out, num_keys);

@@ -57,7 +57,7 @@ class HeadTask {
         h_(head),
         w_(w),
         tokens_(head.last_token - head.first_token),
-        context_(args.paged.positions[head.last_token - 1] + 1),
+        context_(args.paged.layout.positions[head.last_token - 1] + 1),
         query_stride_(padded_terms<T>(args.key_dim())),
         key_block_(kBlockKeys / kPanel * panel_size<T>(args.key_dim())),
         value_block_(args.width() / kPanel * panel_size<T>(kBlockKeys)) {}
@@ -81,7 +81,7 @@ class HeadTask {
   }
 
  private:
-  int64_t context_of(int64_t t) const { return a_.paged.positions[h_.first_token + t] + 1; }
+  int64_t context_of(int64_t t) const { return a_.paged.layout.positions[h_.first_token + t] + 1; }
 
   // Keys and values of up to 64 positions.
   bool expand(int64_t block, int64_t position, int64_t count) {
@@ -219,11 +219,12 @@ class HeadTask {
 };
 
 template <typename T>
-Status mha_attention(const HeadAttention<T>& a, const PagedArgs& args, int64_t num_threads) {
+Status mha_attention(const HeadAttention<T>& a, int64_t num_threads) {
+  const LayoutArgs& layout = a.paged.layout;
   std::vector<Head> heads;
-  for (int64_t b = 0; b < args.num_sequences; ++b)
-    for (int64_t h = 0; h < a.num_heads && args.cu_seqlens_q[b] < args.cu_seqlens_q[b + 1]; ++h)
-      heads.push_back({b, h, args.cu_seqlens_q[b], args.cu_seqlens_q[b + 1]});
+  for (int64_t b = 0; b < layout.num_sequences; ++b)
+    for (int64_t h = 0; h < a.num_heads && layout.cu_seqlens_q[b] < layout.cu_seqlens_q[b + 1]; ++h)
+      heads.push_back({b, h, layout.cu_seqlens_q[b], layout.cu_seqlens_q[b + 1]});
   std::atomic<int64_t> status{kOk};
 #pragma omp parallel num_threads(int(num_threads))
   {
@@ -260,6 +261,6 @@ extern "C" void shoal_mha_attention(int64_t dtype, const void* q, int64_t token_
                                      v_dim,
                                      scale,
                                      static_cast<T*>(out)};
-    *status = mha_attention(attention, *paged, num_threads);
+    *status = mha_attention(attention, num_threads);
   });
 }

@@ -32,8 +32,7 @@ void shoal_write_latents(int64_t dtype, const void* kv, int64_t stride, int64_t 
 void shoal_write_index_keys(int64_t dtype, const void* k, int64_t stride, int64_t num_tokens, int64_t dim,
                             int64_t rope_dim, const float* weight, const float* bias, float eps, const float* table,
                             int64_t table_rows, const int64_t* positions, int64_t interleaved,
-                            const shoal::Records* records, int64_t key_offset, const int64_t* slots,
-                            int64_t num_threads, int64_t* status);
+                            const shoal::IndexKeys* keys, const int64_t* slots, int64_t num_threads, int64_t* status);
 void shoal_route(const float* logits, int64_t num_tokens, int64_t num_experts, const float* bias, int64_t n_group,
                  int64_t topk_group, int64_t top_k, int64_t norm_topk_prob, float routed_scaling_factor,
                  int64_t* topk_idx, float* topk_weights, int64_t num_threads);
@@ -47,7 +46,7 @@ void shoal_mha_attention(int64_t dtype, const void* q, int64_t token_stride, int
                          int64_t latent_dim, int64_t nope_dim, int64_t rope_dim, int64_t v_dim, float scale, void* out,
                          int64_t num_threads, int64_t* status);
 void shoal_index_topk(int64_t dtype, const void* q, int64_t token_stride, int64_t head_stride, const float* weights,
-                      int64_t num_tokens, int64_t num_heads, int64_t dim, const shoal::PagedArgs* paged,
-                      int64_t key_offset, int64_t topk, int32_t* out, int64_t num_threads, int64_t* status);
+                      int64_t num_tokens, int64_t num_heads, int64_t dim, const shoal::LayoutArgs* layout,
+                      const shoal::IndexKeys* keys, int64_t topk, int32_t* out, int64_t num_threads, int64_t* status);
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// What a token leaves in the cache of a layer, one record; kernels/records.py describes both formats.
+// What a token leaves in the cache of a layer, a record and an index key; kernels/records.py describes both formats.
 #pragma once
 
 #include "fp8_rows.h"
@@ -12,7 +12,7 @@ constexpr int64_t field_bytes(bool fp8, int64_t n) {
   return fp8 ? n + (n + kScaleTerms - 1) / kScaleTerms * int64_t(sizeof(float)) : n * int64_t(sizeof(T));
 }
 
-// Bytes of latent | rope key, after which the index key begins.
+// Bytes of a record, latent | rope key.
 template <typename T>
 constexpr int64_t latent_bytes(bool fp8, int64_t latent_dim, int64_t rope_dim) {
   return field_bytes<T>(fp8, latent_dim) + rope_dim * int64_t(fp8 ? sizeof(bf16) : sizeof(T));
@@ -49,16 +49,16 @@ inline void write_latent(const T* row, int64_t latent_dim, int64_t rope_dim, cha
 
 // An index key, copied to `row`.
 template <typename T>
-inline void read_index_key(const char* key, bool fp8, int64_t dim, T* row) {
-  if (fp8) return dequantize_row(key, key + dim, dim, row);
-  std::copy_n(reinterpret_cast<const T*>(key), dim, row);
+inline void read_index_key(IndexKey key, bool fp8, int64_t dim, T* row) {
+  if (fp8) return dequantize_row(key.data, key.scales, dim, row);
+  std::copy_n(reinterpret_cast<const T*>(key.data), dim, row);
 }
 
 // The same as a row of A for gemm_panels.
 template <typename T>
-inline void read_index_terms(const char* key, bool fp8, int64_t dim, T* row) {
-  if (!fp8) return copy_terms(reinterpret_cast<const T*>(key), dim, row);
-  dequantize_row(key, key + dim, dim, row);
+inline void read_index_terms(IndexKey key, bool fp8, int64_t dim, T* row) {
+  if (!fp8) return copy_terms(reinterpret_cast<const T*>(key.data), dim, row);
+  dequantize_row(key.data, key.scales, dim, row);
   if constexpr (std::is_same_v<T, bf16>) swap_pairs(row, dim, row);
 }
 

@@ -236,28 +236,27 @@ extern "C" void shoal_write_latents(int64_t dtype, const void* kv, int64_t strid
   *status = result;
 }
 
-// k: rows of `dim`, `stride` elements apart, whose first rope_dim columns turn; fills the index keys, `key_offset` bytes
-// into the tokens' records. Writes a shoal::Status.
+// k: rows of `dim`, `stride` elements apart, whose first rope_dim columns turn; fills the tokens' index keys. Writes a
+// shoal::Status.
 extern "C" void shoal_write_index_keys(int64_t dtype, const void* k, int64_t stride, int64_t num_tokens, int64_t dim,
                                        int64_t rope_dim, const float* weight, const float* bias, float eps,
                                        const float* table, int64_t table_rows, const int64_t* positions,
-                                       int64_t interleaved, const shoal::Records* records, int64_t key_offset,
-                                       const int64_t* slots, int64_t num_threads, int64_t* status) {
+                                       int64_t interleaved, const shoal::IndexKeys* keys, const int64_t* slots,
+                                       int64_t num_threads, int64_t* status) {
   using namespace shoal;
   std::atomic<int64_t> result{kOk};
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for_rows(num_tokens, num_threads, [&](int64_t t) {
-      char* record = records->find(slots[t]);
-      if (!in_range(positions[t], table_rows) || record == nullptr) {
+      const IndexKey key = keys->find_slot(slots[t]);
+      if (!in_range(positions[t], table_rows) || key.data == nullptr) {
         result = kOutOfRange;
         return;
       }
-      char* key = record + key_offset;
-      T* made = records->fp8 ? row_memory<T>(dim) : reinterpret_cast<T*>(key);
+      T* made = keys->fp8() ? row_memory<T>(dim) : reinterpret_cast<T*>(key.data);
       layer_norm_row(static_cast<const T*>(k) + t * stride, weight, bias, dim, eps, made);
       rotate_row(made, table + positions[t] * rope_dim, rope_dim, interleaved != 0, made);
-      if (records->fp8) quantize_row(made, dim, key, key + dim);
+      if (keys->fp8()) quantize_row(made, dim, key.data, key.scales);
     });
   });
   *status = result;

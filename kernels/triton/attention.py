@@ -41,12 +41,18 @@ def find_sequence(cu_seqlens_q, num_sequences, token, BLOCK_SEQUENCES: tl.conste
 
 
 @triton.jit
+def find_blocks(positions, inside, table, max_blocks, block_size):
+    """Blocks of positions in a sequence's block table: negative unless `inside`, or where there is none."""
+    index = positions // block_size
+    return tl.load(table + index, mask=inside & (index < max_blocks), other=-1)
+
+
+@triton.jit
 def find_slots(positions, inside, table, max_blocks, block_size, num_slots):
     """Slots of positions in a sequence's block table: NO_SLOT unless `inside`, BAD_SLOT where there is none."""
-    block = positions // block_size
-    number = tl.load(table + block, mask=inside & (block < max_blocks), other=-1)
-    slot = number * block_size + positions % block_size
-    slot = tl.where((number < 0) | (slot >= num_slots), BAD_SLOT, slot)
+    block = find_blocks(positions, inside, table, max_blocks, block_size)
+    slot = block * block_size + positions % block_size
+    slot = tl.where((block < 0) | (slot >= num_slots), BAD_SLOT, slot)
     return tl.where(inside, slot, NO_SLOT)
 
 

@@ -1,4 +1,4 @@
-"""`index_scores` and `index_topk`, over keys in the queries' dtype or in FP8 with a scale behind each.
+"""`index_scores` and `index_topk`, over pages of keys in the queries' dtype or in FP8.
 
 A score is a product with keys as rows and heads as columns, and a sum over the heads in fp32. Many tokens of a sequence
 keep a tile of keys and go through the tokens, a single one goes through the keys; both compute a score alike, so which
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import PagedLayout
 from ..records import FP8_RECORDS
 from ..registry import register
-from .attention import BAD_SLOT, check_fp8_rows, find_sequence, find_slots
+from .attention import find_blocks, find_sequence
 from .launch import decode_e4m3, dot, has_fp8, round_to
 from .token_tiles import token_tiles
 from .topk import select_best
@@ -30,28 +30,37 @@ MAX_SCORE_BYTES = 256 << 20
 @triton.jit
 def _load_keys(
     keys,
-    key_stride,
     scales,
-    slot,
+    positions,
+    inside,
+    table,
+    max_blocks,
+    block_size,
+    num_blocks,
     DTYPE: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     FP8: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """-> keys [n, BLOCK_DIM] in DTYPE, which holds every FP8 number, and their scales [n], NaN for a BAD_SLOT."""
+    """-> keys [n, BLOCK_DIM] in DTYPE, which holds every FP8 number, and their scales [n], NaN for a key without block.
+
+    Where block_size is a multiple of 16, so are the addresses of FP8 keys: loads see it in the products.
+    """
+    block = find_blocks(positions, inside, table, max_blocks, block_size)
+    found = (block >= 0) & (block < num_blocks)
     columns = tl.arange(0, BLOCK_DIM)[None, :]
-    found = slot >= 0
-    rows = slot.to(tl.int64)
-    unit = tl.where(slot == BAD_SLOT, float("nan"), 1.0)
+    first = block.to(tl.int64) * block_size
+    slot = first + positions % block_size
+    unit = tl.where(found, 1.0, float("nan"))
     mask = found[:, None] & (columns < DIM)
-    if FP8:  # key_stride counts 16 bytes, so that loads know how keys are aligned
-        codes = tl.load(keys + rows[:, None] * (key_stride * 16) + columns, mask=mask, other=0)
-        scale = tl.load(scales + rows * (key_stride * 4) + DIM // 4, mask=found, other=0.0) * unit
+    if FP8:  # codes of a block | its scales, 4 bytes a key: `scales` is the same memory
+        codes = tl.load(keys + first[:, None] * 4 + slot[:, None] * DIM + columns, mask=mask, other=0)
+        scale = tl.load(scales + (first + block_size) * (DIM // 4) + slot, mask=found, other=0.0) * unit
         key = codes.to(tl.float8e4nv, bitcast=True) if NATIVE_FP8 else decode_e4m3(codes)
         return round_to(key.to(tl.float32), DTYPE), scale
     else:
-        return tl.load(keys + rows[:, None] * key_stride + columns, mask=mask, other=0.0), unit
+        return tl.load(keys + slot[:, None] * DIM + columns, mask=mask, other=0.0), unit
 
 
 @triton.jit
@@ -86,7 +95,6 @@ def token_scores_kernel(
     q_head_stride,
     weights,
     keys,
-    key_stride,
     scales,
     block_tables,
     cu_seqlens_q,
@@ -98,7 +106,7 @@ def token_scores_kernel(
     unscored,
     max_blocks,
     block_size,
-    num_slots,
+    num_blocks,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -129,8 +137,21 @@ def token_scores_kernel(
     table = block_tables + sequence.to(tl.int64) * max_blocks
     for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
         entries = start + tl.arange(0, BLOCK_KEYS)
-        slot = find_slots(entries, entries < end, table, max_blocks, block_size, num_slots)
-        key, scale = _load_keys(keys, key_stride, scales, slot, query.dtype, DIM, BLOCK_DIM, FP8, NATIVE_FP8)
+        key, scale = _load_keys(
+            keys,
+            scales,
+            entries,
+            entries < end,
+            table,
+            max_blocks,
+            block_size,
+            num_blocks,
+            query.dtype,
+            DIM,
+            BLOCK_DIM,
+            FP8,
+            NATIVE_FP8,
+        )
         score = _score(key, query, weight) * scale
         tl.store(scores + token * scores_stride + entries, score, mask=entries < end)
 
@@ -142,7 +163,6 @@ def tile_scores_kernel(
     q_head_stride,
     weights,
     keys,
-    key_stride,
     scales,
     block_tables,
     tile_sequences,
@@ -156,7 +176,7 @@ def tile_scores_kernel(
     unscored,
     max_blocks,
     block_size,
-    num_slots,
+    num_blocks,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
@@ -179,9 +199,21 @@ def tile_scores_kernel(
         return
     entries = begin + tl.arange(0, BLOCK_KEYS)
     table = block_tables + sequence * max_blocks
-    slot = find_slots(entries, entries < longest, table, max_blocks, block_size, num_slots)
-    dtype: tl.constexpr = q.dtype.element_ty
-    key, scale = _load_keys(keys, key_stride, scales, slot, dtype, DIM, BLOCK_DIM, FP8, NATIVE_FP8)
+    key, scale = _load_keys(
+        keys,
+        scales,
+        entries,
+        entries < longest,
+        table,
+        max_blocks,
+        block_size,
+        num_blocks,
+        q.dtype.element_ty,
+        DIM,
+        BLOCK_DIM,
+        FP8,
+        NATIVE_FP8,
+    )
     for index in tl.range(first, last, num_stages=STAGES):
         token = tl.cast(index, tl.int64)
         query, weight = _load_queries(
@@ -215,8 +247,7 @@ def paged_scores(
 ) -> Tensor:
     """Scores of each token for its context -> [T, positions in the table] fp32, undefined beyond positions[t].
 
-    keys: [num_slots, ..], the records from the first column of the keys on. Contexts of at most `unscored` positions
-    are left out.
+    keys: as for `index_topk`. Contexts of at most `unscored` positions are left out.
     """
     fp8 = keys.dtype == FP8_RECORDS
     num_tokens, num_heads, dim = q.shape
@@ -227,10 +258,7 @@ def paged_scores(
         return scores
     if fp8 and dim not in (32, 64, 128):  # one scale, and bytes that the kernel need not count
         raise ValueError(f"FP8 index keys have 32, 64 or 128 columns on a GPU, not {dim}")
-    if fp8:
-        check_fp8_rows(keys)
-    scales = keys[:, :4].view(torch.float32) if fp8 else weights
-    pages = (keys, keys.stride(0) // (16 if fp8 else 1), scales, layout.block_tables)
+    pages = (keys, keys.view(torch.float32) if fp8 else weights, layout.block_tables)
     sizes = (max_blocks, layout.block_size, len(keys))
     options = score_options(q.dtype) | {
         "DIM": dim,
@@ -278,12 +306,9 @@ def paged_scores(
 
 
 @register("index_topk", "triton")
-def index_topk_triton(
-    q: Tensor, weights: Tensor, records: Tensor, key_offset: int, layout: PagedLayout, topk: int
-) -> Tensor:
+def index_topk_triton(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
     """Scores and selection, a bounded number of tokens at a time."""
-    q, records = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, records))
-    weights, keys = weights.contiguous(), records[:, key_offset:]
+    q, weights = q if q.stride(-1) == 1 else q.contiguous(), weights.contiguous()
     num_tokens = q.shape[0]
     positions_per_row = max(1, layout.block_tables.shape[1] * layout.block_size)
     step = max(1, MAX_SCORE_BYTES // (4 * positions_per_row))
@@ -311,4 +336,4 @@ def index_scores_triton(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
         torch.full((num_tokens,), num_keys - 1, device=q.device),
         num_keys,
     )
-    return paged_scores(q, weights, keys, layout, unscored=0)
+    return paged_scores(q, weights, keys.view(1, -1), layout, unscored=0)

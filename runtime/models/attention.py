@@ -44,13 +44,12 @@ class Indexer:
         self.weights_proj = pack_weight(weights.read("weights_proj.weight", dtype=torch.float32))
         self.weight_scale = config.index_n_heads**-0.5 * config.index_head_dim**-0.5
 
-    def write_keys(self, x: Tensor, records: Tensor, key_offset: int, metadata: AttentionMetadata) -> None:
-        """Index keys of x [T, H] (after the input norm) into the tokens' records."""
+    def write_keys(self, x: Tensor, index_keys: Tensor, metadata: AttentionMetadata) -> None:
+        """Index keys of x [T, H] (after the input norm) into the tokens' slots."""
         write_index_keys(
-            records,
+            index_keys,
             metadata.slot_mapping,
             linear(x, self.wk),
-            key_offset,
             (self.k_norm_weight, self.k_norm_bias),
             LATENT_NORM_EPS,
             self.rope_table,
@@ -58,13 +57,13 @@ class Indexer:
             interleaved=self.interleaved,
         )
 
-    def select(self, x: Tensor, q_latent: Tensor, records: Tensor, key_offset: int, layout: PagedLayout) -> Tensor:
+    def select(self, x: Tensor, q_latent: Tensor, index_keys: Tensor, layout: PagedLayout) -> Tensor:
         """For the T tokens of `layout` -> [T, index_topk] int32: selected positions, ascending, padded with -1."""
         q = linear(q_latent, self.wq_b).view(-1, self.num_heads, self.head_dim)
         rotary = q[..., : self.rope_dim]
         rotary.copy_(apply_rope(rotary, self.rope_table, layout.positions, interleaved=self.interleaved))
         head_weights = linear(x.float(), self.weights_proj) * self.weight_scale
-        return index_topk(q, head_weights, records, key_offset, layout, self.topk)
+        return index_topk(q, head_weights, index_keys, layout, self.topk)
 
 
 class MLAttention:
@@ -148,7 +147,7 @@ class MLAttention:
         self, x: Tensor, cache: KVCache, metadata: AttentionMetadata, selected: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """x [T, H] after the input norm -> (attention output [T, H], the selection that the next layer may share)."""
-        positions, records = metadata.positions, cache.records[self.layer]
+        positions, records, index_keys = metadata.positions, cache.records[self.layer], cache.index_keys[self.layer]
         a = linear(x, self.a_proj)
         q_latent = rms_norm(a[:, : self.q_lora_rank], self.q_a_norm, LATENT_NORM_EPS)
         write_latents(
@@ -162,15 +161,16 @@ class MLAttention:
             interleaved=self.interleaved,
         )
         if self.indexer is not None:
-            key_offset = cache.specs[self.layer].offset("index_key")
-            self.indexer.write_keys(x, records, key_offset, metadata)
+            assert index_keys is not None
+            self.indexer.write_keys(x, index_keys, metadata)
         q = linear(q_latent, self.q_b_proj).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
         rotary = q[..., self.nope_dim :]
         rotary.copy_(apply_rope(rotary, self.rope_table, positions, interleaved=self.interleaved))
 
         first = metadata.per_head.num_tokens
         if self.indexer is not None:
-            selected = self.indexer.select(x[first:], q_latent[first:], records, key_offset, metadata.absorbed)
+            assert index_keys is not None
+            selected = self.indexer.select(x[first:], q_latent[first:], index_keys, metadata.absorbed)
             metadata.emit(self.layer, "indexer.selected", selected)
         heads_out = self._attend(q, records, metadata, selected).flatten(1)
         # heads of rank 0 | heads of rank 1 | ..: the whole input of o_proj, of which each rank computes some outputs

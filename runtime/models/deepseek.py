@@ -8,7 +8,7 @@ from torch import Tensor
 from shoal.kernels.blocks import StepArgs, attention_block, step_args
 from shoal.kernels.linear import pack_weight
 from shoal.kernels.norm import add_rms_norm, rms_norm
-from shoal.kernels.records import index_key_width, latent_width
+from shoal.kernels.records import latent_width
 from shoal.kernels.rope import cos_sin_table, inv_freq
 from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
@@ -81,8 +81,8 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The first half: (attention output, hidden + residual, selection)."""
         if step is not None and self.attention_block is not None:
-            records = cache.records[self.layer]
-            return attention_block(self.attention_block, step, hidden, residual, records, selected)
+            records, index_keys = cache.records[self.layer], cache.index_keys[self.layer]
+            return attention_block(self.attention_block, step, hidden, residual, records, index_keys, selected)
         if residual is None:
             x, residual = rms_norm(hidden, self.input_norm, self.eps), hidden
         else:
@@ -187,16 +187,12 @@ def several_nodes(groups: ParallelGroups) -> bool:
 
 
 def record_specs(config: ModelConfig, dtype: torch.dtype) -> list[RecordSpec]:
-    """The cache record of every layer in a dtype of records; layers that share a selection keep no index keys."""
-    latent = latent_width(dtype, config.kv_lora_rank, 0)
-    rope_key = latent_width(dtype, config.kv_lora_rank, config.qk_rope_head_dim) - latent
-    specs = []
-    for layer in range(config.num_hidden_layers):
-        fields = [("latent", latent), ("rope_key", rope_key)]
-        if config.has_indexer(layer):
-            fields.append(("index_key", index_key_width(dtype, config.index_head_dim)))
-        specs.append(RecordSpec(tuple(fields), dtype))
-    return specs
+    """What every layer keeps in a dtype of records; layers that share a selection keep no index keys."""
+    width = latent_width(dtype, config.kv_lora_rank, config.qk_rope_head_dim)
+    return [
+        RecordSpec(width, config.index_head_dim if config.has_indexer(layer) else 0, dtype)
+        for layer in range(config.num_hidden_layers)
+    ]
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from shoal.kernels.attention import PagedLayout
 from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores, index_topk, topk_positions
-from shoal.kernels.records import FP8_RECORDS
+from shoal.kernels.records import FP8_RECORDS, index_key_width, scatter_index_keys
 from shoal.kernels.registry import Backend, use_backend
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
@@ -97,22 +97,23 @@ def _paged(
     seed: int,
     records_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, PagedLayout]:
-    """Records [3 other columns | key | 2 other columns] of some sequences, NaN where nothing is, and the layout."""
+    """Pages of the keys of some sequences, NaN where nothing is, and the layout."""
+    dim = keys[0].shape[1]
     if records_dtype == FP8_RECORDS:
         keys = [torch.cat([x.view(FP8_RECORDS) for x in quantize_rows_fp8(k)], dim=1) for k in keys]
     generator = torch.Generator().manual_seed(seed)
     max_blocks = max(-(-len(k) // block_size) for k in keys)
     num_blocks = len(keys) * max_blocks + 2
     tables = torch.randperm(num_blocks, generator=generator)[: len(keys) * max_blocks].view(-1, max_blocks).int()
-    dim = keys[0].shape[1]
     nothing = 255 if records_dtype == FP8_RECORDS else math.nan
-    records = torch.full((num_blocks * block_size, dim + 9), nothing, dtype=keys[0].dtype)[:, : dim + 5]
+    pages = torch.full((num_blocks, block_size * index_key_width(keys[0].dtype, dim)), nothing, dtype=keys[0].dtype)
     for b, k in enumerate(keys):
         positions = torch.arange(len(k))
-        records[tables[b].long()[positions // block_size] * block_size + positions % block_size, 3 : 3 + dim] = k
+        slots = tables[b].long()[positions // block_size] * block_size + positions % block_size
+        scatter_index_keys(pages, slots, k, dim)
     bounds = torch.tensor([0] + [stop - start for start, stop in spans]).cumsum(0).int()
     positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
-    return records, PagedLayout(tables, bounds, positions, block_size)
+    return pages, PagedLayout(tables, bounds, positions, block_size)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -124,10 +125,10 @@ def test_topk_of_paged_keys_matches_scores_and_sort(
     torch.manual_seed(0)
     keys = _keys((90, 5, 40), dim, dtype)
     spans = [(0, 90), (5, 5), (38, 40)]
-    records, layout = _paged(keys, spans, 16, 0, records_dtype)
+    pages, layout = _paged(keys, spans, 16, 0, records_dtype)
     q, weights = torch.randn(92, 5, dim).to(dtype), torch.randn(92, 5)
     with use_backend(backend):
-        selected = index_topk(q, weights, records, 3, layout, 12).tolist()
+        selected = index_topk(q, weights, pages, layout, 12).tolist()
         for t in range(92):
             b, position = (0, t) if t < 90 else (2, t - 52)
             if position < 12:
@@ -149,16 +150,16 @@ def test_a_token_selects_the_same_in_any_company_block_size_and_thread_count(
     threads = torch.get_num_threads()
     results = []
     for block_size in (1, 4, 16, 64):
-        records, layout = _paged(keys, spans, block_size, block_size, records_dtype)
+        pages, layout = _paged(keys, spans, block_size, block_size, records_dtype)
         try:
             torch.set_num_threads(1 + block_size % 3)
-            results.append(index_topk(q, weights, records, 3, layout, 20))
+            results.append(index_topk(q, weights, pages, layout, 20))
         finally:
             torch.set_num_threads(threads)
     assert all(torch.equal(r, results[0]) for r in results)
     for t in range(0, 90, 9):
-        records, layout = _paged(keys[:1], [(60 + t, 61 + t)], 16, t, records_dtype)
-        alone = index_topk(q[t : t + 1], weights[t : t + 1], records, 3, layout, 20)
+        pages, layout = _paged(keys[:1], [(60 + t, 61 + t)], 16, t, records_dtype)
+        alone = index_topk(q[t : t + 1], weights[t : t + 1], pages, layout, 20)
         assert torch.equal(alone[0], results[0][t])
 
 
@@ -172,26 +173,33 @@ def test_scores_keep_their_bits_in_any_company() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_edges(backend: Backend) -> None:
-    records, layout = _paged([torch.zeros(6, 4)], [(0, 6)], 4, 0)
+    pages, layout = _paged([torch.zeros(6, 4)], [(0, 6)], 4, 0)
     none = PagedLayout(layout.block_tables, torch.zeros(2).int(), torch.empty(0, dtype=torch.int64), 4)
     with use_backend(backend):
-        assert index_topk(torch.empty(0, 2, 4), torch.empty(0, 2), records, 3, none, 3).shape == (0, 3)
-        equal = index_topk(torch.ones(6, 2, 4), torch.ones(6, 2), records, 3, layout, 3)
+        assert index_topk(torch.empty(0, 2, 4), torch.empty(0, 2), pages, none, 3).shape == (0, 3)
+        equal = index_topk(torch.ones(6, 2, 4), torch.ones(6, 2), pages, layout, 3)
         assert equal.tolist() == [[0, -1, -1], [0, 1, -1], *[[0, 1, 2]] * 4]
-        wide = index_topk(torch.ones(6, 2, 4), torch.ones(6, 2), records, 3, layout, 8)
+        wide = index_topk(torch.ones(6, 2, 4), torch.ones(6, 2), pages, layout, 8)
         assert wide[5].tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
         far = PagedLayout(layout.block_tables, torch.tensor([0, 1]).int(), torch.tensor([8]), 4)
         with pytest.raises(ValueError, match="no slot"):
-            index_topk(torch.ones(1, 2, 4), torch.ones(1, 2), records, 3, far, 3)
+            index_topk(torch.ones(1, 2, 4), torch.ones(1, 2), pages, far, 3)
+        layout.block_tables[0, 1] = len(pages)
+        with pytest.raises(ValueError, match="the slot is outside the cache"):
+            index_topk(torch.ones(6, 2, 4), torch.ones(6, 2), pages, layout, 3)
 
 
 def test_refuses_what_does_not_fit() -> None:
-    records, layout = _paged([torch.zeros(6, 4)], [(0, 6)], 4, 0)
-    with pytest.raises(ValueError, match="columns"):
-        index_topk(torch.ones(6, 2, 4), torch.ones(6, 2), records, 6, layout, 3)
+    pages, layout = _paged([torch.zeros(6, 4)], [(0, 6)], 4, 0)
+    with pytest.raises(ValueError, match=r"needs contiguous index keys \[num_blocks, block_size \* 5\]"):
+        index_topk(torch.ones(6, 2, 5), torch.ones(6, 2), pages, layout, 3)
+    with pytest.raises(ValueError, match=r"in torch\.bfloat16 or in torch\.uint8"):
+        index_topk(torch.ones(6, 2, 4).bfloat16(), torch.ones(6, 2), pages, layout, 3)
+    with pytest.raises(ValueError, match="a page holds 8 index keys, but a block of the layout 4"):
+        index_topk(torch.ones(6, 2, 4), torch.ones(6, 2), pages.view(2, 32), layout, 3)
     with pytest.raises(ValueError, match="weights"):
-        index_topk(torch.ones(6, 2, 4), torch.ones(6, 3), records, 3, layout, 3)
+        index_topk(torch.ones(6, 2, 4), torch.ones(6, 3), pages, layout, 3)
     with pytest.raises(ValueError, match="topk >= 1"):
-        index_topk(torch.ones(6, 2, 4), torch.ones(6, 2), records, 3, layout, 0)
+        index_topk(torch.ones(6, 2, 4), torch.ones(6, 2), pages, layout, 0)
     with pytest.raises(ValueError, match="lengths"):
         topk_positions(torch.zeros(1, 3), torch.tensor([4]), 1)

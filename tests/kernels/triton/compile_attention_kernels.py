@@ -73,8 +73,8 @@ def hopper_kernels() -> Iterator[Case]:
 
 
 def indexer_kernels(target: int) -> Iterator[Case]:
-    common = integers("q_token_stride", "q_head_stride", "key_stride", "scores_stride", "num_heads", "num_sequences")
-    common |= integers("unscored", "max_blocks", "block_size", "num_slots")
+    common = integers("q_token_stride", "q_head_stride", "scores_stride", "num_heads", "num_sequences")
+    common |= integers("unscored", "max_blocks", "block_size", "num_blocks")
     common |= {"weights": "*fp32", "scales": "*fp32", "scores": "*fp32", "positions": "*i64"}
     common |= {"block_tables": "*i32", "cu_seqlens_q": "*i32"}
     tiles = {"tile_sequences": "*i32", "tile_tokens": "*i32"}

@@ -44,6 +44,11 @@ class Sequences:
         return queries, weights, records, PagedLayout(tables, bounds, positions, block_size)
 
 
+def index_pages(records: Tensor, dim: int, block_size: int = 16) -> Tensor:
+    """Pages of index keys that are the first `dim` columns of records."""
+    return records[:, :dim].reshape(-1, block_size * dim)
+
+
 def to_device(layout: PagedLayout, device: str) -> PagedLayout:
     return PagedLayout(
         layout.block_tables.to(device), layout.cu_seqlens_q.to(device), layout.positions.to(device), layout.block_size

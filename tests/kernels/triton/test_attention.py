@@ -145,7 +145,7 @@ def test_fp8_records_count_as_what_they_hold(sparse: bool, monkeypatch: pytest.M
     queries, _, records, layout = sequences.span([(87, 90), (0, 2)])
     fp8, held = _fp8_records(records)
     assert fp8.shape[1] == 656
-    fp8 = torch.cat([fp8, torch.full((len(fp8), 144), 127, dtype=torch.uint8)], dim=1)  # with an index key, padded
+    fp8 = torch.cat([fp8, torch.full((len(fp8), 144), 127, dtype=torch.uint8)], dim=1)  # padded
     selected = random_selection(layout.positions, 70) if sparse else None
     q_latent, q_rope = queries[..., :512], queries[..., 512:]
     with use_backend("triton"):

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores, index_topk, topk_positions
+from shoal.kernels.records import FP8_RECORDS, index_key_width, read_index_keys, write_index_keys
 from shoal.kernels.registry import use_backend
+from shoal.kernels.rope import cos_sin_table, inv_freq
 from shoal.kernels.triton.indexer import paged_scores
 from tests.kernels.triton.interpreter import DEVICE
-from tests.kernels.triton.paging import Sequences, to_device
+from tests.kernels.triton.paging import Sequences, index_pages, to_device
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -85,13 +87,12 @@ def test_topk_refuses_what_does_not_fit_a_program() -> None:
 def test_selection_matches_the_reference(dtype: torch.dtype, spans: list[tuple[int, int]]) -> None:
     sequences = Sequences([90, 1, 44], dtype, heads=4, latent=24, rope=8)
     queries, weights, records, layout = sequences.span(spans)
+    pages = index_pages(records, 24)
     with use_backend("triton"):
         device_layout = to_device(layout, DEVICE)
-        selected = index_topk(
-            queries[..., :24].to(DEVICE), weights.to(DEVICE), records.to(DEVICE), 8, device_layout, 12
-        )
+        selected = index_topk(queries[..., :24].to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), device_layout, 12)
     with use_backend("reference"):
-        expected = index_topk(queries[..., :24], weights, records, 8, layout, 12)
+        expected = index_topk(queries[..., :24], weights, pages, layout, 12)
     kept = (selected.cpu()[:, :, None] == expected[:, None, :]) & (expected >= 0)[:, None, :]
     assert kept.sum() >= 0.99 * (expected >= 0).sum()  # a near tie may fall the other way
     assert torch.equal(selected.cpu() >= 0, expected >= 0)
@@ -100,11 +101,10 @@ def test_selection_matches_the_reference(dtype: torch.dtype, spans: list[tuple[i
 def _scores(sequences: Sequences, spans: list[tuple[int, int]], *, block_size: int = 16, seed: int = 0) -> list[Tensor]:
     """Each token's scores of its context."""
     queries, weights, records, layout = sequences.span(spans, block_size=block_size, seed=seed)
-    records = records.to(DEVICE)
     scores = paged_scores(
         queries.to(DEVICE),
         weights.to(DEVICE),
-        records,
+        index_pages(records, sequences.width, block_size).to(DEVICE),
         to_device(layout, DEVICE),
         unscored=0,
     )
@@ -125,7 +125,8 @@ def test_a_token_scores_the_same_in_any_company_tile_and_block_size(dtype: torch
 def test_selection_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = Sequences([90, 1, 44], torch.bfloat16, heads=4, latent=24, rope=8)
     queries, weights, records, layout = sequences.span([(60, 90), (0, 1), (40, 44)])
-    arguments = (queries.to(DEVICE), weights.to(DEVICE), records.to(DEVICE), 0, to_device(layout, DEVICE), 12)
+    pages = index_pages(records, sequences.width)
+    arguments = (queries.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE), 12)
     with use_backend("triton"):
         whole = index_topk(*arguments)
         monkeypatch.setattr("shoal.kernels.triton.indexer.MAX_SCORE_BYTES", 4 * 112 * 7)
@@ -134,19 +135,21 @@ def test_selection_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spans", [[(140, 150), (0, 1)], [(149, 150), (0, 1)]])
-def test_fp8_keys_count_as_what_they_hold(dtype: torch.dtype, spans: list[tuple[int, int]]) -> None:
-    sequences = Sequences([150, 1], dtype, heads=4, latent=64, rope=64)
-    queries, weights, records, layout = sequences.span(spans)
-    codes, scales = quantize_rows_fp8(records[:, :128].contiguous())
-    held = dequantize_rows_fp8(codes, scales, dtype)
-    padding = torch.full((len(records), 28), 127, dtype=torch.uint8)
-    parts = (padding[:, :16], codes.view(torch.uint8), scales.view(torch.uint8), padding[:, 16:])
-    fp8 = torch.cat(parts, dim=1)
+@pytest.mark.parametrize(("dim", "block_size"), [(128, 16), (64, 64), (32, 5)])
+def test_fp8_keys_count_as_what_they_hold(
+    dtype: torch.dtype, spans: list[tuple[int, int]], dim: int, block_size: int
+) -> None:
+    sequences = Sequences([150, 1], dtype, heads=4, latent=dim - 16, rope=16)
+    queries, weights, records, layout = sequences.span(spans, block_size=block_size)
+    codes, scales = quantize_rows_fp8(records[:, :dim].contiguous())
+    held = index_pages(dequantize_rows_fp8(codes, scales, dtype), dim, block_size)
+    parts = (x.view(torch.uint8).view(len(held), -1) for x in (codes, scales))
+    fp8 = torch.cat(list(parts), dim=1)  # codes of a block | its scales
     arguments = (queries.to(DEVICE), weights.to(DEVICE))
     with use_backend("triton"):
-        found = paged_scores(*arguments, fp8.to(DEVICE)[:, 16:], to_device(layout, DEVICE), unscored=0).cpu()
+        found = paged_scores(*arguments, fp8.to(DEVICE), to_device(layout, DEVICE), unscored=0).cpu()
         expected = paged_scores(*arguments, held.to(DEVICE), to_device(layout, DEVICE), unscored=0).cpu()
-        selected = index_topk(*arguments, fp8.to(DEVICE), 16, to_device(layout, DEVICE), 20).cpu()
+        selected = index_topk(*arguments, fp8.to(DEVICE), to_device(layout, DEVICE), 20).cpu()
     for t, context in enumerate((layout.positions + 1).tolist()):
         assert torch.equal(found[t, :context], expected[t, :context])  # powers of two multiply without rounding
         with use_backend("reference"):
@@ -157,15 +160,43 @@ def test_fp8_keys_count_as_what_they_hold(dtype: torch.dtype, spans: list[tuple[
 def test_a_position_without_a_slot_is_chosen_last() -> None:
     sequences = Sequences([40], torch.float32, heads=4, latent=24, rope=8)
     queries, weights, records, layout = sequences.span([(39, 40)])
-    layout.block_tables[0, 1] = len(records)
+    pages = index_pages(records, 32)
+    layout.block_tables[0, 1] = len(pages)
     with use_backend("triton"):
-        selected = index_topk(
-            queries.to(DEVICE), weights.to(DEVICE), records.to(DEVICE), 0, to_device(layout, DEVICE), 24
-        )
+        selected = index_topk(queries.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE), 24)
     assert selected[0].tolist() == [*range(16), *range(32, 40)]
 
 
 def test_refuses_what_does_not_fit() -> None:
     queries, weights, _, layout = Sequences([9], torch.float32, latent=40, rope=8).span([(8, 9)])
     with use_backend("triton"), pytest.raises(ValueError, match="32, 64 or 128 columns on a GPU, not 48"):
-        index_topk(queries, weights, torch.zeros(32, 52, dtype=torch.uint8), 0, layout, 2)
+        index_topk(queries, weights, torch.zeros(2, 16 * 52, dtype=torch.uint8), layout, 2)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, FP8_RECORDS])
+def test_keys_are_written_like_those_of_the_reference(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    computed = torch.bfloat16 if dtype == FP8_RECORDS else dtype
+    k, norm = torch.randn(4, 64).to(computed), (torch.randn(64), torch.randn(64))
+    slots, positions, table = (
+        torch.tensor([11, 0, 6, 5]),
+        torch.tensor([0, 39, 7, 7]),
+        cos_sin_table(inv_freq(32, 1e4), 40),
+    )
+
+    def written(device: str) -> Tensor:
+        pages = torch.zeros(2, 6 * index_key_width(dtype, 64), dtype=dtype, device=device)
+        weight, bias = (x.to(device) for x in norm)
+        places = (table.to(device), positions.to(device))
+        write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, *places, interleaved=False)
+        return read_index_keys(pages.cpu(), torch.arange(12), 64, computed)
+
+    with use_backend("triton"):
+        found = written(DEVICE)
+    with use_backend("reference"):
+        expected = written("cpu")
+    step = {torch.float32: 1e-5, torch.bfloat16: 2**-7, FP8_RECORDS: 2**-3}[
+        dtype
+    ]  # a norm's last bit may tip a rounding
+    torch.testing.assert_close(found, expected, rtol=step, atol=2**-9)
+    assert [s for s in range(12) if expected[s].any()] == [0, 5, 6, 11]
