@@ -122,6 +122,11 @@ class PagedLayout:
     def num_tokens(self) -> int:
         return self.positions.shape[0]
 
+    def sequence_of_tokens(self) -> Tensor:
+        """The sequence of every token, [T] int64."""
+        tokens = torch.arange(self.num_tokens, dtype=torch.int32, device=self.cu_seqlens_q.device)
+        return torch.searchsorted(self.cu_seqlens_q[1:], tokens, right=True)
+
     def args(self) -> LayoutArgs:
         """For the compiled kernels; its pointers live as long as the tensors."""
         return LayoutArgs(

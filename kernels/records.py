@@ -328,7 +328,6 @@ def _write_latents_reference(
 
 
 @register("write_index_keys", "reference")
-@register("write_index_keys", "triton")
 def _write_index_keys_reference(
     keys: Tensor,
     slots: Tensor,

@@ -165,9 +165,12 @@ def _check_vendor_kernels(config: EngineConfig, model: ModelConfig, dtype: torch
             page_size=config.block_size,
         )
     if "deep_gemm" in vendors:
-        from shoal.kernels.vendor.deep_gemm import check_experts
+        from shoal.kernels.vendor.deep_gemm import check_experts, check_index, check_scales
 
+        check_scales(groups.device, ue8m0=model.ue8m0_scales)
         check_experts(model.hidden_size, model.moe_intermediate_size, in_blocks=model.weight_block_size is not None)
+        if model.has_index and config.kv_cache_dtype == "fp8":
+            check_index(model.index_n_heads, model.index_head_dim, config.block_size)
 
 
 def _load_weights(

@@ -1,8 +1,8 @@
-"""DeepGEMM for `experts_mlp`: FP8 weights with a scale for each 128 x 128 block, all experts in one launch.
+"""DeepGEMM for `experts_mlp` with FP8 weights and for `index_topk` of generated tokens over FP8 keys.
 
-Its rows are grouped by expert, and each group begins at a multiple of its tile of rows:
+Rows of experts are grouped, and each group begins at a multiple of its tile of rows:
 
-    pairs   | e0 e0 e0 | e2 e2 |              what no pair is at belongs to no expert (-1)
+    pairs   | e0 e0 e0 | e2 e2 |                      what no pair is at belongs to no expert (-1)
     rows    | e0 e0 e0 -1 | e2 e2 -1 -1 | -1 .. |
 """
 
@@ -13,11 +13,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..attention import PagedLayout
 from ..experts import swiglu
+from ..indexer import topk_positions
 from ..linear import PackedWeight
 from ..quant import BLOCK, quantize_token_groups, scale_columns
+from ..records import FP8_RECORDS
 from ..registry import register
+from ..triton.indexer import index_topk_triton
 from . import LIBRARIES
+
+INDEX_HEADS = (32, 64)
+INDEX_PAGE_SIZE = 64
 
 
 def check(device: torch.device) -> None:
@@ -35,6 +42,15 @@ def check(device: torch.device) -> None:
         raise ValueError(f"vendor_kernels deep_gemm: the library does not run on {device}: {error}") from error
 
 
+def check_index(num_heads: int, head_dim: int, page_size: int) -> None:
+    """ValueError for an indexer whose scores DeepGEMM does not compute from pages of that size."""
+    if num_heads not in INDEX_HEADS or head_dim != BLOCK or page_size != INDEX_PAGE_SIZE:
+        raise ValueError(
+            f"deep_gemm scores an FP8 cache with block_size {INDEX_PAGE_SIZE}, index_head_dim {BLOCK} and "
+            f"index_n_heads {' or '.join(map(str, INDEX_HEADS))}, not with {page_size}, {head_dim} and {num_heads}"
+        )
+
+
 def check_experts(hidden_size: int, intermediate_size: int, *, in_blocks: bool) -> None:
     """ValueError for weights that DeepGEMM does not multiply by."""
     if not in_blocks or hidden_size % BLOCK or intermediate_size % BLOCK:
@@ -42,6 +58,15 @@ def check_experts(hidden_size: int, intermediate_size: int, *, in_blocks: bool) 
             f"deep_gemm multiplies by FP8 weights with a scale for each {BLOCK} x {BLOCK} block and whole blocks, the "
             f"model has hidden_size {hidden_size}, experts of {intermediate_size} and "
             + ("FP8 weights" if in_blocks else "other weights")
+        )
+
+
+def check_scales(device: torch.device, *, ue8m0: bool) -> None:
+    """ValueError for weights and inputs whose scales DeepGEMM cannot hold on this device."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10 and not ue8m0:
+        raise ValueError(
+            "deep_gemm multiplies on sm_100 and newer with scales that are powers of two, those of this model are not "
+            "(its quantization_config has no scale_fmt ue8m0)"
         )
 
 
@@ -113,3 +138,31 @@ def _multiply(inputs: tuple[Tensor, Tensor], w: PackedWeight, layout: Tensor) ->
     y = torch.empty(len(layout), w.out_features, dtype=torch.bfloat16, device=layout.device)
     _library().m_grouped_fp8_gemm_nt_contiguous(inputs, (w.data, w.scale_inv), y, layout)
     return y
+
+
+@register("index_topk", "deep_gemm")
+def index_topk_deep_gemm(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
+    """Queries are quantised per token and head; slots are not checked.
+
+    Keys that are not in FP8 are for Triton's kernels, and so are prompts, where a tile of keys serves many tokens.
+    """
+    num_tokens, num_heads, dim = q.shape
+    if keys.dtype != FP8_RECORDS or not 0 < num_tokens <= layout.block_tables.shape[0]:
+        return index_topk_triton(q, weights, keys, layout, topk)
+    check_index(num_heads, dim, layout.block_size)
+    library = _library()
+    codes, scales = quantize_token_groups(q.reshape(-1, dim))
+    block_table = layout.block_tables[layout.sequence_of_tokens()].clamp(0, keys.shape[0] - 1)
+    lengths = layout.positions + 1
+    context_lens = lengths.int()[:, None]
+    logits = library.fp8_paged_mqa_logits(
+        codes.view(num_tokens, 1, num_heads, dim),
+        keys.view(keys.shape[0], INDEX_PAGE_SIZE, 1, -1),
+        weights * scales.view(num_tokens, num_heads),
+        context_lens,
+        block_table,
+        library.get_paged_mqa_logits_metadata(context_lens, INDEX_PAGE_SIZE, library.get_num_sms()),
+        block_table.shape[1] * layout.block_size,
+        clean_logits=False,
+    )
+    return topk_positions(logits, lengths, topk)

@@ -64,10 +64,11 @@ def mla_attention_flash_mla(
     if num_tokens == 0:
         return torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     q = pad(torch.cat([q_latent, q_rope], dim=2), (0, 0, 0, padded_heads(num_heads) - num_heads))
-    sequences, slots, lengths = find_lists(layout, records.shape[0], selected)
     if selected is None:
-        out = _dense(q, records, layout.block_tables[sequences.long()], lengths, scale)
+        block_table, lengths = layout.block_tables[layout.sequence_of_tokens()], (layout.positions + 1).int()
+        out = _dense(q, records, block_table, lengths, scale)
     else:
+        _, slots, _ = find_lists(layout, records.shape[0], selected)
         width = slots.shape[1]
         slots = pad(slots.clamp_min(-1), (0, -width % LIST_MULTIPLE), value=-1)
         out = _sparse_fp8(q, records, slots, layout.block_size, scale) if fp8 else _sparse(q, records, slots, scale)

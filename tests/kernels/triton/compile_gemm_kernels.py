@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from shoal.kernels.triton import dispatch, experts, linear, norm, quant, rope, router, sampling
+from shoal.kernels.triton import dispatch, experts, index_keys, linear, norm, quant, rope, router, sampling
 from shoal.kernels.triton.multiply import BF16, DECODED_FP8, FP32, NATIVE_FP8
 from shoal.kernels.triton.tiles import TILES, Tiles
 from tests.kernels.triton.compiler import TARGETS, compile_kernel
@@ -42,6 +42,14 @@ def row_kernels() -> Iterator[Case]:
         {"TOKENS": 4, "LATENT": 512, "HALF": 32, "INTERLEAVED": True},
         {},
     )
+
+    key_types = {"k": "*bf16", "weight": "*fp32", "bias": "*fp32", "table": "*fp32", "positions": "*i64"}
+    key_types |= {"slots": "*i64", "scales": "*fp32", "dim": "i32!", "block_size": "i32!", "eps": "fp32"}
+    key_types |= dict.fromkeys(("stride_k", "num_positions", "num_tokens"), "i32!")
+    key_blocks = {"TOKENS": index_keys.TOKENS_PER_PROGRAM, "DIM": 128, "HALF": 32, "INTERLEAVED": False}
+    for fp8 in (False, True):
+        stored = {"keys": "*u8", "codes": "*u8"} if fp8 else {"keys": "*bf16", "codes": "*bf16"}
+        yield index_keys._write_index_keys_kernel, key_types | stored, key_blocks | {"FP8": fp8, "NATIVE": False}, {}
 
     yield (
         router._route_kernel,

@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.kernels.attention import PagedLayout
 from shoal.kernels.experts import experts_mlp
+from shoal.kernels.indexer import index_scores, index_topk
 from shoal.kernels.linear import PackedWeight, pack_block_fp8, pack_weight
 from shoal.kernels.quant import quantize_block_fp8
+from shoal.kernels.records import FP8_RECORDS, read_index_keys, write_index_keys
 from shoal.kernels.registry import check_vendors, use_backend
-from shoal.kernels.vendor.deep_gemm import check_experts, place_rows
+from shoal.kernels.vendor.deep_gemm import check_experts, check_index, check_scales, experts_mlp_deep_gemm, place_rows
 from tests.fakes.install import install
 from tests.kernels.triton.interpreter import DEVICE
+from tests.kernels.triton.paging import to_device
 
 HIDDEN, INNER = 256, 128
 COUNTS = [3, 0, 20, 16, 1]
@@ -71,13 +75,8 @@ def test_rows_that_no_expert_has_change_nothing() -> None:
     with use_backend("triton", ["deep_gemm"]):
         packed = weights(2, ue8m0=False, device=DEVICE)
         counts = torch.tensor([3, 4])
-        many = torch.empty(0)
-        if device.type == "cuda":
-            many = experts_mlp(x.to(device), counts.to(device), *packed, x_row.to(device)).cpu()
-        else:  # where counts in host memory must sum to the rows
-            from shoal.kernels.vendor.deep_gemm import experts_mlp_deep_gemm
-
-            many = experts_mlp_deep_gemm(x, counts, *packed, x_row, None)
+        # not through `experts_mlp`, where counts in host memory must sum to the rows
+        many = experts_mlp_deep_gemm(x.to(device), counts.to(device), *packed, x_row.to(device), None).cpu()
     assert torch.equal(many[:7], few)
 
 
@@ -100,6 +99,67 @@ def test_the_tiles_are_enough_however_pairs_are_spread() -> None:
         assert len(layout) == 28
         assert int(place.max()) < 24
         assert layout[place].tolist() == [expert for expert, count in enumerate(counts) for _ in range(count)]
+
+
+def index_inputs(tokens: int, lengths: list[int], heads: int = 32) -> tuple[Tensor, Tensor, Tensor, PagedLayout]:
+    """The last `tokens` tokens of each sequence, and pages of FP8 keys in an order that is not theirs."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = max(-(-length // 64) for length in lengths) + 1
+    tables = torch.randperm(len(lengths) * blocks, generator=generator).view(-1, blocks).int()
+    pages = torch.zeros(tables.numel(), 64 * 132, dtype=FP8_RECORDS)
+    slots = torch.arange(tables.numel() * 64)
+    k = torch.randn(len(slots), 128, generator=generator).bfloat16()
+    angles = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], dim=1)
+    norm = (torch.ones(128), torch.zeros(128))
+    write_index_keys(pages, slots, k, norm, 1e-6, angles, torch.zeros_like(slots), interleaved=False)
+    positions = torch.cat([torch.arange(length - tokens, length) for length in lengths])
+    bounds = torch.arange(0, len(positions) + 1, tokens, dtype=torch.int32)
+    q = torch.randn(len(positions), heads, 128, generator=generator).bfloat16()
+    weights = torch.rand(len(positions), heads, generator=generator)
+    return q, weights, pages, PagedLayout(tables, bounds, positions, 64)
+
+
+def test_the_best_positions_are_those_of_the_reference() -> None:
+    q, weights, pages, layout = index_inputs(1, [300, 5, 130])
+    with use_backend("triton", ["deep_gemm"]):
+        selected = index_topk(q.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE), 40).cpu()
+    assert selected[1].tolist() == [*range(5), *[-1] * 35]
+    for t, length in ((0, 300), (2, 130)):
+        with use_backend("reference"):
+            keys = read_index_keys(pages, layout.slots(t, torch.arange(length)), 128, torch.bfloat16)
+            scores = index_scores(q[t : t + 1], weights[t : t + 1], keys)[0]
+        chosen = selected[t].long()
+        assert (chosen[1:] > chosen[:-1]).all()
+        rest = torch.ones(length, dtype=torch.bool).index_fill(0, chosen, False)
+        # FP8 queries move a score by a few per cent, and so may exchange neighbours at the edge
+        assert scores[chosen].min() > scores[rest].max() - 0.05 * scores.max()
+
+
+def test_prompts_and_wider_keys_are_left_to_triton() -> None:
+    q, weights, pages, layout = index_inputs(3, [130, 70])
+    wide = torch.randn(len(pages), 64 * 128).bfloat16()
+    q, weights, layout = q.to(DEVICE), weights.to(DEVICE), to_device(layout, DEVICE)
+    for keys in (pages.to(DEVICE), wide.to(DEVICE)):
+        with use_backend("triton"):
+            expected = index_topk(q, weights, keys, layout, 20)
+        with use_backend("triton", ["deep_gemm"]):
+            assert torch.equal(index_topk(q, weights, keys, layout, 20), expected)
+
+
+def test_indexers_that_it_does_not_score() -> None:
+    check_index(64, 128, 64)
+    for heads, dim, page_size in ((16, 128, 64), (64, 64, 64), (64, 128, 16)):
+        with pytest.raises(ValueError, match=f"32 or 64, not with {page_size}, {dim} and {heads}"):
+            check_index(heads, dim, page_size)
+
+
+def test_scales_that_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    check_scales(torch.device("cuda"), ue8m0=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    check_scales(torch.device("cuda"), ue8m0=True)
+    with pytest.raises(ValueError, match="scales that are powers of two"):
+        check_scales(torch.device("cuda"), ue8m0=False)
 
 
 def test_the_library_is_tried_before_it_is_used() -> None:

@@ -61,9 +61,9 @@ def test_an_engine_gives_the_answers_of_the_cpu_kernels(tmp_path: Path, model_ty
 @pytest.mark.parametrize(
     ("vendor", "model_type", "settings"),
     [
-        ("flash_mla", "deepseek_v32", {}),
+        ("flash_mla", "deepseek_v32", {"kv_cache_dtype": "fp8"}),
         ("flash_mla", "deepseek_v3", {"block_size": 64}),
-        ("deep_gemm", "deepseek_v3", {}),
+        ("deep_gemm", "deepseek_v32", {"kv_cache_dtype": "fp8", "block_size": 64}),
     ],
 )
 def test_an_engine_on_a_vendors_kernels(
@@ -77,7 +77,7 @@ def test_an_engine_on_a_vendors_kernels(
     sizes |= {"moe_intermediate_size": 128, "intermediate_size": 128}
     sizes |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
     if model_type == "deepseek_v32":
-        sizes["index_head_dim"] = 128
+        sizes |= {"index_head_dim": 128, "index_n_heads": 32, "index_topk": 2}
     fp8 = vendor == "deep_gemm"
     make_checkpoint(tmp_path, model_type, seed=5, dtype=torch.bfloat16, fp8=fp8, overrides=sizes)
     prompts = [PROMPTS[1]]

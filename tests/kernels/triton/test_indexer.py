@@ -174,29 +174,49 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, FP8_RECORDS])
-def test_keys_are_written_like_those_of_the_reference(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dim", "rope_dim", "interleaved"), [(64, 32, False), (64, 64, True), (128, 64, False)])
+def test_keys_are_written_like_those_of_the_reference(
+    dtype: torch.dtype, dim: int, rope_dim: int, interleaved: bool
+) -> None:
     torch.manual_seed(0)
     computed = torch.bfloat16 if dtype == FP8_RECORDS else dtype
-    k, norm = torch.randn(4, 64).to(computed), (torch.randn(64), torch.randn(64))
-    slots, positions, table = (
-        torch.tensor([11, 0, 6, 5]),
-        torch.tensor([0, 39, 7, 7]),
-        cos_sin_table(inv_freq(32, 1e4), 40),
-    )
+    k, norm = torch.randn(5, dim + 3).to(computed)[:, :dim], (torch.randn(dim), torch.randn(dim))
+    slots, positions = torch.tensor([11, 0, 6, 5, 9]), torch.tensor([0, 39, 7, 7, 12])
+    table = cos_sin_table(inv_freq(rope_dim, 1e4), 40)
 
     def written(device: str) -> Tensor:
-        pages = torch.zeros(2, 6 * index_key_width(dtype, 64), dtype=dtype, device=device)
+        pages = torch.zeros(2, 6 * index_key_width(dtype, dim), dtype=dtype, device=device)
         weight, bias = (x.to(device) for x in norm)
         places = (table.to(device), positions.to(device))
-        write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, *places, interleaved=False)
-        return read_index_keys(pages.cpu(), torch.arange(12), 64, computed)
+        write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, *places, interleaved=interleaved)
+        return read_index_keys(pages.cpu(), torch.arange(12), dim, computed)
 
     with use_backend("triton"):
         found = written(DEVICE)
     with use_backend("reference"):
         expected = written("cpu")
-    step = {torch.float32: 1e-5, torch.bfloat16: 2**-7, FP8_RECORDS: 2**-3}[
-        dtype
-    ]  # a norm's last bit may tip a rounding
+    # a norm's last bit may tip a rounding
+    step = {torch.float32: 1e-5, torch.bfloat16: 2**-7, FP8_RECORDS: 2**-3}[dtype]
     torch.testing.assert_close(found, expected, rtol=step, atol=2**-9)
-    assert [s for s in range(12) if expected[s].any()] == [0, 5, 6, 11]
+    assert [s for s in range(12) if expected[s].any()] == [0, 5, 6, 9, 11]
+
+
+def test_a_key_at_a_position_outside_the_table_is_nan() -> None:
+    k, norm = torch.randn(2, 8), (torch.ones(8), torch.zeros(8))
+    pages = torch.zeros(1, 4 * 8, device=DEVICE)
+    table, positions, slots = torch.ones(3, 4), torch.tensor([3, 2]), torch.tensor([1, 2])
+    with use_backend("triton"):
+        weight, bias, table, positions, slots, k = (x.to(DEVICE) for x in (*norm, table, positions, slots, k))
+        write_index_keys(pages, slots, k, (weight, bias), 1e-6, table, positions, interleaved=False)
+    written = pages.view(4, 8).cpu()
+    assert written[1].isnan().tolist() == [True] * 4 + [False] * 4
+    assert not written[[0, 2, 3]].isnan().any()
+
+
+def test_keys_that_it_does_not_write() -> None:
+    norm, one = (torch.ones(256), torch.zeros(256)), torch.zeros(1, dtype=torch.int64)
+    pages = torch.zeros(1, index_key_width(FP8_RECORDS, 256), dtype=FP8_RECORDS)
+    with use_backend("triton"), pytest.raises(ValueError, match=r"up to 128 columns, .* got 64 of 256 columns"):
+        write_index_keys(
+            pages, one, torch.ones(1, 256).bfloat16(), norm, 1e-6, torch.ones(1, 64), one, interleaved=True
+        )
