@@ -6,13 +6,15 @@ every output comes back as it was, and `combine_topk` weighs and adds them as it
 price is a row for each pair on the way there, where a token could go once to each rank.
 
 Three interfaces exist: `Buffer` (NVSHMEM), `ElasticBuffer` (NCCL) and `EPBuffer`, its successor. DeepEP frees a buffer
-together with the peers, so after a failure the old one is left behind; it waits for peers on the GPU, and ends the
-process when they do not come in time.
+together with the peers, so after a failure the old one is left behind. It waits for peers on the GPU and stops when
+they do not come in time, after which a process cannot use its GPU: a rank that is lost in the midst of an exchange can
+take the replica with it, one that is lost between two is replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -86,15 +88,29 @@ class DeepEPTokenDispatcher:
         top_k = topk_idx.shape[1]
         absent = topk_idx < 0
         experts = self._physical[topk_idx.clamp_min(0)].masked_fill(absent, -1)
-        rows, slots, received = self._connected().dispatch(x.repeat_interleave(top_k, dim=0), experts.view(-1, 1))
+        pairs = x.repeat_interleave(top_k, dim=0)
+        with self._diagnosing("moe.dispatch", layer):
+            rows, slots, received = self._connected().dispatch(pairs, experts.view(-1, 1))
         x_row, num_tokens_per_expert, _ = group_pairs(slots, self._own_slots, self._num_local_experts)
         row_of = torch.arange(topk_idx.numel(), device=x.device).view_as(topk_idx).masked_fill(absent, -1)
         tokens = DispatchedTokens(rows, x_row, num_tokens_per_expert, out_row=x_row)
         return tokens, DispatchHandle(topk_weights, row_of, received=received)
 
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
-        receive = self._connected().combine(y, handle.received)
+        with self._diagnosing("moe.combine", layer):
+            receive = self._connected().combine(y, handle.received)
         return lambda shared: combine_topk(receive(), handle.row_of, handle.topk_weights, shared)
+
+    @contextmanager
+    def _diagnosing(self, op: str, layer: int) -> Iterator[None]:
+        """DeepEP's errors, such as a peer that does not come, end the epoch as those of our own collectives do."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, CollectiveError):
+                raise
+            who = f"rank {self._comm.rank} of {self._comm.size}"
+            raise CollectiveError(f"{who} failed in '{op}' (epoch {self._epoch}, layer {layer}): {error}") from error
 
     def _connected(self) -> Exchange:
         """This epoch's buffer: after a failure other processes may be at the other end."""

@@ -193,6 +193,24 @@ def test_a_new_epoch_gets_a_new_buffer() -> None:
     assert opened == [1, 4]
 
 
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_a_peer_that_does_not_come_ends_the_epoch(op: str) -> None:
+    def times_out(*_: object) -> Any:
+        raise RuntimeError("DeepEP error: timeout (dispatch CPU)")
+
+    class Stays:
+        def dispatch(self, rows: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+            return rows, experts, None
+
+    exchange: Any = Stays()
+    setattr(exchange, op, times_out)
+    placement = ExpertPlacement.contiguous(NUM_EXPERTS, 1)
+    dispatcher = DeepEPTokenDispatcher(placement, Communicator(), lambda: exchange)
+    inputs = (torch.ones(1, 4).bfloat16(), torch.tensor([[2]]), torch.ones(1, 1))
+    with pytest.raises(CollectiveError, match=rf"rank 0 of 1 failed in 'moe\.{op}' \(epoch 0, layer 7\): DeepEP error"):
+        through(dispatcher, list(range(NUM_EXPERTS)), inputs, layer=7)
+
+
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in which an installed deep_ep is looked for first."""
