@@ -15,7 +15,7 @@ from shoal.kernels.triton.tiles import TILES, Tiles
 from tests.kernels.triton.compiler import TARGETS, compile_kernel
 
 Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
-MODULES = (norm, quant, rope, linear, experts, router, sampling, dispatch)
+MODULES = (norm, quant, rope, linear, experts, index_keys, router, sampling, dispatch)
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv", torch.uint8: "u8"}
 KINDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float8_e4m3fn: NATIVE_FP8, torch.uint8: DECODED_FP8}
 
@@ -43,13 +43,7 @@ def row_kernels() -> Iterator[Case]:
         {},
     )
 
-    key_types = {"k": "*bf16", "weight": "*fp32", "bias": "*fp32", "table": "*fp32", "positions": "*i64"}
-    key_types |= {"slots": "*i64", "scales": "*fp32", "dim": "i32!", "block_size": "i32!", "eps": "fp32"}
-    key_types |= dict.fromkeys(("stride_k", "num_positions", "num_tokens"), "i32!")
-    key_blocks = {"TOKENS": index_keys.TOKENS_PER_PROGRAM, "DIM": 128, "HALF": 32, "INTERLEAVED": False}
-    for fp8 in (False, True):
-        stored = {"keys": "*u8", "codes": "*u8"} if fp8 else {"keys": "*bf16", "codes": "*bf16"}
-        yield index_keys._write_index_keys_kernel, key_types | stored, key_blocks | {"FP8": fp8, "NATIVE": False}, {}
+    yield index_key_case("*bf16", fp8=False, native=False)
 
     yield (
         router._route_kernel,
@@ -109,6 +103,15 @@ def row_kernels() -> Iterator[Case]:
     yield experts._combine_kernel, combine_types, {"TOP_K": 8, "HAS_SHARED": True, "BLOCK": 1024}, {}
 
 
+def index_key_case(stored: str, *, fp8: bool, native: bool) -> Case:
+    types = {"k": "*bf16", "weight": "*fp32", "bias": "*fp32", "table": "*fp32", "positions": "*i64", "slots": "*i64"}
+    types |= {"scales": "*fp32", "dim": "i32!", "block_size": "i32!", "eps": "fp32"}
+    types |= {"keys": "*u8" if fp8 else stored, "codes": stored}
+    types |= dict.fromkeys(("stride_k", "num_positions", "num_tokens"), "i32!")
+    constants = {"TOKENS": index_keys.TOKENS_PER_PROGRAM, "DIM": 128, "HALF": 32, "INTERLEAVED": False}
+    return index_keys._write_index_keys_kernel, types, constants | {"FP8": fp8, "NATIVE": native}, {}
+
+
 def fp8_row_kernels(native: bool) -> Iterator[Case]:
     codes = "*fp8e4nv" if native else "*u8"
     quant_types = {"x": "*bf16", "q": codes, "scales": "*fp32", "stride_x": "i32!", "stride_s": "i32", "dim": "i32!"}
@@ -120,6 +123,7 @@ def fp8_row_kernels(native: bool) -> Iterator[Case]:
     types |= dict.fromkeys(("stride_l", "stride_r", "stride_s", "num_positions", "num_tokens"), "i32!")
     constants = {"TOKENS": 4, "GROUPS": 4, "HALF": 32, "INTERLEAVED": True, "NATIVE": native}
     yield rope._write_fp8_records_kernel, types, constants, {}
+    yield index_key_case(codes, fp8=True, native=native)
 
 
 def product_kernels(dtype: torch.dtype, tiles: Tiles) -> Iterator[Case]:
