@@ -1,9 +1,10 @@
 """`mla_attention`: flash attention in the absorbed form, over bf16, fp32 or FP8 records.
 
-One program takes a token, 64 of its heads and SPLIT_KEYS entries of its list. Tiles and splits begin at fixed entries
-of the list, and splits are merged in order, so a row's bits depend on its own list only: not on other rows, chunks,
-block size or the number of heads. Weights are rounded to the records' dtype before they multiply the values. A position
-without a slot makes its row NaN instead of an error, because asking the device whether there was one would stall it.
+One program takes a token, up to 64 of its heads and SPLIT_KEYS entries of its list. Tiles and splits begin at fixed
+entries of the list, and splits are merged in order, so a row's bits depend on its own list only: not on other rows,
+chunks, block size or the number of heads. Weights are rounded to the records' dtype before they multiply the values. A
+position without a slot makes its row NaN instead of an error, because asking the device whether there was one would
+stall it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from ..attention import PagedLayout
 from ..records import FP8_RECORDS
 from ..registry import register
 from . import hopper
-from .launch import decode_e4m3, dot, has_fp8, round_to
+from .launch import decode_e4m3, dot, has_fp8, round_to, shared_memory
 
 SPLIT_KEYS = 2048
 """List entries of one split; part of the numeric contract, like the tiles below."""
 BLOCK_HEADS = 64
-"""Always one shape of matrix instruction, whatever share of the heads is here."""
+"""Always one shape of matrix instruction on a device, whatever share of the heads is here."""
 MAX_PARTIAL_BYTES = 256 << 20
 """Of the splits' partial results: tokens go in parts where there would be more."""
 FP8_LATENT_DIM, FP8_ROPE_DIM = 512, 64
@@ -246,12 +247,13 @@ def merge_kernel(
     tl.store(out + row * LATENT + latents, round_to(output, out.dtype.element_ty), mask=latents < LATENT)
 
 
-def mla_options(dtype: torch.dtype, capability: tuple[int, int], *, fp8: bool) -> dict[str, int]:
-    """Tiles of `mla_kernel`; BLOCK_KEYS is part of the numeric contract of a device."""
+def mla_options(dtype: torch.dtype, capability: tuple[int, int], shared_bytes: int, *, fp8: bool) -> dict[str, int]:
+    """Tiles of `mla_kernel` for a device with that much shared memory; BLOCK_KEYS is part of its numeric contract."""
     if dtype == torch.float32:
         return {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4}
-    if capability[0] != 9:  # smaller shared memory on sm_80; on sm_100 the compiler needs more of it
-        return {"BLOCK_HEADS": BLOCK_HEADS, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 8}
+    if capability[0] != 9:  # smaller shared memory on sm_80, yet smaller on others; on sm_100 the compiler needs more
+        heads = BLOCK_HEADS if fp8 or shared_bytes >= 128 << 10 else 32
+        return {"BLOCK_HEADS": heads, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 8}
     return {"BLOCK_HEADS": BLOCK_HEADS, "BLOCK_KEYS": 64, "STAGES": 1 if fp8 else 2, "num_warps": 8}
 
 
@@ -297,7 +299,7 @@ def _attend(
     sequences, slots, lengths = find_lists(layout, records.shape[0], selected)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     by_hand = device.type == "cuda" and hopper.supports(capability, records, latent_dim, q_rope.shape[2])
-    options = mla_options(q_latent.dtype, capability, fp8=fp8)
+    options = mla_options(q_latent.dtype, capability, shared_memory(device), fp8=fp8)
     head_blocks = triton.cdiv(num_heads, options["BLOCK_HEADS"])
     num_splits = triton.cdiv(slots.shape[1], SPLIT_KEYS)
     step = num_tokens

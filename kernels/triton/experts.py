@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..linear import PackedWeight
 from ..registry import register
-from .launch import round_to
+from .launch import round_to, shared_memory
 from .linear import Operands
 from .multiply import NATIVE_FP8, multiply_and_store, multiply_tile_pair, store_tile, tile_of
 from .tiles import Tiles, tiles_for
@@ -221,7 +221,7 @@ def tile_table(counts: Tensor, num_rows: int, block_m: int) -> Tensor:
 def multiply_grouped(operands: Operands, table: Tensor, y: Tensor, tiles: Tiles, *, gated: bool = False) -> None:
     """y = x w[e]^T for the rows of each expert e, or with `gated` the swiglu of that; y is not empty."""
     num_tiles, n = table.shape[0], y.shape[1]
-    num_stages = tiles.stages(operands.itemsize, y.device, gated=gated)
+    num_stages = tiles.stages(operands.itemsize, shared_memory(y.device), gated=gated)
     _experts_kernel[(tiles.num_programs(num_tiles * tiles.block_m, n, gated=gated),)](
         operands.x,
         operands.w,

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..linear import PackedWeight
 from ..quant import scale_columns
 from ..registry import register
-from .launch import has_fp8, num_sms, round_to
+from .launch import has_fp8, num_sms, round_to, shared_memory
 from .multiply import BF16, CHUNK, DECODED_FP8, FP32, NATIVE_FP8, multiply_and_store, tile_of
 from .quant import quantize_token_groups
 from .tiles import Tiles, tiles_for
@@ -131,7 +131,7 @@ def multiply(operands: Operands, y: Tensor, tiles: Tiles) -> None:
     split = operands.kind == FP32.value and num_chunks > 1 and num_programs * batch < num_sms(y.device)
     target = torch.empty(num_chunks, *y.shape, dtype=torch.float32, device=y.device) if split else y.unsqueeze(0)
     strides = target.stride()
-    num_stages = tiles.stages(operands.itemsize, y.device)
+    num_stages = tiles.stages(operands.itemsize, shared_memory(y.device))
     _linear_kernel[(num_programs, batch, num_chunks if split else 1)](
         operands.x,
         operands.w,

@@ -13,7 +13,7 @@ from ..attention import PagedLayout
 from ..linear import PackedWeight, batched_linear
 from ..records import read_latents
 from ..registry import register
-from .launch import dot, round_to
+from .launch import dot, round_to, shared_memory
 from .token_tiles import token_tiles
 
 BLOCK_TOKENS = 128
@@ -107,11 +107,16 @@ def prefill_kernel(
     tl.store(out + values[None, :], round_to(output, out.dtype.element_ty), mask=stored)
 
 
-def prefill_options(dtype: torch.dtype) -> dict[str, int]:
-    """Tiles of `prefill_kernel`; BLOCK_KEYS is part of the numeric contract."""
+def prefill_options(dtype: torch.dtype, shared_bytes: int) -> dict[str, int]:
+    """Tiles of `prefill_kernel` for that much shared memory; BLOCK_KEYS is part of the numeric contract."""
     if dtype == torch.float32:
         return {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4}
-    return {"BLOCK_TOKENS": BLOCK_TOKENS, "BLOCK_KEYS": BLOCK_KEYS, "STAGES": 3, "num_warps": 8}
+    return {
+        "BLOCK_TOKENS": BLOCK_TOKENS,
+        "BLOCK_KEYS": BLOCK_KEYS,
+        "STAGES": 3 if shared_bytes >= 140 << 10 else 2,
+        "num_warps": 8,
+    }
 
 
 def prefill_attention(
@@ -147,7 +152,7 @@ def prefill_attention(
     out = torch.empty(num_tokens, num_heads, v.shape[2], dtype=q_nope.dtype, device=q_nope.device)
     if out.numel() == 0:
         return out
-    options = prefill_options(q_nope.dtype)
+    options = prefill_options(q_nope.dtype, shared_memory(q_nope.device))
     sequences, tokens = token_tiles(cu_seqlens_q, num_tokens, options["BLOCK_TOKENS"])
     dims = {"NOPE": nope_dim, "ROPE": q_rope.shape[2], "VALUE": v.shape[2]}
     prefill_kernel[(sequences.shape[0], num_heads)](

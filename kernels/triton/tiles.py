@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .launch import has_fp8, num_sms, shared_memory
+from .launch import has_fp8, num_sms
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Tiles:
         width = self.block_n * (2 if self.paired and not gated else 1)
         return int(triton.cdiv(num_rows, self.block_m) * triton.cdiv(num_columns, width))
 
-    def stages(self, itemsize: int, device: torch.device, *, gated: bool = False) -> int:
-        """`num_stages`, or fewer where the device's shared memory is smaller."""
+    def stages(self, itemsize: int, shared_bytes: int, *, gated: bool = False) -> int:
+        """`num_stages`, or fewer where shared memory is smaller."""
         stage = (self.block_m + self.block_n * (2 if self.paired or gated else 1)) * self.block_k * itemsize
         stage += 8 * self.block_m  # two scales of a row
-        return max(1, min(self.num_stages, (shared_memory(device) - 2048) // stage))
+        return max(1, min(self.num_stages, (shared_bytes - 2048) // stage))
 
 
 TILES = {

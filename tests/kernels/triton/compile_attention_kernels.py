@@ -13,12 +13,11 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from shoal.kernels.triton import attention, hopper, indexer, prefill, topk
-from tests.kernels.triton.compiler import TARGETS, compile_kernel
+from tests.kernels.triton.compiler import SHARED_BYTES, TARGETS, compile_kernel
 
 Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 MODULES = (attention, hopper, indexer, prefill, topk)
 ELEMENTS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 def integers(*names: str) -> dict[str, str]:
@@ -52,7 +51,7 @@ def attention_kernels(target: int) -> Iterator[Case]:
         types |= dict.fromkeys(("q_latent", "q_rope", "records", "out"), element)
         types |= {"fp8_values": "*u8", "fp8_scales": "*fp32"}
         for fp8 in (False, True) if dtype == torch.bfloat16 else (False,):
-            constants, options = split_options(attention.mla_options(dtype, capability, fp8=fp8))
+            constants, options = split_options(attention.mla_options(dtype, capability, SHARED_BYTES[target], fp8=fp8))
             constants |= {"LATENT": 512, "ROPE": 64, "BLOCK_LATENT": 512, "BLOCK_ROPE": 64, "SPLIT_KEYS": 2048}
             constants |= {"FP8": fp8, "NATIVE_FP8": target >= 89, "ROPE_OFFSET": 264 if fp8 else 512}
             for sparse, split in ((True, False), (False, True)) if dtype == torch.bfloat16 else ((False, True),):
@@ -93,11 +92,11 @@ def indexer_kernels(target: int) -> Iterator[Case]:
         yield topk.topk_kernel, types, {"LISTED": listed, "BLOCK": block}, {"num_warps": block // 1024}
 
 
-def prefill_kernels() -> Iterator[Case]:
+def prefill_kernels(target: int) -> Iterator[Case]:
     pointers = dict.fromkeys(("tile_sequences", "tile_tokens", "cu_seqlens_q", "cu_seqlens_k"), "*i32")
     dims = {"NOPE": 128, "ROPE": 64, "VALUE": 128, "BLOCK_NOPE": 128, "BLOCK_ROPE": 64, "BLOCK_VALUE": 128}
     for dtype, element in ELEMENTS.items():
-        constants, options = split_options(prefill.prefill_options(dtype))
+        constants, options = split_options(prefill.prefill_options(dtype, SHARED_BYTES[target]))
         types = dict.fromkeys(("q_nope", "q_rope", "k_nope", "k_rope", "v", "out"), element) | pointers
         for name in ("q_nope", "q_rope", "k_nope", "v"):
             types |= integers(f"{name}_token_stride", f"{name}_head_stride")
@@ -108,7 +107,7 @@ def prefill_kernels() -> Iterator[Case]:
 def compile_all(target: int) -> set[str]:
     """Names of the kernels that there was a case for."""
     seen = set()
-    cases = [*list_kernels(), *attention_kernels(target), *indexer_kernels(target), *prefill_kernels()]
+    cases = [*list_kernels(), *attention_kernels(target), *indexer_kernels(target), *prefill_kernels(target)]
     for kernel, types, constants, options in [*cases, *(hopper_kernels() if target == 90 else ())]:
         source = GluonASTSource if kernel is hopper.mla_kernel else ASTSource
         compiled = compile_kernel(kernel, types, constants, target, options, source=source)

@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 from shoal.kernels.triton import dispatch, experts, index_keys, linear, norm, quant, rope, router, sampling
 from shoal.kernels.triton.multiply import BF16, DECODED_FP8, FP32, NATIVE_FP8
 from shoal.kernels.triton.tiles import TILES, Tiles
-from tests.kernels.triton.compiler import TARGETS, compile_kernel
+from tests.kernels.triton.compiler import SHARED_BYTES, TARGETS, compile_kernel
 
 Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 MODULES = (norm, quant, rope, linear, experts, index_keys, router, sampling, dispatch)
@@ -126,18 +126,27 @@ def fp8_row_kernels(native: bool) -> Iterator[Case]:
     yield index_key_case(codes, fp8=True, native=native)
 
 
-def product_kernels(dtype: torch.dtype, tiles: Tiles) -> Iterator[Case]:
+def product_kernels(dtype: torch.dtype, tiles: Tiles, target: int) -> Iterator[Case]:
     kind = KINDS[dtype]
-    types, constants, options = product(tiles, TRITON_TYPES[dtype], kind.value)
+    types, constants = product(tiles, TRITON_TYPES[dtype], kind.value)
     linear_types = types | dict.fromkeys(("M", "stride_ys", "stride_yb", "stride_ym"), "i32!")
-    constants |= {"PAIRED": tiles.paired, "ROW_SCALES": tiles == TILES[dtype][-1], "NUM_STAGES": tiles.num_stages}
-    yield linear._linear_kernel, linear_types, {**constants, "SPLIT": dtype == torch.float32}, options
+    constants |= {"PAIRED": tiles.paired, "ROW_SCALES": tiles == TILES[dtype][-1]}
+
+    def with_stages(*, gated: bool) -> tuple[dict[str, Any], dict[str, int]]:
+        stages = tiles.stages(dtype.itemsize, SHARED_BYTES[target], gated=gated)
+        options = {"num_warps": tiles.num_warps, "num_stages": stages}
+        options |= {} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}
+        return constants | {"NUM_STAGES": stages}, options
+
+    sized, options = with_stages(gated=False)
+    yield linear._linear_kernel, linear_types, sized | {"SPLIT": dtype == torch.float32}, options
     expert_types = types | {"table": "*i32", "num_tiles": "i32", "stride_y": "i32!", "stride_ws": "i32"}
     gated = tiles == TILES[dtype][0]
-    yield experts._experts_kernel, expert_types, {**constants, "GATED": gated}, options
+    sized, options = with_stages(gated=gated)
+    yield experts._experts_kernel, expert_types, sized | {"GATED": gated}, options
 
 
-def product(tiles: Tiles, dtype: str, kind: int) -> tuple[dict[str, str], dict[str, Any], dict[str, int]]:
+def product(tiles: Tiles, dtype: str, kind: int) -> tuple[dict[str, str], dict[str, Any]]:
     types = {
         "x_desc": f"tensordesc<{dtype}[1, {tiles.block_m}, {tiles.block_k}]>",
         "w_desc": f"tensordesc<{dtype}[1, {tiles.block_n}, {tiles.block_k}]>",
@@ -152,8 +161,7 @@ def product(tiles: Tiles, dtype: str, kind: int) -> tuple[dict[str, str], dict[s
         types |= {"x_scale": "*fp32", "w_scale": "*fp32"}
     else:
         constants |= {"x_scale": None, "w_scale": None}
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    return types, constants, options | ({} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg})
+    return types, constants
 
 
 def main() -> None:
@@ -165,13 +173,14 @@ def main() -> None:
         for dtype in TRITON_TYPES:
             if dtype != (torch.uint8 if native else torch.float8_e4m3fn):
                 for tiles in {TILES[dtype][0], TILES[dtype][-1]}:
-                    cases += product_kernels(dtype, tiles)
+                    cases += product_kernels(dtype, tiles, target)
         for kernel, types, constants, options in cases:
             compiled = compile_kernel(kernel, types, constants, target, options)
             missing.discard(f"{kernel.fn.__module__}.{kernel.__name__}")
             if "-v" in sys.argv:
                 print(target, kernel.__name__, constants, options, compiled.metadata.shared, flush=True)
             assert compiled.asm["cubin"]
+            assert compiled.metadata.shared <= SHARED_BYTES[target], f"{kernel.__name__} {constants} on sm_{target}"
     assert not missing, f"no case for {sorted(missing)}"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shoal.kernels.attention import mla_attention
 from shoal.kernels.registry import use_backend
+from shoal.kernels.triton.attention import mla_options
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.paging import Sequences, random_selection, to_device
 
@@ -40,6 +41,17 @@ def attend(
             0.17,
             selected=None if selected is None else selected.to(device),
         ).cpu()
+
+
+def test_small_shared_memory_takes_fewer_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = mla_options(torch.bfloat16, (8, 6), 99 << 10, fp8=False)
+    assert card == {"BLOCK_HEADS": 32, "BLOCK_KEYS": 32, "STAGES": 2, "num_warps": 8}
+    assert mla_options(torch.bfloat16, (8, 0), 163 << 10, fp8=False)["BLOCK_HEADS"] == 64
+    monkeypatch.setattr("shoal.kernels.triton.attention.mla_options", lambda *_, **__: card)
+    sequences = Sequences([40, 9], torch.bfloat16, heads=34, latent=64, rope=16)
+    spans = [(39, 40), (8, 9)]
+    found, expected = attend(sequences, spans), attend(sequences, spans, reference=True)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -116,10 +116,9 @@ def test_tiles_are_smaller_where_large_ones_would_leave_the_device_idle(monkeypa
     chosen = [tiles_for(torch.bfloat16, m, n, torch.device("cpu")) for m, n in ((4096, 7168), (256, 7168), (64, 7168))]
     assert chosen == [large, medium, small]
     assert tiles_for(torch.bfloat16, 64, 576, torch.device("cpu")) == narrow
-    assert large.stages(2, torch.device("cpu")) == 4
-    monkeypatch.setattr("shoal.kernels.triton.tiles.shared_memory", lambda device: 101376)
-    assert large.stages(2, torch.device("cpu")) == 1
-    assert small.stages(2, torch.device("cpu")) == 2
+    assert large.stages(2, 232448) == 4
+    assert large.stages(2, 101376) == 1
+    assert small.stages(2, 101376) == 2
 
 
 @pytest.mark.parametrize("k", [512, 513, 1300])
