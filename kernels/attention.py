@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, byref, c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -126,6 +127,23 @@ class PagedLayout:
         """The sequence of every token, [T] int64."""
         tokens = torch.arange(self.num_tokens, dtype=torch.int32, device=self.cu_seqlens_q.device)
         return torch.searchsorted(self.cu_seqlens_q[1:], tokens, right=True)
+
+    @cached_property
+    def contexts(self) -> tuple[Tensor, Tensor]:
+        """Slots of all contexts, one behind the other [S] int64, and where each of them begins [B + 1] int32.
+
+        A context ends with its sequence's last token here; without a token it is empty. Asks the device for S, once.
+        """
+        num_sequences, device = self.block_tables.shape[0], self.positions.device
+        begins, ends = self.cu_seqlens_q[:-1].long(), self.cu_seqlens_q[1:].long()
+        padded = torch.nn.functional.pad(self.positions, (1, 0), value=-1)
+        lengths = torch.where(ends > begins, padded[ends] + 1, 0)
+        starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        total = int(starts[-1])
+        sequences = torch.arange(num_sequences, device=device).repeat_interleave(lengths, output_size=total)
+        places = torch.arange(total, device=device) - starts[sequences]
+        blocks = self.block_tables[sequences, places // self.block_size].long()
+        return blocks * self.block_size + places % self.block_size, starts.int()
 
     def args(self) -> LayoutArgs:
         """For the compiled kernels; its pointers live as long as the tensors."""

@@ -61,6 +61,12 @@ class PackedWeight:
     def has_row_scales(self) -> bool:
         return self.scale_inv is not None and self.scale_inv.shape[1] != -(-self.out_features // BLOCK)
 
+    def matrices(self, part: slice) -> PackedWeight:
+        """Some of the weights; of those without scales."""
+        assert self.scale_inv is None
+        data = self.data[part]
+        return replace(self, data=data, num_matrices=len(data))
+
     @property
     def format(self) -> int:
         """The compiled kernels' code of what `data` holds."""

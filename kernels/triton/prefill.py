@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
-
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +17,8 @@ from .token_tiles import token_tiles
 BLOCK_TOKENS = 128
 """Always one shape of matrix instruction, however short a chunk is."""
 BLOCK_KEYS = 64
+MAX_KEY_BYTES = 512 << 20
+"""Of keys and values that are made at a time; which heads are made together changes no bit."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -190,22 +190,27 @@ def prefill_attention(
 def _mha_attention(
     q: Tensor, records: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
 ) -> Tensor:
-    """Keys and values of all contexts are made first; asks the device how long they are."""
+    """Keys and values of all contexts are made first, for as many heads at a time as MAX_KEY_BYTES hold."""
+    num_heads, key_dim = q.shape[1:]
     latent_dim, nope_dim = w_uk.in_features, w_uk.out_features
-    bounds = layout.cu_seqlens_q.tolist()
-    lasts = layout.positions.tolist()
-    lengths = [lasts[end - 1] + 1 if end > begin else 0 for begin, end in pairwise(bounds)]
-    slots = [layout.slots(b, torch.arange(n, device=q.device)) for b, n in enumerate(lengths)]
-    gathered = read_latents(records[torch.cat(slots)], latent_dim, q.shape[2] - nope_dim, q.dtype)
-    latents = gathered[:, None, :latent_dim].expand(-1, q.shape[1], -1)
-    return prefill_attention(
-        q[..., :nope_dim],
-        q[..., nope_dim:],
-        batched_linear(latents, w_uk),
-        gathered[:, latent_dim:],
-        batched_linear(latents, w_uv),
-        layout.cu_seqlens_q,
-        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q.device),
-        layout.positions,
-        scale,
-    )
+    slots, cu_seqlens_k = layout.contexts
+    gathered = read_latents(records[slots], latent_dim, key_dim - nope_dim, q.dtype)
+    bytes_per_head = max(1, len(slots) * (nope_dim + w_uv.out_features) * q.element_size())
+    at_once = max(1, min(num_heads, MAX_KEY_BYTES // bytes_per_head))
+    out = []
+    for first in range(0, num_heads, at_once):
+        heads = slice(first, min(first + at_once, num_heads))
+        latents = gathered[:, None, :latent_dim].expand(-1, heads.stop - first, -1)
+        part = prefill_attention(
+            q[:, heads, :nope_dim],
+            q[:, heads, nope_dim:],
+            batched_linear(latents, w_uk.matrices(heads)),
+            gathered[:, latent_dim:],
+            batched_linear(latents, w_uv.matrices(heads)),
+            layout.cu_seqlens_q,
+            cu_seqlens_k,
+            layout.positions,
+            scale,
+        )
+        out.append(part)
+    return out[0] if len(out) == 1 else torch.cat(out, dim=1)

@@ -92,11 +92,12 @@ def test_refuses_what_does_not_fit() -> None:
         prefill_attention(q, q, k, k[:, 0, :3], k, bounds, bounds, bounds, 1.0)
 
 
-def test_mha_attention_of_paged_records_agrees_with_the_reference() -> None:
+def paged(heads: int) -> tuple[Tensor, Tensor, PagedLayout, Tensor, Tensor]:
+    """Queries, records, layout and weights of two sequences, and of one between them that has no token."""
     generator = torch.Generator().manual_seed(3)
     layout = PagedLayout(
-        block_tables=torch.tensor([[2, 0], [1, 3]]).int().to(DEVICE),
-        cu_seqlens_q=torch.tensor([0, 3, 8]).int().to(DEVICE),
+        block_tables=torch.tensor([[2, 0], [9, 9], [1, 3]]).int().to(DEVICE),
+        cu_seqlens_q=torch.tensor([0, 3, 3, 8]).int().to(DEVICE),
         positions=torch.tensor([4, 5, 6, 0, 1, 2, 3, 4]).to(DEVICE),
         block_size=4,
     )
@@ -104,9 +105,38 @@ def test_mha_attention_of_paged_records_agrees_with_the_reference() -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE)
 
-    records, q, w_uk, w_uv = normal(16, 30), normal(8, 2, 20), normal(2, 12, 20), normal(2, 10, 20)
+    return normal(8, heads, 20), normal(16, 30), layout, normal(heads, 12, 20), normal(heads, 10, 20)
+
+
+def test_mha_attention_of_paged_records_agrees_with_the_reference() -> None:
+    q, records, layout, w_uk, w_uv = paged(2)
     outputs = []
     for backend in BACKENDS:
         with use_backend(backend):
             outputs.append(mha_attention(q, records, layout, pack_weight(w_uk), pack_weight(w_uv), 0.2))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_making_keys_for_some_heads_at_a_time_changes_no_bit(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, records, layout, w_uk, w_uv = paged(5)
+    with use_backend("triton"):
+        weights = pack_weight(w_uk), pack_weight(w_uv)
+        together = mha_attention(q, records, layout, *weights, 0.2)
+        monkeypatch.setattr("shoal.kernels.triton.prefill.MAX_KEY_BYTES", at_once * (7 + 5) * (12 + 10) * 4)
+        assert torch.equal(mha_attention(q, records, layout, *weights, 0.2), together)
+
+
+def test_contexts_lie_one_behind_the_other() -> None:
+    layout = paged(1)[2]
+    slots, begins = layout.contexts
+    assert slots.tolist() == [8, 9, 10, 11, 0, 1, 2, 4, 5, 6, 7, 12]
+    assert begins.tolist() == [0, 7, 7, 12]
+    assert layout.contexts is layout.contexts
+
+
+def test_no_prompt_tokens() -> None:
+    q, records, layout, w_uk, w_uv = paged(2)
+    none = PagedLayout(layout.block_tables, layout.cu_seqlens_q * 0, layout.positions[:0], 4)
+    with use_backend("triton"):
+        assert mha_attention(q[:0], records, none, pack_weight(w_uk), pack_weight(w_uv), 0.2).shape == (0, 2, 10)
