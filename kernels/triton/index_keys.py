@@ -25,7 +25,7 @@ def _normed(row, columns, mask, mean, scale, weight, bias, DTYPE: tl.constexpr):
     return round_to((wide - mean) * scale * w + b, DTYPE).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # one token alone gets the code, and so the sums, of many
 def _write_index_keys_kernel(
     k,
     weight,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,14 @@ MAX_ROWS = 240
 POINTS = [Point("dp 2", dp=2), Point("tp 2", tp=2, engine={"max_num_batched_tokens": 24})]
 
 
-def gloo_group(store: Store, name: str, rank: int, size: int) -> ProcessGroup:
+def gloo_backend(store: Store, name: str, rank: int) -> ProcessGroupGloo:
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-    backend = ProcessGroupGloo(PrefixStore(f"{name}/gloo", store), rank, size, options)
-    return as_process_group(backend, PrefixStore(f"{name}/torch", store), rank, size)
+    return ProcessGroupGloo(PrefixStore(f"{name}/gloo", store), rank, 2, options)
+
+
+def gloo_group(store: Store, name: str, rank: int) -> ProcessGroup:
+    return as_process_group(gloo_backend(store, name, rank), PrefixStore(f"{name}/torch", store), rank, 2)
 
 
 def wrong_cases(
@@ -80,7 +84,7 @@ def with_fakes(rank: int, store: Store) -> dict[str, list[str]]:
     comm = Communicator(rank, 2)
     results = {}
     for interface in INTERFACES:
-        group = gloo_group(store, interface, rank, 2)
+        group = gloo_group(store, interface, rank)
 
         def make(
             placement: ExpertPlacement, interface: str = interface, group: ProcessGroup = group
@@ -99,9 +103,24 @@ def test_every_interface_gives_the_bits_of_local() -> None:
     assert run_ranks(with_fakes, 2) == [expected, expected]
 
 
+def from_the_settings(rank: int, store: Store) -> list[str]:
+    """As an engine on GPUs makes the dispatcher, with gloo where NCCL would be."""
+    module = module_with("ElasticBuffer")
+    module.__spec__ = ModuleSpec("deep_ep", None)
+    sys.modules["deep_ep"] = module
+    groups = init_groups(ParallelConfig(data_parallel_size=2), rank, store)
+    groups.world._nccl = gloo_backend(store, "world", rank)  # type: ignore[assignment]
+    return wrong_cases(lambda placement: deep_ep_dispatcher(placement, groups, HIDDEN, max_rows=MAX_ROWS), rank)
+
+
+def test_the_replicas_ranks_become_a_group_of_torch() -> None:
+    expected = [str(len(PLACEMENTS) * len(CASES))]
+    assert run_ranks(from_the_settings, 2) == [expected, expected]
+
+
 def engines_with_fakes(rank: int, store: Store, model_dir: Path) -> list[list[Rows]]:
     """The rows of an engine whose tokens go through the fake."""
-    module, group = module_with("EPBuffer"), gloo_group(store, "engines", rank, 2)
+    module, group = module_with("EPBuffer"), gloo_group(store, "engines", rank)
 
     def dispatcher(
         config: EngineConfig, model: ModelConfig, groups: ParallelGroups, dtype: torch.dtype
