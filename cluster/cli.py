@@ -45,6 +45,9 @@ _ENGINE_OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
     click.option("--max-num-batched-tokens", type=int, metavar="N", help="Tokens a group computes in a step."),
     click.option("--block-size", type=int, metavar="N", help="Tokens per cache block."),
     click.option("--num-kv-blocks", type=int, metavar="N", help="Cache blocks of a group."),
+    click.option(
+        "--kv-cache-memory-fraction", type=float, metavar="F", help="Of free memory, for the cache (default 0.5)."
+    ),
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), help="Of the computation."),
     click.option(
         "--kv-cache-dtype", type=click.Choice(["auto", "fp8"]), help="Of the cache; auto: as the computation."

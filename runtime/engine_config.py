@@ -34,6 +34,9 @@ class EngineConfig:
     """Tokens per cache block."""
     num_kv_blocks: int | None = None
     """Cache blocks of one attention group."""
+    kv_cache_memory_fraction: float = 0.5
+    """Of the memory that is free once the weights are there, of the GPU or of the node's ranks together, what the cache
+    may take when num_kv_blocks is not given; a step needs some as well."""
     enable_prefix_caching: bool = True
     kv_buffer_size: int = 1 << 30
     """Bytes of cache records that a rank holds for other replicas to read; a longer prompt still gets its turn."""
@@ -58,6 +61,9 @@ class EngineConfig:
         for name in ("max_model_len", "max_chunk_size", "num_kv_blocks"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
+        fraction = self.kv_cache_memory_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
+            raise ValueError(f"kv_cache_memory_fraction must be a number between 0 and 1, got {fraction!r}")
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
         _one_of("kernel_backend", self.kernel_backend, get_args(KernelBackend))

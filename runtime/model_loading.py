@@ -35,9 +35,6 @@ from .model_runner import ModelRunner
 from .models.config import ModelConfig
 from .models.deepseek import DeepseekModel, default_dispatcher, default_placement, expected_tensors, record_specs
 
-KV_MEMORY_FRACTION = 0.5
-"""Of the memory that is free once the weights are there, what the cache may take when its size is not given."""
-
 VENDORS: dict[VendorKernels, tuple[Vendor, ...]] = {
     "none": (),
     "flash_mla": ("flash_mla",),
@@ -217,7 +214,8 @@ def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[Rec
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
     per_sequence = -(-max_len // config.block_size)
-    budget = available_memory(groups.device) * KV_MEMORY_FRACTION / groups.ranks_on_node
+    sharing = groups.ranks_on_node if groups.device.type == "cpu" else 1  # every rank has a GPU of its own
+    budget = available_memory(groups.device) * config.kv_cache_memory_fraction / sharing
     fits = int(budget // bytes_per_block(specs, config.block_size))
     wanted = max(1, min(per_sequence * config.max_num_seqs, fits))
     agreed = groups.tp.all_gather_ints([wanted], layer=-1, op="engine.num_kv_blocks")

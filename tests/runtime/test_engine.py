@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from shoal.parallel.collectives import Communicator
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
+from shoal.runtime import model_loading
 from shoal.runtime.batch import Batch
 from shoal.runtime.engine import Engine
 from shoal.runtime.engine_config import EngineConfig
+from shoal.runtime.kv_cache import bytes_per_block
 from shoal.runtime.loader import Checkpoint
 from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.models.deepseek import DeepseekModel, default_placement
+from shoal.runtime.models.deepseek import DeepseekModel, default_placement, record_specs
 from shoal.runtime.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.checkpoints import make_checkpoint
@@ -203,6 +206,21 @@ def test_output_ends_where_the_context_does(model_dir: Path) -> None:
     engine = make_engine(model_dir, max_model_len=24)
     completion = run(engine, request("a", PROMPT, max_tokens=None, ignore_eos=True))["a"].outputs[0]
     assert (len(completion.token_ids), completion.finish_reason) == (4, "length")
+
+
+def test_the_cache_takes_its_share_of_the_memory(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = record_specs(ModelConfig.from_pretrained(model_dir), torch.float32)
+    monkeypatch.setattr(model_loading, "available_memory", lambda _: 12 * bytes_per_block(specs, 4))
+
+    def blocks(device: str = "cpu", ranks_on_node: int = 1, **settings: Any) -> int:
+        groups = replace(single_process_groups(torch.device(device)), ranks_on_node=ranks_on_node)
+        return model_loading._num_kv_blocks(EngineConfig(block_size=4, **settings), groups, specs, 1024)
+
+    assert blocks() == 6
+    assert blocks(kv_cache_memory_fraction=0.8) == 9
+    assert blocks(ranks_on_node=2) == 3
+    assert blocks(device="cuda", ranks_on_node=2) == 6, "every rank has a GPU of its own"
+    assert blocks(num_kv_blocks=11) == 11
 
 
 def test_settings_that_cannot_work_are_refused(model_dir: Path) -> None:
