@@ -67,7 +67,10 @@ def set_backend(name: Backend, vendors: Sequence[Vendor] = ()) -> None:
     if name not in get_args(Backend):
         raise ValueError(f"kernels {name!r} do not exist, choose one of {', '.join(get_args(Backend))}")
     if vendors and name != "triton":
-        raise ValueError(f"kernels of {', '.join(vendors)} go with kernels 'triton', not with {name!r}")
+        raise ValueError(
+            f"kernels of {', '.join(vendors)} take the place of kernels 'triton', not of {name!r}: set vendor_kernels to "
+            f"none, or device to cuda"
+        )
     if name == "triton":
         _import_triton_kernels()
     for vendor in vendors:

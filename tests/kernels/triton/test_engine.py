@@ -90,7 +90,7 @@ def test_vendors_kernels_promise_nothing_and_need_a_gpu(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "deepseek_v3", seed=5, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"flash_mla: its decode kernels split a context .* invariance to relaxed"):
         answers(tmp_path, PROMPTS, kernel_backend="triton", vendor_kernels="flash_mla")
-    with pytest.raises(ValueError, match="kernels of flash_mla, deep_gemm go with kernels 'triton', not with 'cpu'"):
+    with pytest.raises(ValueError, match="of flash_mla, deep_gemm take the place of kernels 'triton', not of 'cpu'"):
         answers(tmp_path, PROMPTS, kernel_backend="cpu", vendor_kernels="all", invariance="relaxed")
 
 
