@@ -68,8 +68,8 @@ def set_backend(name: Backend, vendors: Sequence[Vendor] = ()) -> None:
         raise ValueError(f"kernels {name!r} do not exist, choose one of {', '.join(get_args(Backend))}")
     if vendors and name != "triton":
         raise ValueError(
-            f"kernels of {', '.join(vendors)} take the place of kernels 'triton', not of {name!r}: set vendor_kernels to "
-            f"none, or device to cuda"
+            f"kernels of {', '.join(vendors)} take the place of kernels 'triton', not of {name!r}: "
+            f"set vendor_kernels to none, or device to cuda"
         )
     if name == "triton":
         _import_triton_kernels()
