@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
-TESTS = ("tests/gpu", "tests/kernels/triton")
+TESTS = ("tests/gpu", "tests/kernels/triton", "tests/parallel/test_deep_ep.py")
 COMPILE_ONLY = ("tests/kernels/triton/test_compile_attention.py", "tests/kernels/triton/test_compile_gemm.py")
 """They need no GPU, and run wherever the other tests do."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -98,7 +99,12 @@ def test_the_command(tmp_path: Path) -> None:
         assert name in result.stdout
 
 
-def test_nothing_is_imported_before_somebody_asks() -> None:
+def test_nothing_is_imported_before_somebody_asks(tmp_path: Path) -> None:
+    for name in ("deep_ep", "flash_mla", "deep_gemm"):
+        install(tmp_path, name, "print('imported', __name__)")
     code = "import sys, shoal.cluster.cli, shoal.cluster.llm, shoal.runtime.engine; print(*sorted(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert not set(loaded.stdout.split()) & {module.name for module in MODULES} - {"nixl_cu13"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, env=environment
+    )
+    assert not set(run.stdout.split()) & ({module.name for module in MODULES} | {"imported"}) - {"nixl_cu13"}
