@@ -21,6 +21,7 @@ from torch import Tensor
 from shoal.kernels.attention import PagedLayout
 from shoal.kernels.linear import PackedWeight
 from shoal.kernels.registry import current_backend, use_backend
+from shoal.kernels.rope import Rotation
 from shoal.runtime.model_loading import choose_backend
 
 from .environment import environment
@@ -180,6 +181,8 @@ def _to(inputs: Any, device: torch.device) -> Any:
         return inputs.to(device)
     if isinstance(inputs, PackedWeight):
         return replace(inputs, data=inputs.data.to(device))
+    if isinstance(inputs, Rotation):
+        return replace(inputs, table=inputs.table.to(device), positions=inputs.positions.to(device))
     if isinstance(inputs, PagedLayout):
         tables, bounds, positions = inputs.block_tables, inputs.cu_seqlens_q, inputs.positions
         return PagedLayout(tables.to(device), bounds.to(device), positions.to(device), inputs.block_size)

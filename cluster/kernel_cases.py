@@ -19,7 +19,7 @@ from shoal.kernels.linear import batched_linear, linear
 from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from shoal.kernels.quant import quantize_token_groups
 from shoal.kernels.records import write_index_keys, write_latents
-from shoal.kernels.rope import apply_rope, cos_sin_table, inv_freq
+from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
 from shoal.kernels.router import route
 from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logits
 from shoal.runtime.sampler import Sampler, SamplingRow
@@ -54,6 +54,11 @@ def num_slots(sequences: int, context: int) -> int:
 def index_keys(r: Inputs, sequences: int, context: int, dim: int) -> Tensor:
     """Pages of them, as many as the sequences have blocks."""
     return r.normal(num_slots(sequences, context), dim).view(-1, BLOCK_SIZE * dim)
+
+
+def rotation(r: Inputs, dim: int, tokens: int, *, interleaved: bool) -> Rotation:
+    """Of tokens at any of 4096 positions."""
+    return Rotation(cos_sin_table(inv_freq(dim, 10000.0), 4096), r.positions(tokens, 4096), interleaved)
 
 
 def cases(s: Shapes) -> Iterator[Case]:
@@ -118,8 +123,8 @@ def _rows(s: Shapes) -> Iterator[Case]:
     yield Case(
         "apply_rope",
         f"{t} x {heads} x {dr}",
-        lambda r: (r.normal(t, heads, dr), cos_sin_table(inv_freq(dr, 10000.0), 4096), r.positions(t, 4096)),
-        partial(apply_rope, interleaved=True),
+        lambda r: (r.normal(t, heads, dr), rotation(r, dr, t, interleaved=True)),
+        apply_rope,
         3 * t * heads * dr,
         4 * t * heads * dr,
     )
@@ -207,7 +212,6 @@ def _records(s: Shapes) -> Iterator[Case]:
     dl, dr, d, t = s.kv_lora_rank, s.qk_rope_head_dim, s.index_head_dim, s.rows[-1]
     width = dl + dr
     norm_weight = partial(Inputs.normal, dtype=torch.float32)
-    rope_table = partial(cos_sin_table, inv_freq(dr, 10000.0), 4096)
     yield Case(
         "write_latents",
         f"{t} x {width}",
@@ -217,10 +221,9 @@ def _records(s: Shapes) -> Iterator[Case]:
             r.normal(t, width),
             norm_weight(r, dl),
             EPS,
-            rope_table(),
-            r.positions(t, 4096),
+            rotation(r, dr, t, interleaved=True),
         ),
-        _written(partial(write_latents, interleaved=True)),
+        _written(write_latents),
         4 * t * width,
         4 * t * width,
     )
@@ -245,10 +248,9 @@ def _records(s: Shapes) -> Iterator[Case]:
             r.normal(t, d),
             (norm_weight(r, d), norm_weight(r, d)),
             EPS,
-            rope_table(),
-            r.positions(t, 4096),
+            rotation(r, dr, t, interleaved=False),
         ),
-        _written(partial(write_index_keys, interleaved=False)),
+        _written(write_index_keys),
         7 * t * d,
         4 * t * d,
     )

@@ -86,14 +86,30 @@ def cos_sin_table(inv_freq: Tensor, max_positions: int, scale: float = 1.0) -> T
     return torch.from_numpy((np.concatenate([np.cos(wide), np.sin(wide)], axis=1) * scale).astype(np.float32))
 
 
-def apply_rope(x: Tensor, table: Tensor, positions: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn the pairs of x [T, h, d] by the angles of its positions [T] int64 -> [T, h, d] in x's dtype.
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """How the pairs of each token's columns turn: (a, b) -> (a cos - b sin, b cos + a sin)."""
 
-    (a, b) -> (a cos - b sin, b cos + a sin) in fp32, each operation rounded, then one rounding to x's dtype.
-    interleaved: pairs (x[2i], x[2i + 1]), which stay where they are; otherwise pairs (x[i], x[i + d / 2]).
-    table: [P, d] of `cos_sin_table`; ValueError for a position outside it, or NaN from kernels that run on a device and
-    do not wait for it to look at the positions.
+    table: Tensor
+    """[P, d] fp32 of `cos_sin_table`."""
+    positions: Tensor
+    """[T] int64, rows of the table."""
+    interleaved: bool
+    """Pairs (x[2i], x[2i + 1]), which stay where they are; otherwise pairs (x[i], x[i + d / 2])."""
+
+    @property
+    def dim(self) -> int:
+        """Columns that turn."""
+        return self.table.shape[1]
+
+
+def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn the pairs of x [T, h, d] by the angles of its tokens' positions -> [T, h, d] in x's dtype.
+
+    In fp32, each operation rounded, then one rounding to x's dtype. ValueError for a position outside the table, or NaN
+    from kernels that run on a device and do not wait for it to look at the positions.
     """
+    table, positions = rotation.table, rotation.positions
     if x.dim() != 3 or x.dtype not in DTYPE_CODES or table.dim() != 2 or table.shape[1] != x.shape[2]:
         raise ValueError(
             f"apply_rope needs x [T, h, d] in float32 or bfloat16 and a table [P, d], got {list(x.shape)} in {x.dtype} "
@@ -103,7 +119,7 @@ def apply_rope(x: Tensor, table: Tensor, positions: Tensor, *, interleaved: bool
         raise ValueError(
             f"apply_rope needs {x.shape[0]} int64 positions and a float32 table, got {list(positions.shape)}"
         )
-    y: Tensor = implementation("apply_rope")(x, table, positions, interleaved)
+    y: Tensor = implementation("apply_rope")(x, rotation)
     return y
 
 
@@ -112,10 +128,10 @@ def _outside(table: Tensor) -> ValueError:
 
 
 @register("apply_rope", "cpu")
-def _apply_rope_cpu(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+def _apply_rope_cpu(x: Tensor, rotation: Rotation) -> Tensor:
     if x.stride(2) != 1:
         x = x.contiguous()
-    table, positions = table.contiguous(), positions.contiguous()
+    table, positions = rotation.table.contiguous(), rotation.positions.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     status = torch.zeros(1, dtype=torch.int64)
     c_function(*_APPLY_ROPE)(
@@ -127,7 +143,7 @@ def _apply_rope_cpu(x: Tensor, table: Tensor, positions: Tensor, interleaved: bo
         table.data_ptr(),
         table.shape[0],
         positions.data_ptr(),
-        int(interleaved),
+        int(rotation.interleaved),
         out.data_ptr(),
         out.stride(0),
         out.stride(1),
@@ -140,11 +156,12 @@ def _apply_rope_cpu(x: Tensor, table: Tensor, positions: Tensor, interleaved: bo
 
 
 @register("apply_rope", "reference")
-def _apply_rope_reference(x: Tensor, table: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+def _apply_rope_reference(x: Tensor, rotation: Rotation) -> Tensor:
+    table, positions = rotation.table, rotation.positions
     if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < table.shape[0]:
         raise _outside(table)
     cos, sin = table[positions].unsqueeze(1).chunk(2, dim=-1)
-    if interleaved:
+    if rotation.interleaved:
         a, b = x.float().reshape(*x.shape[:2], x.shape[2] // 2, 2).unbind(-1)
         return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
     a, b = x.float().chunk(2, dim=-1)

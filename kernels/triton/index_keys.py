@@ -10,6 +10,7 @@ from torch import Tensor
 from ..quant import BLOCK
 from ..records import FP8_RECORDS, index_page_size
 from ..registry import register
+from ..rope import Rotation
 from .launch import has_fp8, round_to
 from .quant import group_maximum, group_scale, to_e4m3
 
@@ -98,17 +99,14 @@ def _write_index_keys(
     k: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    rope_table: Tensor,
-    positions: Tensor,
-    interleaved: bool,
+    rotation: Rotation,
 ) -> None:
     """A position outside the table is NaN, a slot is not checked."""
     num_tokens, dim = k.shape
-    rope_dim = rope_table.shape[1]
-    if rope_dim & (rope_dim - 1) or (keys.dtype == FP8_RECORDS and (dim > BLOCK or dim % 4)):
+    if rotation.dim & (rotation.dim - 1) or (keys.dtype == FP8_RECORDS and (dim > BLOCK or dim % 4)):
         raise ValueError(
             f"the Triton kernels turn vectors whose width is a power of two, and have FP8 index keys of up to {BLOCK} "
-            f"columns, a multiple of 4: got {rope_dim} of {dim} columns"
+            f"columns, a multiple of 4: got {rotation.dim} of {dim} columns"
         )
     if not num_tokens:
         return
@@ -118,22 +116,22 @@ def _write_index_keys(
         k,
         norm[0].contiguous(),
         norm[1].contiguous(),
-        rope_table.contiguous(),
-        positions.contiguous(),
+        rotation.table.contiguous(),
+        rotation.positions.contiguous(),
         slots.contiguous(),
         keys,
         keys.view(torch.float8_e4m3fn) if fp8 and native else keys,
-        keys.view(torch.float32) if fp8 else rope_table,
+        keys.view(torch.float32) if fp8 else rotation.table,
         k.stride(0),
-        rope_table.shape[0],
+        rotation.table.shape[0],
         num_tokens,
         dim,
         index_page_size("write_index_keys", keys, dim, k.dtype),
         eps,
         TOKENS=TOKENS_PER_PROGRAM,
         DIM=triton.next_power_of_2(dim),
-        HALF=rope_dim // 2,
-        INTERLEAVED=interleaved,
+        HALF=rotation.dim // 2,
+        INTERLEAVED=rotation.interleaved,
         FP8=fp8,
         NATIVE=native,
         num_warps=4,

@@ -14,7 +14,7 @@ from shoal.kernels.indexer import index_topk
 from shoal.kernels.linear import DTYPE_CODES, batched_linear, linear, pack_weight
 from shoal.kernels.norm import rms_norm
 from shoal.kernels.records import write_index_keys, write_latents
-from shoal.kernels.rope import apply_rope
+from shoal.kernels.rope import Rotation, apply_rope
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, shard
 
@@ -52,16 +52,14 @@ class Indexer:
             linear(x, self.wk),
             (self.k_norm_weight, self.k_norm_bias),
             LATENT_NORM_EPS,
-            self.rope_table,
-            metadata.positions,
-            interleaved=self.interleaved,
+            Rotation(self.rope_table, metadata.positions, self.interleaved),
         )
 
     def select(self, x: Tensor, q_latent: Tensor, index_keys: Tensor, layout: PagedLayout) -> Tensor:
         """For the T tokens of `layout` -> [T, index_topk] int32: selected positions, ascending, padded with -1."""
         q = linear(q_latent, self.wq_b).view(-1, self.num_heads, self.head_dim)
         rotary = q[..., : self.rope_dim]
-        rotary.copy_(apply_rope(rotary, self.rope_table, layout.positions, interleaved=self.interleaved))
+        rotary.copy_(apply_rope(rotary, Rotation(self.rope_table, layout.positions, self.interleaved)))
         head_weights = linear(x.float(), self.weights_proj) * self.weight_scale
         return index_topk(q, head_weights, index_keys, layout, self.topk)
 
@@ -147,25 +145,18 @@ class MLAttention:
         self, x: Tensor, cache: KVCache, metadata: AttentionMetadata, selected: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """x [T, H] after the input norm -> (attention output [T, H], the selection that the next layer may share)."""
-        positions, records, index_keys = metadata.positions, cache.records[self.layer], cache.index_keys[self.layer]
+        records, index_keys = cache.records[self.layer], cache.index_keys[self.layer]
+        rotation = Rotation(self.rope_table, metadata.positions, self.interleaved)
         a = linear(x, self.a_proj)
         q_latent = rms_norm(a[:, : self.q_lora_rank], self.q_a_norm, LATENT_NORM_EPS)
-        write_latents(
-            records,
-            metadata.slot_mapping,
-            a[:, self.q_lora_rank :],
-            self.kv_a_norm,
-            LATENT_NORM_EPS,
-            self.rope_table,
-            positions,
-            interleaved=self.interleaved,
-        )
+        kv = a[:, self.q_lora_rank :]
+        write_latents(records, metadata.slot_mapping, kv, self.kv_a_norm, LATENT_NORM_EPS, rotation)
         if self.indexer is not None:
             assert index_keys is not None
             self.indexer.write_keys(x, index_keys, metadata)
         q = linear(q_latent, self.q_b_proj).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
         rotary = q[..., self.nope_dim :]
-        rotary.copy_(apply_rope(rotary, self.rope_table, positions, interleaved=self.interleaved))
+        rotary.copy_(apply_rope(rotary, rotation))
 
         first = metadata.per_head.num_tokens
         if self.indexer is not None:

@@ -15,7 +15,7 @@ from shoal.kernels.linear import PackedWeight, batched_linear, linear, pack_bloc
 from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from shoal.kernels.quant import quantize_block_fp8, quantize_token_groups
 from shoal.kernels.registry import use_backend
-from shoal.kernels.rope import apply_rope, cos_sin_table, inv_freq
+from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
 from shoal.kernels.router import route
 from shoal.kernels.sampling import sample_tokens
 
@@ -150,7 +150,7 @@ def test_what_is_the_reference_bit_for_bit(dtype: torch.dtype) -> None:
     positions = torch.randint(0, 100, (37,), device="cuda")
     heads = randn(37, 128, 192, dtype=dtype)[..., 128:]
     for interleaved in (False, True):
-        assert torch.equal(*on_both(partial(apply_rope, heads, table, positions, interleaved=interleaved)))
+        assert torch.equal(*on_both(partial(apply_rope, heads, Rotation(table, positions, interleaved))))
     row_of, weights = torch.randint(-1, 37, (20, 8), device="cuda"), randn(20, 8)
     assert torch.equal(*on_both(lambda: combine_topk(x, row_of, weights)))
 

@@ -22,7 +22,7 @@ from shoal.kernels.records import (
     write_latents,
 )
 from shoal.kernels.registry import Backend, use_backend
-from shoal.kernels.rope import apply_rope, cos_sin_table, inv_freq
+from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,7 +50,7 @@ class Written:
     def write(self) -> Tensor:
         """The records."""
         kv = self.kv[:, : self.latent + self.rope]
-        write_latents(self.records, self.slots, kv, self.norm, 1e-6, self.table, self.positions, interleaved=True)
+        write_latents(self.records, self.slots, kv, self.norm, 1e-6, Rotation(self.table, self.positions, True))
         return self.records[self.slots]
 
     def write_keys(self) -> Tensor:
@@ -61,9 +61,7 @@ class Written:
             self.k,
             self.key_norm,
             1e-6,
-            self.table,
-            self.positions,
-            interleaved=False,
+            Rotation(self.table, self.positions, False),
         )
         return self.index_keys
 
@@ -72,10 +70,8 @@ class Written:
         latents = rms_norm(self.kv[:, : self.latent], self.norm, 1e-6)
         rope = self.kv[:, None, self.latent : self.latent + self.rope]
         keys = layer_norm(self.k, *self.key_norm, 1e-6)
-        keys[:, : self.rope] = apply_rope(keys[:, None, : self.rope], self.table, self.positions, interleaved=False)[
-            :, 0
-        ]
-        return latents, apply_rope(rope, self.table, self.positions, interleaved=True)[:, 0], keys
+        keys[:, : self.rope] = apply_rope(keys[:, None, : self.rope], Rotation(self.table, self.positions, False))[:, 0]
+        return latents, apply_rope(rope, Rotation(self.table, self.positions, True))[:, 0], keys
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -149,7 +145,7 @@ def test_the_page_of_deepgemm_at_its_offsets() -> None:
     weight, bias, table = torch.ones(128), torch.zeros(128), cos_sin_table(inv_freq(64, 10000.0), 8)
     pages = torch.zeros(3, 64 * 132, dtype=torch.uint8)
     positions = torch.zeros(3, dtype=torch.int64)  # nothing turns
-    write_index_keys(pages, slots, k, (weight, bias), 1e-6, table, positions, interleaved=False)
+    write_index_keys(pages, slots, k, (weight, bias), 1e-6, Rotation(table, positions, False))
     codes, scales = quantize_rows_fp8(layer_norm(k, weight, bias, 1e-6))
     expected = torch.zeros(3, 8448, dtype=torch.uint8)
     for row, (page, offset) in enumerate([(2, 63), (1, 0), (0, 5)]):

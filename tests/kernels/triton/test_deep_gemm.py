@@ -15,6 +15,7 @@ from shoal.kernels.linear import PackedWeight, pack_block_fp8, pack_weight
 from shoal.kernels.quant import quantize_block_fp8
 from shoal.kernels.records import FP8_RECORDS, read_index_keys, write_index_keys
 from shoal.kernels.registry import check_vendors, use_backend
+from shoal.kernels.rope import Rotation
 from shoal.kernels.vendor.deep_gemm import check_experts, check_index, check_scales, experts_mlp_deep_gemm, place_rows
 from tests.fakes.install import install
 from tests.kernels.triton.interpreter import DEVICE
@@ -111,7 +112,7 @@ def index_inputs(tokens: int, lengths: list[int], heads: int = 32) -> tuple[Tens
     k = torch.randn(len(slots), 128, generator=generator).bfloat16()
     angles = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], dim=1)
     norm = (torch.ones(128), torch.zeros(128))
-    write_index_keys(pages, slots, k, norm, 1e-6, angles, torch.zeros_like(slots), interleaved=False)
+    write_index_keys(pages, slots, k, norm, 1e-6, Rotation(angles, torch.zeros_like(slots), False))
     positions = torch.cat([torch.arange(length - tokens, length) for length in lengths])
     bounds = torch.arange(0, len(positions) + 1, tokens, dtype=torch.int32)
     q = torch.randn(len(positions), heads, 128, generator=generator).bfloat16()

@@ -11,6 +11,7 @@ from torch import Tensor
 from shoal.kernels.attention import mla_attention
 from shoal.kernels.records import FP8_RECORDS, write_latents
 from shoal.kernels.registry import check_vendors, use_backend
+from shoal.kernels.rope import Rotation
 from shoal.kernels.vendor.flash_mla import check_attention, padded_heads
 from tests.fakes.install import install
 from tests.kernels.triton.interpreter import DEVICE
@@ -60,7 +61,7 @@ def in_fp8(records: Tensor) -> Tensor:
     table = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], dim=1)
     slots = torch.arange(len(records))
     kv = records[:, :576].nan_to_num(0.0)
-    write_latents(stored, slots, kv, torch.ones(512), 1e-6, table, torch.zeros_like(slots), interleaved=True)
+    write_latents(stored, slots, kv, torch.ones(512), 1e-6, Rotation(table, torch.zeros_like(slots), True))
     return stored
 
 

@@ -12,7 +12,7 @@ from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores, index_topk, topk_positions
 from shoal.kernels.records import FP8_RECORDS, index_key_width, read_index_keys, write_index_keys
 from shoal.kernels.registry import use_backend
-from shoal.kernels.rope import cos_sin_table, inv_freq
+from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
 from shoal.kernels.triton.indexer import paged_scores
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.paging import Sequences, index_pages, to_device
@@ -187,8 +187,8 @@ def test_keys_are_written_like_those_of_the_reference(
     def written(device: str) -> Tensor:
         pages = torch.zeros(2, 6 * index_key_width(dtype, dim), dtype=dtype, device=device)
         weight, bias = (x.to(device) for x in norm)
-        places = (table.to(device), positions.to(device))
-        write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, *places, interleaved=interleaved)
+        rotation = Rotation(table.to(device), positions.to(device), interleaved)
+        write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, rotation)
         return read_index_keys(pages.cpu(), torch.arange(12), dim, computed)
 
     with use_backend("triton"):
@@ -207,7 +207,7 @@ def test_a_key_at_a_position_outside_the_table_is_nan() -> None:
     table, positions, slots = torch.ones(3, 4), torch.tensor([3, 2]), torch.tensor([1, 2])
     with use_backend("triton"):
         weight, bias, table, positions, slots, k = (x.to(DEVICE) for x in (*norm, table, positions, slots, k))
-        write_index_keys(pages, slots, k, (weight, bias), 1e-6, table, positions, interleaved=False)
+        write_index_keys(pages, slots, k, (weight, bias), 1e-6, Rotation(table, positions, False))
     written = pages.view(4, 8).cpu()
     assert written[1].isnan().tolist() == [True] * 4 + [False] * 4
     assert not written[[0, 2, 3]].isnan().any()
@@ -217,6 +217,4 @@ def test_keys_that_it_does_not_write() -> None:
     norm, one = (torch.ones(256), torch.zeros(256)), torch.zeros(1, dtype=torch.int64)
     pages = torch.zeros(1, index_key_width(FP8_RECORDS, 256), dtype=FP8_RECORDS)
     with use_backend("triton"), pytest.raises(ValueError, match=r"up to 128 columns, .* got 64 of 256 columns"):
-        write_index_keys(
-            pages, one, torch.ones(1, 256).bfloat16(), norm, 1e-6, torch.ones(1, 64), one, interleaved=True
-        )
+        write_index_keys(pages, one, torch.ones(1, 256).bfloat16(), norm, 1e-6, Rotation(torch.ones(1, 64), one, True))

@@ -19,7 +19,7 @@ from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from shoal.kernels.quant import quantize_token_groups
 from shoal.kernels.records import FP8_RECORDS, read_latents, write_latents
 from shoal.kernels.registry import use_backend
-from shoal.kernels.rope import apply_rope, cos_sin_table, inv_freq
+from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
 from shoal.kernels.router import route
 from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logits
 from tests.kernels.triton.interpreter import DEVICE
@@ -181,14 +181,14 @@ def test_rope_is_the_reference_bit_for_bit(
     table = cos_sin_table(inv_freq(dim, 1e4), 50)
     x = randn(tokens, heads, dim + 7, dtype=dtype)[..., 7:]
     positions = torch.arange(tokens) * 16 + 1
-    turned, expected = on_both(lambda: apply_rope(x, table, positions, interleaved=interleaved))
+    turned, expected = on_both(lambda: apply_rope(x, Rotation(table, positions, interleaved)))
     assert torch.equal(turned, expected)
 
 
 def test_rope_outside_the_table_is_nan() -> None:
     table = cos_sin_table(inv_freq(8, 1e4), 5)
     with use_backend("triton"):
-        turned = apply_rope(torch.ones(4, 2, 8), table, torch.tensor([4, 5, -1, 0]), interleaved=True)
+        turned = apply_rope(torch.ones(4, 2, 8), Rotation(table, torch.tensor([4, 5, -1, 0]), True))
     assert turned.isnan().all(dim=(1, 2)).tolist() == [False, True, True, False]
     assert not turned[[0, 3]].isnan().any()
 
@@ -203,9 +203,9 @@ def test_records(record_dtype: torch.dtype, latent_dim: int, interleaved: bool) 
     positions, slots = torch.tensor([3, 0, 49, 7]), torch.tensor([5, 0, 3, 8])
     records = torch.full((9, 660), 7, dtype=record_dtype)
     with use_backend("triton"):
-        write_latents(records, slots, kv, norm, 1e-6, table, positions, interleaved=interleaved)
+        write_latents(records, slots, kv, norm, 1e-6, Rotation(table, positions, interleaved))
         latent = rms_norm(kv[:, :latent_dim], norm, 1e-6)
-        rope_key = apply_rope(kv[:, None, latent_dim:], table, positions, interleaved=interleaved).squeeze(1)
+        rope_key = apply_rope(kv[:, None, latent_dim:], Rotation(table, positions, interleaved)).squeeze(1)
     if record_dtype == FP8_RECORDS:
         latent = dequantize_rows_fp8(*quantize_rows_fp8(latent), dtype)
     assert torch.equal(read_latents(records[slots], latent_dim, 64, dtype), torch.cat([latent, rope_key], dim=1))
