@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ALIGNMENT = 16
+ALIGNMENT = 4
 
 
 def get_mk_alignment_for_contiguous_layout() -> int:

@@ -122,7 +122,7 @@ def compile_all(target: int) -> set[str]:
 def main() -> None:
     missing = {f"{m.__name__}.{k}" for m in MODULES for k, v in vars(m).items() if isinstance(v, JITFunction)}
     missing = {name for name in missing if name.endswith("_kernel")}
-    with ProcessPoolExecutor(len(TARGETS)) as pool:
+    with ProcessPoolExecutor() as pool:
         for seen in pool.map(compile_all, TARGETS):
             missing -= seen
     assert not missing, f"no case for {sorted(missing)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -164,23 +165,31 @@ def product(tiles: Tiles, dtype: str, kind: int) -> tuple[dict[str, str], dict[s
     return types, constants
 
 
+def compile_all(target: int) -> set[str]:
+    """Names of the kernels that there was a case for."""
+    native = target >= 89
+    cases = [*row_kernels(), *fp8_row_kernels(native)]
+    for dtype in TRITON_TYPES:
+        if dtype != (torch.uint8 if native else torch.float8_e4m3fn):
+            for tiles in {TILES[dtype][0], TILES[dtype][-1]}:
+                cases += product_kernels(dtype, tiles, target)
+    seen = set()
+    for kernel, types, constants, options in cases:
+        compiled = compile_kernel(kernel, types, constants, target, options)
+        if "-v" in sys.argv:
+            print(target, kernel.__name__, constants, options, compiled.metadata.shared, flush=True)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= SHARED_BYTES[target], f"{kernel.__name__} {constants} on sm_{target}"
+        seen.add(f"{kernel.fn.__module__}.{kernel.__name__}")
+    return seen
+
+
 def main() -> None:
     missing = {f"{m.__name__}.{k}" for m in MODULES for k, v in vars(m).items() if isinstance(v, JITFunction)}
     missing = {name for name in missing if name.endswith("_kernel")}
-    for target in TARGETS:
-        native = target >= 89
-        cases = [*row_kernels(), *fp8_row_kernels(native)]
-        for dtype in TRITON_TYPES:
-            if dtype != (torch.uint8 if native else torch.float8_e4m3fn):
-                for tiles in {TILES[dtype][0], TILES[dtype][-1]}:
-                    cases += product_kernels(dtype, tiles, target)
-        for kernel, types, constants, options in cases:
-            compiled = compile_kernel(kernel, types, constants, target, options)
-            missing.discard(f"{kernel.fn.__module__}.{kernel.__name__}")
-            if "-v" in sys.argv:
-                print(target, kernel.__name__, constants, options, compiled.metadata.shared, flush=True)
-            assert compiled.asm["cubin"]
-            assert compiled.metadata.shared <= SHARED_BYTES[target], f"{kernel.__name__} {constants} on sm_{target}"
+    with ProcessPoolExecutor() as pool:
+        for seen in pool.map(compile_all, TARGETS):
+            missing -= seen
     assert not missing, f"no case for {sorted(missing)}"
 
 
