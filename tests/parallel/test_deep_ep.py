@@ -185,16 +185,17 @@ def test_ranks_with_different_numbers_of_experts_are_refused() -> None:
         slots_per_rank(ExpertPlacement.contiguous(6, 4))
 
 
+class Stays:
+    """An exchange of which everything is on this rank."""
+
+    def dispatch(self, rows: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return rows, experts, None
+
+    def combine(self, y: torch.Tensor, handle: None) -> Callable[[], torch.Tensor]:
+        return lambda: y
+
+
 def test_a_new_epoch_gets_a_new_buffer() -> None:
-    class Stays:
-        """Everything is on this rank."""
-
-        def dispatch(self, rows: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-            return rows, experts, None
-
-        def combine(self, y: torch.Tensor, handle: None) -> Callable[[], torch.Tensor]:
-            return lambda: y
-
     opened: list[int] = []
     comm = Communicator()
 
@@ -216,10 +217,6 @@ def test_a_new_epoch_gets_a_new_buffer() -> None:
 def test_a_peer_that_does_not_come_ends_the_epoch(op: str) -> None:
     def times_out(*_: object) -> Any:
         raise RuntimeError("DeepEP error: timeout (dispatch CPU)")
-
-    class Stays:
-        def dispatch(self, rows: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-            return rows, experts, None
 
     exchange: Any = Stays()
     setattr(exchange, op, times_out)

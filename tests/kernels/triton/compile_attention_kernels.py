@@ -1,21 +1,14 @@
-"""Compiles every kernel of attention and the indexer; fails if a kernel is missing here or needs too much memory."""
+"""Compiles the kernels of attention and the indexer; fails if one is missing here or needs too much memory."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
 import torch
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.runtime.jit import JITFunction
 
 from shoal.kernels.triton import attention, hopper, indexer, prefill, topk
-from tests.kernels.triton.compiler import SHARED_BYTES, TARGETS, compile_kernel
+from tests.kernels.triton.compiler import SHARED_BYTES, Case, compile_cases, compile_modules
 
-Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 MODULES = (attention, hopper, indexer, prefill, topk)
 ELEMENTS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
@@ -105,28 +98,9 @@ def prefill_kernels(target: int) -> Iterator[Case]:
 
 
 def compile_all(target: int) -> set[str]:
-    """Names of the kernels that there was a case for."""
-    seen = set()
     cases = [*list_kernels(), *attention_kernels(target), *indexer_kernels(target), *prefill_kernels(target)]
-    for kernel, types, constants, options in [*cases, *(hopper_kernels() if target == 90 else ())]:
-        source = GluonASTSource if kernel is hopper.mla_kernel else ASTSource
-        compiled = compile_kernel(kernel, types, constants, target, options, source=source)
-        if "-v" in sys.argv:
-            print(target, kernel.__name__, constants, options, compiled.metadata.shared, flush=True)
-        assert compiled.asm["cubin"]
-        assert compiled.metadata.shared <= SHARED_BYTES[target], f"{kernel.__name__} {constants} on sm_{target}"
-        seen.add(f"{kernel.fn.__module__}.{kernel.__name__}")
-    return seen
-
-
-def main() -> None:
-    missing = {f"{m.__name__}.{k}" for m in MODULES for k, v in vars(m).items() if isinstance(v, JITFunction)}
-    missing = {name for name in missing if name.endswith("_kernel")}
-    with ProcessPoolExecutor() as pool:
-        for seen in pool.map(compile_all, TARGETS):
-            missing -= seen
-    assert not missing, f"no case for {sorted(missing)}"
+    return compile_cases([*cases, *(hopper_kernels() if target == 90 else ())], target)
 
 
 if __name__ == "__main__":
-    main()
+    compile_modules(MODULES, compile_all)

@@ -163,8 +163,19 @@ def test_scales_that_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         check_scales(torch.device("cuda"), ue8m0=False)
 
 
-def test_the_library_is_tried_before_it_is_used() -> None:
+def test_the_library_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no kernel image is available")
+
     check_vendors(["deep_gemm"], torch.device(DEVICE))
+    monkeypatch.setattr("deep_gemm.m_grouped_fp8_gemm_nt_contiguous", fails)
+    with pytest.raises(ValueError, match=f"deep_gemm: the library does not run on {DEVICE}: no kernel image"):
+        check_vendors(["deep_gemm"], torch.device(DEVICE))
+    monkeypatch.delattr("deep_gemm.m_grouped_fp8_gemm_nt_contiguous")
+    with pytest.raises(
+        ValueError, match="installed deep_gemm has no m_grouped_fp8_gemm_nt_contiguous; build a newer one"
+    ):
+        check_vendors(["deep_gemm"], torch.device(DEVICE))
 
 
 def test_weights_that_it_does_not_multiply_by() -> None:

@@ -93,8 +93,17 @@ def test_no_tokens() -> None:
     assert out.shape == (0, 5, 512)
 
 
-def test_the_library_is_tried_before_it_is_used() -> None:
+def test_the_library_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no kernel image is available")
+
     check_vendors(["flash_mla"], torch.device(DEVICE))
+    monkeypatch.setattr("flash_mla.flash_mla_sparse_fwd", fails)
+    with pytest.raises(ValueError, match=f"flash_mla: the library does not run on {DEVICE}: no kernel image"):
+        check_vendors(["flash_mla"], torch.device(DEVICE))
+    monkeypatch.delattr("flash_mla.flash_mla_sparse_fwd")
+    with pytest.raises(ValueError, match="installed flash_mla has no flash_mla_sparse_fwd; build a newer one"):
+        check_vendors(["flash_mla"], torch.device(DEVICE))
 
 
 def test_heads_that_kernels_exist_for() -> None:
