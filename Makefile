@@ -19,7 +19,7 @@ check:
 	$(BIN)/pytest -q --durations=15
 
 # The bundled model from nothing: 90 minutes of training on two cores; an interrupted run goes on where it was.
-TINY := benchmarks/tiny_model
+TINY := examples/tiny_model
 TINY_RUN := build/tiny-model
 TINY_MODEL := shoal/bundled/shoal-tiny
 tiny-model: $(VENV)/.installed
@@ -36,7 +36,7 @@ tiny-model: $(VENV)/.installed
 # measures all points anew, CURVES=ranks one curve.
 CURVES ?= context,batch,ranks
 benchmarks: $(VENV)/.installed-bench
-	$(BIN)/python benchmarks/scaling.py --curves $(CURVES) $(if $(AGAIN),--again) --output benchmarks/results/scaling.json
+	PYTHONPATH=.src $(BIN)/python benchmarks/scaling.py --curves $(CURVES) $(if $(AGAIN),--again) --output benchmarks/results/scaling.json
 
 # What only a GPU can show, from a bare checkout: nothing is installed.
 gpu-check:

@@ -45,8 +45,8 @@ def run_tests() -> int:
 
 def measure_kernels(output: Path) -> int:
     """`shoal bench kernels --shapes v3 --device cuda --refcheck`, without the packages that draw its table."""
-    from shoal.cluster.bench_kernels import measure_kernels as measure
-    from shoal.cluster.kernel_cases import Case
+    from shoal.cluster.bench.cases import Case
+    from shoal.cluster.bench.kernels import measure_kernels as measure
 
     def on_case(case: Case, row: dict[str, Any] | None) -> None:
         if row is not None:

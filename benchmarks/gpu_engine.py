@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shoal.parallel.groups import single_process_groups
-from shoal.runtime.engine import Engine
-from shoal.runtime.engine_config import EngineConfig
+from shoal.runtime.engine.config import EngineConfig
+from shoal.runtime.engine.engine import Engine
 from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.random_checkpoint import YARN, is_quantized, tensor_shapes, tiny_config
-from shoal.runtime.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, SamplingParams
+from tests.support.checkpoints import YARN, is_quantized, tensor_shapes, tiny_config
 
 DEVICE = torch.device("cuda")
 V32: dict[str, Any] = {

@@ -25,17 +25,17 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from shoal.kernels.experts import combine_topk, experts_mlp, swiglu
+from shoal.kernels.kv_format import write_latents
 from shoal.kernels.linear import PackedWeight, pack_block_fp8, pack_weight
 from shoal.kernels.norm import add_rms_norm, rms_norm
 from shoal.kernels.quant import quantize_token_groups
-from shoal.kernels.records import write_latents
 from shoal.kernels.registry import set_backend
 from shoal.kernels.rope import Rotation, apply_rope
-from shoal.kernels.router import route
 from shoal.kernels.sampling import sample_tokens
+from shoal.kernels.topk_router import route
 from shoal.kernels.triton.experts import multiply_grouped, tile_table
+from shoal.kernels.triton.gemm_config import tiles_for
 from shoal.kernels.triton.linear import Operands, multiply
-from shoal.kernels.triton.tiles import tiles_for
 
 HIDDEN, INNER, VOCAB = 7168, 2048, 129280
 FP8, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32

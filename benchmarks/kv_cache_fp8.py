@@ -21,10 +21,10 @@ import torch
 
 from shoal import LLM, SamplingParams
 from shoal.cluster.bundled import TASKS, questions
-from shoal.cluster.eval import final_answer, score
+from shoal.cluster.commands.eval import final_answer, score
 from shoal.kernels.attention import PagedLayout, mla_attention
 from shoal.kernels.fp8_rows import quantize_rows_fp8
-from shoal.kernels.records import FP8_RECORDS, index_key_width, latent_width
+from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, latent_width
 from shoal.runtime.types import RequestOutput
 
 # float32 is the yardstick: how far bf16 itself is from it.

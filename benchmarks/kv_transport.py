@@ -21,11 +21,11 @@ import ray
 import torch
 
 from shoal.cluster.environment import environment
-from shoal.cluster.ray_cluster import connect
-from shoal.cluster.ray_transport import RayTransport
+from shoal.cluster.workers.ray_cluster import connect
+from shoal.cluster.workers.ray_transport import RayTransport
 from shoal.parallel.kv_transport import Fetch, KVChunk, KVTransport, checksum_of
 from shoal.parallel.nixl_transport import NixlTransport
-from shoal.runtime.handoff import MAX_FETCHES
+from shoal.runtime.kv_cache.transfer import MAX_FETCHES
 
 TRANSPORTS: dict[str, dict[str, str]] = {"nixl": {}, "nixl, tcp": {"UCX_TLS": "^sm"}, "ray": {}}
 """By name, the environment of its processes."""

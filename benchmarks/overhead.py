@@ -32,7 +32,7 @@ ENGINE = {"data_parallel_size": 2, "num_threads_per_worker": 1, "max_num_seqs": 
 
 def build_untagged(*args: Any) -> Any:
     """In a worker: an engine whose collectives have headers that are made once and say sizes only."""
-    from shoal.cluster.engine_factory import build_engine
+    from shoal.cluster.workers.engine_factory import build_engine
     from shoal.parallel import collectives
 
     common = bytes(collectives._COMMON.size)
@@ -52,9 +52,9 @@ def build_untagged(*args: Any) -> Any:
 
 def without() -> ExitStack:
     """In the driver: no supervision, no reports of progress, no journal."""
-    from shoal.cluster.job import _Run
-    from shoal.cluster.journal import Journal
-    from shoal.cluster.supervisor import Supervisor
+    from shoal.cluster.jobs.job import _Run
+    from shoal.cluster.jobs.journal import Journal
+    from shoal.cluster.supervision.supervisor import Supervisor
 
     stack = ExitStack()
     stack.enter_context(patch.object(Supervisor, "launch", lambda self, launch: launch))
@@ -65,13 +65,13 @@ def without() -> ExitStack:
 
 def one(model: str, workload: str, variant: str, repeat: int) -> dict[str, Any]:
     """Seconds of a job, without its start; after a warm-up with other ids."""
-    from shoal.cluster.batch import job_spec
+    from shoal.cluster.commands.batch import job_spec
     from shoal.cluster.engine_args import EngineArgs
-    from shoal.cluster.job import run_job
-    from shoal.cluster.job_config import JobConfig
-    from shoal.cluster.progress import ProgressReporter
-    from shoal.cluster.start import start_engines
-    from shoal.cluster.stop_signal import StopSignal
+    from shoal.cluster.jobs.config import JobConfig
+    from shoal.cluster.jobs.job import run_job
+    from shoal.cluster.jobs.progress import ProgressReporter
+    from shoal.cluster.jobs.stop_signal import StopSignal
+    from shoal.cluster.replicas.start import start_engines
 
     args = EngineArgs(model=model, **ENGINE)
     _, _, output_len = WORKLOADS[workload]

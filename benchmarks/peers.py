@@ -94,8 +94,8 @@ def seconds_since_start() -> float:
 
 def compare(args: argparse.Namespace) -> None:
     """Measure the workloads that were asked for, and write the report, the table and the plot."""
+    from shoal.cluster.bench.roofline import measure_ceilings
     from shoal.cluster.environment import environment
-    from shoal.cluster.roofline import measure_ceilings
 
     path = Path(args.output)
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"benchmark": "peers", "workloads": {}}
@@ -216,7 +216,7 @@ def summary(
     workload: str, model: str, ceilings: Any, runs: dict[str, list[dict[str, Any]]], layouts: list[str]
 ) -> dict[str, Any]:
     """Medians with spread, ratios between contenders, and how close each comes to the limit."""
-    from shoal.cluster.roofline import workload_limit
+    from shoal.cluster.bench.roofline import workload_limit
     from shoal.runtime.models.config import ModelConfig
 
     count, prompt, output = WORKLOADS[workload]

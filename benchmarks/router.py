@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from shoal.cluster.replica_spec import Role
-from shoal.cluster.routing import Effect, RequestRouter, Send
-from shoal.cluster.routing_groups import GroupSpec
-from shoal.cluster.routing_prefixes import MAX_PREFIXES, PREFIX_TOKENS, PrefixIndex, prefix_hashes
-from shoal.cluster.wire import Abort, Event
+from shoal.cluster.routing.groups import GroupSpec
+from shoal.cluster.routing.prefixes import MAX_PREFIXES, PREFIX_TOKENS, PrefixIndex, prefix_hashes
+from shoal.cluster.routing.request_router import Effect, RequestRouter, Send
+from shoal.cluster.workers.wire import Abort, Event
 from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.types import (
     CompletionOutput,

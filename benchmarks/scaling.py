@@ -135,7 +135,7 @@ class Steps:
 
         One is a generated token, several are a chunk of a prompt.
         """
-        from shoal.runtime.batch import Batch, ScheduledSequence
+        from shoal.runtime.scheduling.batch import Batch, ScheduledSequence
 
         runner = self._load()
         blocks = -(-context // BLOCK_SIZE)
@@ -163,8 +163,8 @@ class Steps:
 
     def _load(self) -> Any:
         from shoal.parallel.groups import single_process_groups
-        from shoal.runtime.engine_config import EngineConfig
-        from shoal.runtime.model_loading import load_model
+        from shoal.runtime.engine.config import EngineConfig
+        from shoal.runtime.engine.model_loading import load_model
 
         if self._runner is None:
             config = EngineConfig(num_kv_blocks=self._num_blocks, block_size=BLOCK_SIZE)
@@ -178,7 +178,7 @@ class Steps:
 
 def checkpoint(models: Path, kind: str) -> Path:
     """A model of that kind, made once."""
-    from shoal.runtime.random_checkpoint import make_checkpoint
+    from tests.support.checkpoints import make_checkpoint
 
     folder = models / kind
     if not (folder / "tokenizer.json").exists():  # written last

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from shoal.parallel.config import ParallelConfig
-from shoal.runtime.engine_config import EngineConfig
-from shoal.runtime.model_loading import check_layout
+from shoal.runtime.engine.config import EngineConfig
+from shoal.runtime.engine.model_loading import check_layout
 from shoal.runtime.models.config import ModelConfig
 
 from .replica_spec import ReplicaSpec, parse_replicas

@@ -11,18 +11,18 @@ import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
-from shoal.runtime.step_profile import StepProfile
-from shoal.runtime.tokenizer import Tokenizer
+from shoal.runtime.engine.step_profile import StepProfile
+from shoal.runtime.request_limits import RequestLimits, check_request
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
-from shoal.runtime.validation import RequestLimits, check_request
 
 from .bundled import BUNDLED_MODEL
 from .engine_args import EngineArgs
-from .engine_factory import BUILD_ENGINE
-from .engine_thread import AbortableEngines, EngineThread
-from .inprocess import InProcessEngine
 from .prompts import ModelPrompts
-from .worker_spec import OnPhase
+from .replicas.engine_thread import AbortableEngines, EngineThread
+from .replicas.inprocess import InProcessEngine
+from .workers.engine_factory import BUILD_ENGINE
+from .workers.spec import OnPhase
 
 Executor = Literal["auto", "ray", "inprocess"]
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -60,7 +60,7 @@ class LLM:
 
         def start() -> AbortableEngines:
             if executor == "ray":
-                from .start import start_engines  # with Ray, which one process does not need
+                from .replicas.start import start_engines  # with Ray, which one process does not need
 
                 return start_engines(args, on_phase=on_phase, engine_factory=engine_factory)
             return InProcessEngine(args, on_phase=on_phase, engine_factory=engine_factory)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.runtime.chat import encode_chat
-from shoal.runtime.tokenizer import BOS, Tokenizer
+from shoal.runtime.tokenization.chat import encode_chat
+from shoal.runtime.tokenization.tokenizer import BOS, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

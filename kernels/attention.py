@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from .build import c_function, num_threads
+from .kv_format import FP8_RECORDS, Records, latent_width, read_latents, records_args
 from .linear import DTYPE_CODES, PackedWeight
-from .records import FP8_RECORDS, Records, latent_width, read_latents, records_args
 from .registry import implementation, register
 
 BLOCK_KEYS = 64
@@ -179,7 +179,7 @@ def mla_attention(
     """The absorbed form: softmax(scale * q . key) . value per token and head -> [T, h, Dl] in the queries' dtype.
 
     q_latent: [T, h, Dl], q_rope: [T, h, Dr], both fp32 or both bf16, last dimension contiguous. records: [num_slots,
-    W] as kernels/records.py says, in the queries' dtype or in FP8, rows at any distance.
+    W] as kernels/kv_format.py says, in the queries' dtype or in FP8, rows at any distance.
     selected: [T, topk] int32, the positions a token attends to, ascending, -1 from the first unused entry on; None is
     every position up to its own.
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .attention import LayoutArgs, PagedLayout, slot_error
 from .build import c_function, num_threads
+from .kv_format import IndexKeys, index_keys_args, index_page_size, read_index_keys
 from .linear import DTYPE_CODES
-from .records import IndexKeys, index_keys_args, index_page_size, read_index_keys
 from .registry import implementation, register
 
 _INDEX_TOPK = (
@@ -49,7 +49,7 @@ def index_topk(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, to
     """The `topk` positions of each token's context that score best -> [T, topk] int32, ascending, then -1.
 
     q: [T, Hi, D], weights: [T, Hi] fp32, keys: pages [num_blocks, block_size * width] in q's dtype or in FP8, as
-    kernels/records.py says, contiguous. A context (positions 0..positions[t]) of at most topk positions is returned
+    kernels/kv_format.py says, contiguous. A context (positions 0..positions[t]) of at most topk positions is returned
     whole, unscored. Otherwise scores are those of `index_scores`, the selection that of `topk_positions`: both depend
     on the token and its context only. ValueError when a context reaches outside the block table or the pages.
     """

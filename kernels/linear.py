@@ -4,7 +4,7 @@ Contract: y[i, j] is one fp32 chain over k ascending, `acc = fma(x[i, k], w[j, k
 widened to fp32 (exact), and one rounding to the output dtype (to nearest, ties to even). So neither the number of rows
 or columns, nor a split of the output, nor the number of threads changes a bit. The reference backend keeps the same
 dtypes and roundings in torch, in whatever order torch sums; Triton's kernels in an order of their own, which is the
-same for every row (kernels/triton/multiply.py).
+same for every row (kernels/triton/gemm.py).
 
 A weight in FP8 with block scales stays in 8 bits and gives the bits of the weight that is dequantised first: a panel is
 dequantised when it is used, each element rounded once to the input's dtype. Triton's kernels multiply it by bf16 inputs

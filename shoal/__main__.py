@@ -1,6 +1,6 @@
 """`python -m shoal` is the command line."""
 
-from shoal.cluster.cli import main
+from shoal.cluster.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import PagedLayout
-from ..records import FP8_RECORDS
+from ..kv_format import FP8_RECORDS
 from ..registry import register
-from . import hopper
+from . import attention_hopper as hopper
 from .launch import decode_e4m3, dot, has_fp8, round_to, shared_memory
 
 SPLIT_KEYS = 2048
@@ -261,7 +261,7 @@ def mla_options(dtype: torch.dtype, capability: tuple[int, int], shared_bytes: i
 def mla_attention_triton(
     q_latent: Tensor, q_rope: Tensor, records: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
 ) -> Tensor:
-    """FP8 records, `kernels/records.py`, go with bf16 queries of 512 and 64 columns; ValueError for others."""
+    """FP8 records, `kernels/kv_format.py`, go with bf16 queries of 512 and 64 columns; ValueError for others."""
     if records.dtype == FP8_RECORDS:
         dims = (q_latent.shape[2], q_rope.shape[2])
         if q_latent.dtype != torch.bfloat16 or dims != (FP8_LATENT_DIM, FP8_ROPE_DIM):

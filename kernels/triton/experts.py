@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..linear import PackedWeight
 from ..registry import register
+from .gemm import NATIVE_FP8, multiply_and_store, multiply_tile_pair, store_tile, tile_of
+from .gemm_config import Tiles, tiles_for
 from .launch import round_to, shared_memory
 from .linear import Operands
-from .multiply import NATIVE_FP8, multiply_and_store, multiply_tile_pair, store_tile, tile_of
-from .tiles import Tiles, tiles_for
 
 
 @triton.jit

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..kv_format import FP8_RECORDS, index_page_size
 from ..quant import BLOCK
-from ..records import FP8_RECORDS, index_page_size
 from ..registry import register
 from ..rope import Rotation
 from .launch import has_fp8, round_to

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import PagedLayout
-from ..records import FP8_RECORDS
+from ..kv_format import FP8_RECORDS
 from ..registry import register
 from .attention import find_blocks, find_sequence
 from .launch import decode_e4m3, dot, has_fp8, round_to

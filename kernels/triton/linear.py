@@ -13,10 +13,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..linear import PackedWeight
 from ..quant import scale_columns
 from ..registry import register
+from .gemm import BF16, CHUNK, DECODED_FP8, FP32, NATIVE_FP8, multiply_and_store, tile_of
+from .gemm_config import Tiles, tiles_for
 from .launch import has_fp8, num_sms, round_to, shared_memory
-from .multiply import BF16, CHUNK, DECODED_FP8, FP32, NATIVE_FP8, multiply_and_store, tile_of
 from .quant import quantize_token_groups
-from .tiles import Tiles, tiles_for
 
 ALIGNMENT = 16
 """Of rows, in bytes, for tensor descriptors."""

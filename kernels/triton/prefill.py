@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import PagedLayout
+from ..kv_format import read_latents
 from ..linear import PackedWeight, batched_linear
-from ..records import read_latents
 from ..registry import register
 from .launch import dot, round_to, shared_memory
 from .token_tiles import token_tiles

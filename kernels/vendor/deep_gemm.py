@@ -16,9 +16,9 @@ from torch import Tensor
 from ..attention import PagedLayout
 from ..experts import swiglu
 from ..indexer import topk_positions
+from ..kv_format import FP8_RECORDS
 from ..linear import PackedWeight
 from ..quant import BLOCK, quantize_token_groups, scale_columns
-from ..records import FP8_RECORDS
 from ..registry import register
 from ..triton.indexer import index_topk_triton
 from . import LIBRARIES

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..attention import PagedLayout
-from ..records import FP8_RECORDS
+from ..kv_format import FP8_RECORDS
 from ..registry import register
 from ..triton.attention import find_lists
 from . import LIBRARIES

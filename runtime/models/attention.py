@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
-from shoal.kernels.blocks import AttentionBlock, Weight
+from shoal.kernels.fused import AttentionBlock, Weight
 from shoal.kernels.indexer import index_topk
+from shoal.kernels.kv_format import write_index_keys, write_latents
 from shoal.kernels.linear import DTYPE_CODES, batched_linear, linear, pack_weight
 from shoal.kernels.norm import rms_norm
-from shoal.kernels.records import write_index_keys, write_latents
 from shoal.kernels.rope import Rotation, apply_rope
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, shard
 
-from ..kv_cache import KVCache
+from ..kv_cache.cache import KVCache
 from .config import ModelConfig
 from .forward import AttentionMetadata
 from .weights import LayerWeights

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.kernels.blocks import StepArgs, attention_block, step_args
+from shoal.kernels.fused import StepArgs, attention_block, step_args
+from shoal.kernels.kv_format import latent_width
 from shoal.kernels.linear import pack_weight
 from shoal.kernels.norm import add_rms_norm, rms_norm
-from shoal.kernels.records import latent_width
 from shoal.kernels.rope import cos_sin_table, inv_freq
 from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
@@ -16,8 +16,8 @@ from shoal.parallel.linear import gather_last_dim, shard
 from shoal.parallel.lm_head import ParallelLMHead, vocab_shard
 from shoal.parallel.placement import ExpertPlacement
 
-from ..kv_cache import KVCache, RecordSpec
-from ..loader import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
+from ..kv_cache.cache import KVCache, RecordSpec
 from .attention import MLAttention
 from .config import ModelConfig
 from .forward import AttentionMetadata

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.kernels import blocks
+from shoal.kernels import fused as blocks
 from shoal.kernels.experts import experts_mlp, mlp, swiglu
 from shoal.kernels.linear import DTYPE_CODES, PackedWeight, linear, pack_each, pack_weight
-from shoal.kernels.router import route
+from shoal.kernels.topk_router import route
 from shoal.parallel.dispatcher import LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, gather_tokens, shard, split_tokens

@@ -10,7 +10,7 @@ from torch import Tensor
 from shoal.kernels.linear import PackedWeight, pack_weight
 from shoal.kernels.quant import BlockFP8Weight
 
-from ..loader import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

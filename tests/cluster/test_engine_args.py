@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shoal.cluster.engine_args import EngineArgs
-from shoal.runtime.engine_config import EngineConfig
+from shoal.runtime.engine.config import EngineConfig
 
 
 def test_the_engine_gets_its_part() -> None:

@@ -19,14 +19,14 @@ import ray
 import torch
 
 import shoal
-from shoal.cluster.engine_factory import BUILD_PROFILED_ENGINE
-from shoal.cluster.inprocess import InProcessEngine
 from shoal.cluster.llm import LLM, params_list, prompt_list, token_id_tuple
-from shoal.cluster.wire import pack_output
-from shoal.runtime.tokenizer import write_byte_tokenizer
+from shoal.cluster.replicas.inprocess import InProcessEngine
+from shoal.cluster.workers.engine_factory import BUILD_PROFILED_ENGINE
+from shoal.cluster.workers.wire import pack_output
+from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import RequestOutput, SamplingParams
-from tests.checkpoints import make_checkpoint, tiny_config
-from tests.cluster.stub_engine import RAISES, REFUSED, STUB
+from tests.support.checkpoints import make_checkpoint, tiny_config
+from tests.support.stub_engine import RAISES, REFUSED, STUB
 
 BOS, THINK, END_THINK, USER, ASSISTANT = 0, 259, 260, 261, 262
 
@@ -242,7 +242,7 @@ def test_one_worker_needs_no_ray(
 
         return start
 
-    monkeypatch.setattr("shoal.cluster.start.start_engines", chosen("ray"))
+    monkeypatch.setattr("shoal.cluster.replicas.start.start_engines", chosen("ray"))
     monkeypatch.setattr("shoal.cluster.llm.InProcessEngine", chosen("inprocess"))
     with pytest.raises(LookupError, match=f"^'?{executor}'?$"):
         LLM(model, engine_factory=STUB, **arguments)

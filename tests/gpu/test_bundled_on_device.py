@@ -7,7 +7,7 @@ import torch
 
 from shoal import LLM, SamplingParams
 from shoal.cluster.bundled import questions
-from shoal.cluster.eval import final_answer
+from shoal.cluster.commands.eval import final_answer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from shoal.parallel.groups import single_process_groups
-from shoal.runtime.engine import Engine
-from shoal.runtime.engine_config import EngineConfig
+from shoal.runtime.engine.config import EngineConfig
+from shoal.runtime.engine.engine import Engine
 from shoal.runtime.types import Request, SamplingParams
-from tests.checkpoints import make_checkpoint
-from tests.invariance import (
+from tests.support.checkpoints import make_checkpoint
+from tests.support.invariance import (
     BASE_ENGINE,
     SCHEDULES,
     Point,

@@ -16,8 +16,8 @@ from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from shoal.kernels.quant import quantize_block_fp8, quantize_token_groups
 from shoal.kernels.registry import use_backend
 from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
-from shoal.kernels.router import route
 from shoal.kernels.sampling import sample_tokens
+from shoal.kernels.topk_router import route
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -87,8 +87,8 @@ def test_a_row_has_the_same_bits_in_every_batch(kind: torch.dtype, n: int, k: in
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_tiles_have_the_same_bits(kind: torch.dtype) -> None:
     # Not at the top: where there is no GPU there may be no Triton.
+    from shoal.kernels.triton.gemm_config import TILES
     from shoal.kernels.triton.linear import Operands, multiply
-    from shoal.kernels.triton.tiles import TILES
 
     x = inputs(kind, 300, 7168)
     with use_backend("triton"):

@@ -19,8 +19,8 @@ from shoal.parallel import groups as groups_module
 from shoal.parallel.collectives import Communicator
 from shoal.parallel.groups import ParallelGroups, single_process_groups
 from shoal.parallel.transport import SocketMesh
-from tests.invariance import Point, Rows, differing, make_model, run_point, run_points_on_rank
-from tests.parallel.spawn import run_ranks
+from tests.support.invariance import Point, Rows, differing, make_model, run_point, run_points_on_rank
+from tests.support.spawn import run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

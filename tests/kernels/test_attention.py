@@ -11,8 +11,8 @@ from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
 from shoal.kernels.fp8_rows import quantize_rows_fp8
+from shoal.kernels.kv_format import FP8_RECORDS, read_latents
 from shoal.kernels.linear import pack_weight
-from shoal.kernels.records import FP8_RECORDS, read_latents
 from shoal.kernels.registry import Backend, use_backend
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")

@@ -11,7 +11,7 @@ from torch import Tensor
 from shoal.kernels.attention import PagedLayout
 from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores, index_topk, topk_positions
-from shoal.kernels.records import FP8_RECORDS, index_key_width, scatter_index_keys
+from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, scatter_index_keys
 from shoal.kernels.registry import Backend, use_backend
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")

@@ -18,7 +18,7 @@ from torch import Tensor
 from shoal.parallel import nixl_transport
 from shoal.parallel.kv_transport import Fetch, KVChunk, TransferError, checksum_of
 from shoal.parallel.nixl_transport import NixlTransport, Slice
-from tests.sockets import listening
+from tests.support.sockets import listening
 
 DEADLINE_S = 30.0
 """Of what must happen at once."""

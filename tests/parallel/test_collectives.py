@@ -15,7 +15,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from shoal.parallel.collectives import CollectiveError, Communicator
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import init_groups
-from tests.parallel.spawn import barrier, run_ranks
+from tests.support.spawn import barrier, run_ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
 SHAPES = [(3,), (2, 3), (2, 3, 4), (0, 3), (3, 0), (4096 // 4 + 1, 2)]

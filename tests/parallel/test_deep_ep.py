@@ -28,15 +28,15 @@ from shoal.parallel.deep_ep import (
 from shoal.parallel.dispatcher import LocalTokenDispatcher
 from shoal.parallel.groups import ParallelGroups, create_groups, init_groups, single_process_groups
 from shoal.parallel.placement import ExpertPlacement
-from shoal.runtime import model_loading
-from shoal.runtime.engine import Engine
-from shoal.runtime.engine_config import EngineConfig
+from shoal.runtime.engine import model_loading
+from shoal.runtime.engine.config import EngineConfig
+from shoal.runtime.engine.engine import Engine
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.models.deepseek import default_placement
-from tests.fakes.deep_ep import module_with
-from tests.invariance import Point, Rows, differing, make_model, run_point, run_points_on_rank
-from tests.parallel.dispatching import HIDDEN, NUM_EXPERTS, random_inputs, through
-from tests.parallel.spawn import run_ranks
+from tests.support.dispatching import HIDDEN, NUM_EXPERTS, random_inputs, through
+from tests.support.fakes.deep_ep import module_with
+from tests.support.invariance import Point, Rows, differing, make_model, run_point, run_points_on_rank
+from tests.support.spawn import run_ranks
 
 INTERFACES = ("EPBuffer", "ElasticBuffer", "Buffer")
 PLACEMENTS: dict[str, Callable[[int], ExpertPlacement]] = {

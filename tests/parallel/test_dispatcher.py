@@ -12,8 +12,8 @@ from shoal.parallel.config import ParallelConfig
 from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
 from shoal.parallel.groups import init_groups
 from shoal.parallel.placement import ExpertPlacement
-from tests.parallel.dispatching import NUM_EXPERTS, in_out_rows, random_inputs, through
-from tests.parallel.spawn import barrier, run_ranks
+from tests.support.dispatching import NUM_EXPERTS, in_out_rows, random_inputs, through
+from tests.support.spawn import barrier, run_ranks
 
 PLACEMENTS: dict[str, Callable[[int], ExpertPlacement]] = {
     "contiguous": lambda n: ExpertPlacement.contiguous(NUM_EXPERTS, n),

@@ -15,7 +15,7 @@ from shoal.parallel import groups as groups_module
 from shoal.parallel.collectives import CollectiveError
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import create_groups, init_groups, single_process_groups
-from tests.parallel.spawn import run_ranks
+from tests.support.spawn import run_ranks
 
 LAYOUTS = [(2, 2), (4, 1), (1, 4), (2, 2), (1, 2), (2, 1)]
 

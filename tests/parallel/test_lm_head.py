@@ -12,7 +12,7 @@ from shoal.kernels.linear import linear, pack_weight
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import init_groups
 from shoal.parallel.lm_head import ParallelLMHead, vocab_shard
-from tests.parallel.spawn import run_ranks
+from tests.support.spawn import run_ranks
 
 VOCAB, HIDDEN = 203, 64
 

@@ -12,7 +12,7 @@ import pytest
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from shoal.parallel.transport import Patience, SocketMesh, connect_mesh
-from tests.sockets import listening
+from tests.support.sockets import listening
 
 HEADER = 16
 

@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, cast
 
-from shoal.cluster import liveness as liveness_module
-from shoal.cluster import replica as replica_module
-from shoal.cluster import router as router_module
-from shoal.cluster import routing_prefixes as prefixes_module
-from shoal.cluster import supervisor as supervisor_module
-from shoal.cluster.actors import Launch, Seat, WorkerProcess
-from shoal.cluster.assignment import Assignment
 from shoal.cluster.engine_args import EngineArgs
-from shoal.cluster.replica import Replica
 from shoal.cluster.replica_spec import ReplicaSpec
-from shoal.cluster.router import Router
-from shoal.cluster.supervisor import ReplicaPlan, Supervisor
-from shoal.cluster.wire import Event
+from shoal.cluster.replicas import replica as replica_module
+from shoal.cluster.replicas import router as router_module
+from shoal.cluster.replicas.replica import Replica
+from shoal.cluster.replicas.router import Router
+from shoal.cluster.routing import prefixes as prefixes_module
+from shoal.cluster.supervision import supervisor as supervisor_module
+from shoal.cluster.supervision.supervisor import ReplicaPlan, Supervisor
+from shoal.cluster.workers import liveness as liveness_module
+from shoal.cluster.workers.actors import Launch, Seat, WorkerProcess
+from shoal.cluster.workers.assignment import Assignment
+from shoal.cluster.workers.wire import Event
 
 from .engine import EngineSettings
 from .faults import Plan, Strike

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from shoal.parallel.config import ParallelConfig
-from shoal.runtime.batch import ScheduledSequence
-from shoal.runtime.block_manager import BlockManager
-from shoal.runtime.engine import Engine
-from shoal.runtime.handoff import Clock, KVExporter, KVLoader
-from shoal.runtime.output_processor import OutputProcessor
-from shoal.runtime.scheduler import Scheduler, SchedulerConfig
-from shoal.runtime.validation import RequestLimits
+from shoal.runtime.engine.engine import Engine
+from shoal.runtime.engine.output_processor import OutputProcessor
+from shoal.runtime.kv_cache.transfer import Clock, KVExporter, KVLoader
+from shoal.runtime.request_limits import RequestLimits
+from shoal.runtime.scheduling.batch import ScheduledSequence
+from shoal.runtime.scheduling.block_manager import BlockManager
+from shoal.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
 
 from .model import BYTES_PER_TOKEN, EOS, VOCAB_SIZE, Cache, Row, Runner, Sampler
 

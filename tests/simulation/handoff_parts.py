@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.cluster.replica_spec import Role
-from shoal.cluster.routing import Deliver, Effect, RequestRouter
-from shoal.cluster.routing_groups import GroupSpec
-from shoal.cluster.wire import Abort, Command, EndPrefill, Event
-from shoal.cluster.worker import obey
+from shoal.cluster.routing.groups import GroupSpec
+from shoal.cluster.routing.request_router import Deliver, Effect, RequestRouter
+from shoal.cluster.workers.wire import Abort, Command, EndPrefill, Event
+from shoal.cluster.workers.worker import obey
 from shoal.parallel import kv_transport
 from shoal.parallel.kv_transport import KVChunk, TransferError
-from shoal.runtime.handoff import _Load
-from shoal.runtime.sequence import Sequence as RuntimeSequence
+from shoal.runtime.kv_cache.transfer import _Load
+from shoal.runtime.scheduling.sequence import Sequence as RuntimeSequence
 from shoal.runtime.types import PromptLoaded, RequestOutput, RequestProgress
 
 from .engine import EngineSettings, SimulatedEngine, SingleRank

@@ -9,9 +9,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.kv_transport import KVChunk
-from shoal.runtime.block_manager import PrefixNode
-from shoal.runtime.output_processor import OutputProcessor
-from shoal.runtime.scheduler import SchedulerConfig
+from shoal.runtime.engine.output_processor import OutputProcessor
+from shoal.runtime.scheduling.block_manager import PrefixNode
+from shoal.runtime.scheduling.scheduler import SchedulerConfig
 from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
 
 from .engine import EngineSettings, NoFailpoints

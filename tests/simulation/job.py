@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, cast
 
-from shoal.cluster.journal import Journal, ProgressRecord, Record, RowRecord
-from shoal.cluster.router import Router
+from shoal.cluster.jobs.journal import Journal, ProgressRecord, Record, RowRecord
+from shoal.cluster.replicas.router import Router
 from shoal.runtime.types import GeneratedTokens, Request
 
 from .model import Row

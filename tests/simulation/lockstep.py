@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shoal.parallel.collectives import CollectiveError
-from shoal.runtime.batch import EMPTY_BATCH, Batch
-from shoal.runtime.step import StepResult
+from shoal.runtime.engine.step import StepResult
+from shoal.runtime.scheduling.batch import EMPTY_BATCH, Batch
 
 from .model import TakePromptLogits
 from .virtual import World

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shoal.cluster.wire import Abort, Command, EndPrefill, Event
+from shoal.cluster.workers.wire import Abort, Command, EndPrefill, Event
 from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.types import PromptLoaded, RequestOutput
 

@@ -13,8 +13,8 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from shoal.runtime.batch import Batch, ScheduledSequence
-from shoal.runtime.sampler import SampledToken, Sampling, SamplingRow
+from shoal.runtime.sampling.sampler import SampledToken, Sampling, SamplingRow
+from shoal.runtime.scheduling.batch import Batch, ScheduledSequence
 from shoal.runtime.types import FinishReason, Logprob, Request, SamplingParams
 
 VOCAB_SIZE = 13

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster import membership, routing
-from shoal.cluster.journal import Journal, ProgressRecord, Record
-from shoal.cluster.routing import RequestRouter
+from shoal.cluster.jobs.journal import Journal, ProgressRecord, Record
+from shoal.cluster.routing import request_router as routing
+from shoal.cluster.routing.request_router import RequestRouter
+from shoal.cluster.supervision import membership
 from shoal.parallel import kv_transport
-from shoal.runtime import handoff
-from shoal.runtime.block_manager import BlockManager
-from shoal.runtime.engine import Engine
-from shoal.runtime.handoff import KVExporter, KVLoader
-from shoal.runtime.scheduler import Scheduler
-from shoal.runtime.sequence import Sequence
+from shoal.runtime.engine.engine import Engine
+from shoal.runtime.kv_cache import transfer as handoff
+from shoal.runtime.kv_cache.transfer import KVExporter, KVLoader
+from shoal.runtime.scheduling.block_manager import BlockManager
+from shoal.runtime.scheduling.scheduler import Scheduler
+from shoal.runtime.scheduling.sequence import Sequence
 
 Patch = pytest.MonkeyPatch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from shoal.cluster.routing import RequestRouter
+from shoal.cluster.routing.request_router import RequestRouter
 from shoal.runtime.types import RequestOutput, RequestProgress
 
 from .engine import SimulatedEngine

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray.exceptions import RayError
 
-from shoal.cluster.assignment import Assignment
-from shoal.cluster.liveness import Message
-from shoal.cluster.wire import Command, Event
-from shoal.cluster.worker import obey
-from shoal.cluster.worker_spec import StartReport
-from shoal.runtime.batch import Batch
-from shoal.runtime.step import StepResult
-from shoal.runtime.validation import RequestLimits
+from shoal.cluster.workers.assignment import Assignment
+from shoal.cluster.workers.liveness import Message
+from shoal.cluster.workers.spec import StartReport
+from shoal.cluster.workers.wire import Command, Event
+from shoal.cluster.workers.worker import obey
+from shoal.runtime.engine.step import StepResult
+from shoal.runtime.request_limits import RequestLimits
+from shoal.runtime.scheduling.batch import Batch
 
 from .engine import SimulatedEngine
 from .lockstep import Epoch, Groups, LeadingRunner, Lockstep

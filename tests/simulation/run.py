@@ -6,9 +6,9 @@ import errno
 from dataclasses import dataclass
 from random import Random
 
-from shoal.cluster import journal as journal_module
+from shoal.cluster.jobs import journal as journal_module
 from shoal.cluster.replica_spec import ReplicaSpec, Role
-from shoal.cluster.router import Router
+from shoal.cluster.replicas.router import Router
 
 from .cluster import Cluster, Layout, installed, replaced
 from .engine import EngineSettings

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NamedTuple
 
-from shoal.cluster.wire import Command, Event
+from shoal.cluster.workers.wire import Command, Event
 
 from .engine import EngineSettings
 from .handoff_parts import Desk, Site, message_key

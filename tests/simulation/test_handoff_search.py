@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
+from tests.simulation import mutants
 
-from . import mutants
 from .engine import EngineSettings
 from .model import Row
 from .search import FAULTS, Scope, Search

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from . import mutants
+from tests.simulation import mutants
+
 from .run import run
 
 NUM_SEEDS = 1000

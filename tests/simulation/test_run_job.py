@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster import batch_output as batch_output_module
-from shoal.cluster import journal as journal_module
-from shoal.cluster.batch_input import read_lines
-from shoal.cluster.batch_rows import BatchRow, RowRules, read_row
-from shoal.cluster.job import EXIT_OK, JobResult, JobSpec, run_job
-from shoal.cluster.progress import ProgressReporter
-from shoal.cluster.row_output import answered_row
-from shoal.cluster.stop_signal import EXIT_DRAINED, StopSignal
+from shoal.cluster.jobs import journal as journal_module
+from shoal.cluster.jobs import output as batch_output_module
+from shoal.cluster.jobs.input import read_lines
+from shoal.cluster.jobs.job import EXIT_OK, JobResult, JobSpec, run_job
+from shoal.cluster.jobs.progress import ProgressReporter
+from shoal.cluster.jobs.row_output import answered_row
+from shoal.cluster.jobs.rows import BatchRow, RowRules, read_row
+from shoal.cluster.jobs.stop_signal import EXIT_DRAINED, StopSignal
+from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import CompletionOutput, RequestOutput
-from shoal.runtime.validation import RequestLimits
-from tests.cluster.stub_job import AllowedErrors
+from tests.support.stub_job import AllowedErrors
 
 from .cluster import Cluster, installed, replaced
 from .faults import Plan

@@ -14,10 +14,10 @@ import transformers
 
 from shoal import LLM, SamplingParams
 from shoal.cluster.bundled import BUNDLED_MODEL, questions
-from shoal.cluster.eval import final_answer
+from shoal.cluster.commands.eval import final_answer
 from shoal.cluster.prompts import ModelPrompts
-from shoal.runtime.tokenizer import Tokenizer
-from tests.harness import logits_in_chunks, make_runner
+from shoal.runtime.tokenization.tokenizer import Tokenizer
+from tests.support.harness import logits_in_chunks, make_runner
 
 ROOT = Path(__file__).parents[2]
 FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}

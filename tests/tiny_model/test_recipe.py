@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from shoal.cluster.prompts import ModelPrompts
-from shoal.runtime.tokenizer import Tokenizer, write_byte_tokenizer
-from tests.harness import logits_in_chunks, make_runner
+from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
+from tests.support.harness import logits_in_chunks, make_runner
 
-RECIPE = Path(__file__).parents[2] / "benchmarks" / "tiny_model"
+RECIPE = Path(__file__).parents[2] / "examples" / "tiny_model"
 MODULES = ("tasks", "data", "model", "optimizer", "export", "train")
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from shoal.kernels.triton import attention, hopper, indexer, prefill, topk
+from shoal.kernels.triton import attention, indexer, prefill, topk
+from shoal.kernels.triton import attention_hopper as hopper
 from tests.kernels.triton.compiler import SHARED_BYTES, Case, compile_cases, compile_modules
 
 MODULES = (attention, hopper, indexer, prefill, topk)

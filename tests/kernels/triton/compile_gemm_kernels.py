@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from shoal.kernels.triton import dispatch, experts, index_keys, linear, norm, quant, rope, router, sampling
-from shoal.kernels.triton.multiply import BF16, DECODED_FP8, FP32, NATIVE_FP8
-from shoal.kernels.triton.tiles import TILES, Tiles
+from shoal.kernels.triton import dispatch, experts, index_keys, linear, norm, quant, rope, sampling
+from shoal.kernels.triton import topk_router as router
+from shoal.kernels.triton.gemm import BF16, DECODED_FP8, FP32, NATIVE_FP8
+from shoal.kernels.triton.gemm_config import TILES, Tiles
 from tests.kernels.triton.compiler import SHARED_BYTES, Case, compile_cases, compile_modules
 
 MODULES = (norm, quant, rope, linear, experts, index_keys, router, sampling, dispatch)

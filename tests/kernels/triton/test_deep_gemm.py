@@ -11,15 +11,15 @@ from torch import Tensor
 from shoal.kernels.attention import PagedLayout
 from shoal.kernels.experts import experts_mlp
 from shoal.kernels.indexer import index_scores, index_topk
+from shoal.kernels.kv_format import FP8_RECORDS, read_index_keys, write_index_keys
 from shoal.kernels.linear import PackedWeight, pack_block_fp8, pack_weight
 from shoal.kernels.quant import quantize_block_fp8
-from shoal.kernels.records import FP8_RECORDS, read_index_keys, write_index_keys
 from shoal.kernels.registry import check_vendors, use_backend
 from shoal.kernels.rope import Rotation
 from shoal.kernels.vendor.deep_gemm import check_experts, check_index, check_scales, experts_mlp_deep_gemm, place_rows
-from tests.fakes.install import install
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.paging import to_device
+from tests.support.fakes.install import install
 
 HIDDEN, INNER = 256, 128
 COUNTS = [3, 0, 20, 16, 1]

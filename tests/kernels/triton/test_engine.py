@@ -11,13 +11,13 @@ import torch
 
 from shoal.kernels.registry import use_backend
 from shoal.parallel.groups import single_process_groups
-from shoal.runtime.engine import Engine
-from shoal.runtime.engine_config import EngineConfig
-from shoal.runtime.model_loading import choose_backend
+from shoal.runtime.engine.config import EngineConfig
+from shoal.runtime.engine.engine import Engine
+from shoal.runtime.engine.model_loading import choose_backend
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
-from tests.checkpoints import make_checkpoint
-from tests.fakes.install import install
 from tests.kernels.triton.interpreter import DEVICE
+from tests.support.checkpoints import make_checkpoint
+from tests.support.fakes.install import install
 
 PROMPTS = [list(range(3, 14)), [7, 5]]
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import mla_attention
-from shoal.kernels.records import FP8_RECORDS, write_latents
+from shoal.kernels.kv_format import FP8_RECORDS, write_latents
 from shoal.kernels.registry import check_vendors, use_backend
 from shoal.kernels.rope import Rotation
 from shoal.kernels.vendor.flash_mla import check_attention, padded_heads
-from tests.fakes.install import install
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.paging import Sequences, random_selection, to_device
+from tests.support.fakes.install import install
 
 LENGTHS = [70, 1, 150, 300]
 SPANS = [(69, 70), (0, 1), (148, 150), (299, 300)]

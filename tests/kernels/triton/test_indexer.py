@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
 from shoal.kernels.indexer import index_scores, index_topk, topk_positions
-from shoal.kernels.records import FP8_RECORDS, index_key_width, read_index_keys, write_index_keys
+from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, read_index_keys, write_index_keys
 from shoal.kernels.registry import use_backend
 from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
 from shoal.kernels.triton.indexer import paged_scores

@@ -15,13 +15,13 @@ from torch import Tensor
 from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
 from shoal.kernels.experts import combine_topk, swiglu
 from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
+from shoal.kernels.kv_format import FP8_RECORDS, read_latents, write_latents
 from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from shoal.kernels.quant import quantize_token_groups
-from shoal.kernels.records import FP8_RECORDS, read_latents, write_latents
 from shoal.kernels.registry import use_backend
 from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
-from shoal.kernels.router import route
 from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logits
+from shoal.kernels.topk_router import route
 from tests.kernels.triton.interpreter import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="interpreted here; tests/gpu is for devices")

@@ -1,0 +1,1 @@
+"""`shoal bench`: throughput and kernel benchmarks, and rooflines."""

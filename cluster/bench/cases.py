@@ -1,0 +1,446 @@
+"""What `shoal bench kernels` runs: every public op of the kernels on the sizes of a model. To add one, see `cases`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.attention import mha_attention, mla_attention
+from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
+from shoal.kernels.experts import combine_topk, experts_mlp, swiglu
+from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
+from shoal.kernels.indexer import index_scores, index_topk, topk_positions
+from shoal.kernels.kv_format import write_index_keys, write_latents
+from shoal.kernels.linear import batched_linear, linear
+from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
+from shoal.kernels.quant import quantize_token_groups
+from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
+from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logits
+from shoal.kernels.topk_router import route
+from shoal.runtime.sampling.sampler import Sampler, SamplingRow
+from shoal.runtime.types import SamplingParams
+
+from .shapes import BLOCK_SIZE, Inputs, Shapes
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One op on one set of sizes."""
+
+    op: str
+    sizes: str
+    make: Callable[[Inputs], tuple[Any, ...]]
+    """Arguments of the call, made for the backend in force."""
+    call: Callable[..., Any]
+    flops: float
+    num_bytes: float
+    """What must move at least: weights that are used and the inputs once, the outputs once (perhaps to a cache)."""
+    tolerance: float | None = None
+    """Largest `difference` from the reference; None: by the dtype of the output."""
+    has_reference: bool = True
+
+
+def num_slots(sequences: int, context: int) -> int:
+    return sequences * -(-context // BLOCK_SIZE) * BLOCK_SIZE
+
+
+def index_keys(r: Inputs, sequences: int, context: int, dim: int) -> Tensor:
+    """Pages of them, as many as the sequences have blocks."""
+    return r.normal(num_slots(sequences, context), dim).view(-1, BLOCK_SIZE * dim)
+
+
+def rotation(r: Inputs, dim: int, tokens: int, *, interleaved: bool) -> Rotation:
+    """Of tokens at any of 4096 positions."""
+    return Rotation(cos_sin_table(inv_freq(dim, 10000.0), 4096), r.positions(tokens, 4096), interleaved)
+
+
+def cases(s: Shapes) -> Iterator[Case]:
+    """Every public op of the kernels, and the sampler."""
+    for group in (_products, _rows, _attention, _records, _index, _exchange, _sampling):
+        yield from group(s)
+
+
+def _products(s: Shapes) -> Iterator[Case]:
+    """Linear layers and experts."""
+    h, inner, dl, heads = s.hidden_size, s.moe_intermediate_size, s.kv_lora_rank, s.num_attention_heads
+    top_k, v_all, local = s.num_experts_per_tok, heads * s.v_head_dim, s.num_local_experts
+    for t in s.rows:
+        yield _linear(t, v_all, h)
+    yield _linear(s.decode_batch, h, s.vocab_size, out_dtype=torch.float32)
+    yield _linear(s.decode_batch, h, s.n_routed_experts, dtype=torch.float32)
+    for t in s.rows:
+        yield _batched_linear(t, heads, s.qk_nope_head_dim, dl)
+    for t in s.rows:
+        yield _experts_mlp(max(1, t * top_k * local // s.n_routed_experts), local, h, inner)
+    t = s.rows[-1]
+    yield Case("swiglu", f"{t} x {inner}", lambda r: (r.normal(t, 2 * inner),), swiglu, 4 * t * inner, 6 * t * inner)
+    yield Case(
+        "combine_topk",
+        f"{t} x {top_k} x {h}",
+        lambda r: (
+            r.normal(t * top_k, h),
+            torch.arange(t * top_k).view(t, top_k),
+            r.normal(t, top_k, dtype=torch.float32).abs(),
+            r.normal(t, h),
+        ),
+        combine_topk,
+        2 * t * (top_k + 1) * h,
+        2 * t * (top_k + 2) * h,
+    )
+
+
+def _rows(s: Shapes) -> Iterator[Case]:
+    """Norms, rotations, routing, quantisation."""
+    h, dr, d, t = s.hidden_size, s.qk_rope_head_dim, s.index_head_dim, s.rows[-1]
+    heads, top_k = s.num_attention_heads, s.num_experts_per_tok
+    norm_weight = partial(Inputs.normal, dtype=torch.float32)
+    yield Case(
+        "rms_norm", f"{t} x {h}", lambda r: (r.normal(t, h), norm_weight(r, h), EPS), rms_norm, 4 * t * h, 4 * t * h
+    )
+    yield Case(
+        "add_rms_norm",
+        f"{t} x {h}",
+        lambda r: (r.normal(t, h), r.normal(t, h), norm_weight(r, h), EPS),
+        add_rms_norm,
+        5 * t * h,
+        8 * t * h,
+    )
+    yield Case(
+        "layer_norm",
+        f"{t} x {d}",
+        lambda r: (r.normal(t, d), norm_weight(r, d), norm_weight(r, d), EPS),
+        layer_norm,
+        7 * t * d,
+        4 * t * d,
+    )
+    yield Case(
+        "apply_rope",
+        f"{t} x {heads} x {dr}",
+        lambda r: (r.normal(t, heads, dr), rotation(r, dr, t, interleaved=True)),
+        apply_rope,
+        3 * t * heads * dr,
+        4 * t * heads * dr,
+    )
+    yield Case(
+        "route",
+        f"{t} x {s.n_routed_experts} -> {top_k}",
+        lambda r: (r.normal(t, s.n_routed_experts, dtype=torch.float32), torch.zeros(s.n_routed_experts)),
+        partial(
+            route,
+            n_group=s.n_group,
+            topk_group=s.topk_group,
+            top_k=top_k,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+        ),
+        8 * t * s.n_routed_experts,
+        4 * t * s.n_routed_experts + 12 * t * top_k,
+    )
+    yield Case(
+        "quantize_token_groups",
+        f"{t} x {h}",
+        lambda r: (r.normal(t, h),),
+        quantize_token_groups,
+        3 * t * h,
+        3 * t * h,
+    )
+
+
+def _attention(s: Shapes) -> Iterator[Case]:
+    """Dense and sparse, of prompts and of generated tokens."""
+    heads, dl, dr = s.num_attention_heads, s.kv_lora_rank, s.qk_rope_head_dim
+    width = dl + dr
+    b, context, long = s.decode_batch, s.context, s.long_context
+    scale = (s.qk_nope_head_dim + dr) ** -0.5
+    yield Case(
+        "mla_attention",
+        f"decode {b} x {context}",
+        lambda r: (
+            r.normal(b, heads, dl),
+            r.normal(b, heads, dr),
+            r.normal(num_slots(b, context), width),
+            r.layout(b, 1, context),
+            scale,
+        ),
+        mla_attention,
+        2 * b * context * heads * (width + dl),
+        2 * (b * context * width + b * heads * (width + dl)),
+    )
+    yield Case(
+        "mla_attention",
+        f"decode {b} x {s.index_topk} of {long}",
+        lambda r: (
+            r.normal(b, heads, dl),
+            r.normal(b, heads, dr),
+            r.normal(num_slots(b, long), width),
+            r.layout(b, 1, long),
+            scale,
+            r.selected(b, long, s.index_topk),
+        ),
+        lambda *args: mla_attention(*args[:5], selected=args[5]),
+        2 * b * s.index_topk * heads * (width + dl),
+        2 * (b * s.index_topk * width + b * heads * (width + dl)),
+    )
+    pairs = context * (context + 1) // 2
+    made = context * heads * dl * (s.qk_nope_head_dim + s.v_head_dim)
+    yield Case(
+        "mha_attention",
+        f"prefill {context}",
+        lambda r: (
+            r.normal(context, heads, s.qk_nope_head_dim + dr),
+            r.normal(num_slots(1, context), width),
+            r.layout(1, context, context),
+            r.weight(heads, s.qk_nope_head_dim, dl),
+            r.weight(heads, s.v_head_dim, dl),
+            scale,
+        ),
+        mha_attention,
+        2 * made + 2 * pairs * heads * (s.qk_nope_head_dim + dr + s.v_head_dim),
+        2 * context * (width + heads * (s.qk_nope_head_dim + dr + s.v_head_dim)),
+    )
+
+
+def _records(s: Shapes) -> Iterator[Case]:
+    """What writes and reads the cache."""
+    dl, dr, d, t = s.kv_lora_rank, s.qk_rope_head_dim, s.index_head_dim, s.rows[-1]
+    width = dl + dr
+    norm_weight = partial(Inputs.normal, dtype=torch.float32)
+    yield Case(
+        "write_latents",
+        f"{t} x {width}",
+        lambda r: (
+            r.normal(t, width),
+            torch.arange(t),
+            r.normal(t, width),
+            norm_weight(r, dl),
+            EPS,
+            rotation(r, dr, t, interleaved=True),
+        ),
+        _written(write_latents),
+        4 * t * width,
+        4 * t * width,
+    )
+    fp8_bytes = t * (3 * dl + 4 * -(-dl // 128))
+    yield Case(
+        "quantize_rows_fp8", f"{t} x {dl}", lambda r: (r.normal(t, dl),), quantize_rows_fp8, 4 * t * dl, fp8_bytes
+    )
+    yield Case(
+        "dequantize_rows_fp8",
+        f"{t} x {dl}",
+        lambda r: (*quantize_rows_fp8(r.normal(t, dl)), torch.bfloat16),
+        dequantize_rows_fp8,
+        t * dl,
+        fp8_bytes,
+    )
+    yield Case(
+        "write_index_keys",
+        f"{t} x {d}",
+        lambda r: (
+            index_keys(r, 1, t, d),
+            torch.arange(t),
+            r.normal(t, d),
+            (norm_weight(r, d), norm_weight(r, d)),
+            EPS,
+            rotation(r, dr, t, interleaved=False),
+        ),
+        _written(write_index_keys),
+        7 * t * d,
+        4 * t * d,
+    )
+
+
+def _index(s: Shapes) -> Iterator[Case]:
+    """Scores and selection."""
+    hi, d, b, long = s.index_n_heads, s.index_head_dim, s.decode_batch, s.long_context
+    yield Case(
+        "index_topk",
+        f"decode {b} x {long} -> {s.index_topk}",
+        lambda r: (
+            r.normal(b, hi, d),
+            r.normal(b, hi, dtype=torch.float32),
+            index_keys(r, b, long, d),
+            r.layout(b, 1, long),
+            s.index_topk,
+        ),
+        index_topk,
+        2 * b * long * hi * d,
+        2 * b * long * d,
+        tolerance=0.01,  # scores that are nearly equal may change places
+    )
+    yield Case(
+        "index_scores",
+        f"{b} x {long}",
+        lambda r: (r.normal(b, hi, d), r.normal(b, hi, dtype=torch.float32), r.normal(long, d)),
+        index_scores,
+        2 * b * long * hi * d,
+        2 * long * d + 4 * b * long,
+    )
+    yield Case(
+        "topk_positions",
+        f"{b} x {long} -> {s.index_topk}",
+        lambda r: (r.normal(b, long, dtype=torch.float32), torch.full((b,), long), s.index_topk),
+        topk_positions,
+        2 * b * long,
+        4 * b * (long + s.index_topk),
+    )
+
+
+def _exchange(s: Shapes) -> Iterator[Case]:
+    """Tokens to experts."""
+    h, t, top_k = s.hidden_size, s.rows[-1], s.num_experts_per_tok
+    identity = torch.arange(s.n_routed_experts)
+    halves = (identity * 2 // s.n_routed_experts, identity % (s.n_routed_experts // 2))
+    yield Case(
+        "group_pairs",
+        f"{t} x {top_k}",
+        lambda r: (r.experts(t, s.n_routed_experts, top_k), identity, s.n_routed_experts),
+        group_pairs,
+        0,
+        8 * t * top_k * 3,
+    )
+    yield Case(
+        "pack_segments",
+        f"{t} x {h} to 2 ranks",
+        lambda r: (r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), *halves, 2),
+        pack_segments,
+        0,
+        2 * t * h * 3,
+    )
+    yield Case(
+        "unpack_segments",
+        f"{t} x {h} from 2 ranks",
+        lambda r: _unpack_inputs(r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), halves),
+        unpack_segments,
+        0,
+        4 * t * h,
+    )
+
+
+def _sampling(s: Shapes) -> Iterator[Case]:
+    """Tokens from logits."""
+    b = s.decode_batch
+    yield Case(
+        "sample_tokens",
+        f"{b} x {s.vocab_size}",
+        lambda r: (
+            r.normal(b, s.vocab_size, dtype=torch.float32),
+            torch.ones(b),
+            *(torch.arange(b) for _ in range(3)),
+        ),
+        sample_tokens,
+        0,
+        4 * b * s.vocab_size,
+        tolerance=0.0,
+    )
+    ones = partial(torch.ones, b)
+    yield Case(
+        "truncate_logits",
+        f"top-p {b} x {s.vocab_size}",
+        lambda r: (
+            r.normal(b, s.vocab_size, dtype=torch.float32),
+            ones(),
+            torch.zeros(b, dtype=torch.int64),
+            0.9 * ones(),
+            0.0 * ones(),
+        ),
+        _num_kept,
+        0,
+        8 * b * s.vocab_size,
+    )
+    yield Case(
+        "token_logprobs",
+        f"{b} x {s.vocab_size}",
+        lambda r: (r.normal(b, s.vocab_size, dtype=torch.float32), torch.arange(2 * b).view(b, 2)),
+        token_logprobs,
+        0,
+        4 * b * s.vocab_size,
+    )
+    yield _sample("greedy", b, s.vocab_size, SamplingParams(temperature=0.0))
+    yield _sample("top-p", b, s.vocab_size, SamplingParams(top_p=0.9))
+
+
+def _linear(
+    rows: int, k: int, n: int, *, dtype: torch.dtype = torch.bfloat16, out_dtype: torch.dtype | None = None
+) -> Case:
+    size, out_size = dtype.itemsize, (out_dtype or dtype).itemsize
+    return Case(
+        "linear",
+        f"{rows} x {k} -> {n}" + (" fp32" if dtype == torch.float32 else ""),
+        lambda r: (r.normal(rows, k, dtype=dtype), r.weight(n, k, dtype=dtype)),
+        partial(linear, out_dtype=out_dtype),
+        2 * rows * k * n,
+        size * (n * k + rows * k) + out_size * rows * n,
+    )
+
+
+def _batched_linear(rows: int, batch: int, k: int, n: int) -> Case:
+    return Case(
+        "batched_linear",
+        f"{rows} x {batch} x {k} -> {n}",
+        lambda r: (r.normal(rows, batch, k), r.weight(batch, n, k)),
+        batched_linear,
+        2 * rows * batch * k * n,
+        2 * batch * (n * k + rows * (n + k)),
+    )
+
+
+def _experts_mlp(rows: int, experts: int, h: int, inner: int) -> Case:
+    return Case(
+        "experts_mlp",
+        f"{rows} rows on {experts} experts, {h} -> {inner}",
+        lambda r: (
+            r.normal(rows, h),
+            _even(rows, experts),
+            r.weight(experts, 2 * inner, h),
+            r.weight(experts, h, inner),
+        ),
+        experts_mlp,
+        6 * rows * h * inner,
+        2 * (min(rows, experts) * 3 * h * inner + 2 * rows * h),
+    )
+
+
+def _written(write: Callable[..., None]) -> Callable[..., Tensor]:
+    """A call that writes to its first argument, as one that returns it."""
+
+    def call(records: Tensor, *args: Any) -> Tensor:
+        write(records, *args)
+        return records
+
+    return call
+
+
+def _num_kept(*args: Tensor) -> Tensor:
+    """How many tokens `truncate_logits` leaves: which one is the last is a matter of the last bit."""
+    return (~truncate_logits(*args).isneginf()).sum(dim=1).float()
+
+
+def _sample(name: str, rows: int, vocab_size: int, params: SamplingParams) -> Case:
+    row = SamplingRow(params=params, prompt_token_ids=(), output_token_ids=(), seed=0)
+    return Case(
+        "sample",
+        f"{name} {rows} x {vocab_size}",
+        lambda r: (r.normal(rows, vocab_size, dtype=torch.float32), [row] * rows),
+        Sampler(vocab_size).sample,
+        0,
+        4 * rows * vocab_size,
+        has_reference=False,
+    )
+
+
+def _even(rows: int, experts: int) -> Tensor:
+    """Rows of each expert, as even as can be: [experts] int64."""
+    return torch.tensor([rows // experts + (e < rows % experts) for e in range(experts)])
+
+
+def _unpack_inputs(x: Tensor, topk_idx: Tensor, halves: tuple[Tensor, Tensor]) -> tuple[list[Tensor], Tensor, int]:
+    """What a rank receives when both ranks send it what this one would."""
+    segments, _, _ = pack_segments(x, topk_idx, *halves, 2)
+    return [segments[0], segments[0]], x, len(halves[0]) // 2

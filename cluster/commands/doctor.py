@@ -1,0 +1,170 @@
+"""`shoal doctor`: what this machine has, which parts of it Shoal uses, and why not the others."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, TextIO
+
+import torch
+
+from shoal.kernels.build import build_library, find_compiler
+from shoal.kernels.registry import NOT_STRICT, Vendor, check_vendors
+from shoal.parallel.deep_ep import INTERFACES
+from shoal.runtime.engine.model_loading import choose_backend
+
+from ..environment import environment
+from ..jobs.job import EXIT_OK
+
+EXIT_BROKEN = 1
+Verdict = Literal["used", "available", "not used", "missing", "broken"]
+"""available: it works here, and a setting asks for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    found: str
+    """What is there: a version and who installed it, or ""."""
+    verdict: Verdict
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A package that Shoal can do without."""
+
+    name: str
+    """As it is imported."""
+    purpose: str
+    generation: Callable[[ModuleType], str] = lambda _: ""
+    """Which of its interfaces the installed version has; "" if there is only one."""
+    setting: str = ""
+    """What asks for it, and then needs a GPU; "" for one that is used wherever it is installed."""
+    check: Callable[[torch.device], None] | None = None
+    """ValueError if it does not work on a device."""
+
+
+def _has(*names: str) -> Callable[[ModuleType], str]:
+    """The first of these names that the module has."""
+    return lambda module: next((f"has {name}" for name in names if hasattr(module, name)), "of an unknown interface")
+
+
+def _runs(vendor: Vendor) -> Callable[[torch.device], None]:
+    return lambda device: check_vendors([vendor], device)
+
+
+MODULES = (
+    Module("triton", "kernels on GPUs"),
+    Module("ray", "more than one worker"),
+    Module("nixl_cu13", "cache records from one replica to another on a node"),
+    Module("deep_ep", "exchange of tokens between GPUs", _has(*INTERFACES), "all2all_backend deepep"),
+    Module(
+        "flash_mla",
+        "attention on Hopper and Blackwell",
+        _has("flash_mla_sparse_fwd", "get_mla_metadata"),
+        f"vendor_kernels flash_mla and invariance relaxed, because {NOT_STRICT['flash_mla']}",
+        _runs("flash_mla"),
+    ),
+    Module(
+        "deep_gemm",
+        "FP8 products on Hopper and Blackwell",
+        _has("fp8_fp4_gemm_nt", "fp8_gemm_nt"),
+        f"vendor_kernels deep_gemm and invariance relaxed, because {NOT_STRICT['deep_gemm']}",
+        _runs("deep_gemm"),
+    ),
+)
+
+
+def doctor(*, output: Path | None, stdout: TextIO) -> int:
+    """Look, print a table and write it to `output`; 1 when something that would be used is broken."""
+    device = torch.device("cuda") if torch.cuda.is_available() else None
+    findings = [_compiler(), *_devices(), *(look_at(module, device) for module in MODULES)]
+    _print_table(findings, stdout)
+    if output is not None:
+        report = {"environment": environment(), "findings": [asdict(finding) for finding in findings]}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return EXIT_BROKEN if any(finding.verdict == "broken" for finding in findings) else EXIT_OK
+
+
+def look_at(module: Module, device: torch.device | None) -> Finding:
+    """Import it, if it is there, say whose it is, and try it on `device`, a GPU or None."""
+    wanted_by = f", with {module.setting}" if module.setting else ""
+    if find_spec(module.name) is None:
+        return Finding(module.name, "", "missing", f"not installed; it is for {module.purpose}{wanted_by}")
+    owner = distribution_of(module.name)
+    try:
+        generation = module.generation(importlib.import_module(module.name))
+    except Exception as error:  # whatever a foreign package does when it is imported is the finding
+        return Finding(module.name, owner, "not used" if module.setting else "broken", f"cannot be imported: {error}")
+    found = f"{owner}, {generation}" if generation else owner
+    if not module.setting:
+        return Finding(module.name, found, "used", f"for {module.purpose}")
+    try:
+        if device is None:
+            raise ValueError("there is no GPU here")
+        if module.check is not None:
+            module.check(device)
+    except ValueError as error:
+        return Finding(module.name, found, "not used", f"{error}; it would be for {module.purpose}{wanted_by}")
+    return Finding(module.name, found, "available", f"for {module.purpose}{wanted_by}")
+
+
+def distribution_of(module: str) -> str:
+    """The distributions that own a module, with their versions; two that own the same one overwrite each other."""
+    owners: Sequence[str] = sorted(set(metadata.packages_distributions().get(module, ())))
+    versions = [f"{owner} {metadata.version(owner)}" for owner in owners]
+    return " and ".join(versions) or "in no distribution"
+
+
+def _compiler() -> Finding:
+    try:
+        compiler = find_compiler()
+        build_library()
+    except (ValueError, RuntimeError) as error:
+        return Finding("C++ compiler", "", "broken", str(error))
+    return Finding("C++ compiler", shutil.which(compiler) or compiler, "used", "compiles the kernels of device cpu")
+
+
+def _devices() -> list[Finding]:
+    """The CPU and every GPU, with the kernels that would run there."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    findings = [Finding("device cpu", f"torch {torch.__version__}, {capability}", "used", "kernels cpu")]
+    if not torch.cuda.is_available():
+        why = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+        return [*findings, Finding("device cuda", "", "missing", why)]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found = f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB"
+        backend = choose_backend("auto", torch.device("cuda"))
+        fp8 = "FP8 in tensor cores" if (properties.major, properties.minor) >= (8, 9) else "FP8 decoded in registers"
+        if properties.major < 8:
+            findings.append(Finding(f"device cuda:{index}", found, "not used", "the kernels need sm_80 or newer"))
+        else:
+            findings.append(Finding(f"device cuda:{index}", found, "used", f"kernels {backend}, {fp8}, CUDA graphs"))
+    return findings
+
+
+def _print_table(findings: Sequence[Finding], stdout: TextIO) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"used": "green", "available": "cyan", "not used": "yellow", "missing": "dim", "broken": "red"}
+    table = Table()
+    for column in ("", "found", "verdict", "why"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        verdict = Text(finding.verdict, style=colours[finding.verdict])
+        table.add_row(Text(finding.name), Text(finding.found), verdict, Text(finding.why))
+    Console(file=stdout, width=None if stdout.isatty() else 140).print(table)

@@ -1,0 +1,78 @@
+"""`shoal validate`, and the rules that it shares with a job; nothing here needs Ray."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from shoal.runtime.request_limits import RequestLimits
+from shoal.runtime.tokenization.tokenizer import Tokenizer
+
+from ..engine_args import EngineArgs, read_model_config
+from ..jobs.input import BadRow, CustomIdIndex, InputLine
+from ..jobs.job import EXIT_OK, EXIT_ROWS_FAILED
+from ..jobs.progress import JobProgress, ProgressReporter
+from ..jobs.row_output import FinishedRow
+from ..jobs.rows import RowRules
+from ..jobs.stop_signal import JobStopped, StopSignal
+from ..jobs.validation import InputSummary, validate_input
+from ..prompts import ModelPrompts
+
+MAX_SHOWN_BAD_ROWS = 20
+
+
+def validate(
+    input_path: Path, engine: EngineArgs, *, sampling: Mapping[str, Any], thinking: bool, stdout: TextIO, stderr: TextIO
+) -> int:
+    """Check an input against a model and print what is wrong with it; 3 if a row is bad."""
+    rules = row_rules(engine, sampling, thinking)
+    progress = ProgressReporter(stderr)
+    num_shown = 0
+
+    def on_bad_row(_row: FinishedRow, error: BadRow, line: InputLine) -> None:
+        nonlocal num_shown
+        num_shown += 1
+        if num_shown <= MAX_SHOWN_BAD_ROWS:
+            print(f"line {line.number}, byte {line.byte_offset}: {error.code}: {error.message}", file=stdout)
+
+    try:
+        with StopSignal() as stop, tempfile.TemporaryDirectory() as directory:
+
+            def on_row(summary: InputSummary) -> None:
+                stop.check()
+                good = summary.num_rows - summary.num_bad_rows
+                now = JobProgress(phase="checking", num_rows=None, completed=good, failed=summary.num_bad_rows)
+                progress.update(now)
+
+            custom_ids = CustomIdIndex(Path(directory) / "custom_ids.sqlite")
+            try:
+                summary = validate_input(input_path, rules, custom_ids, on_bad_row, on_row)
+            finally:
+                custom_ids.close()
+    except JobStopped:
+        return stop.exit_code
+    finally:
+        progress.close()
+    if num_shown > MAX_SHOWN_BAD_ROWS:
+        print(f"... and {num_shown - MAX_SHOWN_BAD_ROWS} more", file=stdout)
+    print(
+        f"{summary.num_rows} rows, {summary.num_bad_rows} bad, {summary.num_prompt_tokens} prompt tokens, the longest "
+        f"prompt has {summary.max_prompt_tokens}",
+        file=stdout,
+    )
+    for length, count in summary.to_dict()["prompt_lengths"].items():
+        print(f"  prompts of {length} tokens: {count}", file=stdout)
+    return EXIT_ROWS_FAILED if summary.num_bad_rows else EXIT_OK
+
+
+def row_rules(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool) -> RowRules:
+    """What the rows of a job are checked against; ValueError for a model that cannot be run as asked."""
+    model = read_model_config(engine)
+    limits = RequestLimits(
+        vocab_size=model.vocab_size, max_model_len=engine.max_model_len or model.max_position_embeddings
+    )
+    tokenizer = Tokenizer.from_pretrained(engine.model)
+    encoder = None if tokenizer is None else ModelPrompts(tokenizer)
+    return RowRules(limits=limits, encoder=encoder, sampling=sampling, thinking=thinking)

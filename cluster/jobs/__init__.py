@@ -1,0 +1,1 @@
+"""Batch jobs: input rows, journal, output, progress."""

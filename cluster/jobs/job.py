@@ -1,0 +1,428 @@
+"""A batch job: check every row, answer the rows that are not answered yet, and finish with one digest.
+
+A job is its output directory. `run_job` can be killed at any time and called again; each input row ends up in exactly
+one output line, and the digest is the same as that of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from shoal.parallel.failpoints import Failpoints
+from shoal.runtime.request_limits import RequestLimits
+from shoal.runtime.types import Request, RequestOutput, RequestProgress
+
+from ..supervision.fault import Fault, FaultJournal
+from .input import BadRow, CustomIdIndex, InputLine, read_lines
+from .output import CUSTOM_ID_FILE, FAULT_FILE, BatchOutput, RowCounts, State, write_json
+from .progress import JobProgress, ProgressReporter
+from .row_output import FinishedRow, answered_row
+from .rows import BatchRow, RowRules, read_row
+from .stop_signal import EXIT_DRAINED, EXIT_INTERRUPTED, JobStopped, StopSignal
+from .validation import InputSummary, validate_input
+
+EXIT_OK, EXIT_ROWS_FAILED, EXIT_ENGINE = 0, 3, 5
+
+POLL_TIMEOUT_S = 0.1
+RUN_FILE_INTERVAL_S = 5.0
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class Engines(Protocol):
+    """The engines that answer requests, however many there are and wherever they run."""
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What they can take; a request beyond it is refused by `submit`."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """How many requests should be in flight to keep every engine busy."""
+        ...
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that were submitted and whose output was not returned yet."""
+        ...
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """Workers that were lost, in order, and how far each loss is mended."""
+        ...
+
+    def submit(self, requests: list[Request]) -> None:
+        """Take requests; returns at once."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[RequestOutput]:
+        """Finished requests, each once; waits at most `timeout_s` for the first."""
+        ...
+
+    def take_progress(self) -> list[RequestProgress]:
+        """What requests that report their progress have generated since the last call, as far as `poll` has seen it."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engines and let go of their machines."""
+        ...
+
+
+class ErrorRule(Protocol):
+    """When too many rows have failed."""
+
+    def allows(self, num_failed: int, num_rows: int) -> bool: ...
+
+
+class EngineFailure(Exception):  # noqa: N818  (the name of the event)
+    """The engines cannot go on; the job can be resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """A job, resolved: what `run_job` needs to know."""
+
+    input: Path
+    output: Path
+    identity: Mapping[str, Any]
+    """Everything that decides about the answers; a job is resumed only under the same."""
+    rules: RowRules
+    model_name: str
+    stop_at_error_limit: bool
+    error_limit: ErrorRule
+    drain_grace_s: float = 10.0
+    overwrite: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Recorded in run.json and free to change between runs: versions, layout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobResult:
+    """How a run of a job ended."""
+
+    exit_code: int
+    num_rows: int | None
+    """None if it ended before the rows were counted."""
+    completed: int
+    failed: int
+    digest: str | None = None
+    """Only of a finished job."""
+    message: str | None = None
+    """Why it did not finish."""
+
+
+def run_job(
+    spec: JobSpec,
+    start_engines: Callable[[], Engines],
+    *,
+    stop: StopSignal,
+    progress: ProgressReporter,
+    clock: Callable[[], float] = time.monotonic,
+    failpoints: Failpoints | None = None,
+) -> JobResult:
+    """Run or resume a job to its end, to a signal, or to the first failure that needs a person.
+
+    ValueError for a directory or an input that cannot be used, and whatever ValueError `start_engines` raises.
+    """
+    failpoints = failpoints or Failpoints()
+    try:
+        output = BatchOutput(spec.output, overwrite=spec.overwrite, clock=clock, failpoints=failpoints)
+    except OSError as error:
+        return _disk_failed(spec, error)
+    try:
+        _check_same_job(output.run, spec)
+        if output.run.get("state") == "completed":
+            return _finished(spec, output)
+        if output.num_dropped_bytes:
+            progress.message(f"cut {output.num_dropped_bytes} bytes of an unfinished record off the journal")
+        return _Run(spec, output, stop, progress, clock, failpoints).run(start_engines)
+    except OSError as error:
+        return _disk_failed(spec, error, output)
+    finally:
+        output.close()
+
+
+class _Run:
+    """One run of a job over its open output directory."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        output: BatchOutput,
+        stop: StopSignal,
+        progress: ProgressReporter,
+        clock: Callable[[], float],
+        failpoints: Failpoints,
+    ) -> None:
+        self.spec, self.output, self.stop, self.progress, self.clock = spec, output, stop, progress, clock
+        self.failpoints = failpoints
+        self.faults = FaultJournal(spec.output / FAULT_FILE, write_json, progress.message)
+        self.num_rows: int | None = None
+        self.in_flight: dict[str, BatchRow] = {}
+        self.last_saved = clock()
+
+    def run(self, start_engines: Callable[[], Engines]) -> JobResult:
+        output = self.output
+        try:
+            return self.run_to_end(start_engines)
+        except JobStopped:
+            return self.stopped()
+        except EngineFailure as error:
+            if self.stop.signum is not None:
+                # Engines that are interrupted fail in ways of their own.
+                return self.stopped()
+            output.commit()
+            _save_state(output, "failed", error=str(error))
+            return _ended(output, EXIT_ENGINE, str(error))
+
+    def stopped(self) -> JobResult:
+        self.output.commit()
+        _save_state(self.output, "cancelled" if self.stop.exit_code == EXIT_INTERRUPTED else "in_progress")
+        return _ended(self.output, self.stop.exit_code, "stopped by a signal")
+
+    def run_to_end(self, start_engines: Callable[[], Engines]) -> JobResult:
+        output = self.output
+        if "input" not in output.run:
+            self.validate()
+        self.num_rows = output.run["input"]["num_rows"]
+        if self.too_many_errors():
+            return self.give_up()
+        if output.counts.finished < self.num_rows:
+            num_begun, num_tokens = output.num_begun
+            if num_begun:
+                self.progress.message(
+                    f"{num_begun} rows go on in the middle of their answers, after {num_tokens} tokens"
+                )
+            _save_state(output, "in_progress", error=None, **self.spec.facts)
+            self.progress.message("starting the engines")
+            # A ValueError at the start is the user's to mend: a layout, a setting, a missing file.
+            passing = (JobStopped, ValueError, ImportError)
+            with self.stop.interrupting(), _engine_errors("the engines did not start", passing=passing):
+                engines = start_engines()
+            try:
+                self.check_limits(engines)
+                self.answer(engines)
+            finally:
+                engines.close()
+            if self.too_many_errors():
+                return self.give_up()
+            if output.counts.finished < self.num_rows:
+                raise JobStopped
+        self.failpoints.reach("job.finish")
+        _save_state(output, "finalizing")
+        output.save_run(digest=output.digest(self.num_rows), finished_at=_now())
+        _save_state(output, "completed")
+        return _finished(self.spec, output)
+
+    def validate(self) -> None:
+        """First pass: every bad row gets its error line, and run.json the summary."""
+        spec, output = self.spec, self.output
+        output.save_run(state="validating", job=dict(spec.identity), started_at=_now(), **spec.facts)
+
+        def on_bad_row(row: FinishedRow, _error: BadRow, _line: InputLine) -> None:
+            if not output.is_finished(row.index):
+                output.add(row)
+
+        def on_row(summary: InputSummary) -> None:
+            self.stop.check()
+            output.commit_if_due()
+            good = summary.num_rows - summary.num_bad_rows
+            self.progress.update(
+                JobProgress(phase="checking", num_rows=None, completed=good, failed=summary.num_bad_rows)
+            )
+
+        custom_ids = CustomIdIndex(output.directory / CUSTOM_ID_FILE)
+        try:
+            summary = validate_input(spec.input, spec.rules, custom_ids, on_bad_row, on_row)
+        finally:
+            custom_ids.close()
+        output.commit()
+        output.save_run(input=summary.to_dict())
+        self.progress.message(
+            f"{summary.num_rows} rows checked: {summary.num_bad_rows} bad, {summary.num_prompt_tokens} prompt tokens, "
+            f"the longest prompt has {summary.max_prompt_tokens}"
+        )
+
+    def check_limits(self, engines: Engines) -> None:
+        """Answers must not depend on how much cache this cluster happens to have."""
+        wanted, have = self.spec.rules.limits.max_model_len, engines.limits.max_model_len
+        if have < wanted:
+            raise ValueError(
+                f"the cache of these engines holds {have} tokens of context, and the rows were checked for {wanted}: "
+                f"give max_model_len {have} or less, or more cache (num_kv_blocks)"
+            )
+
+    def answer(self, engines: Engines) -> None:
+        """Second pass: keep the engines full until every row is finished or someone asks to stop."""
+        rows = self.open_rows()
+        deadline: float | None = None
+        exhausted = False
+        while True:
+            if self.stop.signum is not None and deadline is None:
+                deadline = self.clock() + self.spec.drain_grace_s
+                self.progress.message(
+                    f"stopping: {len(self.in_flight)} rows are given {self.spec.drain_grace_s:g} s to finish"
+                )
+            if deadline is None and not exhausted:
+                exhausted = self.admit(rows, engines)
+            if not self.in_flight or (deadline is not None and self.clock() >= deadline) or self.too_many_errors():
+                break
+            with _engine_errors("the engines failed"):
+                outputs = engines.poll(POLL_TIMEOUT_S)
+            if outputs:
+                self.failpoints.reach("job.answer")
+            for finished in outputs:
+                row = self.in_flight.pop(finished.request_id, None)
+                if row is None:
+                    raise EngineFailure(
+                        f"the engines answered {finished.request_id!r}, which was not asked or is answered"
+                    )
+                self.output.add(answered_row(row, finished, self.spec.model_name))
+            for progress in engines.take_progress():
+                if (row := self.in_flight.get(progress.request_id)) is not None:
+                    self.output.add_progress(row.line.index, progress)
+            self.output.commit_if_due()
+            self.faults.update(engines.faults)
+            self.save_counts()
+            self.show()
+        self.output.commit()
+        self.show(force=True)
+
+    def admit(self, rows: Iterator[BatchRow], engines: Engines) -> bool:
+        """Submit rows up to the engines' capacity; whether the rows are exhausted."""
+        room = engines.capacity - len(self.in_flight)
+        if room <= 0:
+            return False
+        new = list(itertools.islice(rows, room))
+        if new:
+            self.failpoints.reach("job.submit")
+            self.in_flight |= {row.request.request_id: row for row in new}
+            with _engine_errors("the engines failed"):
+                engines.submit([self.begun(row) for row in new])
+        return len(new) < room
+
+    def begun(self, row: BatchRow) -> Request:
+        """The row's request, with what earlier runs have generated of its answer."""
+        return replace(row.request, report_progress=True, generated=self.output.take_generated(row.line.index))
+
+    def open_rows(self) -> Iterator[BatchRow]:
+        """The rows without a line, in input order."""
+        for line in read_lines(self.spec.input):
+            if not self.output.is_finished(line.index):
+                try:
+                    yield read_row(line, self.spec.rules)
+                except BadRow as error:
+                    raise ValueError(
+                        f"{self.spec.input} changed while the job ran: line {line.number} was good before "
+                        f"({error.message})"
+                    ) from error
+
+    def too_many_errors(self) -> bool:
+        counts = self.output.counts
+        assert self.num_rows is not None
+        return self.spec.stop_at_error_limit and not self.spec.error_limit.allows(counts.failed, self.num_rows)
+
+    def give_up(self) -> JobResult:
+        _save_state(self.output, "failed", error="too many rows failed")
+        return _ended(self.output, EXIT_ROWS_FAILED, "more rows failed than max_errors allows")
+
+    def save_counts(self) -> None:
+        if self.clock() - self.last_saved >= RUN_FILE_INTERVAL_S:
+            self.last_saved = self.clock()
+            _save_state(self.output, "in_progress")
+
+    def show(self, *, force: bool = False) -> None:
+        counts = self.output.counts
+        now = JobProgress(
+            phase="answering",
+            num_rows=self.num_rows,
+            completed=counts.completed,
+            failed=counts.failed,
+            in_flight=len(self.in_flight),
+            num_prompt_tokens=counts.num_prompt_tokens,
+            num_output_tokens=counts.num_output_tokens,
+        )
+        self.progress.update(now, force=force)
+
+
+@contextmanager
+def _engine_errors(what: str, *, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever goes wrong inside the engines, other than `passing`, ends the run and leaves the job resumable."""
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        raise EngineFailure(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _check_same_job(run: Mapping[str, Any], spec: JobSpec) -> None:
+    """ValueError naming the first field of the identity that differs from what the directory was started with."""
+    if "job" not in run:
+        return
+    before, now = run["job"], json.loads(json.dumps(spec.identity))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict) and old != new:
+            inner = next(key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
+            name, old, new = f"{name}.{inner}", old.get(inner), new.get(inner)
+        if old != new:
+            raise ValueError(
+                f"{spec.output} belongs to a job with another {name} ({old!r} then, {new!r} now): run it as it was "
+                f"started, choose another output directory, or start over with --overwrite"
+            )
+
+
+def _save_state(output: BatchOutput, state: State, **changes: Any) -> None:
+    counts = output.counts
+    total = output.run.get("input", {}).get("num_rows")
+    output.save_run(
+        state=state,
+        request_counts={"total": total, "completed": counts.completed, "failed": counts.failed},
+        usage={"prompt_tokens": counts.num_prompt_tokens, "completion_tokens": counts.num_output_tokens},
+        **changes,
+    )
+
+
+def _finished(spec: JobSpec, output: BatchOutput) -> JobResult:
+    counts, num_rows = output.run["request_counts"], output.run["request_counts"]["total"]
+    within = spec.error_limit.allows(counts["failed"], num_rows)
+    return JobResult(
+        exit_code=EXIT_OK if within else EXIT_ROWS_FAILED,
+        num_rows=num_rows,
+        completed=counts["completed"],
+        failed=counts["failed"],
+        digest=output.run["digest"],
+    )
+
+
+def _disk_failed(spec: JobSpec, error: OSError, output: BatchOutput | None = None) -> JobResult:
+    """The end of a run that could not write, perhaps not even to open its directory; other errors are raised again."""
+    if error.errno not in _DISK_ERRORS:
+        raise error
+    return _ended(output, EXIT_DRAINED, f"cannot write to {spec.output}: {error.strerror}; make room there")
+
+
+def _ended(output: BatchOutput | None, exit_code: int, message: str) -> JobResult:
+    counts = RowCounts() if output is None else output.counts
+    return JobResult(
+        exit_code=exit_code,
+        num_rows=None if output is None else output.run.get("input", {}).get("num_rows"),
+        completed=counts.completed,
+        failed=counts.failed,
+        message=message,
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

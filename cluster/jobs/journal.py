@@ -1,0 +1,160 @@
+"""An append-only file of checksummed records; what survives a crash is a prefix of what was appended.
+
+    file:    magic (8 bytes) | record | record | ...
+    record:  payload length (4 bytes, little endian) | CRC-32 of the payload (4 bytes) | payload (msgpack: kind, fields)
+
+`append` returns after fsync, so a record that was appended is there after any crash. A record torn by a crash is cut
+off when the file is opened again.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import BinaryIO
+
+import msgpack
+
+from shoal.runtime.types import GeneratedTokens
+
+from ..workers.wire import pack_tokens, unpack_tokens
+
+MAGIC = b"SHOALJ02"
+MAX_PAYLOAD_BYTES = 1 << 26
+"""A length above it is not one that was written."""
+
+_HEADER = struct.Struct("<II")
+
+
+@dataclass(frozen=True, slots=True)
+class RowRecord:
+    """One finished row: where its line ends and what its content is."""
+
+    index: int
+    failed: bool
+    """The line is in the file of errors, not in the part file."""
+    end_offset: int
+    """Bytes of that file up to and including the line; the line is durable before the record is written."""
+    digest: bytes
+    """SHA-256 of what the row was answered with."""
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressRecord:
+    """Tokens of a row that is not finished."""
+
+    index: int
+    continuation: int
+    start: int
+    """How many tokens of this continuation the records before it hold."""
+    new: GeneratedTokens
+
+
+Record = RowRecord | ProgressRecord
+
+_ROW, _PROGRESS = 1, 2
+_ROW_FIELDS = tuple(field.name for field in fields(RowRecord))
+
+
+class Journal:
+    """Opens, replays and extends one journal; the caller makes sure that it is the only one."""
+
+    def __init__(self, path: Path, replay: Callable[[Record], None]) -> None:
+        """Call `replay` for every intact record in order, then cut off what follows the last one.
+
+        ValueError if the file is not a journal, or holds records that this class does not write.
+        """
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file_size = os.fstat(self._fd).st_size
+        try:
+            self._repair(file_size, replay)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _repair(self, file_size: int, replay: Callable[[Record], None]) -> None:
+        with self.path.open("rb") as file:
+            magic = file.read(len(MAGIC))
+            if not MAGIC.startswith(magic):
+                raise ValueError(
+                    f"{self.path} is not a journal of this version; use another output directory or --overwrite"
+                )
+            self._size = len(MAGIC)
+            if magic == MAGIC:
+                while (record := _read_record(file)) is not None:
+                    replay(record)
+                    self._size = file.tell()
+        self.num_dropped_bytes = max(file_size - self._size, 0) if magic == MAGIC else len(magic)
+        """Bytes of a torn tail that were cut off."""
+        if magic != MAGIC:
+            write_fully(self._fd, MAGIC, 0)
+        os.ftruncate(self._fd, self._size)
+        os.fsync(self._fd)
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Write records and fsync. After an OSError none of them is in the journal."""
+        data = b"".join(_encode(record) for record in records)
+        try:
+            write_fully(self._fd, data, self._size)
+            os.fsync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(data)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def write_fully(fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset`; one call of the system may write less."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _encode(record: Record) -> bytes:
+    if isinstance(record, RowRecord):
+        row = [_ROW, *(getattr(record, name) for name in _ROW_FIELDS)]
+    else:
+        row = [_PROGRESS, record.index, record.continuation, record.start, pack_tokens(record.new)]
+    payload: bytes = msgpack.packb(row)
+    assert len(payload) <= MAX_PAYLOAD_BYTES
+    return _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
+
+
+def _read_record(file: BinaryIO) -> Record | None:
+    """The next record, or None where the intact ones end."""
+    header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        return None
+    size, checksum = _HEADER.unpack(header)
+    if not 0 < size <= MAX_PAYLOAD_BYTES:
+        return None
+    payload = file.read(size)
+    if len(payload) < size or zlib.crc32(payload) != checksum:
+        return None
+    try:
+        return _decode(payload)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(
+            f"{file.name} holds a record of another kind ({error}); start over with --overwrite"
+        ) from error
+
+
+def _decode(payload: bytes) -> Record:
+    kind, *values = msgpack.unpackb(payload)
+    if kind == _ROW:
+        return RowRecord(*values)
+    if kind != _PROGRESS:
+        raise ValueError(f"kind {kind!r}")
+    index, continuation, start, new = values
+    return ProgressRecord(index, continuation, start, unpack_tokens(new))

@@ -1,0 +1,80 @@
+"""The first pass over an input: every row is checked and counted, before anything expensive starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .input import BadRow, CustomIdIndex, InputLine, parse_line, read_lines
+from .row_output import FinishedRow, failed_row
+from .rows import RowRules, parse_row, row_custom_id
+
+
+@dataclass(slots=True)
+class InputSummary:
+    """What the check of an input found."""
+
+    num_rows: int = 0
+    num_bad_rows: int = 0
+    num_prompt_tokens: int = 0
+    max_prompt_tokens: int = 0
+    prompt_lengths: dict[str, int] = field(default_factory=dict)
+    """Rows per prompt length, in steps of powers of two: "<=16", "<=32", ..."""
+    bad_rows: dict[str, int] = field(default_factory=dict)
+    """Rows per error code."""
+
+    def count_prompt(self, length: int) -> None:
+        self.num_prompt_tokens += length
+        self.max_prompt_tokens = max(self.max_prompt_tokens, length)
+        step = f"<={1 << max(length - 1, 0).bit_length()}"
+        self.prompt_lengths[step] = self.prompt_lengths.get(step, 0) + 1
+
+    def count_bad(self, code: str) -> None:
+        self.num_bad_rows += 1
+        self.bad_rows[code] = self.bad_rows.get(code, 0) + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        lengths = dict(sorted(self.prompt_lengths.items(), key=lambda item: int(item[0][2:])))
+        return {
+            "num_rows": self.num_rows,
+            "num_bad_rows": self.num_bad_rows,
+            "bad_rows": dict(sorted(self.bad_rows.items())),
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "prompt_lengths": lengths,
+        }
+
+
+def validate_input(
+    path: Path,
+    rules: RowRules,
+    custom_ids: CustomIdIndex,
+    on_bad_row: Callable[[FinishedRow, BadRow, InputLine], None],
+    on_row: Callable[[InputSummary], None],
+) -> InputSummary:
+    """Check every row of an input; `on_bad_row` gets each bad one, `on_row` is called after every row."""
+    summary = InputSummary()
+    for line in read_lines(path):
+        try:
+            summary.count_prompt(_num_prompt_tokens(line, rules, custom_ids))
+        except BadRow as error:
+            summary.count_bad(error.code)
+            bad = failed_row(
+                line.index, error.custom_id, error.code, error.message, line=line.number, byte_offset=line.byte_offset
+            )
+            on_bad_row(bad, error, line)
+        summary.num_rows += 1
+        on_row(summary)
+    return summary
+
+
+def _num_prompt_tokens(line: InputLine, rules: RowRules, custom_ids: CustomIdIndex) -> int:
+    """Of a row that can be answered. A function of its own, so that no row is held while the next one is read."""
+    row = parse_line(line)
+    custom_id = row_custom_id(line, row)
+    if (first := custom_ids.add(custom_id, line.number)) is not None:
+        message = f"line {line.number} repeats the custom_id {custom_id!r} of line {first}"
+        raise BadRow("duplicate_custom_id", message, custom_id)
+    return len(parse_row(line, row, custom_id, rules).request.prompt_token_ids)

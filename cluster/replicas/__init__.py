@@ -1,0 +1,1 @@
+"""Replicas of a model: start, routing I/O, in-process and threaded engines."""

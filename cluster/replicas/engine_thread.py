@@ -1,0 +1,148 @@
+"""A thread that owns a set of engines, so that any number of threads and coroutines can use them at the same time."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Protocol
+
+from shoal.runtime.engine.step_profile import StepProfile
+from shoal.runtime.request_limits import RequestLimits
+from shoal.runtime.types import Request, RequestOutput
+
+from ..jobs.job import Engines
+
+MIN_POLL_S, MAX_POLL_S = 0.01, 0.16
+"""How long the engines may keep the thread from new requests: the longer, the longer nothing has happened."""
+
+Deliver = Callable[[RequestOutput | BaseException], None]
+
+
+class AbortableEngines(Engines, Protocol):
+    """`Router` or `InProcessEngine`."""
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
+        ...
+
+    def step_profiles(self) -> list[StepProfile]:
+        """Of every rank; the engines must measure their steps."""
+        ...
+
+
+class EngineThread:
+    """Starts engines on a thread of its own and feeds them up to their capacity. Any thread may call its methods."""
+
+    def __init__(self, start: Callable[[], AbortableEngines]) -> None:
+        """Returns once `start` has; what it raises is raised here."""
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: deque[Request] = deque()
+        self._deliver: dict[str, Deliver] = {}
+        self._end: BaseException | None = None
+        self._lock = threading.Lock()
+        started: queue.SimpleQueue[RequestLimits | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, args=(start, started), name="shoal-engines", daemon=True)
+        self._thread.start()
+        limits = started.get()
+        if isinstance(limits, BaseException):
+            self._thread.join()
+            raise limits
+        self.limits = limits
+
+    def submit(self, requests: Sequence[Request], deliver: Deliver) -> None:
+        """`deliver` is called on the engines' thread with every output, or per request with the error that ended it."""
+        with self._lock:
+            if self._end is not None:
+                raise self._end
+            self._commands.put(lambda: self._accept(requests, deliver))
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; unknown ids are ignored."""
+        self._commands.put(lambda: self._drop(request_ids))
+
+    def step_profiles(self) -> list[StepProfile]:
+        """See `AbortableEngines`; asked on the engines' thread."""
+        answer: Future[list[StepProfile]] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._engines.step_profiles())
+            except Exception as error:
+                answer.set_exception(error)
+
+        with self._lock:
+            if self._end is not None:
+                raise self._end
+            self._commands.put(ask)
+        return answer.result()
+
+    def close(self) -> None:
+        """Drop everything, close the engines and wait for the thread. Closing twice is allowed."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def _main(
+        self, start: Callable[[], AbortableEngines], started: queue.SimpleQueue[RequestLimits | BaseException]
+    ) -> None:
+        try:
+            self._engines = start()
+        except BaseException as error:
+            started.put(error)
+            return
+        started.put(self._engines.limits)
+        end: BaseException = RuntimeError("the engines were closed")
+        try:
+            self._loop()
+        except BaseException as error:
+            end = error
+        finally:
+            self._finish(end)
+
+    def _finish(self, end: BaseException) -> None:
+        with self._lock:
+            self._end = end
+        while not self._commands.empty():
+            if (command := self._commands.get()) is not None:
+                command()  # whoever came too late waits for an answer, too
+        for deliver in self._deliver.values():
+            deliver(end)
+        self._engines.close()
+        del self._engines  # with the model's memory
+
+    def _loop(self) -> None:
+        poll_s = MIN_POLL_S
+        while self._run_commands():
+            room = self._engines.capacity - self._engines.num_in_flight
+            batch = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            if batch:
+                self._engines.submit(batch)
+            outputs = self._engines.poll(poll_s)
+            poll_s = MIN_POLL_S if batch or outputs else min(2 * poll_s, MAX_POLL_S)
+            for output in outputs:
+                deliver = self._deliver.pop(output.request_id) if output.finished else self._deliver[output.request_id]
+                deliver(output)
+
+    def _run_commands(self) -> bool:
+        """All commands there are; waits for one when there is nothing else to do. False: close."""
+        while not (self._commands.empty() and self._deliver):
+            command = self._commands.get()
+            if command is None:
+                return False
+            command()
+        return True
+
+    def _accept(self, requests: Sequence[Request], deliver: Deliver) -> None:
+        self._waiting.extend(requests)
+        self._deliver.update((request.request_id, deliver) for request in requests)
+
+    def _drop(self, request_ids: Sequence[str]) -> None:
+        known = {i for i in request_ids if self._deliver.pop(i, None) is not None}
+        if not known:
+            return
+        queued = {request.request_id for request in self._waiting} & known
+        self._waiting = deque(request for request in self._waiting if request.request_id not in queued)
+        if self._end is None and (running := sorted(known - queued)):
+            self._engines.abort(running)

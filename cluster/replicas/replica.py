@@ -1,0 +1,319 @@
+"""One copy of the model on a cluster, seen from the driver: its workers, their requests and their end."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from shoal.runtime.engine.step_profile import StepProfile
+from shoal.runtime.request_limits import RequestLimits
+
+from ..replica_spec import ReplicaSpec
+from ..workers.actors import INBOX_THREAD, Launch, ObjectRef, Seat, WorkerProcess, end_worker, start_worker
+from ..workers.assignment import Assignment
+from ..workers.spec import StartReport, WorkerFailure
+from ..workers.wire import Command, Event, pack_command, unpack_event
+from ..workers.worker import AUDIT_TIMEOUT_S
+
+POLL_WAIT_S = 1.0
+"""How long a worker holds a poll that has nothing to say."""
+STOP_TIMEOUT_S = 5.0
+PROFILE_TIMEOUT_S = 10.0
+BLAME_WAIT_S = 0.5
+"""How long a failure waits for those of other ranks, so that the cause is named and not the rank that missed it."""
+
+
+class EngineFailed(RuntimeError):  # noqa: N818
+    """A replica cannot go on: which rank is the cause, and why. What was in flight can be submitted elsewhere."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"rank {rank}: {reason}")
+        self.rank = rank
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class _Leader:
+    """The worker that takes the requests of an attention group: its tp rank 0."""
+
+    rank: int
+    worker: WorkerProcess | None
+    """None: lost, and not replaced yet."""
+    poll: ObjectRef | None = None
+    tells: list[ObjectRef] = field(default_factory=list)
+    """Calls that may fail yet."""
+    num_told: int = 0
+
+
+def listen(host: str) -> TCPStore:
+    """The rendezvous of a replica's ranks, on a free port of one address (by itself, a store takes all of them)."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((host, 0))
+    listener.listen(1024)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=60),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+class Replica:
+    """Workers of one copy. Built at once, in use after `wait_ready`; one thread at a time may use it.
+
+    A worker that dies is `lose`d and its rank `fill`ed, as the supervisor says; one whose loop fails ends the replica.
+    """
+
+    def __init__(
+        self, spec: ReplicaSpec, launch: Launch, seats: Sequence[Seat], *, host: str, first_number: int = 0
+    ) -> None:
+        """Starts a worker in each seat and lets them build their engines.
+
+        `host` is this node's own address; `first_number` counts the workers of this role in the replicas before.
+        """
+        self.role = spec.role
+        self._store = listen(host)
+        self._limits: RequestLimits | None = None
+        self._num_kv_tokens: dict[int, int] = {}
+        self._failure: EngineFailed | None = None
+        self.unreachable: list[tuple[str, str]] = []
+        """Workers that did not answer, and why, for the supervisor: what they had told is lost."""
+        self.assignments = [
+            Assignment(
+                epoch=0,
+                rank=rank,
+                tensor_parallel_size=spec.tensor_parallel_size,
+                data_parallel_size=spec.data_parallel_size,
+                store_host=host,
+                store_port=self._store.port,
+            )
+            for rank in range(spec.parallel.world_size)
+        ]
+        """By rank; once it is ready, with what the ranks found out."""
+        self.workers = [
+            start_worker(launch, seat, assignment, title=f"{spec.role}:{first_number + assignment.rank}")
+            for seat, assignment in zip(seats, self.assignments, strict=True)
+        ]
+        """By rank, the first ones."""
+        tp = spec.tensor_parallel_size
+        self._leaders = [_Leader(rank, self.workers[rank]) for rank in range(0, len(self.workers), tp)]
+        self._starts: dict[ObjectRef, int] = {w.started: rank for rank, w in enumerate(self.workers)}
+        self._running: dict[int, WorkerProcess] = {}
+        """By rank, those that are there now."""
+
+    def wait_ready(self, timeout_s: float) -> list[StartReport]:
+        """Per rank, once all can serve. EngineFailed, or ValueError for what a user can mend, when one cannot."""
+        deadline = time.monotonic() + timeout_s
+        reports: dict[int, StartReport] = {}
+        while len(reports) < len(self._starts):
+            pending = [ref for ref, rank in self._starts.items() if rank not in reports]
+            ready, _ = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = sorted(self._starts[ref] for ref in pending)
+                self._fail(late[0], f"ranks {late} were not ready after {timeout_s:g} s (startup_timeout_s)")
+            rank = self._starts[ready[0]]
+            try:
+                reports[rank] = ray.get(ready[0])
+            except RayError as error:
+                self._fail(rank, f"its process died during start-up: {error}")
+            if (failure := reports[rank].failure) is not None:
+                if failure.kind == "value":
+                    self.close()
+                    raise ValueError(failure.message.removeprefix("ValueError: "))
+                self._fail(rank, f"{failure.message}\n{failure.traceback}")
+        self._limits = _tightest(reports.values())
+        self._num_kv_tokens = {rank: report.num_kv_tokens for rank, report in reports.items()}
+        self.workers = [worker.run() for worker in self.workers]
+        self._running = dict(enumerate(self.workers))
+        self.assignments = [
+            replace(
+                assignment,
+                ranks_on_node=reports[rank].ranks_on_node,
+                num_kv_blocks=reports[rank].num_kv_blocks,
+                max_model_len=self._limits.max_model_len,
+            )
+            for rank, assignment in enumerate(self.assignments)
+        ]
+        return [reports[rank] for rank in range(len(reports))]
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What every attention group can take."""
+        assert self._limits is not None, "limits are known after wait_ready"
+        return self._limits
+
+    def leader_of(self, rank: int) -> int:
+        """The rank that takes the requests of this rank's attention group."""
+        return max(leader for leader in self.leaders if leader <= rank)
+
+    def num_kv_tokens(self, rank: int) -> int:
+        """Tokens that the cache of a rank holds."""
+        return self._num_kv_tokens[rank]
+
+    @property
+    def leaders(self) -> list[int]:
+        """The ranks that take requests."""
+        return [leader.rank for leader in self._leaders]
+
+    def tell(self, rank: int, commands: Sequence[Command]) -> None:
+        """Commands for a leader, which acts on them in this order."""
+        self._check_alive()
+        leader = next(leader for leader in self._leaders if leader.rank == rank)
+        if leader.worker is None:
+            return  # its loss is about to be told, and whatever it was told counts for nothing then
+        tell = leader.worker.actor.tell.options(concurrency_group=INBOX_THREAD)
+        leader.tells.append(tell.remote(leader.num_told, [pack_command(c) for c in commands]))
+        leader.num_told += 1
+
+    def refs(self) -> list[ObjectRef]:
+        """What to wait for: news of the leaders, and the end of any rank's loop."""
+        self._check_alive()
+        for leader in self._leaders:
+            if leader.poll is None and leader.worker is not None:
+                leader.poll = leader.worker.actor.poll.remote(POLL_WAIT_S)
+        polls = [leader.poll for leader in self._leaders if leader.poll is not None]
+        return polls + [worker.ended for worker in self._running.values()]
+
+    def lose(self, rank: int) -> bool:
+        """The worker of a rank is dead; whether it was a leader, whose requests are lost with it."""
+        self._running.pop(rank, None)
+        for leader in self._leaders:
+            if leader.rank == rank:
+                leader.worker, leader.poll, leader.tells, leader.num_told = None, None, [], 0
+                return True
+        return False
+
+    def fill(self, rank: int, worker: WorkerProcess) -> bool:
+        """A lost rank has another worker; whether it is a leader, which takes requests."""
+        self._running[rank] = worker
+        for leader in self._leaders:
+            if leader.rank == rank:
+                leader.worker = worker
+                return True
+        return False
+
+    def collect(self, ready: set[ObjectRef]) -> list[tuple[int, Event]]:
+        """What the leaders told in the polls that are `ready`, each with the leader's rank.
+
+        EngineFailed when a loop failed; only when the leaders told nothing, so that nothing gets lost.
+        """
+        events: list[tuple[int, Event]] = []
+        for leader in self._leaders:
+            self._check_tells(leader)
+            if leader.poll is not None and leader.poll in ready:
+                poll, leader.poll = leader.poll, None
+                try:
+                    messages = ray.get(poll)
+                except RayError as error:
+                    self._miss(leader, error)
+                    continue
+                events += [(leader.rank, unpack_event(message)) for message in messages]
+        if not events:
+            self._check_ends(ready)
+        return events
+
+    def _check_tells(self, leader: _Leader) -> None:
+        """A command that did not arrive would be missed for ever."""
+        if leader.worker is None or not leader.tells:
+            return
+        done, leader.tells = ray.wait(leader.tells, num_returns=len(leader.tells), timeout=0)
+        try:
+            for ref in done:
+                ray.get(ref)
+        except RayError as error:
+            self._miss(leader, error)
+
+    def _miss(self, leader: _Leader, error: RayError) -> None:
+        if leader.worker is not None:
+            self.unreachable.append((leader.worker.name, str(error)))
+        leader.worker, leader.poll, leader.tells = None, None, []
+
+    def stop(self) -> None:
+        """Let the loops end in the same step, and wait for that a little."""
+        if self._failure is None and self._running:
+            for leader in self._leaders:
+                if leader.worker is not None:
+                    leader.worker.actor.stop.remote()
+            ended = [worker.ended for worker in self._running.values()]
+            ray.wait(ended, num_returns=len(ended), timeout=STOP_TIMEOUT_S)
+
+    def audit(self) -> list[str]:
+        """What ranks hold although nothing is in flight; [] when all is given back."""
+        asked = {worker.title: worker.actor.audit.remote() for worker in self._running.values()}
+        return [
+            f"{title}: {problem}"
+            for title, ref in asked.items()
+            for problem in ray.get(ref, timeout=AUDIT_TIMEOUT_S + POLL_WAIT_S)
+        ]
+
+    def step_profiles(self) -> list[StepProfile]:
+        """Of every rank; the engines must measure their steps."""
+        asked = [self._running[rank].actor.step_profile.remote() for rank in sorted(self._running)]
+        profiles: list[StepProfile] = ray.get(asked, timeout=PROFILE_TIMEOUT_S)
+        return profiles
+
+    def close(self) -> None:
+        """Stop, then end the first processes. Closing twice is allowed."""
+        self.stop()
+        self._running = {}
+        for worker in self.workers:
+            end_worker(worker)
+        self.workers = []
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        assert self.workers, "the replica is closed"
+
+    def _fail(self, rank: int, reason: str) -> None:
+        self._failure = EngineFailed(rank, reason)
+        raise self._failure
+
+    def _check_ends(self, ready: set[ObjectRef]) -> None:
+        """A loop that ended by itself ends the replica; of a process that died the supervisor knows."""
+        if not self._ends(ready):
+            return
+        # The rank to blame may be another one, which is about to end.
+        everyone = [worker.ended for worker in self._running.values()]
+        done, _ = ray.wait(everyone, num_returns=len(everyone), timeout=BLAME_WAIT_S)
+        self._fail(*cause_of_end(self._ends(set(done))))
+
+    def _ends(self, refs: set[ObjectRef]) -> list[WorkerFailure]:
+        """How loops ended; forgets those whose processes died."""
+        failures = []
+        ended: dict[int, ObjectRef] = {rank: worker.ended for rank, worker in self._running.items()}
+        for rank, ref in [(rank, ref) for rank, ref in ended.items() if ref in refs]:
+            try:
+                failure: Any = ray.get(ref)
+            except RayError:
+                del self._running[rank]
+                continue
+            failures.append(failure or WorkerFailure(rank, "error", "its loop ended although nobody asked", ""))
+        return failures
+
+
+def cause_of_end(failures: Sequence[WorkerFailure]) -> tuple[int, str]:
+    """Rank and reason to blame: one rank's end makes others fail in collectives, so an error counts before those;
+    among equals the lowest rank.
+    """
+    cause = min(failures, key=lambda f: (f.kind == "collective", f.rank))
+    return cause.rank, f"{cause.message}\n{cause.traceback}".rstrip()
+
+
+def _tightest(reports: Iterable[StartReport]) -> RequestLimits:
+    limits = [report.limits for report in reports if report.limits is not None]
+    return RequestLimits(
+        vocab_size=min(x.vocab_size for x in limits),
+        max_model_len=min(x.max_model_len for x in limits),
+    )

@@ -1,0 +1,185 @@
+"""Several replicas as one set of engines: carries out what `routing` decides."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+
+import ray
+
+from shoal.runtime.engine.step_profile import StepProfile
+from shoal.runtime.request_limits import RequestLimits
+from shoal.runtime.types import Request, RequestOutput, RequestProgress
+
+from ..routing.groups import GroupSpec
+from ..routing.request_router import Deliver, Effect, RequestRouter, Send
+from ..supervision.fault import Fault
+from ..supervision.supervisor import RankFilled, RankLost, Supervisor
+from ..workers.wire import Command
+from .replica import EngineFailed, Replica
+
+LOOK_S = 0.1
+"""How often to look for lost workers while nothing else happens."""
+MAX_LOSSES = 10
+"""Of workers of one replica without anything new of a request: it is not bad luck then."""
+
+
+class Router:
+    """Takes requests, sends them through the replicas, and hands out what they answer; one thread at a time."""
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        supervisor: Supervisor,
+        close: Callable[[], None],
+        *,
+        max_num_seqs: int,
+        block_size: int,
+    ) -> None:
+        """Takes over the replicas, which are ready, and the supervisor, which watches them; `close` ends what they
+        run on, after them."""
+        self._replicas = list(replicas)
+        self._supervisor = supervisor
+        self._close = close
+        self._num_losses = [0] * len(replicas)
+        """Since the replica last told something new of a request."""
+        self._ranks = [(number, rank) for number, replica in enumerate(replicas) for rank in replica.leaders]
+        """Of every attention group, the replica and its leader there."""
+        self._groups = {place: group for group, place in enumerate(self._ranks)}
+        self.limits: RequestLimits = min((r.limits for r in replicas), key=lambda x: x.max_model_len)
+        """What every replica can take."""
+        specs = [
+            GroupSpec(role=replicas[n].role, max_num_seqs=max_num_seqs, num_kv_tokens=replicas[n].num_kv_tokens(rank))
+            for n, rank in self._ranks
+        ]
+        self.capacity = 2 * max_num_seqs * len(specs)
+        """Requests in flight that keep every replica busy."""
+        self._routing = RequestRouter(specs, max_model_len=self.limits.max_model_len, block_size=block_size)
+        self._outputs: list[RequestOutput] = []
+        self._progress: list[RequestProgress] = []
+        self._interrupted: list[tuple[Fault, frozenset[str]]] = []
+        """Losses, with the requests that they interrupted, until one of those goes on."""
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._routing.num_in_flight
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Take requests; ValueError, before any is taken, for an id that is in use."""
+        self._carry_out(self._routing.submit(requests))
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
+        for request_id in request_ids:
+            self._carry_out(self._routing.abort(request_id))
+        dropped = set(request_ids)
+        self._outputs = [output for output in self._outputs if output.request_id not in dropped]
+        self._progress = [progress for progress in self._progress if progress.request_id not in dropped]
+
+    def poll(self, timeout_s: float) -> list[RequestOutput]:
+        """Outputs, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight.
+
+        EngineFailed when a loop failed, or a rank was lost that nobody can take over, or too often.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._follow_supervisor()
+            refs = [ref for replica in self._replicas for ref in replica.refs()]
+            left = max(0.0, deadline - time.monotonic()) if self.num_in_flight else 0.0
+            ready, _ = ray.wait(refs, timeout=min(left, LOOK_S))
+            if ready:
+                ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            for number, replica in enumerate(self._replicas):
+                for rank, event in replica.collect(set(ready)):
+                    self._num_losses[number] = 0
+                    self._carry_out(self._routing.handle(self._groups[number, rank], event))
+                while replica.unreachable:
+                    self._supervisor.suspect(*replica.unreachable.pop())
+            if self._outputs or not self.num_in_flight or time.monotonic() >= deadline:
+                outputs, self._outputs = self._outputs, []
+                return outputs
+
+    def take_progress(self) -> list[RequestProgress]:
+        """What requests that report their progress have generated, as far as `poll` has seen it."""
+        progress, self._progress = self._progress, []
+        return progress
+
+    def audit(self) -> list[str]:
+        """With nothing in flight, what workers still hold; [] when every block of every rank is given back."""
+        assert not self.num_in_flight
+        return [problem for replica in self._replicas for problem in replica.audit()]
+
+    def step_profiles(self) -> list[StepProfile]:
+        """Of every rank of every replica; the engines must measure their steps."""
+        return [profile for replica in self._replicas for profile in replica.step_profiles()]
+
+    def close(self) -> None:
+        """End all workers, and Ray where it was started for them. Closing twice is allowed."""
+        for replica in self._replicas:
+            replica.stop()
+        self._supervisor.close()
+        for replica in self._replicas:
+            replica.close()
+        self._replicas = []
+        self._close()
+
+    @property
+    def supervisor(self) -> Supervisor:
+        """Who watches the workers."""
+        return self._supervisor
+
+    @property
+    def faults(self) -> list[Fault]:
+        """The losses so far, and how they were mended."""
+        return self._supervisor.faults
+
+    def _follow_supervisor(self) -> None:
+        self._supervisor.check()
+        while not self._supervisor.events.empty():
+            event = self._supervisor.events.get()
+            replica = self._replicas[event.replica]
+            group = self._groups.get((event.replica, event.rank))
+            if isinstance(event, RankLost):
+                self._num_losses[event.replica] += 1
+                if self._num_losses[event.replica] > MAX_LOSSES:
+                    reason = f"{MAX_LOSSES} workers were lost without progress: {event.fault.reason}"
+                    raise EngineFailed(event.rank, reason)
+                self._note_interrupted(event.fault, self._groups[event.replica, replica.leader_of(event.rank)])
+                if replica.lose(event.rank):
+                    assert group is not None
+                    self._carry_out(self._routing.lose(group))
+            elif isinstance(event, RankFilled):
+                if replica.fill(event.rank, event.worker):
+                    assert group is not None
+                    self._carry_out(self._routing.restore(group))
+            else:
+                raise EngineFailed(event.rank, event.reason)
+
+    def _note_interrupted(self, fault: Fault, group: int) -> None:
+        num_tokens = self._routing.generated_in(group)
+        fault.num_replayed_requests, fault.num_replayed_tokens = len(num_tokens), sum(num_tokens.values())
+        if num_tokens:
+            self._interrupted.append((fault, frozenset(num_tokens)))
+
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
+        sent: list[Send] = []
+        for effect in effects:
+            if isinstance(effect, Send):
+                sent.append(effect)
+            else:
+                self._deliver(effect)
+        # Sorting is stable: the commands of one group keep their order.
+        for group, sends in groupby(sorted(sent, key=lambda s: s.group), key=lambda s: s.group):
+            number, rank = self._ranks[group]
+            commands: list[Command] = [send.command for send in sends]
+            self._replicas[number].tell(rank, commands)
+
+    def _deliver(self, effect: Deliver) -> None:
+        for entry in [entry for entry in self._interrupted if effect.event.request_id in entry[1]]:
+            self._supervisor.note_first_token(entry[0])
+            self._interrupted.remove(entry)
+        if isinstance(effect.event, RequestOutput):
+            self._outputs.append(effect.event)
+        else:
+            self._progress.append(effect.event)

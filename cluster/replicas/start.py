@@ -1,0 +1,172 @@
+"""How a set of replicas starts: connect, check, place, build."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+
+from shoal.parallel.failpoints import VARIABLE, Failpoints
+from shoal.runtime.models.config import ModelConfig
+
+from ..engine_args import EngineArgs, read_model_config
+from ..supervision.supervisor import ReplicaPlan, Supervisor
+from ..workers.actors import Launch, Seat, WorkerProcess, end_worker, start_worker
+from ..workers.engine_factory import BUILD_ENGINE
+from ..workers.kv_transports import choose_transport
+from ..workers.ray_cluster import (
+    Layout,
+    Placement,
+    check_fits,
+    connect,
+    core_shares,
+    node_address,
+    nodes,
+    place,
+)
+from ..workers.spec import OnPhase, Phase, StartReport
+from .replica import EngineFailed, Replica
+from .router import Router
+
+
+def start_engines(
+    args: EngineArgs,
+    *,
+    on_phase: OnPhase | None = None,
+    engine_factory: str = BUILD_ENGINE,
+    faults: str | None = None,
+) -> Router:
+    """Start all replicas in parallel and wait until they can serve.
+
+    ValueError for a model or setting that cannot work, LayoutDoesNotFit for a cluster that is too small (both before
+    any weight is read), EngineFailed when a worker fails. `on_phase` is told of every part of the start-up as it ends.
+    `faults` are those of `shoal.parallel.failpoints`; None: what the environment says.
+    """
+    tell = on_phase or (lambda phase: None)
+    config = read_model_config(args)
+    faults = os.environ.get(VARIABLE, "") if faults is None else faults
+    _ = Failpoints(faults)  # a bad one is the user's to mend
+    begin = time.monotonic()
+    num_workers = args.num_workers + args.spares
+    cluster = connect(
+        args.ray_address, num_cpus=num_workers * (args.num_threads_per_worker or 1), insecure=args.insecure
+    )
+    tell(Phase("ray", time.monotonic() - begin))
+    with ExitStack() as undo:
+        undo.callback(cluster.close)
+        if args.hands_over:
+            args = replace(args, kv_transport=choose_transport(args, len(nodes())))  # once, for all workers
+        start = time.monotonic()
+        layout = _layout(args, config)
+        check_fits(layout, nodes())
+        placements = place(layout, nodes(), timeout_s=args.startup_timeout_s)
+        for placement in placements:
+            undo.callback(placement.remove)
+        tell(Phase("placement", time.monotonic() - start))
+        start = time.monotonic()
+        supervisor = Supervisor(
+            node_address(),
+            heartbeat_timeout_s=args.heartbeat_timeout_s,
+            step_timeout_s=args.collective_timeout_s,
+            replace_timeout_s=args.startup_timeout_s,
+        )
+        undo.callback(supervisor.close)
+        launch = supervisor.launch(
+            Launch(
+                args,
+                engine_factory,
+                layout.num_cpus_per_worker,
+                layout.num_gpus_per_worker,
+                faults=faults,
+            )
+        )
+        supervisor.start(launch)
+        seats = _seats(args, placements, embedded=cluster.embedded)
+        replicas: list[Replica] = []
+        for spec, own in zip(args.replica_specs, seats, strict=False):
+            number = sum(len(r.workers) for r in replicas if r.role == spec.role)
+            replicas.append(Replica(spec, launch, own, host=node_address(), first_number=number))
+            undo.callback(replicas[-1].close)
+        spares = [
+            start_worker(launch, seat, None, title=f"spare:{number}")
+            for number, (seat,) in enumerate(seats[len(replicas) :])
+        ]
+        for worker in spares:
+            undo.callback(end_worker, worker)
+        deadline = start + args.startup_timeout_s
+        reports = [r for replica in replicas for r in replica.wait_ready(deadline - time.monotonic())]
+        reports += [_spare_report(worker, deadline - time.monotonic()) for worker in spares]
+        supervisor.take_over([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
+        for phase in _phases(reports, time.monotonic() - start, layout.weight_bytes):
+            tell(phase)
+        notices = {notice for report in reports for notice in report.notices}
+        if args.hands_over:
+            notices.add(f"cache records travel through {args.kv_transport}")
+        tell(Phase("ready", time.monotonic() - begin, "; ".join(sorted(notices))))
+        undo.pop_all()
+
+    def close() -> None:
+        for placement in placements:
+            placement.remove()
+        cluster.close()
+
+    return Router(replicas, supervisor, close, max_num_seqs=args.max_num_seqs, block_size=args.block_size)
+
+
+def _seats(args: EngineArgs, placements: Sequence[Placement], *, embedded: bool) -> list[list[Seat]]:
+    """Per replica, then per spare, a seat for every worker."""
+    num_replicas = len(args.replica_specs)
+    placed = placements[:num_replicas]
+    shares = core_shares(placed, nodes(), embedded=embedded, num_threads=args.num_threads_per_worker)
+    shares += [[shares[0][0]]] * (len(placements) - num_replicas)  # a spare takes what the worker had that it replaces
+    return [
+        [Seat(placement, bundle, share) for bundle, share in enumerate(own)]
+        for placement, own in zip(placements, shares, strict=True)
+    ]
+
+
+def _spare_report(worker: WorkerProcess, timeout_s: float) -> StartReport:
+    try:
+        report: Any = ray.get(worker.started, timeout=max(0.0, timeout_s))
+    except RayError as error:
+        raise EngineFailed(-1, f"a spare did not start: {error}") from error
+    assert isinstance(report, StartReport)
+    if report.failure is not None:
+        raise EngineFailed(-1, f"a spare did not start: {report.failure.message}\n{report.failure.traceback}")
+    return report
+
+
+def _layout(args: EngineArgs, config: ModelConfig) -> Layout:
+    return Layout(
+        replicas=tuple(spec.parallel for spec in args.replica_specs),
+        spares=args.spares,
+        num_cpus_per_worker=args.num_threads_per_worker or 1,
+        num_gpus_per_worker=1 if args.device == "cuda" else 0,
+        weight_bytes=_weight_bytes(args, config),
+    )
+
+
+def _weight_bytes(args: EngineArgs, config: ModelConfig) -> int:
+    """Memory that one copy of the weights takes: their size on disk, from the stored to the computing dtype."""
+    on_disk = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
+    stored = 1 if config.weight_block_size is not None else config.torch_dtype.itemsize
+    computing: torch.dtype = config.torch_dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    return on_disk * computing.itemsize // stored
+
+
+def _phases(reports: Sequence[StartReport], seconds: float, weight_bytes: int) -> list[Phase]:
+    """The slowest rank of each phase; what the ranks did not account for is their processes' own start."""
+    slowest = {name: max(r.phases.get(name, 0.0) for r in reports) for name in reports[0].phases}
+    phases = [Phase("workers", max(0.0, seconds - sum(slowest.values())))]
+    for name, took in slowest.items():
+        rate = f"{weight_bytes / took / 1e9:.2g} GB/s" if name == "weights" and took > 0 else ""
+        phases.append(Phase(name, took, rate))
+    return phases

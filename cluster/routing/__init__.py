@@ -1,0 +1,1 @@
+"""Request routing: pure decisions, no I/O."""

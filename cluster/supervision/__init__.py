@@ -1,0 +1,1 @@
+"""Membership of workers: health, epochs, replacement."""

@@ -1,0 +1,371 @@
+"""Keeps every rank of every replica filled: finds out who is lost, and gives the rank to a process that waits.
+
+Spares and restarts are one mechanism. A worker that is lost leaves its seat (reserved resources), in which a new
+process starts at once and then waits for a rank; with spares, others were waiting before, and take the rank at once.
+Detection and the new group are ours; Ray only starts processes.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+
+from ..workers.actors import Launch, Seat, WorkerProcess, end_worker, failed_starts, start_worker
+from ..workers.assignment import Assignment
+from ..workers.liveness import Liveness, Message, Process
+from .fault import Fault
+from .membership import Action, Formed, Join, Leave, Load, Membership, Need
+
+LEFT_GRACE_S = 0.5
+"""How long ranks that left may have a dead peer whose end is not known yet, before all are told to join again."""
+START_CHECK_S = 0.5
+"""How often to look after processes that have not connected yet."""
+MAX_FAILED_STARTS = 6
+"""In one seat, one after another, each after a longer pause: there is a reason then that does not go away."""
+FORM_TIMEOUT_S = 20.0
+"""A worker that has not joined after this long is treated as lost."""
+STALL_GRACE_S = 10.0
+"""A rank whose step does not end in the time of a collective and this is stuck; those that wait for it left before."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankLost:
+    """A rank has no worker; what it was told is forgotten."""
+
+    replica: int
+    rank: int
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class RankFilled:
+    """A rank has another worker, which takes commands and acts on them when its group is formed."""
+
+    replica: int
+    rank: int
+    worker: WorkerProcess
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """A rank cannot be filled."""
+
+    replica: int
+    rank: int
+    reason: str
+
+
+SupervisorEvent = RankLost | RankFilled | GaveUp
+
+
+@dataclass(slots=True)
+class ReplicaPlan:
+    """One replica, as the supervisor takes it over."""
+
+    workers: list[WorkerProcess]
+    """By rank."""
+    assignments: list[Assignment]
+    """By rank, with what the first epoch found out."""
+
+
+@dataclass(slots=True)
+class _Replica:
+    members: Membership
+    assignments: list[Assignment]
+    forming_since: float | None = None
+    loading_since: dict[str, float] = field(default_factory=dict)
+    """Workers that load weights."""
+    left_at: float | None = None
+    left_epoch: int = -1
+
+
+@dataclass(slots=True)
+class _Wanted:
+    replica: int
+    rank: int
+    since: float
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What a connected worker told of itself."""
+
+    process: Process
+    num_steps: int = -1
+    stepped_at: float = 0.0
+    fault: tuple[str, float] | None = None
+    """Point and time, just before a failpoint struck."""
+
+
+class Supervisor:
+    """Watches workers on a thread of its own; `events` is read by the thread that uses the replicas."""
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        heartbeat_timeout_s: float,
+        step_timeout_s: float,
+        replace_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Lost is a worker whose process ended, that was silent for `heartbeat_timeout_s`, or whose step took longer
+        than `step_timeout_s` and a grace; given up is a rank that nobody fills in `replace_timeout_s`."""
+        self.events: queue.SimpleQueue[SupervisorEvent] = queue.SimpleQueue()
+        self.faults: list[Fault] = []
+        self._liveness = Liveness(host, timeout_s=heartbeat_timeout_s)
+        self._step_timeout_s, self._replace_timeout_s, self._clock = step_timeout_s, replace_timeout_s, clock
+        self._replicas: list[_Replica] = []
+        self._processes: dict[str, WorkerProcess] = {}
+        self._heard: dict[str, _Heard] = {}
+        """By name, those that are connected."""
+        self._num_spares = 0
+        """That were started, for their titles."""
+        self._waiting: list[str] = []
+        """Connected workers without a rank, the longest waiting first."""
+        self._wanted: list[_Wanted] = []
+        self._starts_checked_at = 0.0
+        self._failed_starts: Counter[Seat] = Counter()
+        """Since a process last connected from there."""
+        self._restarts: list[tuple[float, Seat]] = []
+        """When and where to start one."""
+        self._launch: Launch | None = None
+        self._taken_over: tuple[list[ReplicaPlan], list[WorkerProcess]] | None = None
+        """Until the thread that watches finds it."""
+        self._suspects: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._lost_early: dict[str, tuple[str, float]] = {}
+        """Before it was taken over: how, and how long it was silent."""
+
+    def launch(self, launch: Launch) -> Launch:
+        """The same, for workers that report here."""
+        return replace(launch, supervisor=self._liveness.address, supervisor_key=self._liveness.key)
+
+    def start(self, launch: Launch) -> None:
+        """Listen; nothing is replaced before `take_over`."""
+        self._launch = launch
+        self._liveness.start(self)
+
+    def take_over(self, replicas: Sequence[ReplicaPlan], spares: Sequence[WorkerProcess]) -> None:
+        """From now on, keep these replicas filled; `spares` have no rank."""
+        self._taken_over = (list(replicas), list(spares))
+
+    def close(self) -> None:
+        """Stop watching, and end every process that was taken over or started. Closing twice is allowed."""
+        self._liveness.close()
+        self._adopt()
+        for worker in self._processes.values():
+            end_worker(worker, process=self._process(worker.name))
+        self._processes = {}
+
+    def worker(self, replica: int, rank: int) -> WorkerProcess | None:
+        """That has this rank now."""
+        name = self._replicas[replica].members.workers[rank]
+        return None if name is None else self._processes[name]
+
+    def process(self, worker: WorkerProcess) -> Process | None:
+        """Where a worker runs; None before it has connected."""
+        return self._process(worker.name)
+
+    def is_whole(self, num_spares: int) -> bool:
+        """Whether all ranks of all replicas are in their groups, and so many processes wait."""
+        formed = bool(self._replicas) and all(r.members.formed for r in self._replicas)
+        return formed and len(self._waiting) >= num_spares
+
+    def _process(self, name: str) -> Process | None:
+        return self._heard[name].process if name in self._heard else None
+
+    def check(self) -> None:
+        """RuntimeError when workers are watched no longer. Any thread may call."""
+        if self._liveness.failure is not None:
+            raise RuntimeError("the thread that watches the workers failed") from self._liveness.failure
+
+    def suspect(self, name: str, reason: str) -> None:
+        """A worker did not answer a call. Any thread may call."""
+        self._suspects.put((name, reason))
+
+    # -- on the thread that watches ----------------------------------------------------------------------------------
+
+    def on_hello(self, name: str) -> None:
+        self._heard[name] = _Heard(self._liveness.process(name))
+        if name in self._processes:
+            self._failed_starts.pop(self._processes[name].seat, None)
+        if name in self._processes and not any(name in r.members.workers for r in self._replicas):
+            self._wait(name)
+            self._fill()
+
+    def on_message(self, name: str, message: Message) -> None:
+        kind, *values = message
+        heard = self._heard[name]
+        if kind == "beat":
+            if values[0] != heard.num_steps:
+                heard.num_steps, heard.stepped_at = values[0], self._clock()
+            return
+        if kind == "fault":
+            heard.fault = (values[0], values[1])
+            return
+        for number, replica in enumerate(self._replicas):
+            if name in replica.members.workers:
+                if kind == "joining":
+                    replica.members.joining(name, values[0])
+                elif kind == "joined":
+                    self._act(number, replica.members.join(name, values[0]))
+                elif kind == "loaded":
+                    replica.loading_since.pop(name, None)
+                    self._note(number, "loaded_s", replica.members.workers.index(name))
+                    self._act(number, replica.members.loaded(name))
+                elif kind == "left" and values[0] > replica.left_epoch:
+                    replica.left_epoch, replica.left_at = values[0], self._clock()
+
+    def on_lost(self, name: str, how: str, silent_s: float) -> None:
+        worker = self._processes.pop(name, None)
+        if worker is None:
+            self._lost_early[name] = (how, silent_s)
+            return
+        heard = self._heard.pop(name, None)
+        fault = self._fault(worker, heard, how, silent_s)
+        self.faults.append(fault)
+        if name in self._waiting:
+            self._waiting.remove(name)
+        for number, replica in enumerate(self._replicas):
+            if name in replica.members.workers:
+                replica.loading_since.pop(name, None)
+                fault.replica, fault.rank = number, replica.members.workers.index(name)
+                self.events.put(RankLost(number, fault.rank, fault))
+                self._act(number, replica.members.lose(name))
+        # Calls of Ray take their time: the others know by now.
+        end_worker(worker, process=None if heard is None else heard.process)
+        if not (num_failed := self._failed_starts[worker.seat]):
+            self._start_in(worker.seat)
+        elif num_failed < MAX_FAILED_STARTS:
+            self._restarts.append((self._clock() + START_CHECK_S * 2**num_failed, worker.seat))
+
+    def _fault(self, worker: WorkerProcess, heard: _Heard | None, how: str, silent_s: float) -> Fault:
+        now = self._clock()
+        fault = Fault(
+            at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            worker=worker.title,
+            node_id=worker.seat.node_id if heard is None else heard.process.node_id,
+            replica=None,
+            rank=None,
+            reason=how,
+            noticed_at=now,
+            silent_s=silent_s,
+        )
+        if heard is not None and heard.fault is not None:
+            fault.point, struck_at = heard.fault
+            fault.detection_s = now - struck_at
+        return fault
+
+    def on_tick(self) -> None:
+        self._adopt()
+        while not self._suspects.empty():
+            name, reason = self._suspects.get()
+            if name in self._heard:
+                self._give_up_on(name, f"a call to it failed: {reason}")
+        now = self._clock()
+        for number, replica in enumerate(self._replicas):
+            if replica.left_at is not None and now - replica.left_at >= LEFT_GRACE_S:
+                replica.left_at = None
+                self._act(number, replica.members.reform(replica.left_epoch))
+            if replica.forming_since is not None and now - replica.forming_since >= FORM_TIMEOUT_S:
+                for name in replica.members.missing:
+                    self._give_up_on(name, f"did not join its group in {FORM_TIMEOUT_S:g} s")
+            for name in [n for n, t in replica.loading_since.items() if now - t >= self._replace_timeout_s]:
+                self._give_up_on(name, f"did not load its weights in {self._replace_timeout_s:g} s")
+        if now - self._starts_checked_at >= START_CHECK_S:
+            self._starts_checked_at = now
+            self._check_starts()
+        limit = self._step_timeout_s + STALL_GRACE_S
+        for name in [n for n, h in self._heard.items() if h.num_steps >= 0 and now - h.stepped_at >= limit]:
+            self._give_up_on(name, f"no step ended in {limit:g} s: stuck")
+        for wanted in [w for w in self._wanted if now - w.since >= self._replace_timeout_s]:
+            self._wanted.remove(wanted)
+            reason = f"no process took its place in {self._replace_timeout_s:g} s"
+            self.events.put(GaveUp(wanted.replica, wanted.rank, reason))
+
+    def _check_starts(self) -> None:
+        """Processes that end before they connect have no connection whose end would tell."""
+        silent = [worker for name, worker in self._processes.items() if name not in self._heard]
+        for worker, reason in failed_starts(silent):
+            self._failed_starts[worker.seat] += 1
+            self.on_lost(worker.name, reason, 0.0)
+        now = self._clock()
+        for due, seat in [entry for entry in self._restarts if entry[0] <= now]:
+            self._restarts.remove((due, seat))
+            self._start_in(seat)
+
+    def _give_up_on(self, name: str, reason: str) -> None:
+        """Treat a worker that is connected as lost; the end of its connection is then no news."""
+        self._liveness.drop(name)
+        self.on_lost(name, reason, 0.0)
+
+    def _adopt(self) -> None:
+        if self._taken_over is None:
+            return
+        replicas, spares = self._taken_over
+        self._taken_over = None
+        processes = [worker for replica in replicas for worker in replica.workers]
+        self._processes |= {worker.name: worker for worker in [*processes, *spares]}
+        self._num_spares += len(spares)
+        self._replicas = [
+            _Replica(Membership([w.name for w in plan.workers]), list(plan.assignments)) for plan in replicas
+        ]
+        for worker in spares:
+            if worker.name in self._heard:
+                self._wait(worker.name)
+        for name in [n for n in self._lost_early if n in self._processes]:
+            self.on_lost(name, *self._lost_early.pop(name))
+
+    def _wait(self, name: str) -> None:
+        """A process is up and has no rank."""
+        self._processes[name] = self._processes[name].run()
+        self._waiting.append(name)
+
+    def _act(self, number: int, actions: Sequence[Action]) -> None:
+        replica = self._replicas[number]
+        for action in actions:
+            if isinstance(action, Leave):
+                self._liveness.send(action.worker, ["leave", action.epoch])
+            elif isinstance(action, Need):
+                self._wanted.append(_Wanted(number, action.rank, self._clock()))
+                replica.forming_since = None
+            elif isinstance(action, Load):
+                replica.loading_since[action.worker] = self._clock()
+                self._liveness.send(action.worker, ["load", *replica.assignments[action.rank].to_values()])
+            elif isinstance(action, Join):
+                replica.forming_since, replica.left_at = self._clock(), None
+                first = replica.assignments[action.rank]
+                assignment = replace(first, epoch=action.epoch, replaced=action.replaced)
+                self._liveness.send(action.worker, ["join", *assignment.to_values()])
+            elif isinstance(action, Formed):
+                replica.forming_since = None
+                self._note(number, "formed_s")
+        self._fill()
+
+    def _fill(self) -> None:
+        """Give ranks that have no worker to workers that have no rank."""
+        while self._wanted and self._waiting:
+            wanted, name = self._wanted.pop(0), self._waiting.pop(0)
+            self.events.put(RankFilled(wanted.replica, wanted.rank, self._processes[name]))
+            self._note(wanted.replica, "filled_s", wanted.rank)
+            self._act(wanted.replica, self._replicas[wanted.replica].members.fill(wanted.rank, name))
+
+    def _start_in(self, seat: Seat) -> None:
+        assert self._launch is not None
+        worker = start_worker(self._launch, seat, None, title=f"spare:{self._num_spares}")
+        self._num_spares += 1
+        self._processes[worker.name] = worker
+
+    def _note(self, number: int, what: str, rank: int | None = None) -> None:
+        """Something was reached after the faults of a replica, or of one of its ranks."""
+        for fault in self.faults:
+            if fault.replica == number and rank in (None, fault.rank) and getattr(fault, what) is None:
+                setattr(fault, what, self._clock() - fault.noticed_at)
+
+    def note_first_token(self, fault: Fault) -> None:
+        """An interrupted request told something new. On the thread that uses the replicas."""
+        fault.first_token_s = self._clock() - fault.noticed_at

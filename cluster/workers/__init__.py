@@ -1,0 +1,1 @@
+"""Ray actors that each host one rank of a replica."""

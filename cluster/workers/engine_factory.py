@@ -1,0 +1,148 @@
+"""The engine as the loop around it sees it, and how one is built inside a worker."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Collection
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from shoal.parallel.groups import ParallelGroups
+from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.runtime.engine.step_profile import StepProfile
+from shoal.runtime.request_limits import RequestLimits
+from shoal.runtime.types import (
+    CompletionOutput,
+    GeneratedTokens,
+    PromptLoaded,
+    Request,
+    RequestOutput,
+    RequestProgress,
+)
+
+from ..engine_args import EngineArgs
+from .spec import StartReport
+
+if TYPE_CHECKING:
+    from shoal.runtime.engine.engine import Engine
+
+BUILD_ENGINE = "shoal.cluster.workers.engine_factory:build_engine"
+BUILD_PROFILED_ENGINE = "shoal.cluster.workers.engine_factory:build_profiled_engine"
+"""Of an engine that is also `Profiled`."""
+
+
+class StepResult(Protocol):
+    """What a step says to the loop around it."""
+
+    @property
+    def outputs(self) -> list[RequestOutput]: ...
+    @property
+    def idle(self) -> bool: ...
+    @property
+    def stopped(self) -> bool: ...
+    @property
+    def woke(self) -> bool: ...
+    @property
+    def chunks(self) -> list[KVChunk]: ...
+    @property
+    def loaded(self) -> list[PromptLoaded]: ...
+
+
+class EngineLike(Protocol):
+    """The engine as its loop sees it. All ranks of a replica call `step` together and see `stopped` in the same one."""
+
+    @property
+    def limits(self) -> RequestLimits: ...
+    def has_request(self, request_id: str) -> bool: ...
+    def add_request(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def add_chunk(self, chunk: KVChunk) -> None: ...
+    def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None: ...
+    def take_progress(self) -> list[RequestProgress]: ...
+    def rejoin(self, replaced: Collection[int]) -> None: ...
+    def step(self) -> StepResult: ...
+    def request_stop(self) -> None: ...
+    def audit(self) -> list[str]: ...
+
+
+@runtime_checkable
+class Profiled(Protocol):
+    """An engine that measures its steps."""
+
+    def profile(self) -> StepProfile: ...
+
+
+EngineFactory = Callable[[EngineArgs, ParallelGroups, StartReport, KVTransport | None], EngineLike]
+
+
+def build_engine(
+    args: EngineArgs, groups: ParallelGroups, report: StartReport, transport: KVTransport | None
+) -> EngineLike:
+    """Load this rank's part of the model; reports the seconds."""
+    from shoal.runtime.engine.engine import Engine  # here, so that a stub needs no model code
+
+    return _build(Engine, args, groups, report, transport)
+
+
+def build_profiled_engine(
+    args: EngineArgs, groups: ParallelGroups, report: StartReport, transport: KVTransport | None
+) -> EngineLike:
+    """The same, of an engine that measures its steps."""
+    from shoal.runtime.engine.profiled_engine import ProfiledEngine
+
+    return _build(ProfiledEngine, args, groups, report, transport)
+
+
+def _build(
+    engine_class: type[Engine],
+    args: EngineArgs,
+    groups: ParallelGroups,
+    report: StartReport,
+    transport: KVTransport | None,
+) -> Engine:
+    prepare(args, report)
+    start = time.monotonic()
+    engine = engine_class(
+        args.model, args.to_engine_config(), groups, transport=transport, on_phase=report.notices.append
+    )
+    report.phases["weights"] = time.monotonic() - start
+    report.num_kv_blocks = engine.block_manager.num_blocks
+    report.num_kv_tokens = engine.block_manager.num_blocks * engine.block_manager.block_size
+    gc.collect()
+    gc.freeze()  # what is there now stays; a collection between two steps need not look at it
+    return engine
+
+
+def prepare(args: EngineArgs, report: StartReport) -> None:
+    """What needs no rank: model code and kernels."""
+    import shoal.runtime.engine.engine
+    from shoal.kernels.build import load_library
+
+    assert shoal.runtime.engine.engine
+    if args.device == "cpu" and args.kernel_backend in ("auto", "cpu"):
+        start = time.monotonic()
+        load_library()  # compiled once per machine
+        report.phases["kernels"] = time.monotonic() - start
+
+
+def admit(engine: EngineLike, request: Request) -> RequestOutput | None:
+    """Add a request; one that the engine refuses is answered at once, with finish reason "error"."""
+    try:
+        engine.add_request(request)
+    except ValueError as error:
+        return error_output(request.request_id, list(request.prompt_token_ids), str(error))
+    return None
+
+
+def error_output(request_id: str, prompt_token_ids: list[int], message: str) -> RequestOutput:
+    """The finished output of a request that cannot be answered."""
+    completion = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error", error=message)
+    return RequestOutput(request_id=request_id, prompt_token_ids=prompt_token_ids, outputs=[completion], finished=True)
+
+
+def resolve_factory(path: str) -> EngineFactory:
+    """The function that `module:function` names."""
+    module, _, name = path.partition(":")
+    factory: EngineFactory = getattr(import_module(module), name)
+    return factory

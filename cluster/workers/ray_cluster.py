@@ -1,0 +1,337 @@
+"""Ray: which cluster to use, whether it can hold a layout, and where its workers go."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from shoal.parallel.config import ParallelConfig
+
+from ..environment import num_cores
+
+GPU_MEMORY_BYTES = {
+    "A100": 40 << 30,
+    "A100-40G": 40 << 30,
+    "A100-80G": 80 << 30,
+    "H100": 80 << 30,
+    "H200": 141 << 30,
+    "H20": 96 << 30,
+    "B200": 180 << 30,
+    "L4": 24 << 30,
+    "L40S": 48 << 30,
+}
+"""By the names that Ray gives accelerators; a type not listed here is not checked for memory."""
+
+
+class LayoutDoesNotFit(ValueError):  # noqa: N818
+    """The cluster cannot hold the layout; the message has the missing resources and the layouts that would fit."""
+
+
+class InsecureCluster(ValueError):  # noqa: N818
+    """A cluster of several nodes runs with Ray's authentication disabled."""
+
+
+@dataclass(frozen=True, slots=True)
+class RayCluster:
+    """The Ray that this process is connected to."""
+
+    embedded: bool
+    """Started by `connect` inside this process's machine, as opposed to a cluster that was there before."""
+    owned: bool
+    """Whether `connect` made the connection, which `close` then ends."""
+
+    def close(self) -> None:
+        """Disconnect; an embedded Ray is shut down with all its processes."""
+        if self.owned:
+            ray.shutdown()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """One alive node and what it has in total."""
+
+    node_id: str
+    address: str
+    num_cpus: float
+    num_gpus: float
+    memory_bytes: int
+    gpu_memory_bytes: int | None
+    """Of one GPU; None: unknown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """What a set of replicas asks of a cluster."""
+
+    replicas: tuple[ParallelConfig, ...]
+    spares: int
+    num_cpus_per_worker: int
+    num_gpus_per_worker: int
+    weight_bytes: int
+    """Of one replica: a lower bound of the memory that its workers need together."""
+
+    @property
+    def num_workers(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Workers of every replica, then 1 for every spare."""
+        return [parallel.world_size for parallel in self.replicas] + [1] * self.spares
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """The Ray resources of one worker."""
+        gpus: dict[str, float] = {"GPU": self.num_gpus_per_worker} if self.num_gpus_per_worker else {}
+        return {"CPU": self.num_cpus_per_worker, **gpus}
+
+    def workers_on(self, node: Node) -> int:
+        """How many workers the node has room for."""
+        by_cpu = int(node.num_cpus // self.num_cpus_per_worker)
+        return min(by_cpu, int(node.num_gpus // self.num_gpus_per_worker)) if self.num_gpus_per_worker else by_cpu
+
+
+def connect(address: str | None, *, num_cpus: int, insecure: bool = False) -> RayCluster:
+    """Connect to Ray: an existing connection, else `address`, else the cluster of this Ray job, else an embedded Ray.
+
+    The embedded Ray offers `num_cpus` CPUs where the machine has fewer cores: its workers then share cores, so that any
+    layout runs on a laptop. InsecureCluster when several nodes run without authentication and `insecure` is not set.
+    """
+    if ray.is_initialized():
+        cluster = RayCluster(embedded=False, owned=False)
+    elif address is None and "RAY_ADDRESS" not in os.environ:
+        with signals_deferred():
+            cluster = _start_embedded(num_cpus)
+    else:
+        with signals_deferred():
+            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        cluster = RayCluster(embedded=False, owned=True)
+    if not insecure and not authentication_enabled() and len(nodes()) > 1:
+        cluster.close()
+        raise InsecureCluster(
+            "this Ray cluster has several nodes and its authentication is disabled: anyone who reaches a port can run "
+            "code on it; start it with RAY_AUTH_MODE=token (the default since Ray 2.60), or pass insecure"
+        )
+    return cluster
+
+
+@contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM while Ray connects, which an exception in the middle would crash; then deliver them.
+
+    Only the main thread receives signals; on another one this does nothing. Ray's own handlers are gone afterwards.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda signum, _frame: arrived.append(signum))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if arrived:
+        signal.raise_signal(arrived[0])
+
+
+def _start_embedded(num_cpus: int) -> RayCluster:
+    # Ray reads this variable when it starts its processes; the embedded one reports nothing to anybody.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=max(num_cpus, num_cores()),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    return RayCluster(embedded=True, owned=True)
+
+
+def node_address() -> str:
+    """The address of this process's node, under which the other nodes reach it."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def authentication_enabled() -> bool:
+    """Whether Ray checks a token on every connection; False for a Ray that is too old to have one."""
+    try:
+        from ray._private.authentication.authentication_utils import is_token_auth_enabled
+    except ImportError:
+        return False
+    return bool(is_token_auth_enabled())
+
+
+def nodes() -> list[Node]:
+    """The alive nodes, by node id."""
+    alive = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    return sorted((_node(n) for n in alive), key=lambda n: n.node_id)
+
+
+def _node(entry: dict[str, Any]) -> Node:
+    resources = entry["Resources"]
+    kinds = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    known = [GPU_MEMORY_BYTES[kind] for kind in kinds if kind in GPU_MEMORY_BYTES]
+    return Node(
+        node_id=entry["NodeID"],
+        address=entry["NodeManagerAddress"],
+        num_cpus=resources.get("CPU", 0.0),
+        num_gpus=resources.get("GPU", 0.0),
+        memory_bytes=int(resources.get("memory", 0)),
+        gpu_memory_bytes=known[0] if known else None,
+    )
+
+
+def check_fits(layout: Layout, available: Sequence[Node]) -> None:
+    """LayoutDoesNotFit when the nodes, even if nothing else ran on them, could not hold the layout."""
+    room = sum(layout.workers_on(node) for node in available)
+    if room < layout.num_workers:
+        need = {name: amount * layout.num_workers for name, amount in layout.bundle.items()}
+        have = {"CPU": sum(n.num_cpus for n in available), "GPU": sum(n.num_gpus for n in available)}
+        missing = [f"{amount - have[name]:g} {name}s" for name, amount in need.items() if amount > have[name]]
+        lack = f"{' and '.join(missing)} missing" if missing else "the rest is in pieces too small for a worker"
+        per_worker, total = _resources(layout.bundle), _resources(need)
+        raise LayoutDoesNotFit(
+            f"the layout needs {layout.num_workers} workers with {per_worker} each = {total}; the cluster has "
+            f"{_resources({name: have[name] for name in need})} on {len(available)} node(s), room for {room} workers "
+            f"({lack}). {_options(layout, room)}"
+        )
+    memory = _total_memory(layout, available)
+    if memory is not None and layout.weight_bytes * len(layout.replicas) > memory:
+        where = "GPU memory" if layout.num_gpus_per_worker else "memory"
+        need_bytes = layout.weight_bytes * len(layout.replicas)
+        fitting = memory // layout.weight_bytes
+        more = "the cluster cannot hold this model" if fitting == 0 else f"replicas={fitting} would fit"
+        if fitting == 0 and layout.num_gpus_per_worker:
+            more = "use more GPUs (data_parallel_size) or a smaller checkpoint"
+        raise LayoutDoesNotFit(
+            f"the weights alone need {_gb(need_bytes)} of {where} ({len(layout.replicas)} replica(s) of "
+            f"{_gb(layout.weight_bytes)}); the layout has {_gb(memory)}, {_gb(need_bytes - memory)} are missing: {more}"
+        )
+
+
+def _total_memory(layout: Layout, available: Sequence[Node]) -> int | None:
+    if not layout.num_gpus_per_worker:
+        return sum(n.memory_bytes for n in available)
+    sizes = {n.gpu_memory_bytes for n in available if n.num_gpus}
+    if None in sizes:
+        return None
+    return layout.num_workers * layout.num_gpus_per_worker * max(s for s in sizes if s is not None)
+
+
+def _options(layout: Layout, room: int) -> str:
+    """The largest layouts with at most `room` workers that split no dimension in a way the asked one does not."""
+    asked = layout.replicas[0]
+    if any(parallel != asked for parallel in layout.replicas):
+        return "Ask for fewer or smaller replicas"
+    sizes = [
+        (tp, dp, replicas)
+        for tp in range(1, asked.tensor_parallel_size + 1)
+        if asked.tensor_parallel_size % tp == 0
+        for dp in range(1, asked.data_parallel_size + 1)
+        for replicas in range(1, len(layout.replicas) + 1)
+        if tp * dp * replicas <= room
+    ]
+    if not sizes:
+        return "No layout of this model fits: a single worker does not"
+    sizes.sort(key=lambda s: (-s[0] * s[1] * s[2], -s[2], -s[0]))
+    shown = [f"tensor_parallel_size={tp} data_parallel_size={dp} replicas={replicas}" for tp, dp, replicas in sizes[:3]]
+    return f"Layouts that fit: {'; '.join(shown)}"
+
+
+def _resources(amounts: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"
+
+
+def placement_strategies(layout: Layout, available: Sequence[Node]) -> list[Literal["STRICT_PACK", "PACK"]]:
+    """Per replica and spare: STRICT_PACK while a node has room for a whole one, after that PACK (few nodes)."""
+    free = sorted((layout.workers_on(node) for node in available), reverse=True)
+    strategies: list[Literal["STRICT_PACK", "PACK"]] = []
+    for left in layout.sizes:
+        free.sort(reverse=True)
+        strategies.append("STRICT_PACK" if free[0] >= left else "PACK")
+        for i, room in enumerate(free):
+            taken = min(room, left)
+            free[i] -= taken
+            left -= taken
+    return strategies
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the workers of one replica run."""
+
+    group: PlacementGroup
+    node_ids: tuple[str, ...]
+    """Per rank."""
+
+    def remove(self) -> None:
+        """Give the resources back; workers that still run in them are killed."""
+        remove_placement_group(self.group)
+
+
+def place(layout: Layout, available: Sequence[Node], *, timeout_s: float) -> list[Placement]:
+    """Reserve the resources of every replica, then of every spare.
+
+    LayoutDoesNotFit when others hold them for longer than `timeout_s`.
+    """
+    strategies = placement_strategies(layout, available)
+    groups = [
+        placement_group([layout.bundle] * size, strategy=strategy)
+        for size, strategy in zip(layout.sizes, strategies, strict=True)
+    ]
+    _, waiting = ray.wait([g.ready() for g in groups], num_returns=len(groups), timeout=timeout_s)
+    if waiting:
+        for group in groups:
+            remove_placement_group(group)
+        raise LayoutDoesNotFit(
+            f"{len(waiting)} of {len(groups)} replicas got no place in {timeout_s:g} s: the cluster is large enough "
+            f"for {layout.num_workers} workers with {_resources(layout.bundle)} each, but other work holds a part of "
+            "it; try again later or ask for fewer workers"
+        )
+    return [_placement(group) for group in groups]
+
+
+def _placement(group: PlacementGroup) -> Placement:
+    by_rank = placement_group_table(group)["bundles_to_node_id"]
+    return Placement(group, tuple(by_rank[rank] for rank in range(len(by_rank))))
+
+
+@dataclass(frozen=True, slots=True)
+class CoreShare:
+    """What a worker gets of its node's cores."""
+
+    num_threads: int
+    dedicated: bool
+    """Whether the node has a core for every thread of every worker on it."""
+
+
+def core_shares(
+    placements: Sequence[Placement], available: Sequence[Node], *, embedded: bool, num_threads: int | None = None
+) -> list[list[CoreShare]]:
+    """Per replica and rank: `num_threads`, by default the node's cores divided by the workers on it, at least 1."""
+    everyone = [node_id for placement in placements for node_id in placement.node_ids]
+    cores = {node.node_id: num_cores() if embedded else int(node.num_cpus) for node in available}
+
+    def share(node_id: str) -> CoreShare:
+        workers = everyone.count(node_id)
+        threads = num_threads or max(1, cores[node_id] // workers)
+        return CoreShare(threads, dedicated=workers * threads <= cores[node_id])
+
+    return [[share(node_id) for node_id in placement.node_ids] for placement in placements]

@@ -1,0 +1,401 @@
+"""The actor of one rank: one device, one engine, one loop that never leaves it.
+
+`start` and `run` share one thread, which thereby owns every tensor; the other methods are called from other threads and
+only take requests in and hand outputs out. Ray carries requests and outputs, never the tokens of a step.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from shoal.parallel.collectives import CollectiveError
+from shoal.parallel.failpoints import Failpoints
+from shoal.parallel.groups import ParallelGroups, create_groups, init_groups, single_process_groups
+from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.runtime.engine.step_profile import StepProfile
+from shoal.runtime.types import (
+    Request,
+    RequestOutput,
+)
+
+from ..engine_args import EngineArgs
+from .assignment import Assignment
+from .engine_factory import EngineLike, Profiled, admit, error_output, prepare, resolve_factory
+from .kv_transports import create_transport
+from .liveness import LivenessLink
+from .ray_cluster import node_address
+from .ray_transport import RayTransport
+from .spec import StartReport, WorkerFailure, WorkerSpec, failure_of
+from .wire import Abort, Command, EndPrefill, Event, WireError, pack_event, unpack_command
+
+IDLE_WAIT_S = 0.01
+"""How long an idle rank waits for a request before it asks the others again; bounds the delay of a first token."""
+GATHER_S = 0.005
+"""How long ranks that were idle collect requests before they start together: those of one job come within it."""
+BUSY_WAIT_S = 0.02
+"""How long a rank with its own cores watches for a message before it sleeps: most ranks of a step are less apart."""
+PROGRESS_INTERVAL_S = 0.5
+"""How much of an answer a crash can cost, in time; the requests that ask for it tell what they have so often."""
+AUDIT_TIMEOUT_S = 10.0
+FAULT_NOTICE_S = 0.02
+MAX_REASON_CHARS = 2000
+MAX_POLL_BYTES = 32 << 20
+"""A poll returns at most this much, and at least one output."""
+
+
+def _is_alone(assignment: Assignment, args: EngineArgs) -> bool:
+    """Whether the rank has no peers, nor a device that needs groups."""
+    return assignment.parallel.world_size == 1 and args.device == "cpu"
+
+
+def _rendezvous(assignment: Assignment, args: EngineArgs) -> TCPStore:
+    timeout = timedelta(seconds=args.collective_timeout_s)
+    host, port = assignment.store_host, assignment.store_port
+    return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+def obey(engine: EngineLike, command: Command) -> RequestOutput | None:
+    """Do what a command says; a request that the engine refuses is answered at once."""
+    match command:
+        case Request():
+            return None if engine.has_request(command.request_id) else admit(engine, command)
+        case KVChunk():
+            engine.add_chunk(command)
+        case EndPrefill(request_id, generated):
+            engine.end_prefill(request_id, generated)
+        case Abort(request_id):
+            engine.abort(request_id)
+    return None
+
+
+class Worker:
+    """One process for one rank at a time. `start`, then `run`, which returns once all ranks agreed to stop, or this one
+    failed in a way that a new group does not mend."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._changed = threading.Condition()
+        self._commands: deque[Command] = deque()
+        self._told: dict[int, list[Command]] = {}
+        """Calls that came before an earlier one."""
+        self._num_told = 0
+        self._outbox: deque[bytes] = deque()
+        self._num_steps = 0
+        self._in_loop = False
+        self._stop_requested = False
+        self._audit: list[str] | None = None
+        self._audit_wanted = False
+        self._failpoints = Failpoints(spec.faults, spec.title, on_fault=self._on_fault)
+        self._started = self._ended = False
+        self._failure: WorkerFailure | None = None
+        self._transport: KVTransport | None = None
+        self._engine: EngineLike | None = None
+        self._groups: ParallelGroups | None = None
+        self._link: LivenessLink | None = None
+        self._place: Assignment | None = None
+        """Of a spare: the rank that it takes, in an epoch to come."""
+        self._assignment = spec.assignment
+        """The newest one."""
+        self._epoch = -1
+        """The last one that was joined."""
+        self._epoch_left = -1
+        """In this epoch and before, peers will not answer."""
+
+    def start(self) -> StartReport:
+        """Build the engine, or what a spare can; a failure is returned, not raised: it needs no class elsewhere."""
+        report = StartReport()
+        spec = self._spec
+        try:
+            torch.set_num_threads(spec.num_threads)
+            if spec.args.hands_over:
+                self._transport = create_transport(spec)
+            if spec.assignment is None:
+                prepare(spec.args, report)
+            if spec.supervisor is not None:
+                self._link = LivenessLink(
+                    spec.supervisor,
+                    spec.supervisor_key,
+                    spec.name,
+                    node_id=ray.get_runtime_context().get_node_id(),
+                    on_message=self._on_supervisor,
+                    num_steps=lambda: self._num_steps if self._in_loop else -1,
+                )
+                self._link.start()
+            if spec.assignment is not None:
+                self._start_first(spec.assignment, report)
+                assert self._engine is not None
+                report.limits = self._engine.limits
+        except Exception as error:
+            report.failure = self._failure = failure_of(self._rank, error)
+        self._started = True
+        return report
+
+    def run(self) -> WorkerFailure | None:
+        """The loop: take requests in, step, hand outputs out; from one epoch to the next."""
+        assert self._started, "run before start"
+        if self._failure is not None:
+            return self._failure
+        try:
+            self._serve()
+        except Exception as error:
+            return failure_of(self._rank, error)
+        finally:
+            self._in_loop = False
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+        return None
+
+    @property
+    def _rank(self) -> int:
+        return -1 if self._assignment is None else self._assignment.rank
+
+    def _serve(self) -> None:
+        if self._engine is None and not self._take_place():
+            return
+        assignment = self._await_assignment(newer_than=-1)
+        while assignment is not None:
+            try:
+                self._enter(assignment)
+                assert self._engine is not None
+                self._in_loop = True
+                self._loop(self._engine)
+                return
+            except CollectiveError as error:
+                self._in_loop = False
+                if self._link is None:
+                    raise
+                self._link.send(["left", assignment.epoch, str(error)[:MAX_REASON_CHARS]])
+                following = self._await_assignment(newer_than=assignment.epoch)
+                if following is None:
+                    raise
+                assignment = following
+
+    def _take_place(self) -> bool:
+        """Of a spare: wait for a rank, for as long as the supervisor lives, and load its weights; False to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._place is not None or self._stop_requested)
+        if self._place is None:
+            return False
+        self._failpoints.reach("worker.build")
+        self._groups = self._create_groups(self._place)
+        self._engine = self._build(self._place, self._groups, StartReport())
+        assert self._link is not None
+        self._link.send(["loaded"])
+        return True
+
+    def _await_assignment(self, *, newer_than: int) -> Assignment | None:
+        """The newest assignment, once it is newer; None when this worker is asked to stop, or nobody assigns it."""
+
+        def is_newer() -> bool:
+            return self._assignment is not None and self._assignment.epoch > newer_than
+
+        with self._changed:
+            self._changed.wait_for(lambda: is_newer() or self._stop_requested, self._spec.args.startup_timeout_s)
+            return self._assignment if is_newer() else None
+
+    def _start_first(self, assignment: Assignment, report: StartReport) -> None:
+        """In the first epoch, all ranks start together."""
+        args, parallel = self._spec.args, assignment.parallel
+        start = time.monotonic()
+        if _is_alone(assignment, args):
+            self._groups = single_process_groups(failpoints=self._failpoints)
+        else:
+            self._groups = init_groups(
+                parallel,
+                assignment.rank,
+                _rendezvous(assignment, args),
+                epoch=assignment.epoch,
+                device=torch.device(args.device),
+                timeout_s=args.collective_timeout_s,
+                hostname=node_address(),
+                busy_wait_s=BUSY_WAIT_S if self._spec.dedicated_cores else 0.0,
+                failpoints=self._failpoints,
+                secret=self._spec.supervisor_key.encode(),
+            )
+        report.phases["groups"] = time.monotonic() - start
+        report.ranks_on_node = self._groups.ranks_on_node
+        self._engine = self._build(assignment, self._groups, report)
+        self._epoch = assignment.epoch
+
+    def _create_groups(self, place: Assignment) -> ParallelGroups:
+        """Of a rank that joins those that are there."""
+        args = self._spec.args
+        if _is_alone(place, args):
+            return single_process_groups(failpoints=self._failpoints)
+        assert place.ranks_on_node is not None
+        return create_groups(
+            place.parallel,
+            place.rank,
+            device=torch.device(args.device),
+            timeout_s=args.collective_timeout_s,
+            hostname=node_address(),
+            busy_wait_s=BUSY_WAIT_S if self._spec.dedicated_cores else 0.0,
+            failpoints=self._failpoints,
+            ranks_on_node=place.ranks_on_node,
+            secret=self._spec.supervisor_key.encode(),
+        )
+
+    def _build(self, place: Assignment, groups: ParallelGroups, report: StartReport) -> EngineLike:
+        args = self._spec.args
+        if place.num_kv_blocks is not None:
+            args = replace(args, num_kv_blocks=place.num_kv_blocks, max_model_len=place.max_model_len)
+        return resolve_factory(self._spec.engine_factory)(args, groups, report, self._transport)
+
+    def _enter(self, assignment: Assignment) -> None:
+        """Join the other ranks of an epoch."""
+        if assignment.epoch == self._epoch:
+            return
+        assert self._engine is not None
+        assert self._link is not None
+        self._failpoints.reach("worker.join")
+        self._link.send(["joining", assignment.epoch])
+        self._join(assignment)
+        self._epoch = assignment.epoch
+        self._link.send(["joined", assignment.epoch])
+        self._engine.rejoin(assignment.replaced)
+
+    def _join(self, assignment: Assignment) -> None:
+        epoch, groups = assignment.epoch, self._groups
+        assert groups is not None
+
+        def in_vain() -> bool:
+            return self._epoch_left >= epoch
+
+        if _is_alone(assignment, self._spec.args):
+            groups.set_epoch(epoch)
+            return
+        groups.join(_rendezvous(assignment, self._spec.args), epoch, stop=in_vain)
+        if in_vain():  # said after the last time that the groups asked
+            groups.abort("a rank was lost", epoch=epoch)
+
+    def _on_fault(self, point: str) -> None:
+        """Tell of a fault before it happens: the last words of a killed process can be lost."""
+        if self._link is not None:
+            self._link.send(["fault", point, time.monotonic() + FAULT_NOTICE_S])
+            time.sleep(FAULT_NOTICE_S)
+
+    def _on_supervisor(self, message: list[Any]) -> None:
+        kind, *values = message
+        with self._changed:
+            if kind == "leave":
+                self._epoch_left = max(self._epoch_left, values[0])
+            elif kind == "load":
+                self._place = Assignment.from_values(values)
+            elif kind == "join":
+                self._assignment = Assignment.from_values(values)
+            self._changed.notify_all()
+        if kind == "leave" and self._groups is not None:
+            self._groups.abort("a rank was lost", epoch=values[0])
+
+    def _loop(self, engine: EngineLike) -> None:
+        told_at = 0.0  # the first tokens are told at once: after a loss, somebody waits for them
+        while True:
+            self._failpoints.reach("worker.take_in")
+            self._take_in(engine)
+            result = engine.step()
+            self._num_steps += 1
+            self._tell([*result.chunks, *result.loaded, *result.outputs])
+            self._failpoints.reach("worker.hand_out")
+            if time.monotonic() - told_at >= PROGRESS_INTERVAL_S and (progress := engine.take_progress()):
+                told_at = time.monotonic()
+                self._tell(progress)
+            if result.stopped:
+                return
+            if result.woke:
+                time.sleep(GATHER_S)
+            if result.idle:
+                with self._changed:
+                    self._changed.wait_for(self._has_news, timeout=IDLE_WAIT_S)
+
+    def _has_news(self) -> bool:
+        return bool(self._commands or self._stop_requested or self._audit_wanted)
+
+    def _take_in(self, engine: EngineLike) -> None:
+        with self._changed:
+            commands, stop, audit = list(self._commands), self._stop_requested, self._audit_wanted
+            self._commands.clear()
+        self._tell([refused for c in commands if (refused := obey(engine, c)) is not None])
+        if stop:
+            engine.request_stop()
+        if audit:
+            with self._changed:
+                self._audit, self._audit_wanted = engine.audit(), False
+                self._changed.notify_all()
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        if events:
+            messages = [_message(event) for event in events]  # a snapshot of what the engine may still change
+            with self._changed:
+                self._outbox.extend(messages)
+                self._changed.notify_all()
+
+    def tell(self, number: int, messages: list[bytes]) -> None:
+        """Queue packed commands. Calls are numbered from 0 on: Ray may let one overtake another."""
+        commands = [unpack_command(message) for message in messages]
+        with self._changed:
+            self._told[number] = commands
+            while (following := self._told.pop(self._num_told, None)) is not None:
+                self._num_told += 1
+                self._commands.extend(following)
+            self._changed.notify_all()
+
+    def read_chunk(self, generation: int) -> NDArray[np.uint8] | None:
+        """What this worker published for others to read; None when it was released."""
+        assert isinstance(self._transport, RayTransport)
+        return self._transport.read(generation)
+
+    def poll(self, max_wait_s: float) -> list[bytes]:
+        """Packed events, in the order in which they came about, at once or within `max_wait_s`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._outbox or self._ended, timeout=max_wait_s)
+            messages: list[bytes] = []
+            num_bytes = 0
+            while self._outbox and (not messages or num_bytes + len(self._outbox[0]) <= MAX_POLL_BYTES):
+                num_bytes += len(self._outbox[0])
+                messages.append(self._outbox.popleft())
+            return messages
+
+    def audit(self) -> list[str]:
+        """`Engine.audit` between two steps, once the commands that were told before are done."""
+        with self._changed:
+            self._audit, self._audit_wanted = None, True
+            self._changed.notify_all()
+            done = self._changed.wait_for(lambda: self._audit is not None, timeout=AUDIT_TIMEOUT_S)
+            return self._audit if done and self._audit is not None else ["no step ended in time to ask"]
+
+    def step_profile(self) -> StepProfile:
+        """Of an engine that measures its steps."""
+        assert isinstance(self._engine, Profiled)
+        return self._engine.profile()
+
+    def arm(self, faults: str) -> None:
+        """See `Failpoints.arm`."""
+        self._failpoints.arm(faults)
+
+    def stop(self) -> None:
+        """Ask all ranks to leave their loops after the same step; unfinished requests are dropped."""
+        with self._changed:
+            self._stop_requested = True
+            self._changed.notify_all()
+
+
+def _message(event: Event) -> bytes:
+    try:
+        return pack_event(event)
+    except WireError as error:
+        if not isinstance(event, RequestOutput):
+            raise
+        return pack_event(error_output(event.request_id, event.prompt_token_ids, str(error)))

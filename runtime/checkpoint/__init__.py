@@ -1,0 +1,1 @@
+"""Checkpoint files: headers, slices, checks."""

@@ -1,0 +1,1 @@
+"""The engine of one rank: step loop, model runner, output."""

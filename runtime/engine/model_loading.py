@@ -1,0 +1,238 @@
+"""From a checkpoint directory to one rank's part of a model, with a cache of the size that fits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.kernels.kv_format import FP8_RECORDS
+from shoal.kernels.numerics import pin_floating_point
+from shoal.kernels.registry import (
+    NOT_STRICT,
+    Backend,
+    Vendor,
+    check_vendors,
+    current_backend,
+    current_vendors,
+    is_invariant,
+    set_backend,
+)
+from shoal.parallel.deep_ep import deep_ep_dispatcher
+from shoal.parallel.dispatcher import TokenDispatcher
+from shoal.parallel.groups import ParallelGroups
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..kv_cache.cache import KVCache, RecordSpec, bytes_per_block
+from ..memory import available_memory, release_freed_memory
+from ..models.config import ModelConfig
+from ..models.deepseek import DeepseekModel, default_dispatcher, default_placement, expected_tensors, record_specs
+from .config import EngineConfig, KernelBackend, VendorKernels
+from .cuda_graphs import DecodeGraphs
+from .model_runner import ModelRunner
+
+VENDORS: dict[VendorKernels, tuple[Vendor, ...]] = {
+    "none": (),
+    "flash_mla": ("flash_mla",),
+    "deep_gemm": ("deep_gemm",),
+    "all": ("flash_mla", "deep_gemm"),
+}
+
+OnPhase = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What can be run."""
+
+    runner: ModelRunner
+    config: ModelConfig
+    max_model_len: int
+    """Tokens of a sequence, at most: what was asked for, or what the model and the cache can take."""
+    record_fingerprint: bytes
+    """Of everything that decides about the bits of a cache record: checkpoint, dtypes and kernels."""
+
+
+def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGroups, on_phase: OnPhase) -> LoadedModel:
+    """ValueError for a checkpoint or a setting that cannot work; `on_phase` is told what a user should know."""
+    _choose_kernels(config, groups.device)
+    pin_floating_point()
+    model_config = ModelConfig.from_pretrained(model_dir)
+    check_layout(model_config, groups.config.tensor_parallel_size)
+    dtype = _compute_dtype(model_config) if config.dtype == "auto" else getattr(torch, config.dtype)
+    records_dtype = FP8_RECORDS if config.kv_cache_dtype == "fp8" else dtype
+    if records_dtype == FP8_RECORDS and current_backend() == "triton":
+        _check_fp8_cache(model_config, dtype)
+    _check_vendor_kernels(config, model_config, dtype, groups)
+    specs = record_specs(model_config, records_dtype)
+    wanted_len = config.max_model_len or model_config.max_position_embeddings
+    if wanted_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len {wanted_len} is above the model's max_position_embeddings "
+            f"({model_config.max_position_embeddings})"
+        )
+    dispatcher = _dispatcher(config, model_config, groups, dtype)
+    model, fingerprint = _load_weights(model_dir, model_config, groups, dtype, wanted_len, dispatcher, on_phase)
+    release_freed_memory()  # tensors were unpacked one at a time, of all sizes
+    num_blocks = _num_kv_blocks(config, groups, specs, wanted_len)
+    max_model_len = min(wanted_len, num_blocks * config.block_size)
+    if config.max_model_len is not None and max_model_len < wanted_len:
+        raise ValueError(
+            f"the cache holds {num_blocks} blocks of {config.block_size} tokens, which is less than "
+            f"max_model_len = {wanted_len}; lower max_model_len or raise num_kv_blocks"
+        )
+    if max_model_len < wanted_len:
+        on_phase(f"notice: max_model_len is {max_model_len}, which is what the cache can hold")
+    cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, device=groups.device)
+    graphs = None
+    on_gpu_alone = groups.device.type == "cuda" and groups.world.size == 1 and current_backend() == "triton"
+    if on_gpu_alone and not config.enforce_eager:
+        graphs = DecodeGraphs(
+            model, cache, groups.device, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
+        )
+    kernels = "+".join([current_backend(), *current_vendors()])
+    depends_on = f"{fingerprint}/{dtype}/{records_dtype}/{kernels}"
+    return LoadedModel(
+        runner=ModelRunner(model, cache, groups.device, graphs),
+        config=model_config,
+        max_model_len=max_model_len,
+        record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
+    )
+
+
+def _choose_kernels(config: EngineConfig, device: torch.device) -> None:
+    """ValueError for kernels that do not run there, or that do not promise what is asked of them."""
+    backend = choose_backend(config.kernel_backend, device) or current_backend()
+    vendors = VENDORS[config.vendor_kernels]
+    if config.invariance == "strict" and not is_invariant(backend):
+        raise ValueError(
+            f"kernels {backend!r} do not promise that a row's result is independent of its batch; "
+            f"choose others or set invariance to relaxed"
+        )
+    if config.invariance == "strict" and vendors:
+        why = "; ".join(f"{vendor}: {NOT_STRICT[vendor]}" for vendor in vendors)
+        raise ValueError(
+            f"vendor_kernels {config.vendor_kernels} do not promise that a row's result is independent of its batch "
+            f"({why}); set vendor_kernels to none or invariance to relaxed"
+        )
+    set_backend(backend, vendors)
+    check_vendors(vendors, device)
+
+
+def choose_backend(wanted: KernelBackend, device: torch.device) -> Backend | None:
+    """The kernels for a device; None: those in force. ValueError for kernels that do not run there."""
+    if wanted == "auto":
+        return "triton" if device.type == "cuda" else None
+    if wanted == "cpu" and device.type != "cpu":
+        raise ValueError('kernels "cpu" do not run on a GPU: choose "triton", or device "cpu"')
+    if wanted == "triton" and device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError(
+            'kernels "triton" need device "cuda" (or TRITON_INTERPRET=1, which is for tests of the kernels)'
+        )
+    return wanted
+
+
+def _check_fp8_cache(config: ModelConfig, dtype: torch.dtype) -> None:
+    """ValueError for records that the Triton kernels do not read."""
+    dims = (config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim if config.has_index else 128)
+    if dtype != torch.bfloat16 or dims[:2] != (512, 64) or dims[2] not in (32, 64, 128):
+        raise ValueError(
+            f"kv_cache_dtype fp8 on a GPU needs dtype bfloat16, kv_lora_rank 512, qk_rope_head_dim 64 and an "
+            f"index_head_dim of 32, 64 or 128, the model has {dtype}, {dims[0]}, {dims[1]} and {dims[2]}; "
+            f"use kv_cache_dtype auto"
+        )
+
+
+def _check_vendor_kernels(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, groups: ParallelGroups) -> None:
+    """ValueError for a model that the chosen libraries have no kernels for."""
+    vendors = current_vendors()
+    if "flash_mla" in vendors:
+        from shoal.kernels.vendor.flash_mla import check_attention
+
+        check_attention(
+            dtype,
+            (model.kv_lora_rank, model.qk_rope_head_dim),
+            model.num_attention_heads // groups.tp.size,
+            fp8=config.kv_cache_dtype == "fp8",
+            sparse=model.has_index,
+            page_size=config.block_size,
+        )
+    if "deep_gemm" in vendors:
+        from shoal.kernels.vendor.deep_gemm import check_experts, check_index, check_scales
+
+        check_scales(groups.device, ue8m0=model.ue8m0_scales)
+        check_experts(model.hidden_size, model.moe_intermediate_size, in_blocks=model.weight_block_size is not None)
+        if model.has_index and config.kv_cache_dtype == "fp8":
+            check_index(model.index_n_heads, model.index_head_dim, config.block_size)
+
+
+def _load_weights(
+    model_dir: str | Path,
+    config: ModelConfig,
+    groups: ParallelGroups,
+    dtype: torch.dtype,
+    max_len: int,
+    dispatcher: TokenDispatcher,
+    on_phase: OnPhase,
+) -> tuple[DeepseekModel, str]:
+    """This rank's part of the model, and what tells its checkpoint from others."""
+    with Checkpoint(model_dir) as checkpoint:
+        leftovers = set(checkpoint.check_names(expected_tensors(config)))
+        mtp = set(checkpoint.mtp_names(config))
+        if mtp:
+            on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
+        if unused := sorted(leftovers - mtp):
+            on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
+        model = DeepseekModel(config, checkpoint, groups, dtype=dtype, max_model_len=max_len, dispatcher=dispatcher)
+        return model, checkpoint.fingerprint
+
+
+def _dispatcher(
+    config: EngineConfig, model: ModelConfig, groups: ParallelGroups, dtype: torch.dtype
+) -> TokenDispatcher:
+    """ValueError for a backend that does not fit the model or the device, or that is not installed."""
+    placement = default_placement(model, groups)
+    if config.all2all_backend == "default" or groups.world.size == 1:
+        return default_dispatcher(placement, groups)
+    if groups.device.type != "cuda" or dtype != torch.bfloat16:
+        raise ValueError(
+            f"all2all_backend deepep moves bfloat16 between GPUs, this is {dtype} on device {groups.device.type}: "
+            f"set all2all_backend to default"
+        )
+    tokens_per_rank = -(-config.max_num_batched_tokens // groups.tp.size)
+    return deep_ep_dispatcher(
+        placement, groups, model.hidden_size, max_rows=tokens_per_rank * model.num_experts_per_tok
+    )
+
+
+def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[RecordSpec], max_len: int) -> int:
+    """Blocks of this attention group: as asked for, or what its sequences can use and its memory can hold."""
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    per_sequence = -(-max_len // config.block_size)
+    sharing = groups.ranks_on_node if groups.device.type == "cpu" else 1  # every rank has a GPU of its own
+    budget = available_memory(groups.device) * config.kv_cache_memory_fraction / sharing
+    fits = int(budget // bytes_per_block(specs, config.block_size))
+    wanted = max(1, min(per_sequence * config.max_num_seqs, fits))
+    agreed = groups.tp.all_gather_ints([wanted], layer=-1, op="engine.num_kv_blocks")
+    return min(row[0] for row in agreed)
+
+
+def _compute_dtype(config: ModelConfig) -> torch.dtype:
+    """The checkpoint's own dtype where it is one that is computed in."""
+    return torch.float32 if config.torch_dtype is torch.float32 else torch.bfloat16
+
+
+def check_layout(config: ModelConfig, tensor_parallel_size: int) -> None:
+    """ValueError, naming the size that does not divide, when the model cannot be split over that many ranks."""
+    for name in ("num_attention_heads", "hidden_size", "intermediate_size"):
+        value = getattr(config, name)
+        if value % tensor_parallel_size:
+            raise ValueError(
+                f"{name} = {value} cannot be split over tensor_parallel_size = {tensor_parallel_size}; "
+                f"choose a divisor of it, or use data_parallel_size"
+            )

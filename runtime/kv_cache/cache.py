@@ -1,0 +1,129 @@
+"""The paged cache tensors: records and index keys, which are everything that attention will ask for."""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.kv_format import gather_index_keys, index_key_width, scatter_index_keys
+
+ROW_ALIGNMENT = 16
+"""Of a record on a GPU, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSpec:
+    """What one layer keeps of a token, in the formats of kernels/kv_format.py."""
+
+    width: int
+    """Columns of the record."""
+    index_dim: int
+    """Numbers of the index key; 0 in a layer without an indexer of its own."""
+    dtype: torch.dtype
+    """Of record and index key: that of the computation, or `FP8_RECORDS`."""
+
+    @property
+    def index_width(self) -> int:
+        """Columns that the index key takes."""
+        return index_key_width(self.dtype, self.index_dim)
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.width + self.index_width) * self.dtype.itemsize
+
+
+class KVCache:
+    """What all layers keep of the tokens in `num_blocks` blocks; slot = block * block_size + offset.
+
+    Who moves a token's share of the cache asks `read_records` and `write_records`, which know of both tensors, so no
+    prefix hit, transfer or offload can carry the latents and forget the index keys.
+    """
+
+    records: list[Tensor]
+    """Per layer [num_blocks * block_size, width]."""
+    index_keys: list[Tensor | None]
+    """Per layer a page for each block, [num_blocks, block_size * index_width]; None without an indexer."""
+
+    def __init__(self, specs: list[RecordSpec], *, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.specs = specs
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        huge_pages = any(spec.index_dim for spec in specs)
+        self.records, self.index_keys = [], []
+        for spec in specs:
+            self.records.append(_allocate_records(num_blocks * block_size, spec, device, huge_pages=huge_pages))
+            page = block_size * spec.index_width
+            self.index_keys.append(
+                _allocate(num_blocks, page, spec.dtype, device, huge_pages=huge_pages) if page else None
+            )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one token's records and index keys in all layers."""
+        return sum(spec.num_bytes for spec in self.specs)
+
+    def slots(self, block_table: list[int], start: int, end: int) -> Tensor:
+        """Where positions `[start, end)` of a sequence have their records, [end - start] int64."""
+        positions = torch.arange(start, end)
+        blocks = torch.tensor(block_table, dtype=torch.int64)[positions // self.block_size]
+        return (blocks * self.block_size + positions % self.block_size).to(self.records[0].device)
+
+    def read_records(self, slots: Tensor) -> Tensor:
+        """The records and index keys of T tokens in all layers, [T * bytes_per_token] uint8 in host memory.
+
+        layer 0: T records, then T index keys as `gather_index_keys` gives them | layer 1: the same | ..
+        """
+        rows = []
+        for spec, records, index_keys in zip(self.specs, self.records, self.index_keys, strict=True):
+            rows.append(records[slots])
+            if index_keys is not None:
+                rows.append(gather_index_keys(index_keys, slots, spec.index_dim))
+        return torch.cat([part.flatten().view(torch.uint8) for part in rows]).cpu()
+
+    def write_records(self, slots: Tensor, payload: Tensor) -> None:
+        """The inverse of `read_records`; only the last `len(slots)` tokens of the payload are written."""
+        num_tokens = payload.numel() // self.bytes_per_token
+        assert payload.numel() == num_tokens * self.bytes_per_token
+        offset = 0
+
+        def next_rows(width: int, like: Tensor) -> Tensor:
+            nonlocal offset
+            begin, offset = offset, offset + num_tokens * width * like.element_size()
+            rows = payload[begin:offset].view(like.dtype).view(num_tokens, width)
+            return rows[num_tokens - len(slots) :].to(like.device)
+
+        for spec, records, index_keys in zip(self.specs, self.records, self.index_keys, strict=True):
+            records.index_copy_(0, slots, next_rows(spec.width, records))
+            if index_keys is not None:
+                scatter_index_keys(index_keys, slots, next_rows(spec.index_width, index_keys), spec.index_dim)
+
+
+def _allocate_records(num_slots: int, spec: RecordSpec, device: torch.device, *, huge_pages: bool) -> Tensor:
+    """[num_slots, width]; on a GPU rows begin at multiples of 16 bytes, which its memory likes best."""
+    alignment = 1 if device.type == "cpu" else ROW_ALIGNMENT // spec.dtype.itemsize
+    row = -(-spec.width // alignment) * alignment
+    return _allocate(num_slots, row, spec.dtype, device, huge_pages=huge_pages)[:, : spec.width]
+
+
+def _allocate(rows: int, columns: int, dtype: torch.dtype, device: torch.device, *, huge_pages: bool) -> Tensor:
+    """[rows, columns], not filled: pages that no token uses are never touched, attention reads written slots only.
+
+    huge_pages   on a CPU, use them where the system has them: sparse attention reads records and keys all over the
+                 cache, and with small pages finding one takes as long as reading it
+    """
+    size = rows * columns
+    if device.type != "cpu" or not huge_pages or size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel that was built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
+
+
+def bytes_per_block(specs: list[RecordSpec], block_size: int) -> int:
+    """Memory of one block over all layers."""
+    return sum(spec.num_bytes for spec in specs) * block_size

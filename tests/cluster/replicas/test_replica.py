@@ -1,0 +1,205 @@
+"""A replica on a real local Ray, with a stub for the engine: what it answers, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.replicas.replica import EngineFailed, Replica, cause_of_end
+from shoal.cluster.workers.actors import Launch, Seat
+from shoal.cluster.workers.ray_cluster import CoreShare, Layout, Placement, connect, node_address, nodes, place
+from shoal.cluster.workers.spec import WorkerFailure
+from shoal.cluster.workers.wire import Abort, Event
+from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, RequestProgress, SamplingParams
+from tests.support import stub_engine
+from tests.support.stub_engine import KILLED, RAISES, REFUSED, STUB
+
+DEADLINE_S = 120.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    cluster = connect(None, num_cpus=4)
+    yield
+    cluster.close()
+
+
+Start = Callable[..., Replica]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Creates replicas and closes them; nothing of theirs is left when the test ends."""
+    created: list[Replica] = []
+    placements: list[Placement] = []
+
+    def create(tp: int = 1, dp: int = 1, *, factory: str = STUB, collective_timeout_s: float = 20.0) -> Replica:
+        args = EngineArgs(
+            model="none",
+            tensor_parallel_size=tp,
+            data_parallel_size=dp,
+            max_num_seqs=4,
+            collective_timeout_s=collective_timeout_s,
+        )
+        (spec,) = args.replica_specs
+        layout = Layout(
+            replicas=(spec.parallel,), spares=0, num_cpus_per_worker=1, num_gpus_per_worker=0, weight_bytes=0
+        )
+        (placement,) = place(layout, nodes(), timeout_s=DEADLINE_S)
+        placements.append(placement)
+        seats = [Seat(placement, rank, CoreShare(3, dedicated=False)) for rank in range(args.num_workers)]
+        created.append(Replica(spec, Launch(args, factory, 1, 0), seats, host=node_address()))
+        return created[-1]
+
+    yield create
+    for replica in created:
+        replica.close()
+    for placement in placements:
+        placement.remove()
+    deadline = time.monotonic() + DEADLINE_S
+    state: Any = ray  # its functions have no types
+    while state.available_resources().get("CPU", 0.0) < state.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "a placement was not given back"
+        time.sleep(0.05)
+
+
+def request(request_id: str, first: int = 1, *, max_tokens: int = 3, stream: bool = False) -> Request:
+    params = SamplingParams(max_tokens=max_tokens)
+    return Request(request_id=request_id, prompt_token_ids=(first, 1), params=params, stream=stream)
+
+
+def events_of(replica: Replica, enough: Callable[[list[tuple[int, Event]]], bool]) -> list[tuple[int, Event]]:
+    """What the leaders tell until there is enough of it."""
+    events: list[tuple[int, Event]] = []
+    deadline = time.monotonic() + DEADLINE_S
+    while not enough(events):
+        assert time.monotonic() < deadline
+        ready, _ = ray.wait(replica.refs(), timeout=0.1)
+        events += replica.collect(set(ready))
+    return events
+
+
+def outputs_of(replica: Replica, count: int) -> dict[str, list[tuple[int, RequestOutput]]]:
+    """Outputs, with their leaders, by request, until so many requests are finished."""
+
+    def outputs(events: list[tuple[int, Event]]) -> list[tuple[int, RequestOutput]]:
+        return [(rank, event) for rank, event in events if isinstance(event, RequestOutput)]
+
+    found: dict[str, list[tuple[int, RequestOutput]]] = {}
+    for rank, output in outputs(events_of(replica, lambda e: sum(o.finished for _, o in outputs(e)) >= count)):
+        found.setdefault(output.request_id, []).append((rank, output))
+    return found
+
+
+def wait_for_failure(replica: Replica) -> EngineFailed:
+    with pytest.raises(EngineFailed) as failed:
+        events_of(replica, lambda _: False)
+    return failed.value
+
+
+def test_progress_arrives_while_a_request_runs(start: Start) -> None:
+    replica = start()
+    replica.wait_ready(DEADLINE_S)
+    params = SamplingParams(max_tokens=10**7)
+    long = Request(
+        request_id="long",
+        prompt_token_ids=(1, 1),
+        params=params,
+        report_progress=True,
+        generated=(GeneratedTokens((2, 3)),),
+    )
+    replica.tell(0, [long, request("short", max_tokens=10**7)])
+    told = [event for _, event in events_of(replica, lambda events: len(events) >= 3)]
+    assert all(isinstance(event, RequestProgress) and event.request_id == "long" for event in told)
+    tokens = [t for event in told if isinstance(event, RequestProgress) for t in event.new.token_ids]
+    assert isinstance(told[0], RequestProgress)
+    assert told[0].start == 2
+    assert tokens == list(range(4, 4 + len(tokens)))
+
+
+def test_requests_are_answered_by_the_leader_that_was_told(start: Start) -> None:
+    replica = start(dp=2)
+    (first, second) = replica.wait_ready(DEADLINE_S)
+    assert (list(first.phases), second.notices) == (["groups", "stub"], ["this is a stub"])
+    assert replica.limits.max_model_len == 128
+    assert replica.leaders == [0, 1]
+
+    environment: Any = ray.get(replica.workers[1].actor.__ray_call__.remote(lambda _: dict(os.environ)))
+    assert (environment["OMP_NUM_THREADS"], environment["MKL_NUM_THREADS"]) == ("3", "3")
+
+    replica.tell(0, [request("long", max_tokens=30)])
+    replica.tell(1, [request("a"), request("b", stream=True), request("bad", REFUSED)])
+    outputs = outputs_of(replica, 4)
+    assert {i: (o[-1][0], o[-1][1].outputs[0].token_ids) for i, o in outputs.items() if i != "bad"} == {
+        "long": (0, list(range(2, 32))),
+        "a": (1, [1002, 1003, 1004]),
+        "b": (1, [1002, 1003, 1004]),
+    }
+    assert [o.outputs[0].token_ids for _, o in outputs["b"]] == [[1002], [1002, 1003], [1002, 1003, 1004]]
+    assert [o.outputs[0].error for _, o in outputs["bad"]] == ["refused by the stub"]
+
+    # Commands are acted on in the order in which they were told, call after call.
+    for number in range(50):
+        replica.tell(0, [request(f"{number}", max_tokens=10**6)])
+        replica.tell(0, [Abort(f"{number}")])
+    replica.tell(0, [request("last")])
+    assert list(outputs_of(replica, 1)) == ["last"]
+
+    assert replica.audit() == []
+    workers: list[Any] = [worker.ended for worker in replica._running.values()]
+    replica.close()
+    assert ray.get(workers) == [None, None]  # both loops ended by agreement, before their processes did
+    replica.close()
+
+
+def test_a_worker_that_does_not_answer_is_told_of_and_what_it_is_told_is_lost(start: Start) -> None:
+    replica = start()
+    replica.wait_ready(DEADLINE_S)
+    name = replica.workers[0].name
+    replica.tell(0, [request("kill", KILLED)])
+    deadline = time.monotonic() + DEADLINE_S
+    while not replica.unreachable:
+        assert time.monotonic() < deadline
+        ready, _ = ray.wait(replica.refs(), timeout=0.1)
+        assert replica.collect(set(ready)) == []
+    assert [who for who, _ in replica.unreachable] == [name]
+    replica.tell(0, [request("b")])
+    assert replica.lose(0)
+
+
+def test_an_error_is_blamed_before_a_collective() -> None:
+    waited = WorkerFailure(0, "collective", "CollectiveTimeout: rank 3", "trace 0")
+    broke, late = (WorkerFailure(rank, "error", f"KeyError: {rank}", f"trace {rank}\n") for rank in (2, 3))
+    assert cause_of_end([waited, late, broke]) == (2, "KeyError: 2\ntrace 2")
+    assert cause_of_end([waited]) == (0, "CollectiveTimeout: rank 3\ntrace 0")
+
+
+def test_the_rank_that_broke_is_named(start: Start) -> None:
+    replica = start(dp=2)
+    replica.wait_ready(DEADLINE_S)
+    replica.tell(0, [request("a", max_tokens=100)])
+    replica.tell(1, [request("break", RAISES)])
+    failed = wait_for_failure(replica)
+    assert failed.rank == 1
+    assert failed.reason.startswith("RuntimeError: the stub broke\nTraceback")
+
+
+def test_what_a_user_can_mend_ends_the_start_as_a_value_error(start: Start) -> None:
+    with pytest.raises(ValueError, match=r"^the stub's model is not there$"):
+        start(dp=2, factory=stub_engine.BAD_VALUE).wait_ready(DEADLINE_S)
+
+
+def test_a_start_has_a_deadline_and_names_who_is_late(start: Start) -> None:
+    with pytest.raises(EngineFailed, match=r"rank 0: ranks \[0\] were not ready after 0.5 s"):
+        start(factory=stub_engine.LATE).wait_ready(0.5)
+
+
+def test_a_process_that_dies_during_the_start_is_named(start: Start) -> None:
+    with pytest.raises(EngineFailed, match="rank 0: its process died during start-up"):
+        start(factory=stub_engine.DEAD).wait_ready(DEADLINE_S)

@@ -1,0 +1,240 @@
+"""Any requests, in any order of events, repeated, late and lost with their groups: every one is answered once."""
+
+from __future__ import annotations
+
+import itertools
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from shoal.cluster.replica_spec import Role
+from shoal.cluster.routing.groups import GroupSpec
+from shoal.cluster.routing.request_router import Deliver, Effect, RequestRouter
+from shoal.cluster.workers.wire import Event
+from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, RequestProgress, SamplingParams
+from tests.support.model_engine import ModelEngine, answer_of, scores_of
+
+LAYOUTS: list[tuple[Role, ...]] = [
+    ("mixed",),
+    ("mixed", "mixed", "mixed"),
+    ("prefill", "decode"),
+    ("prefill", "decode", "decode"),
+    ("prefill", "prefill", "decode", "decode"),
+    ("prefill", "decode", "mixed"),
+]
+NUM_KV_TOKENS, BLOCK_SIZE, MAX_NUM_SEQS = 40, 2, 3
+
+
+class RouterMachine(RuleBasedStateMachine):
+    """Engines that do any possible next thing at any time; what they tell waits until it is handed to the router."""
+
+    @initialize(roles=st.sampled_from(LAYOUTS), times=st.integers(1, 2))
+    def start(self, roles: tuple[Role, ...], times: int) -> None:
+        specs = [GroupSpec(role=role, max_num_seqs=MAX_NUM_SEQS, num_kv_tokens=NUM_KV_TOKENS) for role in roles]
+        self.router = RequestRouter(specs, max_model_len=NUM_KV_TOKENS, block_size=BLOCK_SIZE)
+        self.times = times
+        """That every command arrives."""
+        self.engines: list[ModelEngine | None] = [ModelEngine() for _ in roles]
+        self.known_dead = [False] * len(roles)
+        self.told: list[tuple[int, Event]] = []
+        self.past: list[tuple[int, Event]] = []
+        self.asked: dict[str, Request] = {}
+        self.ended: set[str] = set()
+        self.known: dict[str, list[list[int]]] = {}
+        self.seen: dict[str, list[int]] = {}
+
+    # -- what the router wants ---------------------------------------------------------------------------------------
+
+    def carry_out(self, effects: list[Effect]) -> None:
+        joined = set[int]()
+        for effect in effects:
+            if isinstance(effect, Deliver):
+                self.deliver(effect.event)
+                continue
+            assert not self.known_dead[effect.group], "told a group that is lost"
+            if isinstance(effect.command, Request) and not effect.command.do_remote_prefill:
+                tracked = self.router._tracked[effect.command.request_id.rpartition("#")[0]]
+                joined |= {group for group in (tracked.prefill, tracked.decode) if group is not None}
+            engine = self.engines[effect.group]
+            if engine is not None:
+                for _ in range(self.times):
+                    engine.obey(effect.command)
+        for number in joined:
+            self.check_room(number)
+
+    def check_room(self, number: int) -> None:
+        group = self.router._groups[number]
+        if len(group.requests) == 1:
+            return
+        sizes = [
+            len(self.asked[i].prompt_token_ids) + len(tokens) + 1
+            for i in group.requests
+            for tokens in ([[]] * self.asked[i].params.n if self.prefills(i, number) else self.known[i])
+        ]
+        assert sum(-(-size // BLOCK_SIZE) for size in sizes) <= NUM_KV_TOKENS // BLOCK_SIZE, "too much for the cache"
+        assert len(sizes) <= MAX_NUM_SEQS + 1, "too many sequences"
+
+    def prefills(self, request_id: str, number: int) -> bool:
+        return self.router._tracked[request_id].prefill == number
+
+    def deliver(self, event: RequestOutput | RequestProgress) -> None:
+        name = event.request_id
+        request, answer = self.asked[name], answer_of(self.asked[name])
+        assert name not in self.ended, "told of a request that is over"
+        if isinstance(event, RequestProgress):
+            known = self.known[name][event.index]
+            assert event.start == len(known)
+            known.extend(event.new.token_ids)
+            assert known == answer[event.index][: len(known)]
+            return
+        tokens = [output.token_ids for output in event.outputs]
+        if event.finished:
+            assert tokens == answer
+            assert event.prompt_logprobs == scores_of(request)
+            self.ended.add(name)
+        else:
+            assert request.stream
+            assert tokens == [a[: len(t)] for t, a in zip(tokens, answer, strict=True)]
+            lengths = [len(t) for t in tokens]
+            assert all(new >= old for new, old in zip(lengths, self.seen[name], strict=True)), "a stream goes back"
+            assert lengths != self.seen[name], "a stream stands still"
+            self.seen[name] = lengths
+
+    # -- what can happen ---------------------------------------------------------------------------------------------
+
+    @rule(
+        num_prompt=st.sampled_from([1, 1, 2, 7, 12]),
+        max_tokens=st.sampled_from([1, 2, 5, 20, 20]),
+        n=st.sampled_from([1, 1, 1, 2]),
+        stream=st.booleans(),
+        scores=st.sampled_from([None, None, 0]),
+        num_before=st.integers(0, 2),
+    )
+    def submit(
+        self, num_prompt: int, max_tokens: int, n: int, stream: bool, scores: int | None, num_before: int
+    ) -> None:
+        """`num_before` tokens are known from an earlier run."""
+        name = str(len(self.asked))
+        params = SamplingParams(max_tokens=max_tokens, n=n, prompt_logprobs=scores)
+        request = Request(
+            request_id=name,
+            prompt_token_ids=(len(self.asked),) * num_prompt,
+            params=params,
+            stream=stream,
+            report_progress=True,
+        )
+        before = [answer[: min(num_before, len(answer) - 1)] for answer in answer_of(request)]
+        generated = tuple(GeneratedTokens(tuple(tokens)) for tokens in before) if num_before else ()
+        self.asked[name] = request
+        self.known[name] = before
+        self.seen[name] = [0] * n
+        asked = Request(**{**{f: getattr(request, f) for f in request.__slots__}, "generated": generated})
+        self.carry_out(self.router.submit([asked]))
+
+    @precondition(lambda self: self.runnable())
+    @rule(data=st.data(), budget=st.sampled_from([1, 4, 12]))
+    def work(self, data: st.DataObject, budget: int) -> None:
+        self.advance(*data.draw(st.sampled_from(self.runnable())), budget)
+
+    def runnable(self) -> list[tuple[int, str]]:
+        return [(g, i) for g, engine in enumerate(self.engines) if engine for i, r in engine.rows.items() if r.runnable]
+
+    def advance(self, group: int, engine_id: str, budget: int) -> None:
+        engine = self.engines[group]
+        assert engine is not None
+        events = engine.work(engine_id, budget)
+        if budget < 12 and engine_id in engine.rows:
+            events += engine.take_progress(engine_id)
+        self.told += [(group, event) for event in events]
+
+    @precondition(lambda self: self.told)
+    @rule(data=st.data(), in_order=st.booleans(), again=st.booleans())
+    def tell(self, data: st.DataObject, in_order: bool, again: bool) -> None:
+        place = 0 if in_order else data.draw(st.integers(0, len(self.told) - 1))
+        self.hand_over(place, again=again)
+
+    def hand_over(self, place: int, *, again: bool = False) -> None:
+        group, event = self.told[place]
+        if not again:
+            self.past.append(self.told.pop(place))
+        self.carry_out(self.router.handle(group, event))
+
+    @precondition(lambda self: self.past)
+    @rule(data=st.data())
+    def repeat(self, data: st.DataObject) -> None:
+        """Something arrives long after it was handled."""
+        group, event = data.draw(st.sampled_from(self.past))
+        self.carry_out(self.router.handle(group, event))
+
+    @rule(data=st.data())
+    def break_or_mend(self, data: st.DataObject) -> None:
+        """A group dies; some time later, the router learns of it; then there is another in its place."""
+        group = data.draw(st.integers(0, len(self.engines) - 1))
+        if self.engines[group] is not None:
+            self.engines[group] = None
+        elif not self.known_dead[group]:
+            self.notice(group)
+        else:
+            self.restore(group)
+
+    def notice(self, group: int) -> None:
+        self.known_dead[group] = True
+        self.carry_out(self.router.lose(group))
+
+    def restore(self, group: int) -> None:
+        self.known_dead[group] = False
+        self.engines[group] = ModelEngine()
+        self.carry_out(self.router.restore(group))
+
+    @precondition(lambda self: self.asked.keys() - self.ended)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.asked.keys() - self.ended)))
+        self.ended.add(name)
+        self.carry_out(self.router.abort(name))
+        assert not self.whereabouts(name)
+
+    def whereabouts(self, name: str) -> list[tuple[int, str]]:
+        ids = [(g, i) for g, engine in enumerate(self.engines) if engine is not None for i in engine.rows]
+        return [(g, i) for g, i in ids if i.startswith(f"{name}#")]
+
+    # -- what is always true -----------------------------------------------------------------------------------------
+
+    @invariant()
+    def the_tables_are_right(self) -> None:
+        if not hasattr(self, "router"):
+            return
+        router = self.router
+        router.check_integrity()
+        assert router.num_in_flight == len(self.asked) - len(self.ended)
+        for name, tracked in router._tracked.items():
+            assert [list(g.token_ids) for g in tracked.generated] == self.known[name]
+        attempts = {tracked.engine_id for tracked in router._tracked.values()}
+        for engine in self.engines:
+            assert engine is None or engine.rows.keys() <= attempts, "an earlier attempt goes on"
+        waiting = [name for name, tracked in router._tracked.items() if tracked.decode is None]
+        idle = [group for group in router._groups if group.alive and not group.requests]
+        assert not waiting or not idle, "somebody waits although a group is idle"
+
+    def teardown(self) -> None:
+        if not hasattr(self, "router"):
+            return
+        for group, engine in enumerate(self.engines):
+            if engine is None and not self.known_dead[group]:
+                self.notice(group)
+            if self.known_dead[group]:
+                self.restore(group)
+        for _ in itertools.takewhile(lambda _: self.told or self.runnable(), range(10_000)):
+            if self.told:
+                self.hand_over(0)
+            else:
+                self.advance(*self.runnable()[0], 5)
+            self.the_tables_are_right()
+        assert self.ended == self.asked.keys(), "a request was never answered"
+        assert not any(engine.rows for engine in self.engines if engine), "an engine still holds something"
+        assert not self.router._queue
+
+
+TestRouterMachine = RouterMachine.TestCase
+TestRouterMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

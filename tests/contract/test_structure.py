@@ -1,0 +1,115 @@
+"""The layers import one way only, and every folder of the package is in the wheel."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = ["kernels", "parallel", "runtime", "cluster"]
+ONLY_IN = {
+    "triton": "kernels",
+    "deep_gemm": "kernels",
+    "flash_mla": "kernels",
+    "deep_ep": "parallel",
+    "nixl": "parallel",
+    "nixl_cu13": "parallel",
+    "safetensors": "runtime",
+    "tokenizers": "runtime",
+    "ray": "cluster",
+    "yaml": "cluster",
+    "click": "cluster",
+    "rich": "cluster",
+}
+NEVER = {"pickle", "cloudpickle", "transformers", "dill", "marshal"}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(level, dotted name) of every import statement, wherever it stands; level counts leading dots."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            yield from ((node.level, f"{base}.{alias.name}" if base else alias.name) for alias in node.names)
+
+
+def problems(path: Path) -> list[str]:
+    folder = path.relative_to(ROOT).parts[0]
+    found = []
+    for level, name in imports(path):
+        if level > len(path.relative_to(ROOT).parts) - 1:
+            found.append(f"{path.name}: relative import leaves {folder}/")
+        if level:
+            continue
+        parts = name.split(".")
+        if parts[0] in (*LAYERS, "tests", "benchmarks"):
+            found.append(f"{path.name}: bare import of {name}; write shoal.{name}")
+        if parts[0] == "shoal":
+            allowed = LAYERS if folder == "shoal" else LAYERS[: LAYERS.index(folder) + 1]
+            if len(parts) > 1 and parts[1] in LAYERS and parts[1] not in allowed:
+                found.append(f"{path.name}: {folder} imports upward from {name}")
+            if len(parts) > 1 and parts[1] not in LAYERS and folder != "cluster":
+                found.append(f"{path.name}: {folder} imports the front door ({name})")
+        if parts[0] in NEVER or (parts[0] in ONLY_IN and ONLY_IN[parts[0]] != folder):
+            found.append(f"{path.name}: {parts[0]} may not be imported in {folder}/")
+    return found
+
+
+def sources() -> list[Path]:
+    return sorted(p for folder in [*LAYERS, "shoal"] for p in (ROOT / folder).rglob("*.py"))
+
+
+def test_imports_go_one_way() -> None:
+    assert [problem for path in sources() for problem in problems(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "line", "complaint"),
+    [
+        ("kernels", "from shoal.parallel.groups import ParallelGroups", "upward"),
+        ("runtime", "import shoal.cluster.commands.cli", "upward"),
+        ("runtime", "import kernels.linear", "bare"),
+        ("parallel", "def f():\n    import ray", "may not"),
+        ("cluster", "import pickle", "may not"),
+        ("runtime", "from ...x import y", "leaves"),
+    ],
+)
+def test_the_import_check_catches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, line: str, complaint: str
+) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "bad.py").write_text(line)
+    assert complaint in problems(tmp_path / folder / "bad.py")[0]
+
+
+def test_every_folder_is_in_the_wheel() -> None:
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        ".".join(["shoal", *path.parent.relative_to(ROOT).parts]) if path.parent.name != "shoal" else "shoal"
+        for path in sources()
+    }
+    assert set(setup["packages"]) == folders
+    for package in folders - {"shoal"}:
+        path = ROOT.joinpath(*package.split(".")[1:])
+        assert (path / "__init__.py").exists()
+        data = {p.suffix for p in path.iterdir() if p.suffix in (".cpp", ".h", ".json", ".txt", ".yaml")}
+        assert data <= {Path(g).suffix for g in setup["package-data"].get(package, [])}, f"{package} leaves files out"
+
+
+def test_layer_packages_import_nothing() -> None:
+    for layer in LAYERS:
+        tree = ast.parse((ROOT / layer / "__init__.py").read_text())
+        assert len(tree.body) == 1
+        assert ast.get_docstring(tree)
+
+
+def test_source_links_cover_the_package() -> None:
+    links = {p.name: p.resolve() for p in (ROOT / ".src" / "shoal").iterdir()}
+    assert all(p.exists() for p in links.values())
+    assert {*LAYERS, "__init__.py", "__main__.py"} <= set(links)

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoal.runtime.checkpoint.checkpoint import Checkpoint, read_header
+from shoal.runtime.models.config import ModelConfig
+from tests.support.checkpoints import YARN, make_checkpoint, random_tensor, tensor_shapes
+
+HF_CLASSES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+}
+PROJECTION = "model.layers.0.mlp.gate_proj.weight"
+
+
+def write_file(path: Path, header: object, data: bytes = b"") -> Path:
+    """A safetensors file with any header, valid or not."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return path
+
+
+def entry(begin: int, end: int, **changes: Any) -> dict[str, Any]:
+    return {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]} | changes
+
+
+def test_reads_rows_columns_and_dtypes(tmp_path: Path) -> None:
+    matrix = torch.arange(60, dtype=torch.float32).view(10, 6)
+    save_file({"w": matrix, "b": torch.arange(4.0), "s": torch.tensor(3.0)}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.names == ["b", "s", "w"]
+        assert checkpoint.shape("w") == (10, 6)
+        assert checkpoint.dtype("w") == torch.float32
+        assert "w" in checkpoint
+        assert "x" not in checkpoint
+        part = checkpoint.read("w", rows=slice(2, 5), cols=slice(1, 4))
+        whole = checkpoint.read("w", dtype=torch.bfloat16)
+        assert checkpoint.read("s").item() == 3.0
+        assert checkpoint.read("b", rows=slice(1, 3)).tolist() == [1.0, 2.0]
+        assert checkpoint.read("w", rows=slice(4, 4)).shape == (0, 6)
+        assert torch.equal(checkpoint.read("w", cols=slice(5, None)), matrix[:, 5:])
+    # By hand: row 2 starts at 12, so columns 1 to 3 of rows 2, 3, 4 are these.
+    assert part.tolist() == [[13.0, 14.0, 15.0], [19.0, 20.0, 21.0], [25.0, 26.0, 27.0]]
+    assert part.is_contiguous()
+    assert whole.dtype == torch.bfloat16
+    assert torch.equal(whole.float(), matrix)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 11), slice(-1, 3), slice(5, 2), slice(0, 10, 2)])
+def test_refuses_rows_outside_the_tensor(tmp_path: Path, rows: slice) -> None:
+    save_file({"w": torch.zeros(10, 6), "b": torch.zeros(3)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="w has shape \\[10, 6\\]; rows"):
+        checkpoint.read("w", rows=rows)
+    with pytest.raises(ValueError, match="no cols"):
+        checkpoint.read("b", cols=slice(0, 1))
+    with pytest.raises(ValueError, match="has no tensor absent"):
+        checkpoint.read("absent")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dimension", ["rows", "cols"])
+def test_memory_holds_the_slice_and_nothing_else(tmp_path: Path, dimension: str) -> None:
+    save_file({"w": torch.arange(4096 * 4096).view(4096, 4096).float()}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
+    before = _memory_bytes("VmHWM")
+    cut = slice(1024, 1536)
+    part = checkpoint.read("w", rows=cut) if dimension == "rows" else checkpoint.read("w", cols=cut)
+    num_bytes = 512 * 4096 * 4
+    assert part.untyped_storage().nbytes() == num_bytes
+    # columns are cut from pieces of the matrix, of which one is in memory at a time
+    assert _memory_bytes("VmHWM") - before <= num_bytes + (16 << 20) + (4 << 20)
+    checkpoint.close()
+    first = int(part[0, 0])
+    assert part.shape == ((512, 4096) if dimension == "rows" else (4096, 512))
+    assert first == (1024 * 4096 if dimension == "rows" else 1024)
+    assert int(part[-1, -1]) == first + (512 * 4096 - 1 if dimension == "rows" else 4095 * 4096 + 511)
+
+
+def _memory_bytes(field: str) -> int:
+    """Of this process, as the kernel counts."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+
+
+def test_fp8_by_hand(tmp_path: Path) -> None:
+    # 130 x 129: four blocks, of 128 x 128, 128 x 1, 2 x 128 and 2 x 1. Ones and twos times the block's scale.
+    weight = torch.ones(130, 129)
+    weight[129, 128] = 2.0
+    scale = torch.tensor([[1.0, 10.0], [100.0, 1000.0]])
+    save_file({"w": weight.to(torch.float8_e4m3fn), "w_scale_inv": scale}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        corner = checkpoint.read("w", rows=slice(126, 130), cols=slice(127, 129), dtype=torch.float32)
+        assert corner.tolist() == [[1.0, 10.0], [1.0, 10.0], [100.0, 1000.0], [100.0, 2000.0]]
+        assert checkpoint.read("w").dtype == torch.bfloat16
+        assert checkpoint.read("w", rows=slice(129, 130), cols=slice(128, 129), dtype=torch.float32).tolist() == [
+            [2000.0]
+        ]
+
+
+def test_fp8_slices_equal_the_whole(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, fp8=True, overrides={"intermediate_size": 400, "hidden_size": 272})
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.dtype(PROJECTION) == torch.float8_e4m3fn
+        whole = checkpoint.read(PROJECTION, dtype=torch.float32)
+        expected = random_tensor(PROJECTION, (400, 272), 0)
+        # e4m3 keeps 3 bits after the leading one: at most 1/16 of the value, or half the smallest step of the block.
+        assert torch.all((whole - expected).abs() <= expected.abs() / 16 + expected.abs().max() / 448 * 2**-9)
+        for rows in (slice(0, 400), slice(100, 300), slice(128, 256), slice(399, 400)):
+            for cols in (slice(0, 272), slice(100, 140), slice(256, 272)):
+                part = checkpoint.read(PROJECTION, rows=rows, cols=cols, dtype=torch.float32)
+                assert torch.equal(part, whole[rows, cols])
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (None, "scales, w_scale_inv, are not in"),
+        (torch.ones(1, 2), r"expected float32 \[2, 2\]"),
+        (torch.ones(2, 2).int(), "int32"),
+    ],
+)
+def test_refuses_fp8_without_its_scales(tmp_path: Path, scale: Tensor | None, message: str) -> None:
+    tensors = {"w": torch.ones(130, 129).to(torch.float8_e4m3fn)} | ({} if scale is None else {"w_scale_inv": scale})
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.read("w")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.check_names({"w": (130, 129)})
+
+
+def test_shards_hold_the_same_tensors(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "one")
+    make_checkpoint(tmp_path / "many", num_shards=3)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) == 3
+    with Checkpoint(tmp_path / "one") as one, Checkpoint(tmp_path / "many") as many:
+        assert one.names == many.names
+        assert all(torch.equal(one.read(name), many.read(name)) for name in one.names)
+
+
+def test_check_names(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v32", fp8=True, mtp=True)
+    config = ModelConfig.from_pretrained(tmp_path)
+    expected = tensor_shapes(config)
+    checkpoint = Checkpoint(tmp_path)
+    leftover = checkpoint.check_names(expected)
+    assert leftover == checkpoint.mtp_names(config)
+    assert "model.layers.3.eh_proj.weight" in leftover
+    assert all(name.startswith("model.layers.3.") for name in leftover)
+    with pytest.raises(
+        ValueError, match=r"lacks 7 of \d+ tensors of the model: extra.0, extra.1, extra.2, extra.3, extra.4, \.\.\."
+    ):
+        checkpoint.check_names(expected | {f"extra.{i}": (1,) for i in range(7)})
+    with pytest.raises(ValueError, match=r"1 tensors .*model.norm.weight is \[96\], expected \[97\]"):
+        checkpoint.check_names(expected | {"model.norm.weight": (97,)})
+
+
+def test_check_names_ignores_rotary_tables_and_reports_the_rest(tmp_path: Path) -> None:
+    tensors = {
+        "w": torch.zeros(2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2),
+        "other": torch.zeros(2),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert Checkpoint(tmp_path).check_names({"w": (2,)}) == ["other"]
+    save_file({"w": torch.zeros(2, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"w is stored as torch\.int32"):
+        Checkpoint(tmp_path).check_names({"w": (2,)})
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"a": entry(0, 4)}, b"1234", None),
+        ({"a": entry(0, 4), "__metadata__": {"format": "pt"}}, b"1234", None),
+        ({"a": entry(0, 0)}, b"", None),
+        ({"a": entry(0, 4)}, b"123", "cut short: a ends at byte 4 of the data, the file has 3"),
+        ({"a": entry(0, 4)}, b"12345", "1 bytes after its last tensor"),
+        ({"a": entry(0, 4), "b": entry(2, 6)}, b"123456", "b overlaps the tensor before it"),
+        ({"a": entry(0, 4), "b": entry(0, 4)}, b"1234", "b overlaps the tensor before it"),
+        ({"a": entry(1, 4)}, b"1234", "a leaves a gap"),
+        ({"a": entry(0, 4, dtype="F99")}, b"1234", "a has dtype 'F99'"),
+        ({"a": entry(0, 4, dtype=["U8"])}, b"1234", "a has dtype"),
+        ({"a": entry(0, 4, shape=[-4])}, b"1234", r"a has shape \[-4\]"),
+        ({"a": entry(0, 4, shape=[True])}, b"1234", r"a has shape \[True\]"),
+        ({"a": entry(0, 4, shape=[2, 3])}, b"1234", r"a is U8 \[2, 3\] but has 4 bytes"),
+        ({"a": entry(0, 4, shape=[2**62, 2**62])}, b"1234", "but has 4 bytes"),
+        ({"a": entry(0, 4, data_offsets=[4, 0])}, b"1234", "but has -4 bytes"),
+        ({"a": entry(0, 4, data_offsets=[0])}, b"1234", "data_offsets"),
+        ({"a": 1}, b"", "a has dtype None"),
+        ([], b"", "not a JSON object"),
+        (b'{"a": ', b"", "not valid JSON"),
+        (b'{"a": 1, "a": 2}', b"", "a name appears twice"),
+        (b"[" * 100_000, b"", "not valid JSON"),
+        (b"\xff", b"", "not valid JSON"),
+    ],
+)
+def test_header_is_checked(tmp_path: Path, header: object, data: bytes, message: str | None) -> None:
+    path = write_file(tmp_path / "model.safetensors", header, data)
+    if message is None:
+        assert set(read_header(path)) == {"a"}
+        return
+    with pytest.raises(ValueError, match=f"model.safetensors.*{message}"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes in all"),
+        (b"1234", "4 bytes in all"),
+        (struct.pack("<Q", 3) + b"{}", "header claims 3 bytes, 2 are possible"),
+        (struct.pack("<Q", 2**63) + b"{}", "header claims 9223372036854775808 bytes"),
+    ],
+)
+def test_header_length_is_bounded(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_header(path)
+
+
+def test_header_length_limit_does_not_depend_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 100_000_001))
+        file.truncate(1 << 30)  # sparse: takes no space
+    with pytest.raises(ValueError, match="claims 100000001 bytes, 100000000 are possible"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "file", ["../model.safetensors", "/etc/passwd", "a/b", "..", "", "c:x", "a\\b", "a\0", 3, None]
+)
+def test_index_names_files_of_its_directory_only(tmp_path: Path, file: object) -> None:
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+    with pytest.raises(ValueError, match="plain names in the same directory"):
+        Checkpoint(model_dir)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+def test_broken_index(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index.json (is not valid JSON|has no weight_map)"):
+        Checkpoint(tmp_path)
+
+
+def test_missing_truncated_and_swapped_shards(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has neither"):
+        Checkpoint(tmp_path)
+    make_checkpoint(tmp_path, num_shards=2)
+    first, second = sorted(tmp_path.glob("*.safetensors"))
+    content = first.read_bytes()
+    first.unlink()
+    with pytest.raises(ValueError, match=f"{first.name} does not exist; .* says it holds model.embed_tokens.weight"):
+        Checkpoint(tmp_path)
+    first.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=f"{first.name} is cut short: "):
+        Checkpoint(tmp_path)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match=f"{first.name} does not hold model.embed_tokens.weight"):
+        Checkpoint(tmp_path)
+    first.write_bytes(content)
+    assert Checkpoint(tmp_path).names
+
+
+def test_file_replaced_after_opening(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.zeros(4)}, path)
+    changed, cut = Checkpoint(tmp_path), Checkpoint(tmp_path)
+    path.unlink()
+    save_file({"w": torch.zeros(5)}, path)
+    with pytest.raises(ValueError, match="w changed since the checkpoint was opened"):
+        changed.read("w")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model.safetensors: w cannot be read"):
+        cut.read("w")
+
+
+def test_fingerprint(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "a", seed=1)
+    make_checkpoint(tmp_path / "same", seed=1)
+    make_checkpoint(tmp_path / "seed", seed=2)
+    make_checkpoint(tmp_path / "dtype", seed=1, dtype=torch.bfloat16)
+    make_checkpoint(tmp_path / "config", seed=1, overrides={"routed_scaling_factor": 1.5})
+    fingerprints = {name: Checkpoint(tmp_path / name).fingerprint for name in ("a", "same", "seed", "dtype", "config")}
+    assert fingerprints["a"] == fingerprints["same"]
+    assert len(set(fingerprints.values())) == 4
+
+
+def test_random_checkpoints_are_reproducible(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "a")
+    make_checkpoint(tmp_path / "b", dtype=torch.bfloat16, overrides={"num_hidden_layers": 2})
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert set(b) < set(a)
+    assert all(torch.equal(a[name].to(b[name].dtype), b[name]) for name in b)
+    assert b["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    assert b["model.layers.1.mlp.gate.e_score_correction_bias"].abs().max() > 0.05
+
+
+@pytest.mark.parametrize("model_type", list(HF_CLASSES))
+@pytest.mark.parametrize("mtp", [False, True])
+def test_transformers_loads_the_random_checkpoints(tmp_path: Path, model_type: str, mtp: bool) -> None:
+    overrides = {} if mtp or model_type == "kimi_k2" else {"rope_scaling": YARN}
+    values = make_checkpoint(tmp_path, model_type, mtp=mtp, num_shards=2, overrides=overrides)
+    if model_type == "kimi_k2":
+        (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": "deepseek_v3"}))
+    hf_class = getattr(transformers, HF_CLASSES[model_type])
+    model, info = hf_class.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert bool(info["unexpected_keys"]) == mtp
+    assert all(name.startswith("model.layers.3.") for name in info["unexpected_keys"])
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(tokens).logits
+    assert torch.isfinite(logits).all()
+    assert logits.abs().max() >= 5.0
+    assert logits.std() >= 1.5
+    # Each position says something else: the model is not an embedding of its last token alone.
+    assert len(set(logits.argmax(-1).flatten().tolist())) > 10
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("rope", [None, YARN])
+def test_config_written_by_transformers_means_the_same(
+    tmp_path: Path, model_type: str, rope: dict[str, Any] | None
+) -> None:
+    values = make_checkpoint(tmp_path, model_type, overrides={"rope_scaling": rope})
+    transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    saved["num_nextn_predict_layers"] = values["num_nextn_predict_layers"]
+    assert ModelConfig.from_dict(saved) == ModelConfig.from_dict(values)
