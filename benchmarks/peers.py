@@ -193,7 +193,7 @@ class PeakMemory:
 
 
 def _high_water_kib(pid: int) -> int:
-    """Of one process, which also knows what it took between samples; 0 once it has ended."""
+    """Peak resident memory of one process (VmHWM, so samples miss nothing), in KiB; 0 once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
