@@ -182,7 +182,7 @@ def _load_weights(
     """This rank's part of the model, and what tells its checkpoint from others."""
     with Checkpoint(model_dir) as checkpoint:
         leftovers = set(checkpoint.check_names(expected_tensors(config)))
-        mtp = set(checkpoint.mtp_names(config))
+        mtp = set(checkpoint.mtp_names(config.num_hidden_layers, config.num_nextn_predict_layers))
         if mtp:
             on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
         if unused := sorted(leftovers - mtp):

@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shoal.runtime.checkpoint.checkpoint import Checkpoint, read_header
+from shoal.runtime.checkpoint.checkpoint import Checkpoint
+from shoal.runtime.checkpoint.safetensors_file import read_header
 from shoal.runtime.models.config import ModelConfig
 from tests.support.checkpoints import YARN, make_checkpoint, random_tensor, tensor_shapes
 
@@ -158,7 +159,7 @@ def test_check_names(tmp_path: Path) -> None:
     expected = tensor_shapes(config)
     checkpoint = Checkpoint(tmp_path)
     leftover = checkpoint.check_names(expected)
-    assert leftover == checkpoint.mtp_names(config)
+    assert leftover == checkpoint.mtp_names(config.num_hidden_layers, config.num_nextn_predict_layers)
     assert "model.layers.3.eh_proj.weight" in leftover
     assert all(name.startswith("model.layers.3.") for name in leftover)
     with pytest.raises(
