@@ -9,9 +9,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from shoal.kernels.build import cache_dir
 from shoal.kernels.quant import BlockFP8Weight
 
-from . import fingerprint
+from .file_digests import DigestCache
+from .fingerprint import compute_fingerprint
 from .fp8_blocks import BLOCK, SCALE_SUFFIX, check_scales, read_block_fp8
 from .safetensors_file import TensorEntry
 from .shards import find_tensors, shorten
@@ -120,10 +122,13 @@ class Checkpoint:
         prefixes = tuple(f"model.layers.{first_layer + i}." for i in range(num_layers))
         return [name for name in self.names if name.startswith(prefixes)]
 
-    @property
-    def fingerprint(self) -> str:
-        """See `fingerprint.fingerprint`."""
-        return fingerprint.fingerprint(self.model_dir, self._entries)
+    def compute_fingerprint(self) -> str:
+        """SHA-256 (hex) that changes with any byte of config.json or of the weight files; see `file_digests` for costs.
+
+        Every process of every layout gets the same. Call it after the last `read`: it raises ValueError if a file
+        changed since the checkpoint was opened, so the tensors read are those of the fingerprint.
+        """
+        return compute_fingerprint(self.model_dir, self._entries, DigestCache(cache_dir()))
 
     def close(self) -> None:
         """Close the files; tensors already read stay valid."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,17 +36,49 @@ _DTYPES = {
 }
 
 
+class FileVersion(NamedTuple):
+    """State of a file on disk, equal only while its content is unchanged.
+
+    Writing to a file sets its ctime, which no program can set back as it can the mtime. Two writes within the clock's
+    granularity (milliseconds) cannot be told apart.
+    """
+
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> FileVersion:
+        """The version of an open file."""
+        status = os.fstat(descriptor)
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsFile:
+    """One file as it was when its header was read."""
+
+    path: Path
+    version: FileVersion
+    data_start: int
+    """Bytes before the tensor data."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Location of one tensor; `begin` and `end` count bytes from `data_start`, where the file's tensor data begins."""
+    """Location of one tensor; `begin` and `end` count bytes from the start of the file's tensor data."""
 
     name: str
-    path: Path
+    file: SafetensorsFile
     dtype: torch.dtype
     shape: tuple[int, ...]
-    data_start: int
     begin: int
     end: int
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -53,21 +86,20 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
     The tensors must fill the data part exactly: inside the file, without overlap, without gaps.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
+        version = FileVersion.of(file.fileno())
+        size = version.size
         num_bytes = int.from_bytes(file.read(8), "little")
         if size < 8 or num_bytes > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(
                 f"{path} is not a safetensors file, or it is cut short: {_length_problem(size, num_bytes)}"
             )
         raw = file.read(num_bytes)
-    data_start = 8 + num_bytes
-    entries = [
-        _parse_entry(path, name, value, data_start)
-        for name, value in _parse_json(path, raw).items()
-        if name != "__metadata__"
-    ]
-    _check_layout(path, entries, size - data_start)
+    header = _parse_json(path, raw)
+    header.pop("__metadata__", None)
+    opened = SafetensorsFile(path, version, data_start=8 + num_bytes)
+    entries = [_parse_entry(opened, name, value) for name, value in header.items()]
+    _check_layout(path, entries, size - opened.data_start)
     return {entry.name: entry for entry in entries}
 
 
@@ -97,8 +129,9 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _parse_entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry:
+def _parse_entry(file: SafetensorsFile, name: str, value: object) -> TensorEntry:
     """One tensor of a header; its byte count must be what dtype and shape make it."""
+    path = file.path
     fields = value if isinstance(value, dict) else {}
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
@@ -110,7 +143,7 @@ def _parse_entry(path: Path, name: str, value: object, data_start: int) -> Tenso
     begin, end = offsets
     if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise ValueError(f"{path}: {name} is {dtype} {shape} but has {end - begin} bytes; download the file again")
-    return TensorEntry(name, path, _DTYPES[dtype], tuple(shape), data_start, begin, end)
+    return TensorEntry(name, file, _DTYPES[dtype], tuple(shape), begin, end)
 
 
 def _are_sizes(value: Any) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .safetensors_file import TensorEntry, read_header
+from .safetensors_file import FileVersion, TensorEntry
 
 _PIECE_BYTES = 16 << 20
 """Size of the buffer through which a matrix is read whose columns are sliced."""
@@ -23,7 +23,7 @@ class TensorReader:
     """The open files of a checkpoint. Not for use by several threads at once."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, tuple[FileIO, dict[str, TensorEntry]]] = {}
+        self._files: dict[Path, FileIO] = {}
 
     def read(self, entry: TensorEntry, rows: slice | None, cols: slice | None, dtype: torch.dtype) -> Tensor:
         """Copy `tensor[rows, cols]` into new contiguous memory, converted to `dtype` on the way.
@@ -46,20 +46,16 @@ class TensorReader:
 
     def close(self) -> None:
         """Close the files; tensors already read stay valid."""
-        for file, _ in self._files.values():
+        for file in self._files.values():
             file.close()
         self._files.clear()
 
     def _open(self, entry: TensorEntry) -> FileIO:
-        """The open file of a tensor, which must still have the header that the entry comes from."""
+        """The open file of a tensor, which must be unchanged since its header was read."""
         if entry.path not in self._files:
-            file = FileIO(entry.path)
-            try:
-                self._files[entry.path] = file, read_header(entry.path)
-            except ValueError as error:
-                raise ValueError(f"{entry.path}: {entry.name} cannot be read ({error})") from error
-        file, header = self._files[entry.path]
-        if header.get(entry.name) != entry:
+            self._files[entry.path] = FileIO(entry.path)
+        file = self._files[entry.path]
+        if FileVersion.of(file.fileno()) != entry.file.version:
             raise ValueError(f"{entry.path}: {entry.name} changed since the checkpoint was opened; start again")
         return file
 
@@ -80,7 +76,7 @@ def _read_rows(file: FileIO, entry: TensorEntry, first_row: int, out: Tensor) ->
     """Fill `out`, contiguous, with the stored rows from `first_row` on; OSError when the file ends before."""
     row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
     view = memoryview(out.flatten().view(torch.uint8).numpy().data)
-    file.seek(entry.data_start + entry.begin + first_row * row_bytes)
+    file.seek(entry.file.data_start + entry.begin + first_row * row_bytes)
     while view:
         count = file.readinto(view)
         if not count:

@@ -188,7 +188,7 @@ def _load_weights(
         if unused := sorted(leftovers - mtp):
             on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
         model = DeepseekModel(config, checkpoint, groups, dtype=dtype, max_model_len=max_len, dispatcher=dispatcher)
-        return model, checkpoint.fingerprint
+        return model, checkpoint.compute_fingerprint()
 
 
 def _dispatcher(
