@@ -101,9 +101,9 @@ def job_spec(config: JobConfig) -> JobSpec:
 
 
 def model_fingerprint(model_dir: Path) -> str:
-    """`sha256:<hex>` of what tells models apart: `Checkpoint.fingerprint` and the tokenizer's files."""
+    """`sha256:<hex>` of what tells models apart: `Checkpoint.compute_fingerprint` and the tokenizer's files."""
     with Checkpoint(model_dir) as checkpoint:
-        hashed = hashlib.sha256(checkpoint.fingerprint.encode())
+        hashed = hashlib.sha256(checkpoint.compute_fingerprint().encode())
     for name in _TOKENIZER_FILES:
         path = model_dir / name
         hashed.update(f"{name}={file_sha256(path) if path.is_file() else 'none'};".encode())

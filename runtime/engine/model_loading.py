@@ -182,13 +182,13 @@ def _load_weights(
     """This rank's part of the model, and what tells its checkpoint from others."""
     with Checkpoint(model_dir) as checkpoint:
         leftovers = set(checkpoint.check_names(expected_tensors(config)))
-        mtp = set(checkpoint.mtp_names(config))
+        mtp = set(checkpoint.mtp_names(config.num_hidden_layers, config.num_nextn_predict_layers))
         if mtp:
             on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
         if unused := sorted(leftovers - mtp):
             on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
         model = DeepseekModel(config, checkpoint, groups, dtype=dtype, max_model_len=max_len, dispatcher=dispatcher)
-        return model, checkpoint.fingerprint
+        return model, checkpoint.compute_fingerprint()
 
 
 def _dispatcher(

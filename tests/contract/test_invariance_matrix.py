@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from shoal.kernels.registry import use_backend
 from shoal.parallel.groups import single_process_groups
-from shoal.runtime.checkpoint.checkpoint import SCALE_SUFFIX, Checkpoint
+from shoal.runtime.checkpoint.checkpoint import Checkpoint
+from shoal.runtime.checkpoint.fp8_blocks import SCALE_SUFFIX
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.engine.model_loading import check_layout

@@ -20,6 +20,7 @@ ONLY_IN = {
     "nixl_cu13": "parallel",
     "safetensors": "runtime",
     "tokenizers": "runtime",
+    "xxhash": "runtime",
     "ray": "cluster",
     "yaml": "cluster",
     "click": "cluster",
