@@ -255,6 +255,7 @@ class Communicator:
         return lambda: received
 
     def _wait_nccl(self, work: Work, deadline: float) -> None:
+        """Wait until `work` is complete; RuntimeError when it failed, is late, or the group was left meanwhile."""
         pause_s = 0.0
         while not work.is_completed():
             if self._closed is not None or time.monotonic() >= deadline:
@@ -262,6 +263,9 @@ class Communicator:
             time.sleep(pause_s)
             pause_s = min(pause_s + 5e-6, 1e-4)
         work.wait()  # complete: only orders the current stream after NCCL's
+        if self._closed is not None:
+            # NCCL reports aborted work as complete; what it received is not what was sent.
+            raise RuntimeError("the group was left while NCCL ran")
 
     def _exchange(self, call: _Call, recvs: list[Tensor] | None) -> Callable[[], list[Tensor]]:
         """One exchange in host memory: sends what the connections take, and returns what does the rest.

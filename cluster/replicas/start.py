@@ -62,8 +62,9 @@ def start_engines(
     tell(Phase("ray", time.monotonic() - begin))
     with ExitStack() as undo:
         undo.callback(cluster.close)
-        if args.hands_over:
-            args = replace(args, kv_transport=choose_transport(args, len(nodes())))  # once, for all workers
+        transport = choose_transport(args, len(nodes())) if args.hands_over else None
+        if transport is not None:
+            args = replace(args, kv_transport=transport.name)  # once, for all workers
         start = time.monotonic()
         layout = _layout(args, config)
         check_fits(layout, nodes())
@@ -108,8 +109,8 @@ def start_engines(
         for phase in _phases(reports, time.monotonic() - start, layout.weight_bytes):
             tell(phase)
         notices = {notice for report in reports for notice in report.notices}
-        if args.hands_over:
-            notices.add(f"cache records travel through {args.kv_transport}")
+        if transport is not None:
+            notices.add(str(transport))
         tell(Phase("ready", time.monotonic() - begin, "; ".join(sorted(notices))))
         undo.pop_all()
 
