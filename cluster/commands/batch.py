@@ -22,7 +22,12 @@ from ..replicas.start import start_engines
 from .validate import row_rules
 
 CHAT_FORMAT = "deepseek-v3.1"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 
 
 def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: TextIO) -> int:

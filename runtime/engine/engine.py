@@ -99,7 +99,7 @@ class Engine:
         self._in_flight: InFlight | None = None
         """A step that was started before the one that it follows was finished."""
         tokenizer = Tokenizer.from_pretrained(model_dir)
-        self.eos_token_ids = read_eos_token_ids(model_dir) or self.model_config.eos_token_ids
+        self.eos_token_ids = tokenizer.eos_token_ids if tokenizer else read_eos_token_ids(model_dir)
         self.processor = OutputProcessor(tokenizer, self.eos_token_ids)
         self.limits = RequestLimits(vocab_size=self.model_config.vocab_size, max_model_len=self.max_model_len)
         self.seed = config.seed
