@@ -27,7 +27,7 @@ tiny-model: $(VENV)/.installed
 	$(BIN)/python $(TINY)/held_out.py shoal/bundled/eval.jsonl
 	$(BIN)/python $(TINY)/export.py $(TINY_RUN)/state.pt $(TINY_MODEL)
 	$(BIN)/python $(TINY)/evaluate.py $(TINY_MODEL) --output $(TINY_RUN)/evaluation.json
-	$(BIN)/shoal eval -dp 2 --json $(TINY_RUN)/scores.json
+	$(BIN)/shoal eval -dp 2 --output $(TINY_RUN)/scores.json
 	$(BIN)/python $(TINY)/model_card.py --model $(TINY_MODEL) --log $(TINY_RUN)/log.jsonl \
 	    --scores $(TINY_RUN)/scores.json --evaluation $(TINY_RUN)/evaluation.json \
 	    --results benchmarks/results/tiny-model.json

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from shoal.parallel.config import ParallelConfig
+from shoal.parallel.config import DataParallelSize, ParallelConfig, TensorParallelSize
+from shoal.parallel.settings import Setting, build_settings, check_settings
 from shoal.runtime.engine.config import EngineConfig
-from shoal.runtime.engine.model_loading import check_layout
-from shoal.runtime.models.config import ModelConfig
 
-from .replica_spec import ReplicaSpec, parse_replicas
+from .replica_spec import MAX_REPLICAS, ReplicaSpec, parse_replicas
+
+if TYPE_CHECKING:
+    from shoal.runtime.models.config import ModelConfig
 
 Device = Literal["cpu", "cuda"]
+Executor = Literal["auto", "ray", "inprocess"]
+"""Where the engines of an `LLM` run."""
 KVTransportName = Literal["auto", "nixl", "ray"]
 
 
@@ -23,55 +25,67 @@ KVTransportName = Literal["auto", "nixl", "ray"]
 class EngineArgs(EngineConfig):
     """`EngineConfig` plus the model and the layout; a bad value is a ValueError that names it."""
 
-    model: str
-    """Directory with config.json and the safetensors files; every node must see it under this path."""
-    tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
-    replicas: int | Sequence[Any] = 1
-    """Copies of the model, each with data_parallel_size x tensor_parallel_size workers; or a list of `ReplicaSpec`
-    (as such, as mappings, or as "prefill:2:tp=1:dp=2"), which give roles and sizes of their own."""
-    kv_transport: KVTransportName = "auto"
-    """How cache records go from prefill to decode replicas; auto is nixl on one node where it is installed, else ray.
-
-    nixl is fast and trusts its network: whoever reaches a worker's port can read and write the worker's memory."""
-    device: Device = "cpu"
-    """cuda gives every worker one GPU of its own."""
-    num_threads_per_worker: int | None = None
-    """CPU threads of a worker; None: the cores of its node divided by the workers on it, at least 1."""
-    ray_address: str | None = None
-    """None: the cluster of the Ray job that this process belongs to, else an embedded local Ray."""
-    insecure: bool = False
-    """Start on several nodes although Ray's authentication is off."""
-    spares: int = 0
-    """Processes that wait to take the place of a worker that is lost; without one, a new process is started."""
-    heartbeat_timeout_s: float = 5.0
-    """A worker that is silent for longer counts as lost, although its process may be there."""
-    startup_timeout_s: float = 600.0
-    collective_timeout_s: float = 120.0
-    """The longest that a rank waits for another one inside a step, and that the driver waits for a step."""
+    model: Annotated[
+        str,
+        Setting(
+            "Model directory with config.json, *.safetensors and tokenizer.json; every node sees it under this path.",
+            metavar="DIR",
+            is_path=True,
+        ),
+    ]
+    tensor_parallel_size: TensorParallelSize = 1
+    data_parallel_size: DataParallelSize = 1
+    replicas: Annotated[
+        int | Sequence[Any],
+        Setting(
+            "Copies of the model, each with data_parallel_size x tensor_parallel_size workers; or a list of kinds of "
+            "replicas with roles (prefill, decode or mixed) and sizes of their own.",
+            ge=1,
+            le=MAX_REPLICAS,
+            metavar="N | ROLE[:COUNT][:tp=N][:dp=N]",
+        ),
+    ] = 1
+    kv_transport: Annotated[
+        KVTransportName,
+        Setting(
+            "How the KV cache gets from prefill to decode replicas; auto is nixl on one node where it is installed, "
+            "else ray. nixl is fast and trusts its network: whoever reaches a worker's port can read and write the "
+            "worker's memory."
+        ),
+    ] = "auto"
+    device: Annotated[Device, Setting("Device of the workers; cuda gives every worker one GPU of its own.")] = "cpu"
+    num_threads_per_worker: Annotated[
+        int | None,
+        Setting("CPU threads of a worker.", ge=1, derived="the cores of its node divided by the workers on it"),
+    ] = None
+    ray_address: Annotated[
+        str | None,
+        Setting(
+            "Address of the Ray cluster to use.",
+            metavar="ADDRESS",
+            derived="the cluster of the Ray job that this process belongs to, else a Ray of its own on this machine",
+        ),
+    ] = None
+    insecure: Annotated[bool, Setting("Start on several nodes although Ray's authentication is off.")] = False
+    spares: Annotated[
+        int,
+        Setting("Standby processes that take the place of lost workers; without one, a new process is started.", ge=0),
+    ] = 0
+    heartbeat_timeout_s: Annotated[
+        float,
+        Setting("Seconds of silence after which a worker counts as lost, although its process may be there.", gt=0),
+    ] = 5.0
+    startup_timeout_s: Annotated[float, Setting("Longest wait for all workers to start, in seconds.", gt=0)] = 600.0
+    collective_timeout_s: Annotated[
+        float,
+        Setting(
+            "Longest wait of a rank for another one inside a step, and of the driver for a step, in seconds.", gt=0
+        ),
+    ] = 120.0
 
     def __post_init__(self) -> None:
-        EngineConfig.__post_init__(self)
-        if not isinstance(self.model, str) or not self.model:
-            raise ValueError(f"model must be the path of a model directory, got {self.model!r}")
+        check_settings(self)
         _ = self.replica_specs
-        threads = self.num_threads_per_worker
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"num_threads_per_worker must be a whole number of at least 1, got {threads!r}")
-        if self.kv_transport not in ("auto", "nixl", "ray"):
-            raise ValueError(f"kv_transport must be one of auto, nixl, ray, got {self.kv_transport!r}")
-        if isinstance(self.spares, bool) or not isinstance(self.spares, int) or self.spares < 0:
-            raise ValueError(f"spares must be a whole number of at least 0, got {self.spares!r}")
-        for name in ("startup_timeout_s", "collective_timeout_s", "heartbeat_timeout_s"):
-            value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not (math.isfinite(value) and value > 0)
-            ):
-                raise ValueError(f"{name} must be a number of seconds above 0, got {value!r}")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device must be one of cpu, cuda, got {self.device!r}")
 
     @property
     def replica_specs(self) -> tuple[ReplicaSpec, ...]:
@@ -106,19 +120,15 @@ class EngineArgs(EngineConfig):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineArgs:
         """Build from plain data; an unknown name is a ValueError that suggests the nearest known one."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-                raise ValueError(f"unknown engine argument {name!r}; {hint}")
-        if "model" not in values:
-            raise ValueError("model is missing; give the path of a model directory")
-        return cls(**values)
+        return build_settings(cls, values)
 
 
 def read_model_config(args: EngineArgs) -> ModelConfig:
     """The model's configuration; ValueError, before any weight is read, when the model cannot be run as asked."""
+    # Not at the top: the command line reads its options from this module and must not load torch for `--help`.
+    from shoal.runtime.engine.model_loading import check_layout
+    from shoal.runtime.models.config import ModelConfig
+
     config = ModelConfig.from_pretrained(args.model)
     for spec in args.replica_specs:
         check_layout(config, spec.tensor_parallel_size)

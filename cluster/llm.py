@@ -9,7 +9,7 @@ import itertools
 import operator
 import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits, check_request
@@ -17,14 +17,13 @@ from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 
 from .bundled import BUNDLED_MODEL
-from .engine_args import EngineArgs
+from .engine_args import EngineArgs, Executor
 from .prompts import ModelPrompts
 from .replicas.engine_thread import AbortableEngines, EngineThread
 from .replicas.inprocess import InProcessEngine
 from .workers.engine_factory import BUILD_ENGINE
 from .workers.spec import OnPhase
 
-Executor = Literal["auto", "ray", "inprocess"]
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 Conversation = Sequence[Mapping[str, Any]]
@@ -52,7 +51,7 @@ class LLM:
         `model` None is shoal-tiny, the trained model inside this package.
         `on_phase` is told of every part of the start-up; `engine_factory` puts a stub in the engine's place.
         """
-        args = EngineArgs.from_dict({"model": str(model or BUNDLED_MODEL), **engine_args})
+        args = EngineArgs.from_dict({"model": str(BUNDLED_MODEL if model is None else model), **engine_args})
         if executor not in ("auto", "ray", "inprocess"):
             raise ValueError(f"executor must be one of auto, ray, inprocess, got {executor!r}")
         if executor == "auto":

@@ -1,16 +1,18 @@
-"""What kinds of replicas a user asks for, in YAML or on the command line."""
+"""Kinds of replicas that a user asks for, in YAML or on the command line."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from shoal.parallel.config import ParallelConfig
+from shoal.parallel.config import DataParallelSize, ParallelConfig, TensorParallelSize
+from shoal.parallel.settings import Setting, build_settings, check_settings, shown
 
 Role = Literal["prefill", "decode", "mixed"]
 
+MAX_REPLICAS = 100_000
+"""Far more than any cluster holds; a larger number is a slip."""
 _SHORT = {"tp": "tensor_parallel_size", "dp": "data_parallel_size"}
 
 
@@ -18,18 +20,19 @@ _SHORT = {"tp": "tensor_parallel_size", "dp": "data_parallel_size"}
 class ReplicaSpec:
     """Some copies of the model with the same role and layout; a bad value is a ValueError that names it."""
 
-    role: Role = "mixed"
-    """prefill computes prompts and hands them over, decode goes on with them, mixed does both for its requests."""
-    count: int = 1
-    tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
+    role: Annotated[
+        Role,
+        Setting(
+            "prefill computes prompts and hands their KV cache over, decode continues with it, mixed does both for its "
+            "requests."
+        ),
+    ] = "mixed"
+    count: Annotated[int, Setting("Replicas of this kind.", ge=1, le=MAX_REPLICAS)] = 1
+    tensor_parallel_size: TensorParallelSize = 1
+    data_parallel_size: DataParallelSize = 1
 
     def __post_init__(self) -> None:
-        if self.role not in get_args(Role):
-            raise ValueError(f"role must be one of {', '.join(get_args(Role))}, got {self.role!r}")
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
-            raise ValueError(f"count must be a whole number of at least 1, got {self.count!r}")
-        _ = self.parallel
+        check_settings(self)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -47,16 +50,18 @@ def parse_replicas(
         "tensor_parallel_size": defaults.tensor_parallel_size,
         "data_parallel_size": defaults.data_parallel_size,
     }
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, int):
         return (ReplicaSpec(count=value, **sizes),)
-    if isinstance(value, str | int) or not isinstance(value, Sequence) or not value:
-        raise ValueError(f"replicas must be a whole number of at least 1 or a list of replicas, got {value!r}")
-    specs = []
+    if not value:
+        raise ValueError("replicas is an empty list; give at least one replica")
+    specs: list[ReplicaSpec] = []
     for number, item in enumerate(value):
         try:
-            specs.append(item if isinstance(item, ReplicaSpec) else ReplicaSpec(**{**sizes, **_values(item)}))
+            if not isinstance(item, ReplicaSpec):
+                item = build_settings(ReplicaSpec, {**sizes, **_values(item)})
         except ValueError as error:
             raise ValueError(f"replicas[{number}]: {error}") from error
+        specs.append(item)
     roles = {spec.role for spec in specs}
     for role, others in (("prefill", {"decode", "mixed"}), ("decode", {"prefill", "mixed"})):
         if role in roles and not roles & others:
@@ -71,16 +76,10 @@ def _values(item: object) -> dict[str, Any]:
         values: dict[str, Any] = {"role": role}
         for part in parts:
             name, equals, number = part.rpartition("=")
-            if not number.isdecimal() or (equals and name not in _SHORT):
-                raise ValueError(f"{item!r} is not of the form ROLE[:COUNT][:tp=N][:dp=N]")
+            if not (number.isascii() and number.isdecimal()) or (equals and name not in _SHORT):
+                raise ValueError(f"{shown(item)} is not of the form ROLE[:COUNT][:tp=N][:dp=N]")
             values[_SHORT[name] if equals else "count"] = int(number)
         return values
     if not isinstance(item, Mapping):
-        raise ValueError(f"must be a mapping (role, count, ..), got {item!r}")
-    known = [f.name for f in fields(ReplicaSpec)]
-    for name in item:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"{name} is not a known setting; {hint}")
+        raise ValueError(f"must be a mapping (role, count, ..), got {shown(item)}")
     return dict(item)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from .settings import Setting, check_settings
+
+TensorParallelSize = Annotated[
+    int, Setting("Workers of a replica that share each request (tensor-parallel attention).", ge=1, short="-tp")
+]
+DataParallelSize = Annotated[
+    int, Setting("Groups of a replica that run different requests (data-parallel attention).", ge=1, short="-dp")
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """`dp x tp` ranks: rank = dp_rank * tp + tp_rank. Experts are split over all of them (ep = dp * tp)."""
 
-    tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
+    tensor_parallel_size: TensorParallelSize = 1
+    data_parallel_size: DataParallelSize = 1
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel_size", "data_parallel_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_settings(self)
 
     @property
     def world_size(self) -> int:

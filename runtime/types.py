@@ -5,10 +5,11 @@ Field names are vLLM's where the meaning is the same.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from shoal.parallel.settings import Declaration, Setting, build_settings, check_settings
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -16,88 +17,76 @@ MAX_N = 1024
 MAX_LOGPROBS = 1024
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 4096
-"""Of all stop strings of a request: each new token is held against each of them."""
+"""Limit for all stop strings of a request together: every new token is compared with each of them."""
 MAX_STOP_TOKEN_IDS = 1024
-MAX_INTEGER = 2**63 - 1
-"""What fits into a message between processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen; validated when built, so that a bad value is a ValueError naming it.
 
-    `seed=None` derives the seed from the run's seed and the request's index in the run, never from a clock.
-    `logprobs=k` returns, per output token, the log-probability of the sampled token and of the k most likely ones under
-    the model's own distribution (before penalties, bias, temperature and truncation).
+    Names and meanings are vLLM's.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 or -1 keeps the whole vocabulary."""
-    min_p: float = 0.0
-    max_tokens: int | None = 16
-    """None means: up to the model's context length."""
-    min_tokens: int = 0
-    stop: str | Sequence[str] | None = ()
-    stop_token_ids: Sequence[int] | None = ()
-    seed: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    ignore_eos: bool = False
-    logit_bias: Mapping[int, float] | None = None
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
+    n: Annotated[int, Setting("Continuations of the prompt.", ge=1, le=MAX_N)] = 1
+    temperature: Annotated[float, Setting("0 always takes the most likely token.", ge=0, le=100)] = 1.0
+    top_p: Annotated[float, Setting("Keep the most likely tokens that together have this share.", gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Setting("Keep this many most likely tokens; 0 or -1 keeps all.", ge=-1)] = 0
+    min_p: Annotated[
+        float, Setting("Keep tokens that are at least this share as likely as the most likely one.", ge=0, le=1)
+    ] = 0.0
+    max_tokens: Annotated[
+        int | None, Setting("Longest output, in tokens; null is up to the model's context length.", ge=1)
+    ] = 16
+    min_tokens: Annotated[int, Setting("Shortest output: no end before so many tokens.", ge=0)] = 0
+    stop: Annotated[str | Sequence[str] | None, Setting("Texts that end the output when they appear in it.")] = ()
+    stop_token_ids: Annotated[Sequence[int] | None, Setting("Token ids that end the output.", ge=0)] = ()
+    seed: Annotated[
+        int | None, Setting("Seed of the request.", derived="from the run's seed and the request's index in the run")
+    ] = None
+    logprobs: Annotated[
+        int | None,
+        Setting(
+            "Return, per output token, the log-probability of the sampled token and of this many most likely ones, "
+            "under the model's own distribution (before penalties, bias, temperature and truncation).",
+            ge=0,
+            le=MAX_LOGPROBS,
+        ),
+    ] = None
+    prompt_logprobs: Annotated[int | None, Setting("The same per prompt token.", ge=0, le=MAX_LOGPROBS)] = None
+    presence_penalty: Annotated[
+        float, Setting("Subtracted from the logits of tokens that are in the output.", ge=-2, le=2)
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Setting("Subtracted from the logits once per occurrence in the output.", ge=-2, le=2)
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        Setting("Divides positive and multiplies negative logits of tokens in prompt or output.", gt=0, le=100),
+    ] = 1.0
+    ignore_eos: Annotated[bool, Setting("Do not stop at the end-of-sequence token.")] = False
+    logit_bias: Annotated[
+        Mapping[int, float] | None, Setting("Token id to a number between -100 and 100 that is added to its logit.")
+    ] = None
+    include_stop_str_in_output: Annotated[bool, Setting("Keep the stop string that ended the output.")] = False
+    skip_special_tokens: Annotated[bool, Setting("Leave special tokens out of the text.")] = True
 
     def __post_init__(self) -> None:
+        check_settings(self)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if any(not isinstance(s, str) or not s for s in stop):
-            raise ValueError("stop must be a non-empty string or a list of non-empty strings")
         if len(stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
         if (num_chars := sum(map(len, stop))) > MAX_STOP_CHARS:
             raise ValueError(f"stop has {num_chars} characters in all, at most {MAX_STOP_CHARS} are allowed")
-        object.__setattr__(self, "stop", stop)
-        if (count := len(self.stop_token_ids or ())) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"stop_token_ids has {count} ids, at most {MAX_STOP_TOKEN_IDS} are allowed")
-        object.__setattr__(
-            self, "stop_token_ids", tuple(_integer("stop_token_ids", i, 0) for i in self.stop_token_ids or ())
-        )
-        _integer("n", self.n, 1, MAX_N)
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _number("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0.0:
-            raise ValueError("top_p must be above 0")
-        _integer("top_k", self.top_k, -1)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1)
-        _integer("min_tokens", self.min_tokens, 0)
+        stop_token_ids = tuple(self.stop_token_ids or ())
+        if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise ValueError(f"stop_token_ids has {len(stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are allowed")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
-        if self.seed is not None:
-            _integer("seed", self.seed, -MAX_INTEGER - 1)
-        for name in ("logprobs", "prompt_logprobs"):
-            if (value := getattr(self, name)) is not None:
-                _integer(name, value, 0, MAX_LOGPROBS)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
-        if self.repetition_penalty == 0.0:
-            raise ValueError("repetition_penalty must be above 0")
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         if self.logit_bias is not None:
-            bias = {
-                _integer("logit_bias key", int(k), 0): _number("logit_bias", v, -100.0, 100.0)
-                for k, v in self.logit_bias.items()
-            }
-            object.__setattr__(self, "logit_bias", dict(sorted(bias.items())))
+            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -112,11 +101,8 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Build from plain data; an unknown name is a ValueError that lists it."""
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown sampling parameter {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls(**values)
+        """Build from plain data; an unknown name is a ValueError that suggests the nearest known one."""
+        return build_settings(cls, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,18 +214,16 @@ class RowError:
     details: dict[str, int | str] = field(default_factory=dict)
 
 
-def _number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value!r}")
-    return float(value)
+def _checked_bias(biases: Mapping[Any, Any]) -> dict[int, float]:
+    """Sorted by token id. JSON writes token ids, being keys, as texts."""
+    checked = {}
+    for key, bias in biases.items():
+        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() else key
+        _BIAS_KEY.check(token_id)
+        _BIAS.check(bias)
+        checked[token_id] = float(bias)
+    return dict(sorted(checked.items()))
 
 
-def _integer(name: str, value: object, low: int, high: int = MAX_INTEGER) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
-    if not low <= value <= high:
-        bounds = f"at least {low}" if value < low and high == MAX_INTEGER else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {bounds}, got {value}")
-    return value
+_BIAS_KEY = Declaration("logit_bias key", int, Setting("Token id.", ge=0), None)
+_BIAS = Declaration("logit_bias", float, Setting("Added to the logit.", ge=-100, le=100), None)

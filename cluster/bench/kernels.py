@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import os
 import statistics
@@ -25,12 +24,12 @@ from shoal.kernels.rope import Rotation
 from shoal.runtime.engine.model_loading import choose_backend
 
 from ..environment import environment
-from ..jobs.job import EXIT_OK
+from ..exit_codes import ExitCode
+from ..report import prepare_report, write_report
 from .cases import Case, cases
 from .roofline import Ceilings, event_seconds, measure_ceilings, measure_device_ceilings
 from .shapes import SHAPES, Inputs, ShapesName
 
-EXIT_DIFFERENT = 1
 COLD_BYTES, MAX_COPIES = 1 << 27, 64
 """Copies of the inputs take turns until they are this large together, so that they come from memory, not a cache."""
 MIN_SECONDS, MIN_CALLS, MAX_CALLS = 0.2, 5, 2000
@@ -59,8 +58,7 @@ def kernels(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: torch finds no GPU here")
-    if output is not None and output.is_dir():
-        raise ValueError(f"{output} is a directory; give the name of a file")
+    prepare_report(output)
 
     def on_case(case: Case, _row: dict[str, Any] | None) -> None:
         if _row is None:
@@ -70,10 +68,9 @@ def kernels(
         shapes=shapes, ops=ops, threads=threads, device=torch.device(device), refcheck=refcheck, on_case=on_case
     )
     _print_table(report, stdout)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return EXIT_DIFFERENT if any(row.get("within_tolerance") is False for row in report["kernels"]) else EXIT_OK
+    write_report(output, report)
+    differs = any(row.get("within_tolerance") is False for row in report["kernels"])
+    return ExitCode.DIFFERENT if differs else ExitCode.OK
 
 
 def measure_kernels(

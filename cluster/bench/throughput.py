@@ -3,50 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import random
 import statistics
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from shoal.runtime.engine.step_profile import PHASES, StepProfile
 from shoal.runtime.types import RequestOutput, SamplingParams
 
-from ..engine_args import EngineArgs, read_model_config
+from ..engine_args import EngineArgs, Executor, read_model_config
 from ..environment import environment, peak_rss_mib
-from ..jobs.job import EXIT_ENGINE, EXIT_OK
-from ..llm import LLM, Executor
+from ..exit_codes import ExitCode
+from ..llm import LLM
+from ..report import engine_errors, line_printer, prepare_report, write_report
 from ..workers.engine_factory import BUILD_ENGINE, BUILD_PROFILED_ENGINE
 from ..workers.spec import Phase
-
-FIRST_TOKEN_ID = 3
-"""Prompts have none of the ids below, which are sentence marks in most vocabularies."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """Random prompts of one length, each answered with exactly `output_len` tokens, `runs` times."""
-
-    num_prompts: int
-    input_len: int
-    output_len: int
-    runs: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_prompts", "input_len", "output_len", "runs"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-    def prompts(self, vocab_size: int, name: str) -> list[list[int]]:
-        """Other token ids for every run, so that no prefix cache can help between them; the same for equal seeds."""
-        draw, ids = random.Random(f"{self.seed}/{name}"), range(FIRST_TOKEN_ID, vocab_size)
-        return [draw.choices(ids, k=self.input_len) for _ in range(self.num_prompts)]
+from .workload import FIRST_TOKEN_ID, Workload
 
 
 def throughput(
@@ -63,24 +38,14 @@ def throughput(
 
     `phases`: also say what the steps spent their time on.
 
-    ValueError for a workload that the model cannot take; 5 if the engines fail.
+    ValueError for a workload that the model cannot take, EnginesFailed if the engines fail.
     """
-    if output is not None and output.is_dir():
-        raise ValueError(f"{output} is a directory; give the name of a file")
-
-    def say(text: str) -> None:
-        print(text, file=stderr, flush=True)
-
-    try:
-        report = measure(args, workload, executor=executor, phases=phases, say=say)
-    except RuntimeError as error:
-        say(f"error: the engines failed: {error}")
-        return EXIT_ENGINE
+    prepare_report(output)
+    with engine_errors():
+        report = measure(args, workload, executor=executor, phases=phases, say=line_printer(stderr))
     print(table(report), file=stdout, flush=True)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return EXIT_OK
+    write_report(output, report)
+    return ExitCode.OK
 
 
 def measure(

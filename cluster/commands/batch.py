@@ -14,11 +14,13 @@ from shoal.runtime.checkpoint.checkpoint import Checkpoint
 
 from ..environment import versions
 from ..jobs.config import JobConfig
-from ..jobs.input import file_sha256
+from ..jobs.input import BadRow, InputLine, file_sha256
 from ..jobs.job import Engines, JobResult, JobSpec, run_job
 from ..jobs.progress import ProgressReporter
+from ..jobs.rows import RowRules, read_row
 from ..jobs.stop_signal import StopSignal
 from ..replicas.start import start_engines
+from ..report import check_directory
 from .validate import row_rules
 
 CHAT_FORMAT = "deepseek-v3.1"
@@ -71,9 +73,10 @@ def job_spec(config: JobConfig) -> JobSpec:
     """Resolve a configuration against the model directory and the input file; reads no weights."""
     engine = config.engine
     rules = row_rules(engine, config.sampling, config.chat_template_kwargs.thinking)
+    _check_defaults(rules)
     input_path = Path(config.input)
-    if not input_path.is_file():
-        raise ValueError(f"the input {input_path} is not a file; give a .jsonl or .jsonl.gz file")
+    output = Path(config.output)
+    _check_paths(input_path, output)
     identity = {
         "input": file_sha256(input_path),
         "model": model_fingerprint(Path(engine.model)),
@@ -93,7 +96,7 @@ def job_spec(config: JobConfig) -> JobSpec:
     }
     return JobSpec(
         input=input_path,
-        output=Path(config.output),
+        output=output,
         identity=identity,
         rules=rules,
         model_name=Path(engine.model).name,
@@ -103,6 +106,24 @@ def job_spec(config: JobConfig) -> JobSpec:
         overwrite=config.overwrite,
         facts=facts,
     )
+
+
+def _check_paths(input_path: Path, output: Path) -> None:
+    """ValueError for an input that is not a file, or an output directory that cannot be written or holds the input."""
+    if not input_path.is_file():
+        raise ValueError(f"the input {input_path} is not a file; give a .jsonl or .jsonl.gz file")
+    check_directory(output)
+    if input_path.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"the input {input_path} is inside the output directory {output}; give another directory")
+
+
+def _check_defaults(rules: RowRules) -> None:
+    """ValueError where a row that gives nothing but one token is refused: then the job's own settings are wrong."""
+    data = b'{"prompt": [0]}'
+    try:
+        read_row(InputLine(index=0, number=1, byte_offset=0, num_bytes=len(data), data=data), rules)
+    except BadRow as error:
+        raise ValueError(f"no row can be answered with these settings: {error.message}") from error
 
 
 def model_fingerprint(model_dir: Path) -> str:

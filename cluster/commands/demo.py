@@ -13,27 +13,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from shoal.parallel.failpoints import DRIVER, Failpoints
 from shoal.runtime.tokenization.tokenizer import EOS
 
 from ..bundled import BUNDLED_MODEL
 from ..engine_args import EngineArgs, read_model_config
+from ..exit_codes import ExitCode
 from ..jobs.config import JobConfig
-from ..jobs.job import EXIT_OK, Engines, JobResult, run_job
+from ..jobs.job import Engines, JobResult, run_job
 from ..jobs.output import FAULT_FILE, PART_FILE, RUN_FILE
 from ..jobs.progress import ProgressReporter
 from ..jobs.stop_signal import StopSignal
 from ..replicas.inprocess import InProcessEngine
 from ..replicas.start import start_engines
+from ..report import check_directory
 from ..supervision.fault import read_faults
 from ..workers.local_cluster import local_cluster
+from .arguments import DemoArgs, Victim
 from .batch import job_spec
 
-EXIT_DIFFERENT = 1
-
-Victim = Literal["prefill:0", "decode:0", "node:1", "driver"]
 FAULTS: Mapping[Victim, str] = {
     "prefill:0": "prefill:0:kv.publish:4",
     "decode:0": "decode:0:engine.run:40",
@@ -118,44 +118,17 @@ class Comparison:
         )
 
 
-def demo(
-    output: Path,
-    *,
-    tensor_parallel_size: int,
-    data_parallel_size: int,
-    stdout: TextIO,
-    stderr: TextIO,
-    kill: Victim | None = None,
-) -> int:
+def demo(settings: DemoArgs, *, stdout: TextIO, stderr: TextIO) -> int:
     """Answer prompts with the bundled model on Ray and in one process, and compare; 1 if anything differs.
 
-    With `kill`, prefill and decode are replicas of their own and a spare waits, instead of the layout given; and that
-    worker, the node of the decode worker, or the process that drives the job is killed in the middle.
+    With `kill`, the layout is a prefill and a decode replica and a spare; that worker, the node of the decode worker,
+    or the process that drives the job is killed in the middle.
     ValueError for a layout that the model or the machine cannot take.
     """
-    model, prompts = str(BUNDLED_MODEL), output / "prompts.jsonl"
-    replicas: Any = ["prefill:1", "decode:1"] if kill else 1
-    cluster_args = EngineArgs(
-        model=model,
-        tensor_parallel_size=1 if kill else tensor_parallel_size,
-        data_parallel_size=1 if kill else data_parallel_size,
-        replicas=replicas,
-        spares=1 if kill else 0,
-        max_model_len=MAX_MODEL_LEN,
-        block_size=16,
-        num_kv_blocks=256,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-    )
-    # The plainest way to run a model: one process, one row at a time, nothing reused.
-    reference_args = EngineArgs(
-        model=model,
-        max_model_len=MAX_MODEL_LEN,
-        block_size=16,
-        num_kv_blocks=80,
-        max_num_seqs=1,
-        enable_prefix_caching=False,
-    )
+    output = Path(settings.output)
+    prompts = output / "prompts.jsonl"
+    cluster_args = _cluster_args(settings)
+    check_directory(output)
     steps = _Steps(stdout)
     with steps.step(f"write {prompts}"):
         config = read_model_config(cluster_args)
@@ -168,31 +141,65 @@ def demo(
 
     workers = cluster_args.num_workers
     with steps.step(f"answer the prompts on {workers} Ray worker{'s' * (workers > 1)}, as `shoal batch` does"):
-        if kill is None:
-            steps.say(
-                f"tensor parallel {tensor_parallel_size}, data parallel {data_parallel_size}; experts split over "
-                f"{workers}"
-            )
-            first = _answer(prompts, output / "answers", cluster_args, start_engines, stderr)
-        else:
-            steps.say(f"a prefill and a decode replica and a spare; {kill} is killed in the middle")
-            first = _answer_disturbed(prompts, output / "answers", cluster_args, kill, stderr)
-            for fault in read_faults(output / "answers" / FAULT_FILE):
-                steps.say(fault)
+        first = _answer_on_ray(prompts, output / "answers", cluster_args, settings.kill, steps, stderr)
         _show_end(steps, first)
-    if first.exit_code != EXIT_OK:
+    if first.exit_code != ExitCode.OK:
         return first.exit_code
     for question, thinking, answer in questions_and_answers(prompts, output / "answers"):
-        steps.say(
-            f"{shortened(question, 34):34}  {shortened(answer, 24):24}" + (f"  thought: {thinking}" if thinking else "")
-        )
+        thought = f"  thought: {thinking}" if thinking else ""
+        steps.say(f"{shortened(question, 34):34}  {shortened(answer, 24):24}{thought}")
 
     with steps.step("answer them again in this process, without Ray, one at a time"):
-        second = _answer(prompts, output / "reference", reference_args, InProcessEngine, stderr)
+        second = _answer(prompts, output / "reference", _reference_args(), InProcessEngine, stderr)
         _show_end(steps, second)
-    if second.exit_code != EXIT_OK:
+    if second.exit_code != ExitCode.OK:
         return second.exit_code
     return judge(output / "answers", output / "reference", stdout)
+
+
+def _cluster_args(settings: DemoArgs) -> EngineArgs:
+    """The layout asked for; with `kill`, a prefill and a decode replica and a spare."""
+    layout: dict[str, Any] = {
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "data_parallel_size": settings.data_parallel_size,
+    }
+    if settings.kill is not None:
+        layout = {"replicas": ["prefill:1", "decode:1"], "spares": 1}
+    return EngineArgs(
+        model=str(BUNDLED_MODEL),
+        max_model_len=MAX_MODEL_LEN,
+        block_size=16,
+        num_kv_blocks=256,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        **layout,
+    )
+
+
+def _reference_args() -> EngineArgs:
+    """The plainest way to run a model: one process, one row at a time, nothing reused."""
+    return EngineArgs(
+        model=str(BUNDLED_MODEL),
+        max_model_len=MAX_MODEL_LEN,
+        block_size=16,
+        num_kv_blocks=80,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+    )
+
+
+def _answer_on_ray(
+    prompts: Path, output: Path, args: EngineArgs, kill: Victim | None, steps: _Steps, stderr: TextIO
+) -> JobResult:
+    if kill is None:
+        layout = f"tensor parallel {args.tensor_parallel_size}, data parallel {args.data_parallel_size}"
+        steps.say(f"{layout}; experts split over {args.num_workers}")
+        return _answer(prompts, output, args, start_engines, stderr)
+    steps.say(f"a prefill and a decode replica and a spare; {kill} is killed in the middle")
+    result = _answer_disturbed(prompts, output, args, kill, stderr)
+    for fault in read_faults(output / FAULT_FILE):
+        steps.say(fault)
+    return result
 
 
 def _answer_disturbed(prompts: Path, output: Path, args: EngineArgs, kill: Victim, stderr: TextIO) -> JobResult:
@@ -201,7 +208,7 @@ def _answer_disturbed(prompts: Path, output: Path, args: EngineArgs, kill: Victi
         driver = multiprocessing.get_context("spawn").Process(target=_answer_until_killed, args=(prompts, output, args))
         driver.start()
         driver.join(DRIVER_TIMEOUT_S)
-        print(f"   the process that drove the job ended with {driver.exitcode}; again, where it was", file=stderr)
+        print(f"   the driver exited with {driver.exitcode}; resuming", file=stderr)
         return _answer(prompts, output, args, start_engines, stderr, overwrite=False)
     start = functools.partial(start_engines, faults=FAULTS[kill])
     if kill != "node:1":
@@ -221,7 +228,7 @@ def judge(first: Path, second: Path, stdout: TextIO) -> int:
     if not same_digest:
         print("the output digests differ", file=stdout)
     print(comparison, file=stdout, flush=True)
-    return EXIT_OK if comparison.equal and same_digest else EXIT_DIFFERENT
+    return ExitCode.OK if comparison.equal and same_digest else ExitCode.DIFFERENT
 
 
 def compare(first: Path, second: Path) -> Comparison:
@@ -240,7 +247,7 @@ def compare(first: Path, second: Path) -> Comparison:
 
 
 def questions_and_answers(prompts: Path, output: Path) -> Iterator[tuple[str, str, str]]:
-    """What was asked, and of each row's first continuation the thinking ("" without) and the answer; in input order."""
+    """Question, thinking ("" without) and answer of each row's first continuation, in input order."""
     answers = {row["id"]: row["response"]["body"]["choices"][0] for row in _read_lines(output / PART_FILE)}
     for index, row in enumerate(_read_lines(prompts)):
         body, choice = row.get("body", row), answers[f"batch_req_{index}"]
@@ -307,7 +314,7 @@ def _show_end(steps: _Steps, result: JobResult) -> None:
 
 
 def _choices(output: Path) -> dict[tuple[str, int], tuple[list[int], list[Any]]]:
-    """(custom_id, number of the continuation) -> its token ids and, per token, what is said of its logprob."""
+    """(custom_id, index of the continuation) -> its token ids and, per token, its logprob entry."""
     choices = {}
     for row in _read_lines(output / PART_FILE):
         for choice in row["response"]["body"]["choices"]:

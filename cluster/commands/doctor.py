@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +20,9 @@ from shoal.parallel.deep_ep import INTERFACES
 from shoal.runtime.engine.model_loading import choose_backend
 
 from ..environment import environment
-from ..jobs.job import EXIT_OK
+from ..exit_codes import ExitCode
+from ..report import prepare_report, write_report
 
-EXIT_BROKEN = 1
 Verdict = Literal["used", "available", "not used", "missing", "broken"]
 """available: it works here, and a setting asks for it."""
 
@@ -87,14 +86,12 @@ MODULES = (
 
 def doctor(*, output: Path | None, stdout: TextIO) -> int:
     """Look, print a table and write it to `output`; 1 when something that would be used is broken."""
+    prepare_report(output)
     device = torch.device("cuda") if torch.cuda.is_available() else None
     findings = [_compiler(), *_devices(), *(look_at(module, device) for module in MODULES)]
     _print_table(findings, stdout)
-    if output is not None:
-        report = {"environment": environment(), "findings": [asdict(finding) for finding in findings]}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return EXIT_BROKEN if any(finding.verdict == "broken" for finding in findings) else EXIT_OK
+    write_report(output, {"environment": environment(), "findings": [asdict(finding) for finding in findings]})
+    return ExitCode.DIFFERENT if any(finding.verdict == "broken" for finding in findings) else ExitCode.OK
 
 
 def look_at(module: Module, device: torch.device | None) -> Finding:

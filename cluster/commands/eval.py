@@ -2,78 +2,63 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from shoal.runtime.tokenization.tokenizer import EOS, THINK_END
 from shoal.runtime.types import RequestOutput, SamplingParams
 
-from ..bundled import questions
+from ..bundled import TASKS, Question, questions
 from ..engine_args import EngineArgs
-from ..jobs.job import EXIT_ENGINE, EXIT_OK
+from ..exit_codes import ExitCode
 from ..llm import LLM
+from ..report import engine_errors, line_printer, prepare_report, write_report
+from .arguments import EvalArgs, Thinking
 
-Thinking = Literal["on", "off", "both"]
 MODES: dict[Thinking, tuple[bool, ...]] = {"on": (True,), "off": (False,), "both": (True, False)}
 CONFIDENCE_Z = 1.96
-"""Of a 95 % interval."""
+"""Standard deviations on each side of a 95 % interval."""
 
 Scores = dict[str, dict[str, dict[str, Any]]]
 """task -> "thinking" or "direct" -> accuracy, low, high (the 95 % interval) and n."""
 
 
-def evaluate(
-    args: EngineArgs,
-    *,
-    tasks: Sequence[str],
-    thinking: Thinking,
-    limit: int | None,
-    max_tokens: int,
-    output: Path | None,
-    stdout: TextIO,
-    stderr: TextIO,
-) -> int:
-    """Answer greedily, print a table on stdout and write the scores to `output`; progress goes to stderr.
+def evaluate(engine: EngineArgs, args: EvalArgs, *, stdout: TextIO, stderr: TextIO) -> int:
+    """Answer greedily, print a table on stdout and write the scores to a file; progress goes to stderr.
 
-    ValueError for an unknown task or a model that cannot take the questions; 5 if the engines fail.
+    ValueError for an unknown task or a model that cannot take the questions, EnginesFailed if the engines fail.
     """
-    if output is not None and output.is_dir():
-        raise ValueError(f"{output} is a directory; give the name of a file")
-    asked = {task: questions([task], limit) for task in tasks}
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, skip_special_tokens=False)
-
-    def say(text: str) -> None:
-        print(text, file=stderr, flush=True)
-
+    prepare_report(args.report)
+    tasks = TASKS if args.tasks is None else tuple(args.tasks.split(","))
+    rows = {task: questions([task], args.limit) for task in tasks}
+    params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, skip_special_tokens=False)
+    say = line_printer(stderr)
     scores: Scores = {task: {} for task in tasks}
-    try:
-        with LLM(on_phase=lambda phase: say(str(phase)), **asdict(args)) as llm:
-            for task, rows in asked.items():
-                for think in MODES[thinking]:
-                    begin = time.perf_counter()
-                    conversations = [[{"role": "user", "content": row.question}] for row in rows]
-                    outputs = llm.chat(conversations, params, thinking=think)
-                    right = sum(final_answer(o, think) == row.answer for o, row in zip(outputs, rows, strict=True))
-                    mode = "thinking" if think else "direct"
-                    scores[task][mode] = score(right, len(rows))
-                    say(f"{task}, {mode}: {right} of {len(rows)} right, {time.perf_counter() - begin:.1f} s")
-    except RuntimeError as error:
-        say(f"error: the engines failed: {error}")
-        return EXIT_ENGINE
+    with engine_errors(), LLM(on_phase=say, **asdict(engine)) as llm:
+        for task in tasks:
+            for thinking in MODES[args.thinking]:
+                start = time.perf_counter()
+                num_right = _num_right(llm, rows[task], params, thinking)
+                mode = "thinking" if thinking else "direct"
+                scores[task][mode] = score(num_right, len(rows[task]))
+                seconds = time.perf_counter() - start
+                say(f"{task}, {mode}: {num_right} of {len(rows[task])} right, {seconds:.1f} s")
     print(table(scores), file=stdout, flush=True)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    return EXIT_OK
+    write_report(args.report, scores)
+    return ExitCode.OK
+
+
+def _num_right(llm: LLM, rows: Sequence[Question], params: SamplingParams, thinking: bool) -> int:
+    conversations = [[{"role": "user", "content": row.question}] for row in rows]
+    outputs = llm.chat(conversations, params, thinking=thinking)
+    return sum(final_answer(o, thinking) == row.answer for o, row in zip(outputs, rows, strict=True))
 
 
 def final_answer(output: RequestOutput, thinking: bool) -> str | None:
-    """What follows the thinking, without the end-of-sentence token; None for an answer that was cut off."""
+    """The text after the thinking, without the end-of-sentence token; None for an answer that was cut off."""
     (completion,) = output.outputs
     if completion.finish_reason != "stop":
         return None

@@ -11,8 +11,8 @@ from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 
 from ..engine_args import EngineArgs, read_model_config
+from ..exit_codes import ExitCode
 from ..jobs.input import BadRow, CustomIdIndex, InputLine
-from ..jobs.job import EXIT_OK, EXIT_ROWS_FAILED
 from ..jobs.progress import JobProgress, ProgressReporter
 from ..jobs.row_output import FinishedRow
 from ..jobs.rows import RowRules
@@ -64,7 +64,7 @@ def validate(
     )
     for length, count in summary.to_dict()["prompt_lengths"].items():
         print(f"  prompts of {length} tokens: {count}", file=stdout)
-    return EXIT_ROWS_FAILED if summary.num_bad_rows else EXIT_OK
+    return ExitCode.ROWS_FAILED if summary.num_bad_rows else ExitCode.OK
 
 
 def row_rules(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool) -> RowRules:

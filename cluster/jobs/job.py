@@ -21,16 +21,15 @@ from shoal.parallel.failpoints import Failpoints
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 
+from ..exit_codes import ExitCode
 from ..supervision.fault import Fault, FaultJournal
 from .input import BadRow, CustomIdIndex, InputLine, read_lines
 from .output import CUSTOM_ID_FILE, FAULT_FILE, BatchOutput, RowCounts, State, write_json
 from .progress import JobProgress, ProgressReporter
 from .row_output import FinishedRow, answered_row
 from .rows import BatchRow, RowRules, read_row
-from .stop_signal import EXIT_DRAINED, EXIT_INTERRUPTED, JobStopped, StopSignal
+from .stop_signal import JobStopped, StopSignal
 from .validation import InputSummary, validate_input
-
-EXIT_OK, EXIT_ROWS_FAILED, EXIT_ENGINE = 0, 3, 5
 
 POLL_TIMEOUT_S = 0.1
 RUN_FILE_INTERVAL_S = 5.0
@@ -183,11 +182,11 @@ class _Run:
                 return self.stopped()
             output.commit()
             _save_state(output, "failed", error=str(error))
-            return _ended(output, EXIT_ENGINE, str(error))
+            return _ended(output, ExitCode.ENGINE, str(error))
 
     def stopped(self) -> JobResult:
         self.output.commit()
-        _save_state(self.output, "cancelled" if self.stop.exit_code == EXIT_INTERRUPTED else "in_progress")
+        _save_state(self.output, "cancelled" if self.stop.exit_code == ExitCode.INTERRUPTED else "in_progress")
         return _ended(self.output, self.stop.exit_code, "stopped by a signal")
 
     def run_to_end(self, start_engines: Callable[[], Engines]) -> JobResult:
@@ -334,7 +333,7 @@ class _Run:
 
     def give_up(self) -> JobResult:
         _save_state(self.output, "failed", error="too many rows failed")
-        return _ended(self.output, EXIT_ROWS_FAILED, "more rows failed than max_errors allows")
+        return _ended(self.output, ExitCode.ROWS_FAILED, "more rows failed than max_errors allows")
 
     def save_counts(self) -> None:
         if self.clock() - self.last_saved >= RUN_FILE_INTERVAL_S:
@@ -398,7 +397,7 @@ def _finished(spec: JobSpec, output: BatchOutput) -> JobResult:
     counts, num_rows = output.run["request_counts"], output.run["request_counts"]["total"]
     within = spec.error_limit.allows(counts["failed"], num_rows)
     return JobResult(
-        exit_code=EXIT_OK if within else EXIT_ROWS_FAILED,
+        exit_code=ExitCode.OK if within else ExitCode.ROWS_FAILED,
         num_rows=num_rows,
         completed=counts["completed"],
         failed=counts["failed"],
@@ -410,7 +409,7 @@ def _disk_failed(spec: JobSpec, error: OSError, output: BatchOutput | None = Non
     """The end of a run that could not write, perhaps not even to open its directory; other errors are raised again."""
     if error.errno not in _DISK_ERRORS:
         raise error
-    return _ended(output, EXIT_DRAINED, f"cannot write to {spec.output}: {error.strerror}; make room there")
+    return _ended(output, ExitCode.DRAINED, f"cannot write to {spec.output}: {error.strerror}; make room there")
 
 
 def _ended(output: BatchOutput | None, exit_code: int, message: str) -> JobResult:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-EXIT_DRAINED, EXIT_INTERRUPTED = 75, 130
+from ..exit_codes import ExitCode
 
 
 class JobStopped(Exception):  # noqa: N818  (a request, not an error)
@@ -37,8 +37,8 @@ class StopSignal:
             signal.signal(signum, handler)
 
     @property
-    def exit_code(self) -> int:
-        return EXIT_INTERRUPTED if self.signum == signal.SIGINT else EXIT_DRAINED
+    def exit_code(self) -> ExitCode:
+        return ExitCode.INTERRUPTED if self.signum == signal.SIGINT else ExitCode.DRAINED
 
     def check(self) -> None:
         """Raise JobStopped if a signal came."""

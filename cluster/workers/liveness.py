@@ -23,6 +23,8 @@ from typing import Any, Protocol
 
 import msgpack
 
+from ..exit_codes import ExitCode
+
 BEAT_S = 0.1
 CONNECT_TIMEOUT_S = 30.0
 HELLO_TIMEOUT_S = 10.0
@@ -31,7 +33,6 @@ MAX_STRANGERS = 64
 """Connections that have not said it yet; of more, the oldest is closed: a worker says it at once."""
 MAX_MESSAGE_BYTES = 1 << 16
 MAX_HELLO_BYTES = 1 << 10
-EXIT_ORPHAN = 70
 
 _LENGTH = struct.Struct("<I")
 _TICK_S = 0.02
@@ -229,7 +230,7 @@ class LivenessLink:
         node_id: str,
         on_message: Callable[[Message], None],
         num_steps: Callable[[], int] = lambda: -1,
-        on_end: Callable[[], None] = lambda: os._exit(EXIT_ORPHAN),
+        on_end: Callable[[], None] = lambda: os._exit(ExitCode.ORPHAN),
     ) -> None:
         """Connects; from `start` on, `on_message` is called on the listening thread, `on_end` when that ends: the
         supervisor is gone, or sent what cannot be understood. Beats carry `num_steps`, which grows while work goes on;

@@ -1,9 +1,11 @@
-"""How one replica runs a model: everything that is not the model and not the layout."""
+"""How one replica runs a model: every setting that is neither the model nor the layout."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
+
+from shoal.parallel.settings import Setting, check_settings
 
 DType = Literal["auto", "float32", "bfloat16"]
 KVCacheDType = Literal["auto", "fp8"]
@@ -15,68 +17,78 @@ KernelBackend = Literal["auto", "cpu", "triton", "reference"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Settings of an engine; None means: derived from the model and the memory at hand when the engine is built."""
+    """Settings of an engine; where the default is None, the engine derives the value when it is built."""
 
-    dtype: DType = "auto"
-    """Compute dtype; auto takes the checkpoint's `torch_dtype` (bfloat16 where it names neither)."""
-    kv_cache_dtype: KVCacheDType = "auto"
-    """auto: as the computation. fp8 keeps latents and index keys as e4m3 with a scale for every 128 numbers: about half
-    of the memory of bfloat16 and other bits, which are again the same for every layout."""
-    max_model_len: int | None = None
-    """Longest prompt plus output; None: what the model was made for, or less if the cache cannot hold that."""
-    max_num_seqs: int = 64
-    """Sequences that one attention group runs at a time."""
-    max_num_batched_tokens: int = 2048
-    """Tokens that one attention group computes in a step."""
-    max_chunk_size: int | None = None
-    """Most tokens of one sequence in a step."""
-    block_size: int = 64
-    """Tokens per cache block."""
-    num_kv_blocks: int | None = None
-    """Cache blocks of one attention group."""
-    kv_cache_memory_fraction: float = 0.5
-    """Of the memory that is free once the weights are there, of the GPU or of the node's ranks together, what the cache
-    may take when num_kv_blocks is not given; a step needs some as well."""
-    enable_prefix_caching: bool = True
-    kv_buffer_size: int = 1 << 30
-    """Bytes of cache records that a rank holds for other replicas to read; a longer prompt still gets its turn."""
-    seed: int = 0
-    """With a request's index, the seed of requests that bring none."""
-    kernel_backend: KernelBackend = "auto"
-    """auto: cpu on a CPU, triton on a GPU."""
-    vendor_kernels: VendorKernels = "none"
-    """Libraries, to be installed, whose kernels run on a GPU in place of Triton's: FlashMLA for absorbed attention,
-    DeepGEMM for experts with FP8 weights and for index scores over an FP8 cache. They need invariance relaxed."""
-    all2all_backend: All2AllBackend = "default"
-    """How tokens get to experts on other ranks: with NCCL (on a CPU, sockets), or on GPUs with DeepEP, if it is
-    installed; the bits are the same."""
-    enforce_eager: bool = False
-    """On a GPU, start every kernel of a decode step by itself instead of all by a CUDA graph; the bits are the same."""
-    invariance: Invariance = "strict"
-    """strict refuses kernels whose results depend on the batch."""
+    dtype: Annotated[DType, Setting("Compute dtype; auto takes the checkpoint's torch_dtype, else bfloat16.")] = "auto"
+    kv_cache_dtype: Annotated[
+        KVCacheDType,
+        Setting(
+            "Dtype of the KV cache; auto is the compute dtype. fp8 stores latents and indexer keys as e4m3 with a "
+            "scale per 128 values: about half of bfloat16's memory, and other bits, again the same on every layout."
+        ),
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None,
+        Setting(
+            "Longest prompt plus output, in tokens.",
+            ge=1,
+            derived="the model's max_position_embeddings, or less if the KV cache cannot hold that",
+        ),
+    ] = None
+    max_num_seqs: Annotated[int, Setting("Sequences that an attention group runs at a time.", ge=1)] = 64
+    max_num_batched_tokens: Annotated[int, Setting("Tokens that an attention group computes in a step.", ge=1)] = 2048
+    max_chunk_size: Annotated[
+        int | None,
+        Setting("Largest chunk of one prompt in a step, in tokens.", ge=1, derived="max_num_batched_tokens"),
+    ] = None
+    block_size: Annotated[int, Setting("Tokens per KV cache block.", ge=1)] = 64
+    num_kv_blocks: Annotated[
+        int | None,
+        Setting("KV cache blocks of an attention group.", ge=1, derived="from kv_cache_memory_fraction"),
+    ] = None
+    kv_cache_memory_fraction: Annotated[
+        float,
+        Setting(
+            "Fraction of the memory left after loading the weights that the KV cache may take, where num_kv_blocks is "
+            "not given. The memory is a GPU's own; on CPUs the ranks of a node share it.",
+            gt=0,
+            lt=1,
+        ),
+    ] = 0.5
+    enable_prefix_caching: Annotated[bool, Setting("Reuse the KV cache of equal prompt prefixes.")] = True
+    kv_buffer_size: Annotated[
+        int,
+        Setting(
+            "Bytes of KV cache that a rank holds for other replicas to read. A longer prompt waits until it has the "
+            "buffer alone.",
+            ge=1,
+            metavar="BYTES",
+        ),
+    ] = 1 << 30
+    seed: Annotated[int, Setting("Seed of requests that bring none, together with their index in the run.")] = 0
+    kernel_backend: Annotated[
+        KernelBackend, Setting("Kernels to compute with; auto is cpu on a CPU and triton on a GPU.")
+    ] = "auto"
+    vendor_kernels: Annotated[
+        VendorKernels,
+        Setting(
+            "Installed libraries that replace Triton kernels on a GPU: FlashMLA for attention over latents, DeepGEMM "
+            "for experts with FP8 weights and for index scores over an FP8 cache. Needs invariance relaxed."
+        ),
+    ] = "none"
+    all2all_backend: Annotated[
+        All2AllBackend,
+        Setting(
+            "How tokens reach experts on other ranks: default is NCCL (sockets on CPUs), deepep needs DeepEP and GPUs. "
+            "The bits are the same."
+        ),
+    ] = "default"
+    enforce_eager: Annotated[bool, Setting("Run decode steps on a GPU without CUDA graphs. The bits are the same.")] = (
+        False
+    )
+    invariance: Annotated[
+        Invariance, Setting("strict refuses kernels whose results depend on what else is in the batch.")
+    ] = "strict"
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_buffer_size"):
-            _positive(name, getattr(self, name))
-        for name in ("max_model_len", "max_chunk_size", "num_kv_blocks"):
-            if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
-        fraction = self.kv_cache_memory_fraction
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
-            raise ValueError(f"kv_cache_memory_fraction must be a number between 0 and 1, got {fraction!r}")
-        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
-        _one_of("kernel_backend", self.kernel_backend, get_args(KernelBackend))
-        _one_of("vendor_kernels", self.vendor_kernels, get_args(VendorKernels))
-        _one_of("all2all_backend", self.all2all_backend, get_args(All2AllBackend))
-        _one_of("invariance", self.invariance, ("strict", "relaxed"))
-
-
-def _positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        check_settings(self)

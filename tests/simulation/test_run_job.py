@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
+from shoal.cluster.exit_codes import ExitCode
 from shoal.cluster.jobs import journal as journal_module
 from shoal.cluster.jobs import output as batch_output_module
 from shoal.cluster.jobs.input import read_lines
-from shoal.cluster.jobs.job import EXIT_OK, JobResult, JobSpec, run_job
+from shoal.cluster.jobs.job import JobResult, JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.row_output import answered_row
 from shoal.cluster.jobs.rows import BatchRow, RowRules, read_row
-from shoal.cluster.jobs.stop_signal import EXIT_DRAINED, StopSignal
+from shoal.cluster.jobs.stop_signal import StopSignal
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import CompletionOutput, RequestOutput
 from tests.support.stub_job import AllowedErrors
@@ -66,7 +67,7 @@ def test_a_job_that_dies_again_and_again_answers_the_same(tmp_path: Path, seed: 
     for number in range(seed, seed + 10):
         for end in run_to_the_end(tmp_path / str(number), Random(number)):
             num_ends[end] = num_ends.get(end, 0) + 1
-    assert num_ends[EXIT_OK] == 10
+    assert num_ends[ExitCode.OK] == 10
 
 
 def run_to_the_end(directory: Path, rng: Random) -> Iterator[int | None]:
@@ -83,12 +84,12 @@ def run_to_the_end(directory: Path, rng: Random) -> Iterator[int | None]:
         disk = Disk(world, -1 if is_last else rng.randint(1, 40), is_full=rng.random() < 0.5)
         result = run_once(directory, Cluster(world, layout, asked, plan), disk)
         yield None if result is None else result.exit_code
-        if result is not None and result.exit_code == EXIT_OK:
+        if result is not None and result.exit_code == ExitCode.OK:
             assert result.digest == expected
             check_files(directory / "output", asked)
             shutil.rmtree(directory)
             return
-        assert result is None or result.exit_code == EXIT_DRAINED, result
+        assert result is None or result.exit_code == ExitCode.DRAINED, result
 
 
 def run_once(directory: Path, cluster: Cluster, disk: Disk) -> JobResult | None:

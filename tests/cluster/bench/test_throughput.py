@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import resource
 import subprocess
@@ -14,7 +13,8 @@ import torch
 from click.testing import CliRunner
 
 import shoal.cluster.bench.throughput
-from shoal.cluster.bench.throughput import Workload, measure, results, step_phases, table, throughput
+from shoal.cluster.bench.throughput import measure, results, step_phases, table
+from shoal.cluster.bench.workload import Workload
 from shoal.cluster.commands.cli import main
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.environment import peak_rss_mib
@@ -150,10 +150,8 @@ def test_failed_engines_exit_5(model: str, monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("rank 1: lost")
 
     monkeypatch.setattr(shoal.cluster.bench.throughput, "measure", fail)
-    stderr = io.StringIO()
-    args = EngineArgs(model=model)
-    assert throughput(args, WORKLOAD, executor="auto", output=None, stdout=io.StringIO(), stderr=stderr) == 5
-    assert stderr.getvalue() == "error: the engines failed: rank 1: lost\n"
+    result = CliRunner().invoke(main, ["bench", "throughput", "--model", model])
+    assert (result.exit_code, result.stderr) == (5, "error: the engines failed: rank 1: lost\n")
 
 
 def test_peak_memory_counts_the_ray_workers_below_this_process() -> None:

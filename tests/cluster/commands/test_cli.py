@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 
 import shoal.cluster.commands.batch
 from shoal.cluster.commands.batch import report, resume_command
-from shoal.cluster.commands.cli import engine_options, finish, main
+from shoal.cluster.commands.cli import main
+from shoal.cluster.commands.options import exits, options
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.jobs.job import JobResult
 from shoal.cluster.workers.ray_cluster import LayoutDoesNotFit
@@ -81,11 +82,10 @@ def test_typos_are_usage_errors_with_a_hint(arguments: list[str], hint: str) -> 
 
 def test_every_engine_argument_has_an_option() -> None:
     @click.command()
-    @engine_options
+    @options(EngineArgs)
     def command(**_: Any) -> None: ...
 
-    names = {parameter.name for parameter in command.params}
-    assert {f.name for f in fields(EngineArgs)} - names <= {"max_chunk_size"}
+    assert {parameter.name for parameter in command.params} == {f.name for f in fields(EngineArgs)}
 
 
 def test_a_batch_prints_its_digest_last(tmp_path: Path, model_dir: Path, started: list[EngineArgs]) -> None:
@@ -175,7 +175,7 @@ def test_ctrl_c_before_anything_began_exits_130() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as error:
-        finish(interrupted)
+        exits(interrupted)()
     assert error.value.code == 130
 
 
@@ -207,3 +207,114 @@ def test_an_unfinished_job_says_how_to_resume() -> None:
     report(result, "out", command, stdout, stderr)
     assert stdout.getvalue() == "out: 9 rows, 4 completed, 1 failed\n"
     assert stderr.getvalue() == "stopped by a signal\nresume with: shoal batch 'my rows.jsonl' -o out\n"
+
+
+def written(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("sampling: {stop: 5}", "sampling.stop must be non-empty text, a list of non-empty texts or null, got 5"),
+        ("sampling: {stop_token_ids: 1}", "sampling.stop_token_ids must be a list of whole numbers"),
+        ("sampling: {stop_token_ids: [x]}", "sampling.stop_token_ids must be a list of whole numbers"),
+        ("sampling: {logit_bias: [1, 2]}", "sampling.logit_bias must be a mapping (key: value) or null, got [1, 2]"),
+        ("sampling: {logit_bias: {a: 1}}", "sampling.logit_bias key must be a whole number of at least 0, got 'a'"),
+        ("sampling: {temperature: .nan}", "sampling.temperature must be a number between 0 and 100, got nan"),
+        ("sampling: {temperature: hot}", "sampling.temperature must be a number between 0 and 100, got 'hot'"),
+        ("sampling: {max_tokens: 0}", "sampling.max_tokens must be a whole number of at least 1 or null, got 0"),
+        ("sampling: {min_tokens: 20}", "sampling.min_tokens (20) is above max_tokens (16)"),
+        ("sampling: {stop_token_ids: [99999]}", "stop token id 99999 is outside the vocabulary"),
+        ("sampling: {logit_bias: {99999: 1}}", "logit_bias token id 99999 is outside the vocabulary"),
+        ("sampling: {logprobs: 1000}", "1000 logprobs were asked for, but the vocabulary has 320 tokens"),
+        ("sampling: null", "sampling must be a mapping (key: value), got None"),
+        ("sampling: [temperature]", "sampling must be a mapping"),
+        ("chat_template_kwargs: thinking", "chat_template_kwargs must be a mapping (key: value), got 'thinking'"),
+        ("drain_grace_s: .inf", "drain_grace_s must be a number of at least 0, got inf"),
+        ("max_errors: true", "max_errors must be a whole number of at least 0 or non-empty text, got True"),
+        ("max_errors: 2.5", "max_errors must be"),
+        ("max_errors: [1]", "max_errors must be"),
+        ("seed: 99999999999999999999", "seed must fit into 64 bits"),
+        ("block_size: '16'", "block_size must be a whole number of at least 1, got '16'"),
+        ("block_size: [16]", "block_size must be a whole number of at least 1, got [16]"),
+        ("ray_address: ''", "ray_address must be non-empty text or null, got ''"),
+        ("replicas: {role: mixed}", "replicas must be a whole number between 1 and 100000 or a list of values"),
+        ("? [a, b]\n: 1", "not valid YAML: a key must be a single word"),
+        ("a: " + "[" * 5000, "not valid YAML: nested too deeply"),
+        ("---\nseed: 1\n---\nseed: 2", "not valid YAML"),
+        ("- seed", "not valid YAML"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_one_line_and_starts_nothing(
+    tmp_path: Path, model_dir: Path, started: list[EngineArgs], settings: str, message: str
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", {"prompt": [1]})
+    job = tmp_path / "job.yaml"
+    job.write_text(f"model: {model_dir}\ninput: {source}\noutput: {tmp_path / 'out'}\n{settings}\n")
+    result = invoke("batch", job)
+    assert (result.exit_code, started, written(tmp_path)) == (2, [], ["in.jsonl", "job.yaml"]), result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["INPUT", "--output", ""], "output must be a path, got ''"),
+        (["INPUT", "--output", "   "], "output must be a path, got '   '"),
+        (["INPUT", "--output", "INPUT"], "in.jsonl is not a directory; give another place than"),
+        (["INPUT", "--output", "INPUT/out"], "in.jsonl is not a directory; give another place than"),
+        (["INPUT", "--output", "."], "is inside the output directory .; give another directory"),
+        (["INPUT", "--output", ".", "--overwrite"], "is inside the output directory .; give another directory"),
+        (["", "--output", "out"], "input must be a path, got ''"),
+        (["INPUT", "--output", "out", "--model", ""], "model must be a path, got ''"),
+        (["INPUT", "--output", "out", "--config", ""], "config is empty; give the path of a YAML file"),
+        (["INPUT", "--output", "out", "--max-errors", ""], "max_errors must be"),
+        (["INPUT", "--output", "out", "--heartbeat-timeout-s", "nan"], "heartbeat_timeout_s must be a number above 0"),
+        (["INPUT", "--output", "out", "--replicas", ""], "replicas[0]: role must be one of"),
+        (["INPUT", "--output", "out", "--replicas", "prefill:0"], "replicas[0]: count must be a whole number between"),
+    ],
+)
+def test_a_place_that_makes_no_sense_is_one_line_and_starts_nothing(
+    tmp_path: Path,
+    model_dir: Path,
+    started: list[EngineArgs],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "in.jsonl", {"prompt": [1]})
+    model = [] if "--model" in arguments else ["--model", str(model_dir)]
+    result = invoke("batch", *(a.replace("INPUT", "in.jsonl") for a in arguments), *model)
+    assert (result.exit_code, started, written(tmp_path)) == (2, [], ["in.jsonl"]), result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--output", ""],
+        ["demo", "--output", "file"],
+        ["eval", "--output", ""],
+        ["eval", "--output", "file/scores.json"],
+        ["eval", "--tasks", ""],
+        ["doctor", "--output", "file/findings.json"],
+        ["bench", "kernels", "--output", ""],
+        ["bench", "kernels", "--threads", "0"],
+        ["bench", "throughput", "--model", "MODEL", "--output", "file/figures.json"],
+        ["bench", "throughput", "--model", "MODEL", "--executor", ""],
+        ["validate", "", "--model", "MODEL"],
+    ],
+)
+def test_no_command_starts_with_a_setting_that_makes_no_sense(
+    tmp_path: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    result = invoke(*(a.replace("MODEL", str(model_dir)) for a in arguments))
+    assert (result.exit_code, result.stdout, written(tmp_path)) == (2, "", ["file"]), result.output

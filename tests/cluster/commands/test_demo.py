@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from shoal.cluster.commands.arguments import DemoArgs
 from shoal.cluster.commands.cli import main
 from shoal.cluster.commands.demo import compare, demo, demo_rows, judge, questions_and_answers, shortened
 
@@ -26,7 +27,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     directory = tmp_path_factory.mktemp("demo") / "out"
     stdout = io.StringIO()
     threads = torch.get_num_threads()
-    status = demo(directory, tensor_parallel_size=2, data_parallel_size=1, stdout=stdout, stderr=io.StringIO())
+    status = demo(DemoArgs(output=str(directory)), stdout=stdout, stderr=io.StringIO())
     torch.set_num_threads(threads)
     return directory, status, stdout.getvalue()
 
@@ -75,8 +76,8 @@ def test_the_demo_shows_questions_and_right_answers(shown: tuple[Path, int, str]
 def test_the_demo_finds_no_difference_when_a_worker_is_killed(tmp_path: Path) -> None:
     stdout, stderr = io.StringIO(), io.StringIO()
     threads = torch.get_num_threads()
-    layout = {"tensor_parallel_size": 2, "data_parallel_size": 1}
-    assert demo(tmp_path / "out", **layout, kill="decode:0", stdout=stdout, stderr=stderr) == 0
+    settings = DemoArgs(output=str(tmp_path / "out"), kill="decode:0")
+    assert demo(settings, stdout=stdout, stderr=stderr) == 0
     torch.set_num_threads(threads)
     (fault,) = json.loads((tmp_path / "out" / "answers" / "faults.json").read_text())["faults"]
     assert (fault["worker"], fault["point"]) == ("decode:0", "engine.run")

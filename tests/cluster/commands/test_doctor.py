@@ -89,7 +89,7 @@ def test_two_distributions_that_own_one_module(site: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     path = tmp_path / "new" / "doctor.json"
-    result = CliRunner().invoke(main, ["doctor", "--json", str(path)])
+    result = CliRunner().invoke(main, ["doctor", "--output", str(path)])
     assert result.exit_code == 0, result.output
     findings = {row["name"]: row for row in json.loads(path.read_text())["findings"]}
     assert findings["C++ compiler"]["verdict"] == findings["device cpu"]["verdict"] == "used"

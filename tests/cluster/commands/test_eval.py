@@ -92,7 +92,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_writes_the_scores(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "scores.json"
-    flags = ["--tasks", "addition,sorting", "--limit", "3", "--max-tokens", "4", "--json", str(path)]
+    flags = ["--tasks", "addition,sorting", "--limit", "3", "--max-tokens", "4", "--output", str(path)]
     engine = ["--max-model-len", "128", "--num-kv-blocks", "16", "--num-threads-per-worker", "1"]
     result = CliRunner().invoke(main, ["eval", "--model", str(model), *flags, *engine])
     assert result.exit_code == 0, result.output
@@ -115,8 +115,8 @@ def test_one_mode_only(model: Path, tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--tasks", "addition,chess"], "there is no task chess; known are addition, subtraction"),
-        (["--json", "."], ". is a directory"),
-        (["--limit", "0"], "--limit"),
+        (["--output", "."], ". is a directory"),
+        (["--limit", "0"], "limit must be a whole number of at least 1 or null, got 0"),
         (["--tasks", "lookup", "--max-model-len", "64"], "it must fit in max_model_len = 64"),
     ],
 )

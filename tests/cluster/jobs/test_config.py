@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.jobs.config import ErrorLimit, job_config, load_job_config
+from shoal.cluster.jobs.config import ErrorLimit, job_config
+from shoal.cluster.jobs.job_file import load_job_config
 
 MINIMAL = {"model": "m", "input": "in.jsonl", "output": "out"}
 
@@ -77,12 +78,12 @@ def test_flags_stand_before_the_file(tmp_path: Path) -> None:
             "chat_template_kwargs.think is not a known setting; did you mean thinking?",
         ),
         ("engine: {}", "engine is not a known setting; known are"),
-        ("replicas: two", "replicas must be a whole number, got 'two'"),
-        ("replicas: true", "replicas must be a whole number, got True"),
-        ("max_model_len: 1.5", "max_model_len must be a whole number or null, got 1.5"),
+        ("replicas: two", "replicas must be a whole number between 1 and 100000 or a list of values, got 'two'"),
+        ("replicas: true", "replicas must be .*, got True"),
+        ("max_model_len: 1.5", "max_model_len must be a whole number of at least 1 or null, got 1.5"),
         ("enable_prefix_caching: 'no'", "enable_prefix_caching must be true or false, got 'no'"),
-        ("dtype: fp8", "dtype must be auto or float32 or bfloat16, got 'fp8'"),
-        ("on_error: stop", "on_error must be continue or fail, got 'stop'"),
+        ("dtype: fp8", "dtype must be one of auto, float32, bfloat16, got 'fp8'"),
+        ("on_error: stop", "on_error must be one of continue, fail, got 'stop'"),
         ("chat_template_kwargs: {thinking: 1}", "chat_template_kwargs.thinking must be true or false, got 1"),
         ("sampling: [1]", r"sampling must be a mapping \(key: value\)"),
         ("overwrite: true", "overwrite is a flag only"),
@@ -102,9 +103,9 @@ def test_a_wrong_file_names_file_and_key(tmp_path: Path, text: str, message: str
     [
         ({"replicas": 0}, "replicas must be"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be"),
-        ({"sampling": {"temperature": -1}}, "sampling: temperature must be between"),
+        ({"sampling": {"temperature": -1}}, "sampling.temperature must be a number between 0 and 100, got -1"),
         ({"max_errors": "many"}, "max_errors must be a number of rows"),
-        ({"drain_grace_s": -1.0}, "drain_grace_s must be at least 0"),
+        ({"drain_grace_s": -1.0}, "drain_grace_s must be a number of at least 0, got -1.0"),
     ],
 )
 def test_a_wrong_value_is_named(changes: dict[str, Any], message: str) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.workers.liveness import EXIT_ORPHAN, MAX_MESSAGE_BYTES, Liveness, LivenessLink, Process, pack, unpack
+from shoal.cluster.exit_codes import ExitCode
+from shoal.cluster.workers.liveness import MAX_MESSAGE_BYTES, Liveness, LivenessLink, Process, pack, unpack
 
 WORKER = """
 import sys, time
@@ -113,7 +114,7 @@ def test_a_frozen_worker_is_lost_and_ends_itself_when_it_thaws(watched: Any, spa
     os.kill(process.pid, signal.SIGSTOP)
     observer.wait_for("lost", "w0", "silent for 3 s")
     os.kill(process.pid, signal.SIGCONT)
-    assert process.wait(WAIT_S) == EXIT_ORPHAN, "its supervisor hung up"
+    assert process.wait(WAIT_S) == ExitCode.ORPHAN, "its supervisor hung up"
     assert [e[0] for e in observer.events].count("lost") == 1
 
 
@@ -123,7 +124,7 @@ def test_an_orphan_ends_itself(spawn: Any) -> None:
     process = spawn(liveness, "w0")
     observer.wait_for("hello", "w0")
     liveness.close()
-    assert process.wait(WAIT_S) == EXIT_ORPHAN
+    assert process.wait(WAIT_S) == ExitCode.ORPHAN
     assert not [e for e in observer.events if e[0] == "lost"], "who closed knows"
 
 

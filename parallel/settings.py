@@ -1,0 +1,216 @@
+"""Settings: dataclass fields whose annotations carry the allowed values and the help text.
+
+    max_num_seqs: Annotated[int, Setting("Sequences that a group runs at a time.", ge=1)] = 64
+
+The validation here, the command line's options, the keys of a job file and docs/settings.md are all read from the
+field. This module stands in the lowest layer that has settings and imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import types
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+MAX_SHOWN_CHARS = 100
+"""Longest value that an error message repeats."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What an annotation says about a field beyond its type."""
+
+    help: str
+    """One to three sentences, shown by `--help` and in docs/settings.md."""
+    ge: float | None = None
+    """Numbers are at least this; `gt`, `le` and `lt` as in annotated-types and pydantic."""
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    short: str | None = None
+    """Short form of the command line option."""
+    metavar: str | None = None
+    """Placeholder of the value in `--help`."""
+    is_path: bool = False
+    """The text is a path: it is not blank, and no NUL is in it."""
+    derived: str | None = None
+    """What None, the default, stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """A field of a settings class: its name, its type without `Annotated`, what is said about it, and its default."""
+
+    name: str
+    kind: Any
+    setting: Setting
+    default: Any
+    """`dataclasses.MISSING` where the field has to be given."""
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words."""
+        *others, last = (_described(kind, self.setting) for kind in alternatives(self.kind))
+        return f"{', '.join(others)} or {last}" if others else last
+
+    def check(self, value: object, path: str = "") -> None:
+        """ValueError unless `value` is allowed. Types are strict: neither true nor "8" nor 8.0 is a whole number."""
+        if type(value) is int and not _fits_64_bits(value):
+            raise ValueError(f"{path}{self.name} must fit into 64 bits, got {shown(value)}")
+        if not any(_matches(value, kind, self.setting) for kind in alternatives(self.kind)):
+            raise ValueError(f"{path}{self.name} must be {self.allowed}, got {shown(value)}")
+
+
+def declarations(cls: type) -> dict[str, Declaration]:
+    """The settings of a dataclass by name, inherited ones last. Fields without a `Setting` are left out."""
+    return _read_annotations(cls)
+
+
+@functools.cache
+def _read_annotations(cls: type) -> dict[str, Declaration]:
+    hints = get_type_hints(cls, include_extras=True)
+    found = {}
+    for field in sorted(fields(cls), key=lambda field: field.name not in cls.__annotations__):
+        kind, *extras = get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (None,)
+        setting = next((extra for extra in extras if isinstance(extra, Setting)), None)
+        if setting is not None:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            found[field.name] = Declaration(field.name, kind, setting, default)
+    return found
+
+
+def check_settings(settings: Any) -> None:
+    """ValueError that names the first field of a settings object whose value is not allowed. For `__post_init__`."""
+    for name, declaration in declarations(type(settings)).items():
+        value = getattr(settings, name)
+        if value is not declaration.default:  # a request has twenty settings and changes few of them
+            declaration.check(value)
+
+
+def check_values(cls: type, values: Mapping[Any, Any], path: str = "") -> None:
+    """ValueError for a name that `cls` does not have, one that is missing, or a value that is not allowed.
+
+    `path` stands before the names in messages, for settings inside others: "chat_template_kwargs.".
+    """
+    known = declarations(cls)
+    refuse_unknown(values, known, path)
+    for name, declaration in known.items():
+        if name in values:
+            declaration.check(values[name], path)
+        elif declaration.default is MISSING:
+            raise ValueError(f"{path}{name} is missing; give it ({declaration.setting.help.rstrip('.')})")
+
+
+def build_settings(cls: type[T], values: Mapping[Any, Any], path: str = "") -> T:
+    """An instance from plain data, checked with `check_values`."""
+    check_values(cls, values, path)
+    return cls(**values)
+
+
+def refuse_unknown(names: Iterable[object], known: Collection[str], path: str = "") -> None:
+    """ValueError for a name that is not known, with the nearest known one."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{path}{name} is not a known setting; {did_you_mean(str(name), known)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that does not exist: the nearest known one, or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name[:MAX_SHOWN_CHARS].replace("-", "_"), names, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+
+
+def shown(value: object) -> str:
+    """`repr`, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
+
+
+def _matches(value: object, kind: Any, setting: Setting) -> bool:
+    origin = get_origin(kind)
+    if kind in (None, types.NoneType):
+        return value is None
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return False
+        return _fits_64_bits(value) and _in_range(value, setting)
+    if kind is float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        return math.isfinite(value) and _in_range(value, setting)
+    if kind is str:
+        return isinstance(value, str) and (_is_path(value) if setting.is_path else value != "")
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if origin is Sequence:
+        (item,) = get_args(kind)
+        return isinstance(value, list | tuple) and (item is Any or all(_matches(v, item, setting) for v in value))
+    if origin is Mapping:
+        return isinstance(value, Mapping)
+    assert is_dataclass(kind), f"settings of the type {kind} are not supported"
+    return isinstance(value, kind)  # type: ignore[arg-type]
+
+
+def _is_path(value: str) -> bool:
+    return value.strip() != "" and "\0" not in value
+
+
+def _fits_64_bits(value: int) -> bool:
+    """Messages between processes hold no larger numbers."""
+    return -(2**63) <= value < 2**63
+
+
+def _in_range(value: float, setting: Setting) -> bool:
+    return (
+        (setting.ge is None or value >= setting.ge)
+        and (setting.gt is None or value > setting.gt)
+        and (setting.le is None or value <= setting.le)
+        and (setting.lt is None or value < setting.lt)
+    )
+
+
+def _described(kind: Any, setting: Setting) -> str:
+    origin = get_origin(kind)
+    if kind in (None, types.NoneType):
+        return "null"
+    if kind is bool:
+        return "true or false"
+    if kind in (int, float):
+        return ("a whole number" if kind is int else "a number") + _described_range(setting)
+    if kind is str:
+        return "a path" if setting.is_path else "non-empty text"
+    if origin is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if origin is Sequence:
+        items = {int: "whole numbers" + _described_range(setting), str: "non-empty texts"}
+        return f"a list of {items.get(get_args(kind)[0], 'values')}"
+    return "a mapping (key: value)"
+
+
+def _described_range(setting: Setting) -> str:
+    if setting.ge is not None and setting.le is not None:
+        return f" between {setting.ge} and {setting.le}"
+    limits = []
+    if setting.ge is not None:
+        limits.append(f"of at least {setting.ge}")
+    if setting.gt is not None:
+        limits.append(f"above {setting.gt}")
+    if setting.le is not None:
+        limits.append(f"of at most {setting.le}")
+    if setting.lt is not None:
+        limits.append(f"below {setting.lt}")
+    return f" {' and '.join(limits)}" if limits else ""
