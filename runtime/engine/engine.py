@@ -21,6 +21,7 @@ from ..scheduling.batch import EMPTY_BATCH, Batch, ScheduledSequence
 from ..scheduling.block_manager import BlockManager
 from ..scheduling.scheduler import Scheduler, SchedulerConfig
 from ..scheduling.sequence import Sequence
+from ..scheduling.transfer_buffer import TransferBuffer
 from ..tokenization.tokenizer import Tokenizer, read_eos_token_ids
 from ..types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
 from .config import EngineConfig
@@ -68,9 +69,9 @@ class Engine:
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_chunk_size=config.max_chunk_size,
-                max_export_tokens=max(1, config.kv_buffer_size // cache.bytes_per_token),
             ),
             self.block_manager,
+            TransferBuffer(max(1, config.kv_buffer_size // cache.bytes_per_token)),
         )
         self.exporter: KVExporter | None = None
         self.loader: KVLoader | None = None
@@ -145,13 +146,13 @@ class Engine:
         seq.needs_prompt_logits = state.prompt_logprobs is not None  # of one continuation: that is enough
         if request.do_remote_prefill:
             assert self.loader is not None, "there is no transport that could bring records"
-            seq.awaits_records = True
+            seq.remote_prefill_pending = True
             self.loader.expect(request.request_id, seq)
             self._awaiting[request.request_id] = seq.seq_id
             others = []  # until the prompt is there: they find it in the prefix cache
         if request.do_remote_decode:
             assert self.exporter is not None, "there is no transport that could take records away"
-            seq.exports = True
+            seq.remote_decode = True
             self.exporter.begin(request.request_id, seq)
         self._schedule_sequence(seq, state, first)
         for completion in others:
@@ -230,8 +231,8 @@ class Engine:
             problems.append(str(error))
         if held := self.block_manager.num_blocks - self.block_manager.num_free_blocks:
             problems.append(f"{held} blocks are in use")
-        if self.scheduler.num_export_tokens:
-            problems.append(f"the export buffer holds {self.scheduler.num_export_tokens} tokens")
+        if self.scheduler.transfer_buffer.num_tokens:
+            problems.append(f"the export buffer holds {self.scheduler.transfer_buffer.num_tokens} tokens")
         for what, end in (("published", self.exporter), ("awaited", self.loader)):
             if end is not None and end.num_requests:
                 problems.append(f"records of {end.num_requests} requests are {what}")
@@ -398,7 +399,7 @@ class Engine:
         self.scheduler.update(batch, {i: token.token_id for i, token in tokens.items()})
         if self.exporter is None:
             return []
-        exporting = [r for s in batch.sequences if (r := self._running[s.seq_id]).seq.exports]
+        exporting = [r for s in batch.sequences if (r := self._running[s.seq_id]).seq.remote_decode]
         epoch = self.groups.world.epoch
         chunks = [c for r in exporting for c in self.exporter.publish(r.state.request.request_id, epoch=epoch)]
         if chunks:

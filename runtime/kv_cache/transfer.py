@@ -106,7 +106,7 @@ class KVExporter:
         if export is not None:
             for generation in export.generations:
                 self._transport.release(generation)
-            self._scheduler.release_export(export.seq)
+            self._scheduler.transfer_buffer.release(export.seq)
 
     def expire(self) -> None:
         """Release what nobody read within its lease."""
@@ -190,7 +190,7 @@ class KVLoader:
     def expect(self, request_id: str, seq: Sequence) -> None:
         """Chunks of the prompt of `seq`, which awaits records, will be announced. What it has generated is put aside
         until it starts."""
-        assert seq.awaits_records
+        assert seq.remote_prefill_pending
         load = _Load(request_id, seq, self._clock() + self._timeout_s, output_token_ids=seq.output_token_ids)
         seq.output_token_ids = []
         self._loads[seq.seq_id] = load
@@ -238,8 +238,8 @@ class KVLoader:
                 continue
             seq = load.seq
             if load.error is None and load.output_token_ids:
-                self._scheduler.loaded(seq.seq_id, seq.num_prompt_tokens)
-            self._scheduler.start(seq.seq_id, load.output_token_ids)
+                self._scheduler.mark_received(seq.seq_id, seq.num_prompt_tokens)
+            self._scheduler.resume(seq.seq_id, load.output_token_ids)
             self.drop(seq.seq_id)
             done.append(PromptLoaded(request_id=load.request_id, error=load.error))
         return done
@@ -273,7 +273,7 @@ class KVLoader:
             # The last position is left out until a token follows it: without one, it is computed again.
             end = min(planned.write.end, load.seq.num_prompt_tokens - 1)
             if end > load.seq.num_computed_tokens:
-                self._scheduler.loaded(load.seq.seq_id, end)
+                self._scheduler.mark_received(load.seq.seq_id, end)
         self._planned.clear()
 
     def _skip_cached(self, load: _Load) -> None:

@@ -14,6 +14,7 @@ from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.scheduling.batch import ScheduledSequence
 from shoal.runtime.scheduling.block_manager import BlockManager
 from shoal.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
+from shoal.runtime.scheduling.transfer_buffer import TransferBuffer
 
 from .model import BYTES_PER_TOKEN, EOS, VOCAB_SIZE, Cache, Row, Runner, Sampler
 
@@ -29,7 +30,7 @@ class EngineSettings:
     max_num_seqs: int = 4
     max_num_batched_tokens: int = 8
     max_chunk_size: int | None = None
-    max_export_tokens: int = 64
+    max_transfer_tokens: int = 64
     enable_prefix_caching: bool = True
     max_model_len: int = 32
     transfer_timeout_s: float = 3.0
@@ -91,9 +92,9 @@ class SimulatedEngine(Engine):
                 max_num_seqs=settings.max_num_seqs,
                 max_num_batched_tokens=settings.max_num_batched_tokens,
                 max_chunk_size=settings.max_chunk_size,
-                max_export_tokens=settings.max_export_tokens,
             ),
             self.block_manager,
+            TransferBuffer(settings.max_transfer_tokens),
         )
         self.transport = transport
         self.exporter = KVExporter(

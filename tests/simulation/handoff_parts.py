@@ -116,12 +116,13 @@ class Site:
         """Equal for sites that can go on in the same ways; what only tells the past is left out."""
         engine, transport = self.engine, self.transport
         exporter, loader = engine.exporter, engine.loader
-        manager = engine.block_manager
+        pool, prefixes = engine.block_manager.pool, engine.block_manager.prefixes
+        buffer = engine.scheduler.transfer_buffer
         assert exporter is not None
         assert loader is not None
         return (
-            tuple(map(_sequence_key, engine.scheduler._sequences.values())),
-            (tuple(manager._free), tuple(manager._idle), tuple(n and n.digest for n in manager._nodes)),
+            tuple((*_sequence_key(seq), buffer.holds(i)) for i, seq in engine.scheduler._sequences.items()),
+            (tuple(pool._free), tuple(pool._idle), tuple(n and n.digest for n in prefixes._nodes)),
             tuple(engine.cache.records),
             tuple(
                 (i, tuple((tuple(c.output.token_ids), c.num_reported) for c in r.completions))
@@ -217,7 +218,7 @@ class Desk:
 
 
 def _sequence_key(seq: RuntimeSequence) -> Key:
-    progress = (seq.num_computed_tokens, seq.num_output_tokens, seq.awaits_records, seq.has_export_room)
+    progress = (seq.num_computed_tokens, seq.num_output_tokens, seq.remote_prefill_pending)
     return (seq.seq_id, seq.arrival, seq.status.value, tuple(seq.block_table), *progress)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.engine.output_processor import OutputProcessor
-from shoal.runtime.scheduling.block_manager import PrefixNode
+from shoal.runtime.scheduling.prefix_index import PrefixNode
 from shoal.runtime.scheduling.scheduler import SchedulerConfig
 from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
 

@@ -15,7 +15,7 @@ from shoal.parallel import kv_transport
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.kv_cache import transfer as handoff
 from shoal.runtime.kv_cache.transfer import KVExporter, KVLoader
-from shoal.runtime.scheduling.block_manager import BlockManager
+from shoal.runtime.scheduling.block_manager import BlockManager, Eviction
 from shoal.runtime.scheduling.scheduler import Scheduler
 from shoal.runtime.scheduling.sequence import Sequence
 
@@ -54,13 +54,13 @@ def an_export_is_never_released(patch: Patch) -> None:
 
 
 def what_was_generated_is_forgotten_when_the_prefill_fails(patch: Patch) -> None:
-    start = Scheduler.start
+    resume = Scheduler.resume
 
     def begin(scheduler: Scheduler, seq_id: int, output_token_ids: list[int]) -> None:
         whole = scheduler._sequences[seq_id].num_computed_tokens >= scheduler._sequences[seq_id].num_prompt_tokens
-        start(scheduler, seq_id, output_token_ids if whole else [])
+        resume(scheduler, seq_id, output_token_ids if whole else [])
 
-    patch.setattr(Scheduler, "start", begin)
+    patch.setattr(Scheduler, "resume", begin)
 
 
 def a_new_rank_finds_the_old_records(patch: Patch) -> None:
@@ -95,10 +95,12 @@ def a_lost_group_keeps_its_requests(patch: Patch) -> None:
 def blocks_are_free_while_they_are_read(patch: Patch) -> None:
     allocate = BlockManager.allocate
 
-    def greedy(manager: BlockManager, seq: Sequence, num_tokens: int, prefix_blocks: list[int] | None = None) -> None:
-        allocate(manager, seq, num_tokens, prefix_blocks)
-        for block_id in prefix_blocks or ():
-            manager._free.append(block_id)
+    def greedy(
+        manager: BlockManager, seq: Sequence, num_tokens: int, prefix_blocks: list[int] | None = None
+    ) -> list[Eviction]:
+        evictions = allocate(manager, seq, num_tokens, prefix_blocks)
+        manager.pool._free.extend(prefix_blocks or ())
+        return evictions
 
     patch.setattr(BlockManager, "allocate", greedy)
 

@@ -116,7 +116,7 @@ def test_the_same_bits_as_one_engine(
     assert not published, "records that nobody will read"
     assert all(one.error is None for one in split.loaded), split.loaded
     assert len(split.loaded) == len(requests()) - 1, "the one that ends with its first token needs no decode"
-    assert split.prefill.scheduler.num_export_tokens == 0
+    assert split.prefill.scheduler.transfer_buffer.num_tokens == 0
 
 
 def test_fp8_records_travel(model_dir: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_prefill_that_fails_leaves_what_was_loaded(model_dir: Path, num_chunks
     assert finished == expected(model_dir, [request])
     assert split.decode.scheduler.prefix_cache_hits == 0
     split.prefill.abort(request.request_id)
-    assert split.prefill.scheduler.num_export_tokens == 0
+    assert split.prefill.scheduler.transfer_buffer.num_tokens == 0
 
 
 @pytest.mark.parametrize("ends", ["the prefill failed", "no news"])
@@ -281,7 +281,7 @@ def test_a_lease_ends(model_dir: Path) -> None:
     clock.now += 10_000
     split.prefill.step()
     assert not published
-    assert split.prefill.scheduler.num_export_tokens == 0
+    assert split.prefill.scheduler.transfer_buffer.num_tokens == 0
 
 
 def test_aborted_in_every_state(model_dir: Path) -> None:
@@ -301,7 +301,7 @@ def test_aborted_in_every_state(model_dir: Path) -> None:
             engine.block_manager.check_integrity()
             assert engine.step().idle
         assert not published
-        assert split.prefill.scheduler.num_export_tokens == 0
+        assert split.prefill.scheduler.transfer_buffer.num_tokens == 0
 
 
 def test_preempted_while_it_loads(model_dir: Path) -> None:
