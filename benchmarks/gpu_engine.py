@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shoal.parallel.groups import single_process_groups
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.models.config import ModelConfig
@@ -132,7 +133,7 @@ def busy_seconds(engine: Engine, steps: int) -> tuple[float, float, list[tuple[s
 
 def measure(args: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
     begin = time.perf_counter()
-    engine = Engine(
+    engine = build_engine(
         model_dir,
         EngineConfig(
             max_num_seqs=args.batch,

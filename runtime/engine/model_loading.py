@@ -97,7 +97,7 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
     kernels = "+".join([current_backend(), *current_vendors()])
     depends_on = f"{fingerprint}/{dtype}/{records_dtype}/{kernels}"
     return LoadedModel(
-        runner=ModelRunner(model, cache, groups.device, graphs),
+        runner=ModelRunner(model, cache, groups.device, graphs, groups.spans),
         config=model_config,
         max_model_len=max_model_len,
         record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),

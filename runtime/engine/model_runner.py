@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
+from shoal.parallel.spans import Spans
 
 from ..kv_cache.cache import KVCache
 from ..models.deepseek import DeepseekModel
@@ -31,12 +32,18 @@ class ModelRunner:
     """Runs batches on one rank. Ranks of a tp group run the same batch; a rank without tokens runs an empty one."""
 
     def __init__(
-        self, model: DeepseekModel, cache: KVCache, device: torch.device, graphs: DecodeGraphs | None = None
+        self,
+        model: DeepseekModel,
+        cache: KVCache,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+        spans: Spans | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.device = device
         self.graphs = graphs
+        self.spans = spans or Spans()
         self.tap: Tap | None = None
 
     @torch.inference_mode()
@@ -49,11 +56,13 @@ class ModelRunner:
         """
         if self.graphs is not None and self.tap is None and is_decode(batch):
             return self.graphs.run(batch)
-        input_ids, metadata, rows = self._prepare(batch)
+        with self.spans("engine.prepare"):
+            input_ids, metadata, rows = self._prepare(batch)
         hidden = self.model.forward(input_ids, self.cache, metadata)
         self._prompt_logits(batch, hidden, rows, num_prompt_slices, on_prompt_logits)
         last = [r[-1] for s, r in zip(batch.sequences, rows, strict=True) if s.sample]
-        return self.model.compute_logits(hidden[self._tensor(np.array(last, np.int64))])
+        with self.spans("model.logits"):
+            return self.model.compute_logits(hidden[self._tensor(np.array(last, np.int64))])
 
     @torch.inference_mode()
     def run_ahead(self, batch: Batch, token_ids: Tensor, places: Sequence[int]) -> Tensor:
@@ -106,11 +115,13 @@ class ModelRunner:
         """Show the prompt logits that were asked for; every rank of the replica takes part in every slice."""
         slices = prompt_slices(batch)
         for i, tokens in slices:
-            logits = self.model.compute_logits(hidden[self._tensor(rows[i][tokens])])
+            with self.spans("model.logits"):
+                logits = self.model.compute_logits(hidden[self._tensor(rows[i][tokens])])
             if on_prompt_logits is not None:
                 on_prompt_logits(batch.sequences[i], batch.sequences[i].start + tokens.start, logits)
         for _ in range(num_slices - len(slices)):
-            self.model.compute_logits(hidden[:0])
+            with self.spans("model.logits"):
+                self.model.compute_logits(hidden[:0])
 
     def _tensor(self, array: NDArray[np.integer[Any]]) -> Tensor:
         """On the device; from page-locked memory, so that the host goes on at once."""

@@ -75,6 +75,7 @@ class MLAttention:
     ) -> None:
         self.config, self.layer, self.rope_table = config, layer, rope_table
         self.tp = groups.tp
+        self.spans = groups.spans
         self.latent_dim, self.rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
         self.nope_dim, self.v_dim = config.qk_nope_head_dim, config.v_head_dim
         self.interleaved = config.rope_interleave
@@ -153,7 +154,8 @@ class MLAttention:
         write_latents(records, metadata.slot_mapping, kv, self.kv_a_norm, LATENT_NORM_EPS, rotation)
         if self.indexer is not None:
             assert index_keys is not None
-            self.indexer.write_keys(x, index_keys, metadata)
+            with self.spans("model.indexer"):
+                self.indexer.write_keys(x, index_keys, metadata)
         q = linear(q_latent, self.q_b_proj).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
         rotary = q[..., self.nope_dim :]
         rotary.copy_(apply_rope(rotary, rotation))
@@ -161,7 +163,8 @@ class MLAttention:
         first = metadata.per_head.num_tokens
         if self.indexer is not None:
             assert index_keys is not None
-            selected = self.indexer.select(x[first:], q_latent[first:], index_keys, metadata.absorbed)
+            with self.spans("model.indexer"):
+                selected = self.indexer.select(x[first:], q_latent[first:], index_keys, metadata.absorbed)
             metadata.emit(self.layer, "indexer.selected", selected)
         heads_out = self._attend(q, records, metadata, selected).flatten(1)
         # heads of rank 0 | heads of rank 1 | ..: the whole input of o_proj, of which each rank computes some outputs

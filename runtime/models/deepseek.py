@@ -40,6 +40,7 @@ class DecoderLayer:
         layer: int,
     ) -> None:
         self.layer = layer
+        self.spans = groups.spans
         self.eps = config.rms_norm_eps
         self.input_norm = weights.read("input_layernorm.weight").float()
         self.post_attention_norm = weights.read("post_attention_layernorm.weight").float()
@@ -66,8 +67,10 @@ class DecoderLayer:
 
         With `step`, blocks of operations run as one call where they can.
         """
-        attended, residual, selected = self.attend(hidden, residual, cache, metadata, step, selected)
-        out, residual = self.feed_forward(attended, residual, metadata, step)
+        with self.spans("model.attention"):
+            attended, residual, selected = self.attend(hidden, residual, cache, metadata, step, selected)
+        with self.spans("model.moe" if isinstance(self.mlp, MoE) else "model.mlp"):
+            out, residual = self.feed_forward(attended, residual, metadata, step)
         return out, residual, selected
 
     def attend(

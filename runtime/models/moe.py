@@ -62,6 +62,7 @@ class MoE:
     ) -> None:
         self.layer = layer
         self.tp = groups.tp
+        self.spans = groups.spans
         self.dispatcher = dispatcher
         self.config = config
         self.gate = pack_weight(weights.read("gate.weight", dtype=torch.float32))
@@ -122,10 +123,14 @@ class MoE:
 
     def _experts(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         """Tokens of this rank through their experts, wherever these are; the shared one works while outputs travel."""
-        tokens, handle = self.dispatcher.dispatch(x, topk_idx, topk_weights, layer=self.layer)
+        with self.spans("model.dispatch"):
+            tokens, handle = self.dispatcher.dispatch(x, topk_idx, topk_weights, layer=self.layer)
         y = experts_mlp(tokens.x, tokens.num_tokens_per_expert, self.gate_up, self.down, tokens.x_row, tokens.out_row)
-        receive = self.dispatcher.combine(y, handle, layer=self.layer)
-        return receive(None if self.shared is None else mlp(x, *self.shared))
+        with self.spans("model.combine"):
+            receive = self.dispatcher.combine(y, handle, layer=self.layer)
+        shared = None if self.shared is None else mlp(x, *self.shared)
+        with self.spans("model.combine"):
+            return receive(shared)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config

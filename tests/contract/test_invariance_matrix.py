@@ -14,8 +14,8 @@ from shoal.kernels.registry import use_backend
 from shoal.parallel.groups import single_process_groups
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.checkpoint.fp8_blocks import SCALE_SUFFIX
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
-from shoal.runtime.engine.engine import Engine
 from shoal.runtime.engine.model_loading import check_layout
 from shoal.runtime.models.config import ModelConfig
 from tests.support.invariance import SCHEDULES, Point, Rows, differing, make_model, run_point, run_points_on_rank
@@ -128,7 +128,7 @@ def test_what_cannot_keep_the_contract_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"num_attention_heads = 4 cannot be split over tensor_parallel_size = 3"):
         check_layout(ModelConfig.from_pretrained(model_dir), 3)
     with use_backend("reference"), pytest.raises(ValueError, match="set invariance to relaxed"):
-        Engine(model_dir, EngineConfig(kernel_backend="reference"), single_process_groups())
+        build_engine(model_dir, EngineConfig(kernel_backend="reference"), single_process_groups())
 
 
 def document(cells: dict[tuple[str, str], dict[str, list[int]]]) -> str:

@@ -41,6 +41,6 @@ def test_no_docstring_is_a_fragment(folder: str) -> None:
 
 
 def test_the_check_finds_fragments_wherever_docstrings_stand() -> None:
-    source = '"""Of a module."""\nX = 1\n"""By whom."""\ndef f() -> None:\n    """That it is."""\n    g("Of no concern")\n'
+    source = '"""Of a module."""\nX = 1\n"""By whom."""\ndef f() -> None:\n    """That it is."""\n    g("Of it")\n'
     assert fragments(source) == ["1: Of a module.", "3: By whom.", "5: That it is."]
     assert fragments('def f() -> None:\n    """Offset of a row, by which rows are found."""\n') == []

@@ -29,8 +29,8 @@ from shoal.parallel.dispatcher import LocalTokenDispatcher
 from shoal.parallel.groups import ParallelGroups, create_groups, init_groups, single_process_groups
 from shoal.parallel.placement import ExpertPlacement
 from shoal.runtime.engine import model_loading
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
-from shoal.runtime.engine.engine import Engine
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.models.deepseek import default_placement
 from tests.support.dispatching import HIDDEN, NUM_EXPERTS, random_inputs, through
@@ -149,8 +149,8 @@ def test_it_is_for_bfloat16_between_gpus(tmp_path: Path) -> None:
     config = EngineConfig(all2all_backend="deepep", num_kv_blocks=4)
     two_ranks = create_groups(ParallelConfig(data_parallel_size=2), 0)
     with pytest.raises(ValueError, match=r"bfloat16 between GPUs, this is torch\.bfloat16 on device cpu: set all2all"):
-        Engine(model_dir, config, two_ranks)
-    Engine(model_dir, config, single_process_groups())  # which exchanges nothing
+        build_engine(model_dir, config, two_ranks)
+    build_engine(model_dir, config, single_process_groups())  # which exchanges nothing
 
 
 def test_the_newest_interface_is_taken() -> None:

@@ -18,6 +18,7 @@ from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.engine import model_loading
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.kv_cache.cache import bytes_per_block
@@ -44,7 +45,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_engine(model_dir: Path, **settings: Any) -> Engine:
     defaults: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 64, "max_model_len": 128, "max_num_seqs": 8}
-    return Engine(model_dir, EngineConfig(**{**defaults, **settings}), single_process_groups())
+    return build_engine(model_dir, EngineConfig(**{**defaults, **settings}), single_process_groups())
 
 
 def request(name: str, prompt: list[int], stream: bool = False, **params: Any) -> Request:
@@ -130,7 +131,7 @@ def test_stop_ids_stop_strings_and_minimum_length(model_dir: Path) -> None:
 
 def test_end_of_sequence_ends_and_is_kept(model_dir: Path) -> None:
     engine = make_engine(model_dir)
-    eos = engine.eos_token_ids[0]
+    eos = engine.processor.eos_token_ids[0]
     forced = run(engine, request("a", PROMPT, logit_bias={eos: 100.0}))["a"].outputs[0]
     assert (forced.token_ids, forced.finish_reason, forced.stop_reason) == ([eos], "stop", None)
     ignored = run(engine, request("b", PROMPT, logit_bias={eos: 100.0}, ignore_eos=True))["b"].outputs[0]
@@ -296,7 +297,7 @@ def test_a_rank_holds_its_shard_and_at_most_one_more_tensor(tmp_path: Path, monk
 def start_together(rank: int, store: Store, model_dir: Path) -> list[tuple[bool, bool, int]]:
     """(woke, idle, tokens computed) of the first steps; rank 1 hears of its request only after rank 0 has begun."""
     groups = init_groups(ParallelConfig(data_parallel_size=2), rank, store, timeout_s=60.0)
-    engine = Engine(model_dir, EngineConfig(num_kv_blocks=8, block_size=8, max_model_len=32), groups)
+    engine = build_engine(model_dir, EngineConfig(num_kv_blocks=8, block_size=8, max_model_len=32), groups)
     request = Request(request_id="r", prompt_token_ids=(3, 4, 5), params=SamplingParams(max_tokens=1), index=0)
     computed: list[int] = []
     run = engine.runner.run
