@@ -15,25 +15,32 @@ from shoal.kernels.quant import BlockFP8Weight
 from .file_digests import DigestCache
 from .fingerprint import compute_fingerprint
 from .fp8_blocks import BLOCK, SCALE_SUFFIX, check_scales, read_block_fp8
+from .model_directory import shorten
+from .quantization import find_quantization
 from .safetensors_file import TensorEntry
-from .shards import find_tensors, shorten
+from .shards import find_tensors
 from .tensor_reader import TensorReader
 
-_NUM_DESCRIBED = 5
+_NUM_REMARKS = 3
 
 
 class Checkpoint:
     """The tensors of a model directory by name. Opening reads headers only; `read` copies one slice of one tensor.
 
-    A directory holds `model.safetensors`, or `model.safetensors.index.json` and the files that it lists. Those may be
-    symbolic links to anywhere, as in the cache of Hugging Face: the owner of the directory chose them, not the index.
-    Every ValueError names the file, and the tensor where there is one.
+    A directory holds `model.safetensors`, or shards, as a rule with their index `model.safetensors.index.json`. Files
+    may be symbolic links to anywhere, as in the cache of Hugging Face: the owner of the directory chose them, not the
+    index. Every ValueError names the file, and the tensor where there is one.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
         self.model_dir = Path(model_dir)
-        self._entries = find_tensors(self.model_dir)
+        self._entries, self._remarks = find_tensors(self.model_dir)
         self._reader = TensorReader()
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user should know although no tensor of the model is missing."""
+        return list(self._remarks)
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +74,7 @@ class Checkpoint:
         col_range = _range(name, "cols", cols, entry.shape, 1)
         if entry.dtype is not torch.float8_e4m3fn:
             return self._reader.read(entry, row_range, col_range, dtype or entry.dtype)
-        scales = check_scales(entry, self._entries.get(name + SCALE_SUFFIX))
+        scales = self._scales(entry)
         assert row_range is not None
         assert col_range is not None
         # Scales belong to whole blocks: widen the columns to a block boundary and cut them after dequantising.
@@ -79,7 +86,7 @@ class Checkpoint:
     def read_fp8(self, name: str, *, rows: slice | None = None) -> BlockFP8Weight:
         """Copy rows of an FP8 matrix as they are stored, with their scales; `dtype(name)` says whether it is one."""
         entry = self._entry(name)
-        scales = check_scales(entry, self._entries.get(name + SCALE_SUFFIX))
+        scales = self._scales(entry)
         row_range = _range(name, "rows", rows, entry.shape, 0)
         assert row_range is not None
         return read_block_fp8(self._reader, entry, scales, row_range, slice(0, entry.shape[1]))
@@ -93,26 +100,26 @@ class Checkpoint:
         missing = sorted(name for name in expected if name not in self._entries)
         if missing:
             raise ValueError(
-                f"{self.model_dir} lacks {len(missing)} of {len(expected)} tensors of the model: {shorten(missing)}"
+                f"{self.model_dir} lacks {len(missing)} of {len(expected)} tensors of the model: "
+                f"{shorten(missing)}{self._explain_missing(expected)}"
             )
         wrong = sorted(name for name, shape in expected.items() if self._entries[name].shape != tuple(shape))
         if wrong:
-            described = [
-                f"{name} is {list(self.shape(name))}, expected {list(expected[name])}"
-                for name in wrong[: _NUM_DESCRIBED + 1]
-            ]
+            described = [f"{name} is {list(self.shape(name))}, expected {list(expected[name])}" for name in wrong]
             raise ValueError(
                 f"{self.model_dir}: {len(wrong)} tensors do not have the shape that config.json asks for: "
-                f"{shorten(described)}"
+                f"{shorten(described)}{find_quantization(self._entries)}"
             )
         for name in expected:
             entry = self._entries[name]
             if entry.dtype is torch.float8_e4m3fn:
-                check_scales(entry, self._entries.get(name + SCALE_SUFFIX))
+                self._scales(entry)
             elif not entry.dtype.is_floating_point:
-                raise ValueError(f"{entry.path}: {name} is stored as {entry.dtype}, expected a float type")
-        known = set(expected) | {name + SCALE_SUFFIX for name in expected}
-        return [name for name in self.names if name not in known and not name.endswith("rotary_emb.inv_freq")]
+                raise ValueError(
+                    f"{entry.path}: {name} is stored as {entry.dtype}, expected a float type"
+                    f"{find_quantization(self._entries)}"
+                )
+        return self._unexpected(expected)
 
     def mtp_names(self, first_layer: int, num_layers: int) -> list[str]:
         """Names of the tensors of `num_layers` multi-token prediction layers, numbered from `first_layer` on.
@@ -144,8 +151,35 @@ class Checkpoint:
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._entries:
-            raise ValueError(f"{self.model_dir} has no tensor {name}")
+            raise ValueError(f"{self.model_dir} has no tensor {name}{_clauses(self._remarks)}")
         return self._entries[name]
+
+    def _scales(self, weight: TensorEntry) -> TensorEntry:
+        """The scales of an FP8 matrix, checked."""
+        scales = self._entries.get(weight.name + SCALE_SUFFIX)
+        try:
+            return check_scales(weight, scales)
+        except ValueError as error:
+            explanation = _clauses(self._remarks) if scales is None else ""
+            raise ValueError(f"{error}{explanation}{find_quantization(self._entries)}") from error
+
+    def _unexpected(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+        known = set(expected) | {name + SCALE_SUFFIX for name in expected}
+        return [name for name in self.names if name not in known and not name.endswith("rotary_emb.inv_freq")]
+
+    def _explain_missing(self, expected: Mapping[str, tuple[int, ...]]) -> str:
+        """Why tensors may be missing, to end a sentence with."""
+        explanation = _clauses(self._remarks) + find_quantization(self._entries)
+        others = self._unexpected(expected)
+        if others and not explanation:
+            return f"; it has others that the model has not: {shorten(others)}"
+        return explanation
+
+
+def _clauses(remarks: list[str]) -> str:
+    """The first remarks as further clauses of an error message."""
+    more = f"; and {len(remarks) - _NUM_REMARKS} more" if len(remarks) > _NUM_REMARKS else ""
+    return "".join(f"; {remark}" for remark in remarks[:_NUM_REMARKS]) + more
 
 
 def _range(name: str, what: str, part: slice | None, shape: tuple[int, ...], dim: int) -> slice | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .file_digests import DigestCache, file_digests
+from .model_directory import CONFIG_FILE, find_file
 from .safetensors_file import SafetensorsFile, TensorEntry
 
 
@@ -19,7 +20,7 @@ def compute_fingerprint(model_dir: Path, entries: Mapping[str, TensorEntry], cac
     files = {entry.path: entry.file for entry in entries.values()}
     digests = file_digests(sorted(files.values(), key=_path), cache)
     hashed = hashlib.sha256()
-    _update(hashed, (model_dir / "config.json").read_bytes())
+    _update(hashed, (find_file(model_dir, CONFIG_FILE) or model_dir / CONFIG_FILE).read_bytes())
     for name, entry in sorted(entries.items()):
         _update(hashed, name.encode())
         _update(hashed, f"{entry.dtype} {entry.shape} {entry.begin} {digests[entry.path]}".encode())

@@ -182,6 +182,8 @@ def _load_weights(
     """This rank's part of the model, and what tells its checkpoint from others."""
     with Checkpoint(model_dir) as checkpoint:
         leftovers = set(checkpoint.check_names(expected_tensors(config)))
+        for notice in checkpoint.notices:
+            on_phase(f"notice: {notice}")
         mtp = set(checkpoint.mtp_names(config.num_hidden_layers, config.num_nextn_predict_layers))
         if mtp:
             on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from shoal.kernels.rope import YarnConfig, yarn_mscale
+
+from ..checkpoint.file_kinds import read_json
+from ..checkpoint.model_directory import CONFIG_FILE, describe_directory, describe_missing, find_file
+from ..checkpoint.quantization import check_quantization
 
 IndexerType = Literal["full", "shared"]
 
@@ -124,17 +127,13 @@ class ModelConfig:
     @classmethod
     def from_pretrained(cls, model_dir: str | Path) -> ModelConfig:
         """Read `config.json` of a model directory. ValueError names the file; code in the directory is never run."""
-        path = Path(model_dir) / "config.json"
+        path = find_file(Path(model_dir), CONFIG_FILE) or Path(model_dir) / CONFIG_FILE
         if not path.is_file():
             raise ValueError(
-                f"{path} does not exist; give the directory that holds config.json and the *.safetensors files"
+                f"{describe_missing(path)}; give the directory that holds config.json and the *.safetensors files"
+                f"{describe_directory(Path(model_dir))}"
             )
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ValueError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes, which no model configuration is")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+        values = read_json(path, _MAX_CONFIG_BYTES)
         try:
             return cls.from_dict(values)
         except ValueError as error:
@@ -149,6 +148,7 @@ class ModelConfig:
         _check_model_type(model_type)
         assert isinstance(model_type, str)
         _check_unsupported(values)
+        check_quantization(values)
         read = _Reader(values)
         num_layers = read.integer("num_hidden_layers", high=_MAX_LAYERS)
         indexed = model_type in INDEXED_MODEL_TYPES

@@ -13,6 +13,8 @@ from typing import Any
 
 import tokenizers
 
+from ..checkpoint.file_kinds import describe_file
+
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 PAD = "<｜▁pad▁｜>"
@@ -282,7 +284,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} {describe_file(path) or f'is not valid JSON: {error}'}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return content

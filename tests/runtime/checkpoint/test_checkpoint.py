@@ -213,7 +213,7 @@ def test_check_names_ignores_rotary_tables_and_reports_the_rest(tmp_path: Path) 
 def test_header_is_checked(tmp_path: Path, header: object, data: bytes, message: str | None) -> None:
     path = write_file(tmp_path / "model.safetensors", header, data)
     if message is None:
-        assert set(read_header(path)) == {"a"}
+        assert set(read_header(path).tensors) == {"a"}
         return
     with pytest.raises(ValueError, match=f"model.safetensors.*{message}"):
         read_header(path)
@@ -222,8 +222,8 @@ def test_header_is_checked(tmp_path: Path, header: object, data: bytes, message:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "0 bytes in all"),
-        (b"1234", "4 bytes in all"),
+        (b"", "is empty: its download did not finish; download it again"),
+        (b"\xff\xfe1234", "6 bytes in all"),
         (struct.pack("<Q", 3) + b"{}", "header claims 3 bytes, 2 are possible"),
         (struct.pack("<Q", 2**63) + b"{}", "header claims 9223372036854775808 bytes"),
     ],
@@ -261,25 +261,6 @@ def test_broken_index(tmp_path: Path, index: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match=r"index.json (is not valid JSON|has no weight_map)"):
         Checkpoint(tmp_path)
-
-
-def test_missing_truncated_and_swapped_shards(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has neither"):
-        Checkpoint(tmp_path)
-    make_checkpoint(tmp_path, num_shards=2)
-    first, second = sorted(tmp_path.glob("*.safetensors"))
-    content = first.read_bytes()
-    first.unlink()
-    with pytest.raises(ValueError, match=f"{first.name} does not exist; .* says it holds model.embed_tokens.weight"):
-        Checkpoint(tmp_path)
-    first.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=f"{first.name} is cut short: "):
-        Checkpoint(tmp_path)
-    first.write_bytes(second.read_bytes())
-    with pytest.raises(ValueError, match=f"{first.name} does not hold model.embed_tokens.weight"):
-        Checkpoint(tmp_path)
-    first.write_bytes(content)
-    assert Checkpoint(tmp_path).names
 
 
 def test_file_replaced_after_opening(tmp_path: Path) -> None:
