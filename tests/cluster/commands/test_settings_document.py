@@ -58,8 +58,8 @@ def document() -> Iterator[str]:
     yield ""
     yield "A setting has one name everywhere: `max_num_seqs` in Python and in a job file is `--max-num-seqs` on the"
     yield "command line; `-tp`, `-dp` and `-o` are short for `tensor_parallel_size`, `data_parallel_size` and `output`."
-    yield "A wrong value is one sentence and exit status 2, before anything starts. `make docs` writes this page from the"
-    yield "declarations in the code."
+    yield "A wrong value is one sentence and exit status 2, before anything starts. `make docs` writes this page from"
+    yield "the declarations in the code."
     for title, text, cls in SECTIONS:
         yield from ("", f"## {title}", "", text, "", "| setting | values | default | meaning |", "|---|---|---|---|")
         yield from map(row, declarations(cls).values())
