@@ -271,6 +271,7 @@ def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.ray
 def test_four_ranks_on_ray_give_the_bits_of_one_process(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "deepseek_v32", dtype=torch.bfloat16)
     prompts: list[Any] = [[(7 * i + j) % 250 for j in range(3 + 9 * i)] for i in range(6)]

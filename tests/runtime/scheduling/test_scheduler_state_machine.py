@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -16,6 +17,8 @@ from shoal.runtime.scheduling.batch import Batch
 from shoal.runtime.scheduling.block_manager import BlockManager
 from shoal.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
 from shoal.runtime.scheduling.sequence import Sequence, SequenceStatus
+
+pytestmark = pytest.mark.slow
 
 Record = tuple[bytes, tuple[int, ...], int]
 
