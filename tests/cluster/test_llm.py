@@ -212,7 +212,7 @@ def test_closing_ends_whoever_waits(model: str) -> None:
 
 
 def test_arguments_are_checked(model: str) -> None:
-    with pytest.raises(ValueError, match="'tensor_parallel'; did you mean tensor_parallel_size"):
+    with pytest.raises(ValueError, match="tensor_parallel is not a known setting; did you mean tensor_parallel_size"):
         LLM(model, tensor_parallel=2)
     with pytest.raises(ValueError, match="executor must be one of auto, ray, inprocess"):
         LLM(model, executor="mp")  # type: ignore[arg-type]
