@@ -4,13 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check docs benchmarks gpu-check tiny-model clean
+.PHONY: demo test test-quick check docs benchmarks gpu-check tiny-model clean
 
 demo: $(VENV)/.installed
 	$(BIN)/shoal demo
 
 test: $(VENV)/.installed-test
 	$(MAKE) --no-print-directory check
+
+# Three minutes on two quiet cores: what neither starts Ray nor takes long.
+test-quick: $(VENV)/.installed-test
+	$(BIN)/pytest -q -m 'not (gpu or ray or slow or docs)'
 
 check:
 	$(BIN)/ruff check .
@@ -39,7 +43,11 @@ benchmarks: $(VENV)/.installed-bench
 	PYTHONPATH=.src $(BIN)/python benchmarks/scaling.py --curves $(CURVES) $(if $(AGAIN),--again) --output benchmarks/results/scaling.json
 
 # What only a GPU can show, from a bare checkout: nothing is installed.
-gpu-check:
+gpu-# Three minutes on two quiet cores: what neither starts Ray nor takes long.
+test-quick: $(VENV)/.installed-test
+	$(BIN)/pytest -q -m 'not (gpu or ray or slow or docs)'
+
+check:
 	PYTHONPATH=.src $(PYTHON) benchmarks/gpu_check.py
 
 # Tables in docs/ are written by the tests that prove them.

@@ -210,7 +210,7 @@ def _described_range(setting: Setting) -> str:
     if setting.gt is not None:
         limits.append(f"above {setting.gt}")
     if setting.le is not None:
-        limits.append(f"of at most {setting.le}")
+        limits.append(f"at most {setting.le}")
     if setting.lt is not None:
         limits.append(f"below {setting.lt}")
     return f" {' and '.join(limits)}" if limits else ""

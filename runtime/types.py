@@ -30,15 +30,18 @@ class SamplingParams:
 
     n: Annotated[int, Setting("Continuations of the prompt.", ge=1, le=MAX_N)] = 1
     temperature: Annotated[float, Setting("0 always takes the most likely token.", ge=0, le=100)] = 1.0
-    top_p: Annotated[float, Setting("Keep the most likely tokens that together have this share.", gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Setting("Keep this many most likely tokens; 0 or -1 keeps all.", ge=-1)] = 0
+    top_p: Annotated[
+        float, Setting("Sample from the most likely tokens that together have this probability.", gt=0, le=1)
+    ] = 1.0
+    top_k: Annotated[int, Setting("Sample from this many most likely tokens; 0 or -1 keeps all.", ge=-1)] = 0
     min_p: Annotated[
-        float, Setting("Keep tokens that are at least this share as likely as the most likely one.", ge=0, le=1)
+        float,
+        Setting("Sample from tokens that are at least this fraction as likely as the most likely one.", ge=0, le=1),
     ] = 0.0
     max_tokens: Annotated[
         int | None, Setting("Longest output, in tokens; null is up to the model's context length.", ge=1)
     ] = 16
-    min_tokens: Annotated[int, Setting("Shortest output: no end before so many tokens.", ge=0)] = 0
+    min_tokens: Annotated[int, Setting("Tokens before the output may end.", ge=0)] = 0
     stop: Annotated[str | Sequence[str] | None, Setting("Texts that end the output when they appear in it.")] = ()
     stop_token_ids: Annotated[Sequence[int] | None, Setting("Token ids that end the output.", ge=0)] = ()
     seed: Annotated[

@@ -212,7 +212,7 @@ def test_closing_ends_whoever_waits(model: str) -> None:
 
 
 def test_arguments_are_checked(model: str) -> None:
-    with pytest.raises(ValueError, match="'tensor_parallel'; did you mean tensor_parallel_size"):
+    with pytest.raises(ValueError, match="tensor_parallel is not a known setting; did you mean tensor_parallel_size"):
         LLM(model, tensor_parallel=2)
     with pytest.raises(ValueError, match="executor must be one of auto, ray, inprocess"):
         LLM(model, executor="mp")  # type: ignore[arg-type]
@@ -271,6 +271,7 @@ def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.ray
 def test_four_ranks_on_ray_give_the_bits_of_one_process(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "deepseek_v32", dtype=torch.bfloat16)
     prompts: list[Any] = [[(7 * i + j) % 250 for j in range(3 + 9 * i)] for i in range(6)]

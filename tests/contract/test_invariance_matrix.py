@@ -22,6 +22,8 @@ from tests.support.invariance import SCHEDULES, Point, Rows, differing, make_mod
 from tests.support.spawn import run_ranks
 from tests.support.tables import write_or_compare
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "invariance.md"
 MODELS = [(m, d) for m in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa") for d in ("float32", "bfloat16")]
 MODELS += [("deepseek_v32", "fp8"), ("deepseek_v32", "bfloat16, fp8 cache"), ("glm_moe_dsa", "float32, fp8 cache")]

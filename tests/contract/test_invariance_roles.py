@@ -14,6 +14,8 @@ from tests.support.invariance import Point, make_model, rows, run_point
 from tests.support.roles import Roles, run_roles
 from tests.support.tables import write_or_compare
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "invariance-roles.md"
 MODELS = [(m, d) for m in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa") for d in ("float32", "bfloat16")]
 MODELS += [("deepseek_v32", "bfloat16, fp8 cache")]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from shoal import LLM, SamplingParams
 from shoal.cluster.bundled import questions
 from shoal.cluster.commands.eval import final_answer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 
 def test_it_answers_what_it_has_not_seen() -> None:

@@ -26,7 +26,7 @@ from tests.support.invariance import (
     run_rows,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 MODELS = [
     ("deepseek_v3", "bfloat16"),

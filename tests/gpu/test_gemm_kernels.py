@@ -19,7 +19,7 @@ from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
 from shoal.kernels.sampling import sample_tokens
 from shoal.kernels.topk_router import route
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 R = TypeVar("R")
 FP8, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32

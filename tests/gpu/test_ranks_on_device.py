@@ -22,7 +22,7 @@ from shoal.parallel.transport import SocketMesh
 from tests.support.invariance import Point, Rows, differing, make_model, run_point, run_points_on_rank
 from tests.support.spawn import run_ranks
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 MODELS = [("deepseek_v32", "bfloat16"), ("deepseek_v32", "fp8"), ("deepseek_v3", "float32")]
 POINTS = [

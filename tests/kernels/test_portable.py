@@ -20,6 +20,8 @@ from shoal.kernels.linear import linear, pack_weight
 from shoal.kernels.norm import rms_norm
 from shoal.kernels.quant import BlockFP8Weight, quantize_block_fp8
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import sys
 from shoal.kernels import build

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
+
 from shoal.runtime.types import Request, SamplingParams
 
 from .engine import Alone, EngineSettings, SimulatedEngine, SingleRank
 from .handoff_parts import Transport
 from .model import Row
+
+pytestmark = pytest.mark.slow
 
 
 @dataclass

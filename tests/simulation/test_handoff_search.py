@@ -18,6 +18,8 @@ from .engine import EngineSettings
 from .model import Row
 from .search import FAULTS, Scope, Search
 
+pytestmark = pytest.mark.slow
+
 NUM_WALKS = int(os.environ.get("SHOAL_WALKS", "2000"))
 MAX_FAULTS = int(os.environ.get("SHOAL_MAX_FAULTS", "2"))
 """Of one request's hand-off: with 3 it takes 20 s and 750 MB."""

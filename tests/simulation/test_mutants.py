@@ -10,6 +10,8 @@ from tests.simulation import mutants
 
 from .run import run
 
+pytestmark = pytest.mark.slow
+
 NUM_SEEDS = 1000
 """Within so many it must be seen; it takes 150 at most, and most need a few."""
 

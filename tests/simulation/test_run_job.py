@@ -34,6 +34,8 @@ from .model import BROKEN, VOCAB_SIZE, Row, random_rows
 from .run import MAX_LIVES, MAX_PROMPT, MAX_TOKENS, random_layout
 from .virtual import DriverKilled, World
 
+pytestmark = pytest.mark.slow
+
 NUM_SEEDS = 200
 RULES = RowRules(limits=RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_PROMPT + MAX_TOKENS))
 PARAMS = ("n", "max_tokens", "seed", "ignore_eos")

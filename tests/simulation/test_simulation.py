@@ -8,6 +8,8 @@ import pytest
 
 from .run import run
 
+pytestmark = pytest.mark.slow
+
 NUM_PARTS = 10
 SEEDS = range(*map(int, os.environ.get("SHOAL_SEEDS", "0:4000").split(":")))
 """First and end, to run more or a single one: SHOAL_SEEDS=17:18."""

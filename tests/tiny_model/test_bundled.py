@@ -19,6 +19,8 @@ from shoal.cluster.prompts import ModelPrompts
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from tests.support.harness import logits_in_chunks, make_runner
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
 

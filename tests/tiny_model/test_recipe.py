@@ -19,6 +19,8 @@ from shoal.cluster.prompts import ModelPrompts
 from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
 from tests.support.harness import logits_in_chunks, make_runner
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[2] / "examples" / "tiny_model"
 MODULES = ("tasks", "data", "model", "optimizer", "export", "train")
 

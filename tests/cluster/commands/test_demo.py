@@ -18,6 +18,8 @@ from shoal.cluster.commands.arguments import DemoArgs
 from shoal.cluster.commands.cli import main
 from shoal.cluster.commands.demo import compare, demo, demo_rows, judge, questions_and_answers, shortened
 
+pytestmark = pytest.mark.ray
+
 Row = dict[str, Any]
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from shoal.cluster.jobs.input import MAX_LINE_BYTES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 STUB_JOB = ROOT / "tests" / "support" / "stub_job.py"
 

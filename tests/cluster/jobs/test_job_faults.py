@@ -21,6 +21,8 @@ from shoal.parallel.failpoints import POINTS, VARIABLE
 from tests.support import stub_job
 from tests.support.stub_job import StubEngines, make_spec
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 NUM_ROWS = 60
 

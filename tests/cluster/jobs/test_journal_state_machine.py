@@ -16,6 +16,8 @@ from shoal.runtime.types import GeneratedTokens
 from tests.simulation.job import MemoryFile
 from tests.simulation.virtual import DriverKilled
 
+pytestmark = pytest.mark.slow
+
 groups = st.lists(
     st.builds(RowRecord, st.integers(0, 9), st.booleans(), st.just(1), st.just(bytes(32)), st.just(2), st.just(3))
     | st.builds(ProgressRecord, st.integers(0, 9), st.just(0), st.just(0), st.just(GeneratedTokens((1, 2, 3)))),

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 import torch
 
 from shoal.cluster.commands.batch import job_spec
@@ -96,6 +97,7 @@ def wait_for_journal(process: subprocess.Popen[str], journal: Path, num_bytes: i
         time.sleep(0.02)
 
 
+@pytest.mark.ray
 def test_a_killed_driver_goes_on_in_the_middle_of_answers(tmp_path: Path) -> None:
     model, output = tmp_path / "model", tmp_path / "out"
     make_checkpoint(model, "deepseek_v32", seed=41, overrides={"vocab_size": 272, "max_position_embeddings": 2048})

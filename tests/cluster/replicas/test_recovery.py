@@ -13,6 +13,8 @@ import pytest
 from shoal.cluster.supervision import supervisor as supervisor_module
 from tests.support.faults import Bits, Rig, Target, answers_of_one_process, gone, make_model, rig
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -20,6 +20,8 @@ from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, Request
 from tests.support import stub_engine
 from tests.support.stub_engine import KILLED, RAISES, REFUSED, STUB
 
+pytestmark = pytest.mark.ray
+
 DEADLINE_S = 120.0
 
 

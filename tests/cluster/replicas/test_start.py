@@ -59,6 +59,7 @@ def test_weights_are_counted_in_the_computing_dtype(tmp_path: Path) -> None:
     assert start_module._weight_bytes(EngineArgs(model=model, dtype="float32"), config) == 240
 
 
+@pytest.mark.ray
 def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
     phases: list[Phase] = []
     args = EngineArgs(model=write_config(tmp_path), replicas=2, max_num_seqs=4)
@@ -78,6 +79,7 @@ def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
     router.close()
 
 
+@pytest.mark.ray
 def test_a_cluster_that_is_too_small_is_refused_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[bool] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -14,6 +15,8 @@ from shoal.cluster.routing.request_router import Deliver, Effect, RequestRouter
 from shoal.cluster.workers.wire import Event
 from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, RequestProgress, SamplingParams
 from tests.support.model_engine import ModelEngine, answer_of, scores_of
+
+pytestmark = pytest.mark.slow
 
 LAYOUTS: list[tuple[Role, ...]] = [
     ("mixed",),

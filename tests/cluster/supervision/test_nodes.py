@@ -12,6 +12,8 @@ from shoal.cluster.workers import ray_cluster
 from shoal.cluster.workers.local_cluster import local_cluster
 from tests.support.faults import Target, answers_of_one_process, make_model, rig
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture
 def nodes() -> Iterator[None]:

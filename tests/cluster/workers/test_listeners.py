@@ -21,6 +21,8 @@ from tests.support.checkpoints import tiny_config
 from tests.support.sockets import listening
 from tests.support.stub_engine import STUB
 
+pytestmark = pytest.mark.ray
+
 RAY_TOKEN = Path.home() / ".ray" / "auth_token"
 
 

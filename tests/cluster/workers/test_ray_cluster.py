@@ -135,6 +135,7 @@ def embedded() -> Iterator[ray_cluster.RayCluster]:
     assert not ray.is_initialized()
 
 
+@pytest.mark.ray
 def test_the_embedded_ray_has_a_cpu_for_every_worker(embedded: ray_cluster.RayCluster) -> None:
     assert (embedded.embedded, embedded.owned) == (True, True)
     (only,) = nodes()
@@ -144,6 +145,7 @@ def test_the_embedded_ray_has_a_cpu_for_every_worker(embedded: ray_cluster.RayCl
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
+@pytest.mark.ray
 def test_an_existing_connection_is_used_and_left_open(embedded: ray_cluster.RayCluster) -> None:
     again = connect("ray://nowhere", num_cpus=1000)
     assert (again.embedded, again.owned) == (False, False)
@@ -151,6 +153,7 @@ def test_an_existing_connection_is_used_and_left_open(embedded: ray_cluster.RayC
     assert ray.is_initialized()
 
 
+@pytest.mark.ray
 def test_several_nodes_without_authentication_are_refused(
     embedded: ray_cluster.RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +167,7 @@ def test_several_nodes_without_authentication_are_refused(
     connect(None, num_cpus=1)
 
 
+@pytest.mark.ray
 def test_resources_are_reserved_and_given_back(embedded: ray_cluster.RayCluster) -> None:
     available = nodes()
     asked = layout(tp=num_cores() + 3)
@@ -176,6 +180,7 @@ def test_resources_are_reserved_and_given_back(embedded: ray_cluster.RayCluster)
     after.remove()
 
 
+@pytest.mark.ray
 def test_a_ray_job_joins_its_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)

@@ -19,6 +19,8 @@ from tests.kernels.triton.interpreter import DEVICE
 from tests.support.checkpoints import make_checkpoint
 from tests.support.fakes.install import install
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [list(range(3, 14)), [7, 5]]
 
 

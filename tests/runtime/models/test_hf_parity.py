@@ -18,6 +18,8 @@ from torch import Tensor
 from tests.support.checkpoints import make_checkpoint
 from tests.support.harness import logits_in_chunks, make_runner, record_tap
 
+pytestmark = pytest.mark.slow
+
 YARN = {
     "type": "yarn",
     "factor": 40,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.runtime.scheduling.block_manager import BlockManager
 from shoal.runtime.scheduling.prefix_index import PrefixNode
 from shoal.runtime.scheduling.sequence import Sequence
+
+pytestmark = pytest.mark.slow
 
 Prefix = tuple[bytes, tuple[int, ...], int]
 """Salt, tokens up to the end of a block, and how many of them are prompt tokens."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -17,6 +18,8 @@ from shoal.runtime.scheduling.block_manager import BlockManager
 from shoal.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
 from shoal.runtime.scheduling.sequence import Sequence, SequenceStatus
 from shoal.runtime.scheduling.transfer_buffer import TransferBuffer
+
+pytestmark = pytest.mark.slow
 
 Record = tuple[bytes, tuple[int, ...], int]
 
