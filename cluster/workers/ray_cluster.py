@@ -17,6 +17,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from shoal.parallel.config import ParallelConfig
 
 from ..environment import num_cores
+from .ray_environment import (
+    check_answers,
+    choose_temp_dir,
+    cluster_address,
+    ensure_token,
+    job_config,
+    no_cluster,
+)
 
 GPU_MEMORY_BYTES = {
     "A100": 40 << 30,
@@ -106,15 +114,16 @@ def connect(address: str | None, *, num_cpus: int, insecure: bool = False) -> Ra
     The embedded Ray offers `num_cpus` CPUs where the machine has fewer cores: its workers then share cores, so that any
     layout runs on a laptop. InsecureCluster when several nodes run without authentication and `insecure` is not set.
     """
+    wanted = cluster_address(address, os.environ)
     if ray.is_initialized():
         cluster = RayCluster(embedded=False, owned=False)
-    elif address is None and "RAY_ADDRESS" not in os.environ:
+    elif wanted is None:
         with signals_deferred():
             cluster = _start_embedded(num_cpus)
     else:
+        check_answers(wanted)
         with signals_deferred():
-            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
-        cluster = RayCluster(embedded=False, owned=True)
+            cluster = _join(wanted)
     if not insecure and not authentication_enabled() and len(nodes()) > 1:
         cluster.close()
         raise InsecureCluster(
@@ -148,16 +157,27 @@ def signals_deferred() -> Iterator[None]:
 
 
 def _start_embedded(num_cpus: int) -> RayCluster:
-    # Ray reads this variable when it starts its processes; the embedded one reports nothing to anybody.
+    # Ray reads these variables when it starts its processes; the embedded one reports nothing to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ensure_token(os.environ)
     ray.init(
         address="local",
         num_cpus=max(num_cpus, num_cores()),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        job_config=job_config(),
+        _temp_dir=os.path.join(os.path.abspath(choose_temp_dir(os.environ)), "ray"),
     )
     return RayCluster(embedded=True, owned=True)
+
+
+def _join(address: str) -> RayCluster:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, job_config=job_config())
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ValueError(no_cluster(address, str(error))) from error
+    return RayCluster(embedded=False, owned=True)
 
 
 def node_address() -> str:

@@ -26,6 +26,7 @@ from shoal.cluster.workers.ray_cluster import (
     place,
     placement_strategies,
 )
+from shoal.cluster.workers.ray_environment import check_answers
 from shoal.parallel.config import ParallelConfig
 
 GIB = 1 << 30
@@ -144,6 +145,10 @@ def test_the_embedded_ray_has_a_cpu_for_every_worker(embedded: ray_cluster.RayCl
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
+def test_a_running_cluster_answers(embedded: ray_cluster.RayCluster) -> None:
+    check_answers(ray.get_runtime_context().gcs_address)
+
+
 def test_an_existing_connection_is_used_and_left_open(embedded: ray_cluster.RayCluster) -> None:
     again = connect("ray://nowhere", num_cpus=1000)
     assert (again.embedded, again.owned) == (False, False)
@@ -181,11 +186,22 @@ def test_a_ray_job_joins_its_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: seen.append(options))
     monkeypatch.setattr(ray_cluster, "nodes", list)
+    monkeypatch.setattr(ray_cluster, "check_answers", lambda address: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert connect(None, num_cpus=8) == ray_cluster.RayCluster(embedded=False, owned=True)
     assert connect("10.0.0.2:6379", num_cpus=8).owned
-    assert [options["address"] for options in seen] == ["auto", "10.0.0.2:6379"]
+    assert [options["address"] for options in seen] == ["10.0.0.1:6379", "10.0.0.2:6379"]
     assert all("num_cpus" not in options for options in seen)
+
+
+def test_what_ray_says_of_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at auto: Could not find any .*RAY_ADDRESS"):
+        connect("auto", num_cpus=1)
 
 
 def test_a_signal_during_the_connection_is_delivered_after_it() -> None:
