@@ -37,7 +37,8 @@ class EngineArgs(EngineConfig):
     device: Device = "cpu"
     """cuda gives every worker one GPU of its own."""
     num_threads_per_worker: int | None = None
-    """CPU threads of a worker; None: the cores of its node divided by the workers on it, at least 1."""
+    """CPU threads of a worker; None: the cores of its node divided by the workers on it, at least 1, and no more than
+    OMP_NUM_THREADS. A CPU quota of the control group counts as so many cores."""
     ray_address: str | None = None
     """None: the cluster of the Ray job that this process belongs to, else an embedded local Ray."""
     insecure: bool = False

@@ -37,7 +37,6 @@ from ..workers.spec import OnPhase, Phase, StartReport
 from .replica import EngineFailed, Replica
 from .router import Router
 
-
 LONG_WAIT_S = 5.0
 """A wait that takes longer is announced."""
 

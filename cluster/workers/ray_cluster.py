@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from shoal.parallel.config import ParallelConfig
 
-from ..environment import num_cores
+from ..environment import default_num_threads, num_cores
 from .ray_environment import (
     check_answers,
     choose_temp_dir,
@@ -345,13 +345,14 @@ class CoreShare:
 def core_shares(
     placements: Sequence[Placement], available: Sequence[Node], *, embedded: bool, num_threads: int | None = None
 ) -> list[list[CoreShare]]:
-    """Per replica and rank: `num_threads`, by default the node's cores divided by the workers on it, at least 1."""
+    """Per replica and rank: `num_threads`, by default the node's cores divided by the workers on it, at least 1, and no
+    more than OMP_NUM_THREADS where that is set."""
     everyone = [node_id for placement in placements for node_id in placement.node_ids]
     cores = {node.node_id: num_cores() if embedded else int(node.num_cpus) for node in available}
 
     def share(node_id: str) -> CoreShare:
         workers = everyone.count(node_id)
-        threads = num_threads or max(1, cores[node_id] // workers)
+        threads = num_threads or default_num_threads(cores[node_id], workers)
         return CoreShare(threads, dedicated=workers * threads <= cores[node_id])
 
     return [[share(node_id) for node_id in placement.node_ids] for placement in placements]

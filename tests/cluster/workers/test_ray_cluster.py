@@ -119,12 +119,16 @@ def test_workers_share_the_cores_of_a_node(monkeypatch: pytest.MonkeyPatch) -> N
         found = core_shares(given, available, embedded=embedded, num_threads=num_threads)
         return [[(share.num_threads, share.dedicated) for share in replica] for replica in found]
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     placements: Any = [FakePlacement("a", "a"), FakePlacement("a", "b")]
     assert shares(placements, 8) == [[(2, True), (2, True)], [(2, True), (8, True)]]
     assert shares(placements, 2) == [[(1, False), (1, False)], [(1, False), (8, True)]]
     assert shares(placements, 8, num_threads=3) == [[(3, False), (3, False)], [(3, False), (3, True)]]
     monkeypatch.setattr(ray_cluster, "num_cores", lambda: 4)
     assert shares(placements[:1], 99, embedded=True) == [[(2, True), (2, True)]]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    assert shares(placements, 8) == [[(2, True), (2, True)], [(2, True), (3, True)]]
+    assert shares(placements, 8, num_threads=8)[1][1] == (8, True)
 
 
 @pytest.fixture(scope="module")
