@@ -56,7 +56,11 @@ class EngineArgs(EngineConfig):
     device: Annotated[Device, Setting("Device of the workers; cuda gives every worker one GPU of its own.")] = "cpu"
     num_threads_per_worker: Annotated[
         int | None,
-        Setting("CPU threads of a worker.", ge=1, derived="the cores of its node divided by the workers on it"),
+        Setting(
+            "CPU threads of a worker.",
+            ge=1,
+            derived="the cores of its node, or its CPU quota, divided by the workers on it; at most OMP_NUM_THREADS",
+        ),
     ] = None
     ray_address: Annotated[
         str | None,

@@ -44,7 +44,9 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
     progress = ProgressReporter(stderr)
 
     def start() -> Engines:
-        return start_engines(config.engine, on_phase=lambda phase: progress.message(str(phase)))
+        return start_engines(
+            config.engine, on_phase=lambda phase: progress.message(str(phase)), on_wait=progress.message
+        )
 
     try:
         with StopSignal() as stop:

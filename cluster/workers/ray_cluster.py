@@ -16,7 +16,15 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from shoal.parallel.config import ParallelConfig
 
-from ..environment import num_cores
+from ..environment import default_num_threads, num_cores
+from .ray_environment import (
+    check_answers,
+    choose_temp_dir,
+    cluster_address,
+    ensure_token,
+    job_config,
+    no_cluster,
+)
 
 GPU_MEMORY_BYTES = {
     "A100": 40 << 30,
@@ -106,15 +114,16 @@ def connect(address: str | None, *, num_cpus: int, insecure: bool = False) -> Ra
     The embedded Ray offers `num_cpus` CPUs where the machine has fewer cores: its workers then share cores, so that any
     layout runs on a laptop. InsecureCluster when several nodes run without authentication and `insecure` is not set.
     """
+    wanted = cluster_address(address, os.environ)
     if ray.is_initialized():
         cluster = RayCluster(embedded=False, owned=False)
-    elif address is None and "RAY_ADDRESS" not in os.environ:
+    elif wanted is None:
         with signals_deferred():
             cluster = _start_embedded(num_cpus)
     else:
+        check_answers(wanted)
         with signals_deferred():
-            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
-        cluster = RayCluster(embedded=False, owned=True)
+            cluster = _join(wanted)
     if not insecure and not authentication_enabled() and len(nodes()) > 1:
         cluster.close()
         raise InsecureCluster(
@@ -148,16 +157,27 @@ def signals_deferred() -> Iterator[None]:
 
 
 def _start_embedded(num_cpus: int) -> RayCluster:
-    # Ray reads this variable when it starts its processes; the embedded one reports nothing to anybody.
+    # Ray reads these variables when it starts its processes; the embedded one reports nothing to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ensure_token(os.environ)
     ray.init(
         address="local",
         num_cpus=max(num_cpus, num_cores()),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        job_config=job_config(),
+        _temp_dir=os.path.join(os.path.abspath(choose_temp_dir(os.environ)), "ray"),
     )
     return RayCluster(embedded=True, owned=True)
+
+
+def _join(address: str) -> RayCluster:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, job_config=job_config())
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ValueError(no_cluster(address, str(error))) from error
+    return RayCluster(embedded=False, owned=True)
 
 
 def node_address() -> str:
@@ -325,13 +345,14 @@ class CoreShare:
 def core_shares(
     placements: Sequence[Placement], available: Sequence[Node], *, embedded: bool, num_threads: int | None = None
 ) -> list[list[CoreShare]]:
-    """Per replica and rank: `num_threads`, by default the node's cores divided by the workers on it, at least 1."""
+    """Per replica and rank: `num_threads`, by default the node's cores divided by the workers on it, at least 1, and no
+    more than OMP_NUM_THREADS where that is set."""
     everyone = [node_id for placement in placements for node_id in placement.node_ids]
     cores = {node.node_id: num_cores() if embedded else int(node.num_cpus) for node in available}
 
     def share(node_id: str) -> CoreShare:
         workers = everyone.count(node_id)
-        threads = num_threads or max(1, cores[node_id] // workers)
+        threads = num_threads or default_num_threads(cores[node_id], workers)
         return CoreShare(threads, dedicated=workers * threads <= cores[node_id])
 
     return [[share(node_id) for node_id in placement.node_ids] for placement in placements]
