@@ -27,7 +27,7 @@ MIN_TABLE_TOKENS = 2048
 def is_decode(batch: Batch) -> bool:
     """Whether each sequence has one token, which was generated and whose logits give the next."""
     return bool(batch.sequences) and all(
-        s.sample and len(s.token_ids) == 1 and s.start >= s.num_prompt_tokens for s in batch.sequences
+        s.num_logits == 1 and len(s.token_ids) == 1 and s.start >= s.num_prompt_tokens for s in batch.sequences
     )
 
 

@@ -51,7 +51,7 @@ class ModelRunner:
         """Computes every scheduled token and writes its cache record.
 
         `num_prompt_slices` is the largest `len(prompt_slices(batch))` of the replica's attention groups.
-        Returns logits [N, vocab_size] fp32, one row per sequence with `sample`, in batch order (N = 0 on followers).
+        Returns logits [N, vocab_size] fp32 in batch order, `num_logits` rows per sequence (N = 0 on followers).
         On a GPU the next call may overwrite them.
         """
         if self.graphs is not None and self.tap is None and is_decode(batch):
@@ -60,9 +60,9 @@ class ModelRunner:
             input_ids, metadata, rows = self._prepare(batch)
         hidden = self.model.forward(input_ids, self.cache, metadata)
         self._prompt_logits(batch, hidden, rows, num_prompt_slices, on_prompt_logits)
-        last = [r[-1] for s, r in zip(batch.sequences, rows, strict=True) if s.sample]
+        sampled = [row for s, r in zip(batch.sequences, rows, strict=True) for row in r[len(r) - s.num_logits :]]
         with self.spans("model.logits"):
-            return self.model.compute_logits(hidden[self._tensor(np.array(last, np.int64))])
+            return self.model.compute_logits(hidden[self._tensor(np.array(sampled, np.int64))])
 
     @torch.inference_mode()
     def run_ahead(self, batch: Batch, token_ids: Tensor, places: Sequence[int]) -> Tensor:

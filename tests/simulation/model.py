@@ -189,8 +189,7 @@ class Runner:
                 cache.records[slots[len(records) - 1]] = records[-1]
             if part.num_prompt_logits and take is not None:
                 take(part, len(records) - part.num_prompt_logits, Logits(records[-part.num_prompt_logits :]))
-            if part.sample:
-                logits.append(records[-1])
+            logits.extend(records[len(records) - part.num_logits :])
         return logits
 
     def spoil(self, batch: Batch, rng: Random) -> None:

@@ -61,7 +61,7 @@ def logits_in_chunks(
             token_ids=token_ids[start:end],
             block_table=table[: -(-end // block_size)],
             num_prompt_tokens=len(token_ids),
-            sample=False,
+            num_logits=0,
             num_prompt_logits=size,
         )
         batch = Batch([scheduled])
