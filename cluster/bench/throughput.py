@@ -24,7 +24,7 @@ from ..workers.engine_factory import BUILD_ENGINE, BUILD_PROFILED_ENGINE
 from ..workers.spec import Phase
 
 FIRST_TOKEN_ID = 3
-"""Prompts have none of the ids below, which are sentence marks in most vocabularies."""
+"""Lowest id in a prompt; the ids below are special tokens in most vocabularies."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class Workload:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
     def prompts(self, vocab_size: int, name: str) -> list[list[int]]:
-        """Other token ids for every run, so that no prefix cache can help between them; the same for equal seeds."""
+        """Token ids that differ between runs, so that the prefix cache never hits; the same for equal seeds."""
         draw, ids = random.Random(f"{self.seed}/{name}"), range(FIRST_TOKEN_ID, vocab_size)
         return [draw.choices(ids, k=self.input_len) for _ in range(self.num_prompts)]
 
@@ -61,9 +61,9 @@ def throughput(
 ) -> int:
     """Measure, print a table on stdout and write the report to `output`; progress goes to stderr.
 
-    `phases`: also say what the steps spent their time on.
+    `phases`: also measure what the steps spend their time on.
 
-    ValueError for a workload that the model cannot take; 5 if the engines fail.
+    Returns the exit code: 5 if the engines fail. ValueError for a workload that the model cannot run.
     """
     if output is not None and output.is_dir():
         raise ValueError(f"{output} is a directory; give the name of a file")
@@ -86,9 +86,9 @@ def throughput(
 def measure(
     args: EngineArgs, workload: Workload, *, executor: Executor, say: Callable[[str], None], phases: bool = False
 ) -> dict[str, Any]:
-    """Start the engines, warm up, run the workload and report; every figure is measured here.
+    """Start the engines, warm up, run the workload and return the report.
 
-    The warm-up answers a quarter of the prompts, with token ids of their own, and is not counted.
+    The warm-up answers a quarter as many prompts, with token ids of their own, and is not counted.
     """
     model = read_model_config(args)
     needed, longest = workload.input_len + workload.output_len, args.max_model_len or model.max_position_embeddings
@@ -146,7 +146,7 @@ def measure(
 
 
 def answer(llm: LLM, prompts: Sequence[Sequence[int]], output_len: int) -> list[RequestOutput]:
-    """Greedy continuations of exactly `output_len` tokens; RuntimeError if a row has another number."""
+    """Greedy continuations of exactly `output_len` tokens; RuntimeError if one has another length."""
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
     for number, output in enumerate(outputs):
@@ -158,7 +158,7 @@ def answer(llm: LLM, prompts: Sequence[Sequence[int]], output_len: int) -> list[
 
 
 def results(workload: Workload, num_workers: int, seconds: Sequence[float]) -> dict[str, Any]:
-    """Seconds and rates of the runs, each as median, min and max, with the values of every run."""
+    """Seconds and rates of the runs: median, min and max, with the values of every run."""
     num_input = workload.num_prompts * workload.input_len
     num_output = workload.num_prompts * workload.output_len
     figures: dict[str, Any] = {
@@ -205,7 +205,7 @@ def _sizes(layout: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for a person: one line per figure."""
+    """The report as text, one line per figure."""
     workload, layout, figures = report["workload"], report["layout"], report["results"]
     memory, startup = report["peak_rss_mib"], report["startup"]
     what = f"{workload['num_prompts']} prompts, {workload['input_len']} tokens in, {workload['output_len']} out"

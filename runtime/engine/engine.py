@@ -327,7 +327,7 @@ class Engine:
         for index, write in enumerate(batch.writes):
             with self.spans("kv.write"):
                 payload = self.lockstep.share_payload(self.kv.payload(index), write.num_bytes)
-                cache.write_records(cache.slots(write.block_table, write.start, write.end), payload)
+                cache.write_kv(cache.slots(write.block_table, write.start, write.end), payload)
 
     def _account(self, batch: Batch, tokens: dict[int, list[SampledToken]]) -> list[KVChunk]:
         """Update the scheduler; returns the chunks of prompts that were published."""

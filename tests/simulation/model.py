@@ -145,10 +145,10 @@ class Cache:
         size = self.block_size
         return [block_table[p // size] * size + p % size for p in range(start, end)]
 
-    def read_records(self, slots: list[int]) -> Payload:
+    def read_kv(self, slots: list[int]) -> Payload:
         return Payload(struct.pack(f"<{len(slots)}q", *[self.records[slot] for slot in slots]))
 
-    def write_records(self, slots: list[int], payload: bytes) -> None:
+    def write_kv(self, slots: list[int], payload: bytes) -> None:
         records = struct.unpack(f"<{len(payload) // BYTES_PER_TOKEN}q", payload)
         for slot, record in zip(slots, records[len(records) - len(slots) :], strict=True):
             self.records[slot] = record

@@ -59,9 +59,9 @@ def test_records_travel_as_bytes(config: ModelConfig, dtype: torch.dtype) -> Non
         for layer in (*cache.records, *cache.index_keys):
             if layer is not None:
                 layer.copy_(torch.randint(0, high, layer.shape, generator=generator))
-    payload = source.read_records(torch.tensor([9, 2, 5]))
+    payload = source.read_kv(torch.tensor([9, 2, 5]))
     assert payload.numel() == 3 * source.bytes_per_token
-    target.write_records(torch.tensor([0, 11]), payload)
+    target.write_kv(torch.tensor([0, 11]), payload)
     for a, b in zip(_rows(source), _rows(target), strict=True):
         assert torch.equal(a[[2, 5]], b[[0, 11]])
         assert not b[1:11].any()
