@@ -8,6 +8,7 @@ from typing import Any
 from shoal.parallel.groups import ParallelGroups
 
 from ..models.deepseek import DeepseekModel
+from ..models.fused import FusedDecoderLayer
 from ..models.moe import MoE
 from .config import EngineConfig
 from .engine import Engine
@@ -31,7 +32,9 @@ class ProfiledEngine(Engine):
         for group in {id(group): group for group in (groups.world, groups.tp)}.values():
             for method in COLLECTIVES:
                 clock.watch(group, method, "collectives")
-        _watch_model(clock, self.runner.model)
+        model = self.runner.model
+        assert isinstance(model, DeepseekModel)
+        _watch_model(clock, model)
 
     def step(self) -> StepResult:
         self._clock.begin_step()
@@ -47,12 +50,14 @@ def _watch_model(clock: PhaseClock, model: DeepseekModel) -> None:
     clock.watch(model, "compute_logits", "logits")
     dispatchers = {}
     for layer in model.layers:
-        clock.watch(layer, "attend", "attention")
+        fused = isinstance(layer, FusedDecoderLayer)
+        clock.watch(layer if fused else layer.attention, "attend" if fused else "forward", "attention")
         if (indexer := layer.attention.indexer) is not None:
             clock.watch(indexer, "write_keys", "indexer")
             clock.watch(indexer, "select", "indexer")
         is_moe = isinstance(layer.mlp, MoE)
-        clock.watch(layer, "feed_forward", "experts" if is_moe else "dense mlp")
+        mlp_phase = "experts" if is_moe else "dense mlp"
+        clock.watch(layer if fused else layer.mlp, "feed_forward" if fused else "forward", mlp_phase)
         if isinstance(layer.mlp, MoE):
             dispatchers[id(layer.mlp.dispatcher)] = layer.mlp.dispatcher
     for dispatcher in dispatchers.values():  # the layers share one
