@@ -12,6 +12,7 @@ from shoal.parallel.config import ParallelConfig
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.model_loading import check_layout
 from shoal.runtime.models.config import ModelConfig
+from shoal.runtime.models.families import read_config
 
 from .replica_spec import ReplicaSpec, parse_replicas
 
@@ -119,7 +120,7 @@ class EngineArgs(EngineConfig):
 
 def read_model_config(args: EngineArgs) -> ModelConfig:
     """The model's configuration; ValueError, before any weight is read, when the model cannot be run as asked."""
-    config = ModelConfig.from_pretrained(args.model)
+    config = read_config(args.model)
     for spec in args.replica_specs:
         check_layout(config, spec.tensor_parallel_size)
     if args.max_model_len is not None and args.max_model_len > config.max_position_embeddings:

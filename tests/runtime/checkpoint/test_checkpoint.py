@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shoal.runtime.checkpoint.checkpoint import Checkpoint, read_header
-from shoal.runtime.models.config import ModelConfig
+from shoal.runtime.models.families import parse_config, read_config
 from tests.support.checkpoints import YARN, make_checkpoint, random_tensor, tensor_shapes
 
 HF_CLASSES = {
@@ -154,7 +154,7 @@ def test_shards_hold_the_same_tensors(tmp_path: Path) -> None:
 
 def test_check_names(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "deepseek_v32", fp8=True, mtp=True)
-    config = ModelConfig.from_pretrained(tmp_path)
+    config = read_config(tmp_path)
     expected = tensor_shapes(config)
     checkpoint = Checkpoint(tmp_path)
     leftover = checkpoint.check_names(expected)
@@ -347,4 +347,4 @@ def test_config_written_by_transformers_means_the_same(
     transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     saved["num_nextn_predict_layers"] = values["num_nextn_predict_layers"]
-    assert ModelConfig.from_dict(saved) == ModelConfig.from_dict(values)
+    assert parse_config(saved) == parse_config(values)
