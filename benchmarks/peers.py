@@ -217,10 +217,10 @@ def summary(
 ) -> dict[str, Any]:
     """Medians with spread, ratios between contenders, and how close each comes to the limit."""
     from shoal.cluster.bench.roofline import workload_limit
-    from shoal.runtime.models.config import ModelConfig
+    from shoal.runtime.models.families import read_config
 
     count, prompt, output = WORKLOADS[workload]
-    limit = workload_limit(ModelConfig.from_pretrained(model), ceilings, requests=count, prompt=prompt, output=output)
+    limit = workload_limit(read_config(model), ceilings, requests=count, prompt=prompt, output=output)
     contenders: dict[str, Any] = {}
     for name, said in runs.items():
         if "error" in said[0]:

@@ -11,8 +11,9 @@ from typing import TextIO
 
 from shoal.parallel.failpoints import DRIVER, VARIABLE, Failpoints
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
-from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.models.deepseek import expected_tensors
+from shoal.runtime.memory_estimate import declare_model
+from shoal.runtime.models.families import read_config
+from shoal.runtime.models.weights import tensor_shapes
 
 from ..environment import versions
 from ..jobs.config import JobConfig
@@ -133,7 +134,7 @@ def _check_defaults(rules: RowRules) -> None:
 def model_fingerprint(model_dir: Path) -> str:
     """`sha256:<hex>` of what tells models apart: `Checkpoint.compute_fingerprint` and the tokenizer's files."""
     with Checkpoint(model_dir) as checkpoint:
-        checkpoint.check_names(expected_tensors(ModelConfig.from_pretrained(model_dir)))
+        checkpoint.check_names(tensor_shapes(declare_model(read_config(model_dir)).named_weights()))
         hashed = hashlib.sha256(checkpoint.compute_fingerprint().encode())
     for name in _TOKENIZER_FILES:
         path = model_dir / name

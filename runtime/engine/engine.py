@@ -20,6 +20,7 @@ from ..types import GeneratedTokens, Request, RequestOutput, RequestProgress
 from .lockstep import Lockstep, StepAgreement
 from .model_runner import ModelRunner, prompt_slices
 from .output_processor import Completion, OutputProcessor, RequestState
+from .stats import EngineStats
 from .step import LaunchedStep, RunningSequence, StepResult
 
 logger = logging.getLogger("shoal.engine")
@@ -178,6 +179,24 @@ class Engine:
             problems.append(f"the transfer buffer holds {num_tokens} tokens")
         return problems + self.kv.audit()
 
+    def stats(self) -> EngineStats:
+        """Counters, between two steps."""
+        scheduler = self.scheduler
+        manager = self.block_manager
+        return EngineStats(
+            num_running_seqs=scheduler.num_running,
+            num_waiting_seqs=scheduler.num_waiting,
+            num_blocks=manager.num_blocks,
+            num_used_blocks=manager.num_blocks - manager.num_free_blocks,
+            num_cached_blocks=manager.num_cached_blocks,
+            num_evicted_blocks=scheduler.num_evicted_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
+            num_transfer_tokens=scheduler.transfer_buffer.num_tokens,
+            num_failed_transfers=self.kv.num_failed,
+        )
+
     def rejoin(self, replaced: Collection[int]) -> None:
         """Continue after a step failed and the groups were joined again, with new processes in the ranks `replaced`.
 
@@ -268,7 +287,9 @@ class Engine:
 
     def _launch_sampling(self, batch: Batch, logits: Tensor, *, ahead: int = 0) -> LaunchedStep:
         """Start to sample every sequence whose last known token is in the batch."""
-        rows = [self._running[s.seq_id].completion.row for s in batch.sequences if s.sample]
+        sampled = [s for s in batch.sequences if s.num_logits]
+        assert all(s.num_logits == 1 for s in sampled), "a draft token needs a row with the history before it"
+        rows = [self._running[s.seq_id].completion.row for s in sampled]
         with self.spans("engine.launch_sampling"):
             return LaunchedStep(batch, self.sampler.begin(logits, rows, ahead=ahead))
 
@@ -282,7 +303,7 @@ class Engine:
         with self.spans("engine.update"):
             # a sequence that was finished or preempted meanwhile gets no token
             running = {seq.seq_id for seq in self.scheduler.running}
-            tokens = {seq_id: token for seq_id, token in sampled.items() if seq_id in running}
+            tokens = {seq_id: sampled[seq_id] for seq_id in sampled if seq_id in running}
             chunks = self._account(step.batch, tokens)
             outputs = self._update(tokens)
         return StepResult(outputs, chunks=chunks, loaded=self.kv.take_resumed())
@@ -306,30 +327,32 @@ class Engine:
         for index, write in enumerate(batch.writes):
             with self.spans("kv.write"):
                 payload = self.lockstep.share_payload(self.kv.payload(index), write.num_bytes)
-                cache.write_records(cache.slots(write.block_table, write.start, write.end), payload)
+                cache.write_kv(cache.slots(write.block_table, write.start, write.end), payload)
 
-    def _account(self, batch: Batch, tokens: dict[int, SampledToken]) -> list[KVChunk]:
+    def _account(self, batch: Batch, tokens: dict[int, list[SampledToken]]) -> list[KVChunk]:
         """Update the scheduler; returns the chunks of prompts that were published."""
-        for seq_id, token in tokens.items():
-            if token.error is not None:
+        for seq_id, sampled in tokens.items():
+            if any(token.error is not None for token in sampled):
                 self.scheduler.finish(seq_id, discard=True)
-        self.scheduler.update(batch, {i: token.token_id for i, token in tokens.items()})
+        self.scheduler.update(batch, {i: [token.token_id for token in sampled] for i, sampled in tokens.items()})
         scheduled = [self._running[s.seq_id] for s in batch.sequences if s.seq_id in self._running]
         sent = [r.state.request.request_id for r in scheduled if r.seq.remote_decode]
         return self.kv.publish(sent, epoch=self.lockstep.epoch)
 
-    def _update(self, tokens: dict[int, SampledToken]) -> list[RequestOutput]:
+    def _update(self, tokens: dict[int, list[SampledToken]]) -> list[RequestOutput]:
         """Append the tokens, remove what is finished, and collect the outputs."""
         touched: dict[str, RequestState] = {}
-        for seq_id, token in tokens.items():
+        for seq_id, sampled in tokens.items():
             running = self._running[seq_id]
             state, completion = running.state, running.completion
-            self.processor.append(completion, token)
+            for token in sampled:
+                if not completion.finished:  # tokens after the end are dropped
+                    self.processor.append(completion, token)
             touched[state.request.request_id] = state
             if completion.output.index == 0:
                 state.num_cached_tokens = running.seq.num_cached_tokens
             if completion.finished or state.request.do_remote_decode:
-                if token.error is None:
+                if all(token.error is None for token in sampled):
                     self.scheduler.finish(seq_id)
                 del self._running[seq_id]
         outputs = []

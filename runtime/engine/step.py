@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 from shoal.parallel.kv_transport import KVChunk
 
@@ -33,12 +34,13 @@ class LaunchedStep:
     @property
     def seq_ids(self) -> list[int]:
         """The sequences that are sampled, in order of the logits' rows."""
-        return [s.seq_id for s in self.batch.sequences if s.sample]
+        return [s.seq_id for s in self.batch.sequences if s.num_logits]
 
-    def finish(self) -> dict[int, SampledToken]:
-        """Wait for the sampled token of each sequence."""
+    def finish(self) -> dict[int, list[SampledToken]]:
+        """Wait for the tokens of each sequence that is sampled, `num_logits` of them."""
         assert self.sampling is not None
-        return dict(zip(self.seq_ids, self.sampling.finish(), strict=True))
+        tokens = iter(self.sampling.finish())
+        return {s.seq_id: list(islice(tokens, s.num_logits)) for s in self.batch.sequences if s.num_logits}
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,10 @@ PHASE_OF_SPAN: Mapping[SpanName, str] = {
     "engine.step": "other",
 }
 PHASES = tuple(dict.fromkeys(PHASE_OF_SPAN.values()))
-"""Each without what is nested in it: attention, dispatch and combine do not include their exchanges, nor experts (norm,
-router and shared expert included) the dispatch. Where half of a layer is one kernel call (`models/fused.py`), the
-indexer counts as attention. model: embedding and what lies between layers; on a GPU, whole decode steps, as one CUDA
-graph computes them. update: scheduler, detokenising and stop checks."""
+"""Each without what is nested in it: attention, dispatch and combine do not include their exchanges, nor experts (with
+router and shared expert) the dispatch. Where half of a layer is one kernel call (`models/fused.py`), attention and
+experts include their norms, and attention the indexer. model: embedding and norms; on a GPU, whole decode steps, as one
+CUDA graph computes them. update: scheduler, detokenising and stop checks."""
 
 
 @dataclass(frozen=True, slots=True)

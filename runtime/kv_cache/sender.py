@@ -96,7 +96,7 @@ class KVSender:
             self.release(request_id)
 
     def _publish_chunk(self, request_id: str, seq: Sequence, start: int, end: int, epoch: int) -> KVChunk:
-        payload = self._cache.read_records(self._cache.slots(seq.block_table, start, end))
+        payload = self._cache.read_kv(self._cache.slots(seq.block_table, start, end))
         generation = self._num_chunks
         self._num_chunks += 1
         return KVChunk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from ..scheduling.sequence import Sequence
 from ..types import PromptLoaded
 from .receiver import KVReceiver
 from .sender import KVSender
+
+logger = logging.getLogger("shoal.kv_transfer")
 
 
 class KVTransfer:
@@ -77,7 +80,10 @@ class KVTransfer:
         """Resume the sequences whose prompts are in the cache, or whose loads failed; returns their ids."""
         resumed = self.receiver.resume_complete()
         self._resumed += resumed
-        self.num_failed += sum(one.error is not None for one in resumed)
+        for one in resumed:
+            if one.error is not None:
+                self.num_failed += 1
+                logger.warning("request %s computes its prompt here: %s", one.request_id, one.error)
         return [self._waiting.pop(one.request_id) for one in resumed]
 
     def take_resumed(self) -> list[PromptLoaded]:

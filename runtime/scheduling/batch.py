@@ -21,10 +21,11 @@ class ScheduledSequence:
     """Blocks that hold positions `[0, start + len(token_ids))`, in order."""
     num_prompt_tokens: int
     """Prompt length of the sequence: its tokens from this position on were generated."""
-    sample: bool
-    """Whether the last scheduled token is the last known one, so that its logits give the next."""
+    num_logits: int
+    """How many of the last scheduled tokens have their logits sampled: 0 before the last known token, 1 with it, and
+    k + 1 if k draft tokens follow it."""
     num_prompt_logits: int = 0
-    """How many of the last scheduled tokens are prompt tokens whose logits were asked for (`prompt_logprobs`)."""
+    """How many of the last scheduled tokens are prompt tokens whose logits are scored (`prompt_logprobs`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Batch:
     def pack(self) -> bytes:
         """To msgpack bytes; `unpack` is the inverse."""
         rows = [
-            (s.seq_id, s.start, s.token_ids, s.block_table, s.num_prompt_tokens, s.sample, s.num_prompt_logits)
+            (s.seq_id, s.start, s.token_ids, s.block_table, s.num_prompt_tokens, s.num_logits, s.num_prompt_logits)
             for s in self.sequences
         ]
         writes = [(w.seq_id, w.start, w.end, w.num_bytes, w.block_table) for w in self.writes]

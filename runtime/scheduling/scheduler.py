@@ -47,8 +47,8 @@ class SchedulerConfig:
 class Scheduler:
     """Waiting and running sequences, both in order of arrival, over the blocks of one `BlockManager`.
 
-    A step is `batch = schedule()`, running the batch, and `update(batch, sampled)`. Between the two, a sequence may be
-    finished, aborted or preempted; its part of the batch then counts for nothing.
+    A step is `batch = schedule()`, running the batch, and `update(batch, accepted)`. Between the two, a sequence may be
+    finished, aborted or preempted; its part of the batch is then ignored.
 
     Every added sequence finishes: the oldest running one comes first in the budget and is never preempted for another,
     and alone it fits, because `add` refuses it otherwise.
@@ -131,13 +131,13 @@ class Scheduler:
         otherwise is computed in vain. None where more is to be done than that: sequences wait or load, a prompt is not
         finished, a block is missing.
         """
-        advanced = {s.seq_id for s in batch.sequences if s.sample}
+        advanced = {s.seq_id for s in batch.sequences if s.num_logits}
         if self._waiting or not all(seq.seq_id in advanced for seq in self._running):
             return None
         going_on = [seq for seq in self._running if seq.num_tokens < seq.max_positions]
         manager = self.block_manager
-        lacking = (manager.num_blocks_for(seq.num_tokens + 1) - len(seq.block_table) for seq in going_on)
-        if not going_on or sum(lacking) > manager.num_free_blocks:
+        num_lacking = sum(self._num_blocks_lacking(seq, seq.num_tokens + 1) for seq in going_on)
+        if not going_on or num_lacking > manager.num_free_blocks:
             return None
         scheduled = []
         for seq in going_on:
@@ -145,12 +145,15 @@ class Scheduler:
             self._allocate(seq, start + 1)
             table = list(seq.block_table)
             scheduled.append(
-                ScheduledSequence(seq.seq_id, start, [UNKNOWN_TOKEN], table, seq.num_prompt_tokens, sample=True)
+                ScheduledSequence(seq.seq_id, start, [UNKNOWN_TOKEN], table, seq.num_prompt_tokens, num_logits=1)
             )
         return Batch(scheduled)
 
-    def update(self, batch: Batch, sampled: Mapping[int, int]) -> None:
-        """Account for a batch that ran; `sampled` has the next token of each sequence whose last known token was in it.
+    def update(self, batch: Batch, accepted: Mapping[int, list[int]]) -> None:
+        """Account for a batch that ran.
+
+        accepted: by sequence with `num_logits`, the 1 to `num_logits` tokens that follow its known ones. All but the
+        last of them are the first of its draft tokens; the KV of the other drafts is not used and is written again.
 
         A sequence without a usable token (broken logits, say) must be finished before this call.
         """
@@ -160,12 +163,12 @@ class Scheduler:
                 continue
             assert seq.num_computed_tokens == part.start, f"sequence {seq.seq_id} was updated with an old batch"
             end = part.start + len(part.token_ids)
+            if part.num_logits:
+                end -= self._accept(seq, part, accepted[seq.seq_id])
             self.block_manager.mark_computed(seq, end)
             if seq.prompt_logits_pending:
                 covered = max(seq.num_delivered_prompt_logits, min(end, seq.num_prompt_tokens))
                 seq.num_delivered_prompt_logits = covered
-            if end == seq.num_tokens:
-                seq.output_token_ids.append(sampled[seq.seq_id])
 
     def mark_received(self, seq_id: int, num_tokens: int) -> None:
         """Record that the KV of positions `[0, num_tokens)` of a loading sequence is in the cache."""
@@ -252,9 +255,9 @@ class Scheduler:
         return min(num_remaining, budget, self.config.max_chunk_size or budget)
 
     def _make_room(self, seq: Sequence, end: int) -> None:
-        """Preempt the latest arrivals, `seq` itself at last, until `seq` can hold positions `[0, end)`."""
+        """Preempt the latest arrivals, `seq` itself last, until there are blocks for positions `[0, end)` of `seq`."""
         manager = self.block_manager
-        num_new = manager.num_blocks_for(end) - len(seq.block_table)
+        num_new = self._num_blocks_lacking(seq, end)
         while num_new > manager.num_free_blocks and seq.status is SequenceStatus.RUNNING:
             self.preempt(self._running[-1].seq_id)
 
@@ -294,13 +297,25 @@ class Scheduler:
             self._allocate(seq, num_cached + num_new, prefix_blocks)
             scheduled.append(_scheduled(seq, num_cached + num_new))
 
+    def _accept(self, seq: Sequence, part: ScheduledSequence, tokens: list[int]) -> int:
+        """Append the accepted tokens; returns how many draft tokens were rejected."""
+        drafts = part.token_ids[len(part.token_ids) - part.num_logits + 1 :]
+        assert 1 <= len(tokens) <= part.num_logits, f"sequence {seq.seq_id} gets {len(tokens)} of {part.num_logits}"
+        assert tokens[:-1] == drafts[: len(tokens) - 1], f"sequence {seq.seq_id} accepts what was no draft"
+        seq.output_token_ids.extend(tokens)
+        assert seq.num_output_tokens <= seq.max_tokens, f"sequence {seq.seq_id} exceeds max_tokens={seq.max_tokens}"
+        return part.num_logits - len(tokens)
+
     def _allocate(self, seq: Sequence, num_tokens: int, prefix_blocks: list[int] | None = None) -> None:
         self.num_evicted_blocks += len(self.block_manager.allocate(seq, num_tokens, prefix_blocks))
 
     def _num_blocks_ahead(self, seq: Sequence) -> int:
         """Blocks that `seq` lacks for its known tokens and one more, if it can have one more."""
-        num_positions = min(seq.num_tokens + 1, seq.max_positions)
-        return self.block_manager.num_blocks_for(num_positions) - len(seq.block_table)
+        return self._num_blocks_lacking(seq, min(seq.num_tokens + 1, seq.max_positions))
+
+    def _num_blocks_lacking(self, seq: Sequence, num_positions: int) -> int:
+        """Blocks to allocate for positions `[0, num_positions)`; rejected drafts may have left more than these."""
+        return max(0, self.block_manager.num_blocks_for(num_positions) - len(seq.block_table))
 
     def _count_hits(self, seq: Sequence, num_cached: int) -> None:
         if self.block_manager.enable_prefix_caching and not seq.prompt_logits_pending:
@@ -325,6 +340,6 @@ def _scheduled(seq: Sequence, end: int) -> ScheduledSequence:
         seq.slice(start, end),
         list(seq.block_table),
         seq.num_prompt_tokens,
-        sample=end == seq.num_tokens,
+        num_logits=int(end == seq.num_tokens),
         num_prompt_logits=max(0, pending),
     )

@@ -32,7 +32,6 @@ from shoal.runtime.engine import model_loading
 from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.models.deepseek import default_placement
 from tests.support.dispatching import HIDDEN, NUM_EXPERTS, random_inputs, through
 from tests.support.fakes.deep_ep import module_with
 from tests.support.invariance import Point, Rows, differing, make_model, run_point, run_points_on_rank
@@ -123,9 +122,12 @@ def engines_with_fakes(rank: int, store: Store, model_dir: Path) -> list[list[Ro
     module, group = module_with("EPBuffer"), gloo_group(store, "engines", rank)
 
     def dispatcher(
-        config: EngineConfig, model: ModelConfig, groups: ParallelGroups, dtype: torch.dtype
+        config: EngineConfig,
+        model: ModelConfig,
+        groups: ParallelGroups,
+        placement: ExpertPlacement,
+        dtype: torch.dtype,
     ) -> DeepEPTokenDispatcher:
-        placement = default_placement(model, groups)
         max_rows = config.max_num_batched_tokens * model.num_experts_per_tok
         sizes = ExchangeSizes(model.hidden_size, max_rows, model.n_routed_experts, timeout_s=60.0)
         return DeepEPTokenDispatcher(placement, groups.world, lambda: open_exchange(module, group, sizes))

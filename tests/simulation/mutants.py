@@ -113,7 +113,7 @@ def what_failed_counts_as_computed(patch: Patch) -> None:
         batch = schedule(scheduler)
         for part in batch.sequences:
             seq = scheduler._sequences[part.seq_id]
-            if not part.sample:
+            if not part.num_logits:
                 scheduler.block_manager.mark_computed(seq, part.start + len(part.token_ids))
         return batch
 
@@ -122,7 +122,7 @@ def what_failed_counts_as_computed(patch: Patch) -> None:
     def late(scheduler: Scheduler, batch: Any, sampled: Any) -> None:
         for part in batch.sequences:
             seq = scheduler._sequences.get(part.seq_id)
-            if seq is not None and not part.sample:
+            if seq is not None and not part.num_logits:
                 seq.num_computed_tokens = part.start
         update(scheduler, batch, sampled)
 

@@ -295,7 +295,7 @@ class Process:
         rng, cache = self.world.rng, self.runner.cache
         for write, payload in zip(batch.writes, payloads, strict=False):
             if computes or rng.random() < 0.5:
-                cache.write_records(cache.slots(write.block_table, write.start, write.end), Payload(payload))
+                cache.write_kv(cache.slots(write.block_table, write.start, write.end), Payload(payload))
         if computes:
             self.runner.run(batch, 0, None)
         else:

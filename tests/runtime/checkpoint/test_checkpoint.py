@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.checkpoint.safetensors_file import read_header
-from shoal.runtime.models.config import ModelConfig
+from shoal.runtime.models.families import parse_config, read_config
 from tests.support.checkpoints import YARN, make_checkpoint, random_tensor, tensor_shapes
 
 HF_CLASSES = {
@@ -155,7 +155,7 @@ def test_shards_hold_the_same_tensors(tmp_path: Path) -> None:
 
 def test_check_names(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "deepseek_v32", fp8=True, mtp=True)
-    config = ModelConfig.from_pretrained(tmp_path)
+    config = read_config(tmp_path)
     expected = tensor_shapes(config)
     checkpoint = Checkpoint(tmp_path)
     leftover = checkpoint.check_names(expected)
@@ -321,4 +321,4 @@ def test_config_written_by_transformers_means_the_same(
     transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     saved["num_nextn_predict_layers"] = values["num_nextn_predict_layers"]
-    assert ModelConfig.from_dict(saved) == ModelConfig.from_dict(values)
+    assert parse_config(saved) == parse_config(values)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.checkpoint.file_kinds import describe_file
-from shoal.runtime.models.config import ModelConfig
+from shoal.runtime.models.families import read_config
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from tests.support.checkpoints import make_checkpoint, tensor_shapes
 
@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    return tensor_shapes(ModelConfig.from_pretrained(model))
+    return tensor_shapes(read_config(model))
 
 
 def load(model: Path) -> list[str]:

@@ -6,14 +6,14 @@ shared too early, too late, too widely or overwritten while in use shows up as a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shoal.runtime.scheduling.batch import Batch
+from shoal.runtime.scheduling.batch import Batch, ScheduledSequence
 from shoal.runtime.scheduling.block_manager import BlockManager
 from shoal.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
 from shoal.runtime.scheduling.sequence import Sequence, SequenceStatus
@@ -129,6 +129,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         self.update(self.schedule())
+
+    @rule(data=st.data())
+    def step_with_drafts(self, data: st.DataObject) -> None:
+        """As speculative decoding does: guessed tokens follow the last known one, some of them right."""
+        batch = self.schedule()
+        self.update(Batch([self.draft(part, data) for part in batch.sequences]))
 
     @rule(data=st.data(), whole=st.booleans())
     def records_arrive(self, data: st.DataObject, whole: bool) -> None:
@@ -264,7 +270,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for part in batch.sequences:
             seq = self.lives[part.seq_id].seq
             end = part.start + len(part.token_ids)
-            self.check_chunk(self.lives[part.seq_id], part.start, end, part.num_prompt_logits or int(part.sample))
+            self.check_chunk(self.lives[part.seq_id], part.start, end, part.num_prompt_logits or part.num_logits)
             assert part.token_ids == seq.token_ids[part.start : end]
             assert part.block_table == seq.block_table
             reserved = self.lives[part.seq_id].num_reserved
@@ -275,6 +281,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         for part in batch.sequences:
             self.check_records(part.seq_id, part.block_table, 0, part.start + len(part.token_ids))
         return batch
+
+    def draft(self, part: ScheduledSequence, data: st.DataObject) -> ScheduledSequence:
+        """The same part with drafts, where blocks are free; their records are those of the guessed history."""
+        seq = self.lives[part.seq_id].seq
+        end = part.start + len(part.token_ids)
+        most = min(3, seq.max_positions - end) if part.num_logits else 0
+        drafts = data.draw(st.lists(st.integers(0, 1), max_size=most))
+        num_blocks = self.manager.num_blocks_for(end + len(drafts)) - len(seq.block_table)
+        if not drafts or num_blocks > self.manager.num_free_blocks:
+            return part
+        self.manager.allocate(seq, end + len(drafts))
+        self.lives[part.seq_id].num_reserved = max(self.lives[part.seq_id].num_reserved, end + len(drafts))
+        guessed = seq.token_ids + drafts
+        for position in range(end, end + len(drafts)):
+            self.records[self.slot(seq.block_table, position)] = (
+                seq.salt,
+                tuple(guessed[: position + 1]),
+                seq.num_prompt_tokens,
+            )
+        return replace(part, token_ids=part.token_ids + drafts, num_logits=1 + len(drafts))
 
     def check_chunk(self, life: Life, start: int, end: int, num_logits: int) -> None:
         """The chunk goes on where the last one of this life ended, and asks for the logits that are missing."""
@@ -299,20 +325,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert start == 0 or (self.manager.enable_prefix_caching and not life.prompt_logits_missing)
 
     def update(self, batch: Batch) -> None:
-        sampled = {}
+        sampled: dict[int, list[int]] = {}
         for part in batch.sequences:
             life = self.lives.get(part.seq_id)
             if life is None or life.seq.status is SequenceStatus.WAITING:
                 continue
             end = part.start + len(part.token_ids)
+            if part.num_logits:
+                drafts = part.token_ids[len(part.token_ids) - part.num_logits + 1 :]
+                sampled[part.seq_id] = accepted(life.seq.token_ids, drafts)
+                end -= part.num_logits - len(sampled[part.seq_id])
             life.num_computed = end
             life.num_prompt_logits = max(life.num_prompt_logits, min(end, life.seq.num_prompt_tokens))
-            if end == life.seq.num_tokens:
-                sampled[part.seq_id] = sum(life.seq.token_ids) % 3 % 2
         num_tokens = {i: life.seq.num_tokens for i, life in self.lives.items()}
         self.scheduler.update(batch, sampled)
         for seq_id, life in list(self.lives.items()):
-            assert life.seq.num_tokens == num_tokens[seq_id] + (seq_id in sampled)
+            assert life.seq.num_tokens == num_tokens[seq_id] + len(sampled.get(seq_id, []))
             assert life.seq.num_computed_tokens == (life.num_computed or 0)
             if life.seq.num_output_tokens == life.seq.max_tokens:
                 self.scheduler.finish(seq_id)
@@ -327,6 +355,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def slot(self, block_table: list[int], position: int) -> int:
         size = self.manager.block_size
         return block_table[position // size] * size + position % size
+
+
+def accepted(tokens: list[int], drafts: list[int]) -> list[int]:
+    """The tokens that follow, up to the first one that is not the draft in its place."""
+    new: list[int] = []
+    while len(new) <= len(drafts) and new == drafts[: len(new)]:
+        new.append(sum(tokens + new) % 3 % 2)
+    return new
 
 
 def record(seq: Sequence, position: int) -> Record:
