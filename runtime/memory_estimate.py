@@ -15,9 +15,13 @@ from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatc
 from shoal.parallel.groups import create_groups
 from shoal.parallel.placement import default_placement
 
+from .engine.config import EngineConfig
+from .engine.model_loading import compute_dtype
 from .models.config import ModelConfig
 from .models.families import FAMILIES
 from .models.model import Model
+
+POWERS_OF_TWO = [1 << i for i in range(10)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +32,16 @@ class StorageFormat:
     """Compute dtype; block-scaled FP8 weights stay in 8 bits."""
     backend: Backend
     fp8_cache: bool = False
+
+
+def storage_format(engine: EngineConfig, config: ModelConfig, *, on_gpu: bool) -> StorageFormat:
+    """The storage format that an engine with these settings uses."""
+    backend: Backend = "triton" if on_gpu else "cpu"
+    return StorageFormat(
+        dtype=compute_dtype(config, engine.dtype),
+        backend=backend if engine.kernel_backend == "auto" else engine.kernel_backend,
+        fp8_cache=engine.kv_cache_dtype == "fp8",
+    )
 
 
 def declare_model(
@@ -76,24 +90,19 @@ def kv_bytes_per_token(config: ModelConfig, storage: StorageFormat) -> int:
 def fitting_layouts(
     config: ModelConfig, asked: ParallelConfig, storage: StorageFormat, rank_bytes: int, *, ranks_on_node: int
 ) -> Iterator[ParallelConfig]:
-    """Layouts whose weights fit into `rank_bytes` on every rank, the nearest to the one asked for first.
+    """Layouts with at least as many ranks as `asked` whose weights fit into `rank_bytes` on each rank, nearest first.
 
-    Near means few ranks more or less, then little change of the tensor-parallel size.
+    The nearest have the fewest ranks, and of these the most similar tensor-parallel size.
     """
-    sizes = [2**i for i in range(10)]
+    asked_tp = asked.tensor_parallel_size
     candidates = [
         ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp)
-        for tp in {*sizes[:5], asked.tensor_parallel_size}
-        for dp in {*sizes, asked.data_parallel_size}
+        for tp in {*POWERS_OF_TWO[:5], asked_tp}
+        for dp in {*POWERS_OF_TWO, asked.data_parallel_size}
         if all(size % tp == 0 for size in (config.num_attention_heads, config.hidden_size, config.intermediate_size))
-        and tp * dp <= max(sizes)
+        and asked.world_size <= tp * dp <= POWERS_OF_TWO[-1]
     ]
-    candidates.sort(
-        key=lambda c: (
-            abs(c.world_size - asked.world_size),
-            abs(c.tensor_parallel_size - asked.tensor_parallel_size),
-        )
-    )
+    candidates.sort(key=lambda layout: (layout.world_size, abs(layout.tensor_parallel_size - asked_tp)))
     for candidate in candidates:
         on_node = min(ranks_on_node, candidate.world_size)
         if rank_weight_bytes(config, candidate, storage, ranks_on_node=on_node) < rank_bytes:

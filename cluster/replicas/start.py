@@ -8,15 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayError
 
 from shoal.parallel.failpoints import VARIABLE, Failpoints
-from shoal.runtime.models.config import ModelConfig
 
 from ..engine_args import EngineArgs, read_model_config
 from ..supervision.supervisor import ReplicaPlan, Supervisor
@@ -34,6 +31,7 @@ from ..workers.ray_cluster import (
     place,
 )
 from ..workers.spec import OnPhase, Phase, StartReport
+from .memory_check import check_memory
 from .replica import EngineFailed, Replica
 from .router import Router
 
@@ -85,14 +83,15 @@ def start_engines(
         if transport is not None:
             args = replace(args, kv_transport=transport.name)  # once, for all workers
         start = time.monotonic()
-        layout = _layout(args, config)
+        layout = _layout(args)
         check_fits(layout, nodes())
+        memory = check_memory(args, config, nodes())
         limit = f"(at most {args.startup_timeout_s:g} s, startup_timeout_s)"
         with announced(f"room for {layout.num_workers} workers on the Ray cluster {limit}", say):
             placements = place(layout, nodes(), timeout_s=args.startup_timeout_s)
         for placement in placements:
             undo.callback(placement.remove)
-        tell(Phase("placement", time.monotonic() - start))
+        tell(Phase("placement", time.monotonic() - start, str(memory)))
         start = time.monotonic()
         supervisor = Supervisor(
             node_address(),
@@ -128,7 +127,8 @@ def start_engines(
             reports = [r for replica in replicas for r in replica.wait_ready(deadline - time.monotonic())]
             reports += [_spare_report(worker, deadline - time.monotonic()) for worker in spares]
         supervisor.take_over([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
-        for phase in _phases(reports, time.monotonic() - start, layout.weight_bytes):
+        weight_bytes = memory.weight_bytes[0] * args.replica_specs[0].parallel.world_size
+        for phase in _phases(reports, time.monotonic() - start, weight_bytes):
             tell(phase)
         notices = {notice for report in reports for notice in report.notices}
         if transport is not None:
@@ -167,22 +167,13 @@ def _spare_report(worker: WorkerProcess, timeout_s: float) -> StartReport:
     return report
 
 
-def _layout(args: EngineArgs, config: ModelConfig) -> Layout:
+def _layout(args: EngineArgs) -> Layout:
     return Layout(
         replicas=tuple(spec.parallel for spec in args.replica_specs),
         spares=args.spares,
         num_cpus_per_worker=args.num_threads_per_worker or 1,
         num_gpus_per_worker=1 if args.device == "cuda" else 0,
-        weight_bytes=_weight_bytes(args, config),
     )
-
-
-def _weight_bytes(args: EngineArgs, config: ModelConfig) -> int:
-    """Memory that one copy of the weights takes: their size on disk, from the stored to the computing dtype."""
-    on_disk = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
-    stored = 1 if config.weight_block_size is not None else config.torch_dtype.itemsize
-    computing: torch.dtype = config.torch_dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    return on_disk * computing.itemsize // stored
 
 
 def _phases(reports: Sequence[StartReport], seconds: float, weight_bytes: int) -> list[Phase]:

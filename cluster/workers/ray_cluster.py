@@ -84,8 +84,6 @@ class Layout:
     spares: int
     num_cpus_per_worker: int
     num_gpus_per_worker: int
-    weight_bytes: int
-    """Of one replica: a lower bound of the memory that its workers need together."""
 
     @property
     def num_workers(self) -> int:
@@ -215,7 +213,7 @@ def _node(entry: dict[str, Any]) -> Node:
 
 
 def check_fits(layout: Layout, available: Sequence[Node]) -> None:
-    """LayoutDoesNotFit when the nodes, even if nothing else ran on them, could not hold the layout."""
+    """LayoutDoesNotFit when the nodes, even if nothing else ran on them, have too few CPUs or GPUs for the layout."""
     room = sum(layout.workers_on(node) for node in available)
     if room < layout.num_workers:
         need = {name: amount * layout.num_workers for name, amount in layout.bundle.items()}
@@ -228,27 +226,6 @@ def check_fits(layout: Layout, available: Sequence[Node]) -> None:
             f"{_resources({name: have[name] for name in need})} on {len(available)} node(s), room for {room} workers "
             f"({lack}). {_options(layout, room)}"
         )
-    memory = _total_memory(layout, available)
-    if memory is not None and layout.weight_bytes * len(layout.replicas) > memory:
-        where = "GPU memory" if layout.num_gpus_per_worker else "memory"
-        need_bytes = layout.weight_bytes * len(layout.replicas)
-        fitting = memory // layout.weight_bytes
-        more = "the cluster cannot hold this model" if fitting == 0 else f"replicas={fitting} would fit"
-        if fitting == 0 and layout.num_gpus_per_worker:
-            more = "use more GPUs (data_parallel_size) or a smaller checkpoint"
-        raise LayoutDoesNotFit(
-            f"the weights alone need {_gb(need_bytes)} of {where} ({len(layout.replicas)} replica(s) of "
-            f"{_gb(layout.weight_bytes)}); the layout has {_gb(memory)}, {_gb(need_bytes - memory)} are missing: {more}"
-        )
-
-
-def _total_memory(layout: Layout, available: Sequence[Node]) -> int | None:
-    if not layout.num_gpus_per_worker:
-        return sum(n.memory_bytes for n in available)
-    sizes = {n.gpu_memory_bytes for n in available if n.num_gpus}
-    if None in sizes:
-        return None
-    return layout.num_workers * layout.num_gpus_per_worker * max(s for s in sizes if s is not None)
 
 
 def _options(layout: Layout, room: int) -> str:
@@ -273,10 +250,6 @@ def _options(layout: Layout, room: int) -> str:
 
 def _resources(amounts: dict[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
 
 
 def placement_strategies(layout: Layout, available: Sequence[Node]) -> list[Literal["STRICT_PACK", "PACK"]]:

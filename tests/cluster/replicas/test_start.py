@@ -51,15 +51,6 @@ def test_a_bad_model_is_refused_before_ray_starts(tmp_path: Path) -> None:
     assert not ray.is_initialized()
 
 
-def test_weights_are_counted_in_the_computing_dtype(tmp_path: Path) -> None:
-    model = write_config(tmp_path, torch_dtype="bfloat16")
-    (tmp_path / "a.safetensors").write_bytes(b"x" * 100)
-    (tmp_path / "b.safetensors").write_bytes(b"x" * 20)
-    config = read_model_config(EngineArgs(model=model))
-    assert start_module._weight_bytes(EngineArgs(model=model), config) == 120
-    assert start_module._weight_bytes(EngineArgs(model=model, dtype="float32"), config) == 240
-
-
 @pytest.mark.ray
 def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
     phases: list[Phase] = []

@@ -45,15 +45,12 @@ def node(
     )
 
 
-def layout(
-    tp: int = 1, dp: int = 1, replicas: int = 1, *, spares: int = 0, cpus: int = 1, gpus: int = 0, weights: int = 0
-) -> Layout:
+def layout(tp: int = 1, dp: int = 1, replicas: int = 1, *, spares: int = 0, cpus: int = 1, gpus: int = 0) -> Layout:
     return Layout(
         replicas=(ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp),) * replicas,
         spares=spares,
         num_cpus_per_worker=cpus,
         num_gpus_per_worker=gpus,
-        weight_bytes=weights,
     )
 
 
@@ -61,7 +58,6 @@ def test_a_layout_that_just_fits_is_taken() -> None:
     check_fits(layout(2, 4), [node(cpus=8)])
     check_fits(layout(2, 2, 2, cpus=3), [node("a", cpus=11), node("b", cpus=15)])  # 3 + 5 workers
     check_fits(layout(8, gpus=1), [node(cpus=8, gpus=8)])
-    check_fits(layout(2, weights=100 * GIB), [node(memory=100 * GIB)])
 
 
 def test_missing_resources_are_given_in_numbers_with_what_would_fit() -> None:
@@ -83,17 +79,6 @@ def test_pieces_too_small_and_missing_gpus_are_told_apart() -> None:
         check_fits(layout(tp=2, gpus=1), [node(gpus=1)])
     with pytest.raises(LayoutDoesNotFit, match="No layout of this model fits"):
         check_fits(layout(gpus=1), [node()])
-
-
-def test_weights_that_exceed_the_memory_are_refused_before_they_are_read() -> None:
-    with pytest.raises(
-        LayoutDoesNotFit, match=r"need 32.2 GB of memory \(3 replica\(s\) of 10.7 GB\).*replicas=2 would fit"
-    ):
-        check_fits(layout(replicas=3, weights=10 * GIB), [node(memory=25 * GIB)])
-    eight = node(cpus=64, gpus=8, gpu_memory=80 * GIB)
-    with pytest.raises(LayoutDoesNotFit, match=r"need 690 GB of GPU memory .*has 687 GB, 2.81 GB are missing"):
-        check_fits(layout(8, gpus=1, weights=690_000_000_000), [eight])
-    check_fits(layout(8, gpus=1, weights=690_000_000_000), [node(cpus=64, gpus=8)])  # unknown GPU
 
 
 def test_replicas_are_packed_on_one_node_while_one_has_room() -> None:
