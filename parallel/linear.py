@@ -1,11 +1,12 @@
-"""Tensor-parallel products that are exact: the output dimension is split and gathered, the reduction never is."""
+"""Exact tensor-parallel matmuls: the output dimension is split and gathered, the reduction never is."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.linear import PackedWeight, linear
+from shoal.kernels.linear import PackedWeight
+from shoal.kernels.ops import Ops
 
 from .collectives import Communicator
 
@@ -23,10 +24,17 @@ def gather_last_dim(x: Tensor, comm: Communicator, *, layer: int, op: str) -> Te
 
 
 def column_parallel(
-    x: Tensor, weight: PackedWeight, comm: Communicator, *, layer: int, op: str, out_dtype: torch.dtype | None = None
+    ops: Ops,
+    x: Tensor,
+    weight: PackedWeight,
+    comm: Communicator,
+    *,
+    layer: int,
+    op: str,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """[T, K] times this rank's rows of the weight, gathered: [T, N], the same bits for every number of ranks."""
-    return gather_last_dim(linear(x, weight, out_dtype=out_dtype), comm, layer=layer, op=op)
+    return gather_last_dim(ops.linear(x, weight, out_dtype=out_dtype), comm, layer=layer, op=op)
 
 
 def split_tokens(x: Tensor, comm: Communicator) -> Tensor:

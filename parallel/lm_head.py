@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoal.kernels.linear import PackedWeight, linear
+from shoal.kernels.linear import PackedWeight
+from shoal.kernels.ops import Ops
 
 from .collectives import Communicator
 
@@ -24,12 +25,13 @@ class ParallelLMHead:
     logits: every rank: its tokens' columns of a b c -> first rank of g0: a b | first rank of g1: c
     """
 
-    def __init__(self, weight: PackedWeight, vocab_size: int, comm: Communicator, group_size: int) -> None:
+    def __init__(self, weight: PackedWeight, vocab_size: int, comm: Communicator, group_size: int, ops: Ops) -> None:
         """`weight` holds the rows of `vocab_shard`; `comm` is made of tensor-parallel groups of `group_size` ranks."""
         assert comm.size % group_size == 0
         self.weight = weight
         self.vocab_size = vocab_size
         self.comm = comm
+        self.ops = ops
         self.leaders = range(0, comm.size, group_size)
         self.leader = comm.rank - comm.rank % group_size
         shards = [vocab_shard(vocab_size, r, comm.size) for r in range(comm.size)]
@@ -42,9 +44,9 @@ class ParallelLMHead:
         Accumulated in fp32 and not rounded to the compute dtype; the same bits for every split.
         """
         if self.comm.size == 1:
-            return linear(hidden, self.weight, out_dtype=torch.float32)
+            return self.ops.linear(hidden, self.weight, out_dtype=torch.float32)
         rows = self._gather_rows(hidden)
-        part = linear(torch.cat(rows), self.weight, out_dtype=torch.float32)
+        part = self.ops.linear(torch.cat(rows), self.weight, out_dtype=torch.float32)
         return self._collect(list(torch.split(part, [len(r) for r in rows])))
 
     def _gather_rows(self, hidden: Tensor) -> list[Tensor]:

@@ -94,7 +94,7 @@ class Engine:
                 clock=clock,
             )
         vocab_size, device = self.model_config.vocab_size, groups.device
-        self.sampler = Sampler(vocab_size) if device.type == "cpu" else DeviceSampler(vocab_size, device)
+        self.sampler = Sampler(vocab_size) if device.type == "cpu" else DeviceSampler(vocab_size, device, loaded.ops)
         self._runs_ahead = self.runner.graphs is not None and transport is None
         self._in_flight: InFlight | None = None
         """A step that was started before the one that it follows was finished."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,8 @@ import torch
 
 from shoal.kernels.kv_format import FP8_RECORDS
 from shoal.kernels.numerics import pin_floating_point
-from shoal.kernels.registry import (
-    NOT_STRICT,
-    Backend,
-    Vendor,
-    check_vendors,
-    current_backend,
-    current_vendors,
-    is_invariant,
-    set_backend,
-)
+from shoal.kernels.ops import Ops, choose_backend
+from shoal.kernels.registry import NOT_STRICT, Vendor, is_invariant
 from shoal.parallel.deep_ep import deep_ep_dispatcher
 from shoal.parallel.dispatcher import TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
@@ -31,7 +22,7 @@ from ..kv_cache.cache import KVCache, RecordSpec, bytes_per_block
 from ..memory import available_memory, release_freed_memory
 from ..models.config import ModelConfig
 from ..models.deepseek import DeepseekModel, default_dispatcher, default_placement, expected_tensors, record_specs
-from .config import EngineConfig, KernelBackend, VendorKernels
+from .config import EngineConfig, VendorKernels
 from .cuda_graphs import DecodeGraphs
 from .model_runner import ModelRunner
 
@@ -50,6 +41,7 @@ class LoadedModel:
     """What can be run."""
 
     runner: ModelRunner
+    ops: Ops
     config: ModelConfig
     max_model_len: int
     """Tokens of a sequence, at most: what was asked for, or what the model and the cache can take."""
@@ -59,15 +51,15 @@ class LoadedModel:
 
 def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGroups, on_phase: OnPhase) -> LoadedModel:
     """ValueError for a checkpoint or a setting that cannot work; `on_phase` is told what a user should know."""
-    _choose_kernels(config, groups.device)
+    ops = _choose_kernels(config, groups.device)
     pin_floating_point()
     model_config = ModelConfig.from_pretrained(model_dir)
     check_layout(model_config, groups.config.tensor_parallel_size)
     dtype = _compute_dtype(model_config) if config.dtype == "auto" else getattr(torch, config.dtype)
     records_dtype = FP8_RECORDS if config.kv_cache_dtype == "fp8" else dtype
-    if records_dtype == FP8_RECORDS and current_backend() == "triton":
+    if records_dtype == FP8_RECORDS and ops.backend == "triton":
         _check_fp8_cache(model_config, dtype)
-    _check_vendor_kernels(config, model_config, dtype, groups)
+    _check_vendor_kernels(ops, config, model_config, dtype, groups)
     specs = record_specs(model_config, records_dtype)
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     if wanted_len > model_config.max_position_embeddings:
@@ -75,8 +67,8 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
             f"max_model_len {wanted_len} is above the model's max_position_embeddings "
             f"({model_config.max_position_embeddings})"
         )
-    dispatcher = _dispatcher(config, model_config, groups, dtype)
-    model, fingerprint = _load_weights(model_dir, model_config, groups, dtype, wanted_len, dispatcher, on_phase)
+    dispatcher = _dispatcher(config, model_config, groups, ops, dtype)
+    model, fingerprint = _load_weights(model_dir, model_config, groups, ops, dtype, wanted_len, dispatcher, on_phase)
     release_freed_memory()  # tensors were unpacked one at a time, of all sizes
     num_blocks = _num_kv_blocks(config, groups, specs, wanted_len)
     max_model_len = min(wanted_len, num_blocks * config.block_size)
@@ -89,24 +81,25 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
         on_phase(f"notice: max_model_len is {max_model_len}, which is what the cache can hold")
     cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, device=groups.device)
     graphs = None
-    on_gpu_alone = groups.device.type == "cuda" and groups.world.size == 1 and current_backend() == "triton"
+    on_gpu_alone = groups.device.type == "cuda" and groups.world.size == 1 and ops.backend == "triton"
     if on_gpu_alone and not config.enforce_eager:
         graphs = DecodeGraphs(
             model, cache, groups.device, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
         )
-    kernels = "+".join([current_backend(), *current_vendors()])
+    kernels = "+".join([ops.backend, *ops.vendors])
     depends_on = f"{fingerprint}/{dtype}/{records_dtype}/{kernels}"
     return LoadedModel(
         runner=ModelRunner(model, cache, groups.device, graphs),
+        ops=ops,
         config=model_config,
         max_model_len=max_model_len,
         record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
     )
 
 
-def _choose_kernels(config: EngineConfig, device: torch.device) -> None:
+def _choose_kernels(config: EngineConfig, device: torch.device) -> Ops:
     """ValueError for kernels that do not run there, or that do not promise what is asked of them."""
-    backend = choose_backend(config.kernel_backend, device) or current_backend()
+    backend = choose_backend(config.kernel_backend, device)
     vendors = VENDORS[config.vendor_kernels]
     if config.invariance == "strict" and not is_invariant(backend):
         raise ValueError(
@@ -119,21 +112,7 @@ def _choose_kernels(config: EngineConfig, device: torch.device) -> None:
             f"vendor_kernels {config.vendor_kernels} do not promise that a row's result is independent of its batch "
             f"({why}); set vendor_kernels to none or invariance to relaxed"
         )
-    set_backend(backend, vendors)
-    check_vendors(vendors, device)
-
-
-def choose_backend(wanted: KernelBackend, device: torch.device) -> Backend | None:
-    """The kernels for a device; None: those in force. ValueError for kernels that do not run there."""
-    if wanted == "auto":
-        return "triton" if device.type == "cuda" else None
-    if wanted == "cpu" and device.type != "cpu":
-        raise ValueError('kernels "cpu" do not run on a GPU: choose "triton", or device "cpu"')
-    if wanted == "triton" and device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
-        raise ValueError(
-            'kernels "triton" need device "cuda" (or TRITON_INTERPRET=1, which is for tests of the kernels)'
-        )
-    return wanted
+    return Ops.choose(device, backend, vendors)
 
 
 def _check_fp8_cache(config: ModelConfig, dtype: torch.dtype) -> None:
@@ -147,10 +126,11 @@ def _check_fp8_cache(config: ModelConfig, dtype: torch.dtype) -> None:
         )
 
 
-def _check_vendor_kernels(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, groups: ParallelGroups) -> None:
+def _check_vendor_kernels(
+    ops: Ops, config: EngineConfig, model: ModelConfig, dtype: torch.dtype, groups: ParallelGroups
+) -> None:
     """ValueError for a model that the chosen libraries have no kernels for."""
-    vendors = current_vendors()
-    if "flash_mla" in vendors:
+    if "flash_mla" in ops.vendors:
         from shoal.kernels.vendor.flash_mla import check_attention
 
         check_attention(
@@ -161,7 +141,7 @@ def _check_vendor_kernels(config: EngineConfig, model: ModelConfig, dtype: torch
             sparse=model.has_index,
             page_size=config.block_size,
         )
-    if "deep_gemm" in vendors:
+    if "deep_gemm" in ops.vendors:
         from shoal.kernels.vendor.deep_gemm import check_experts, check_index, check_scales
 
         check_scales(groups.device, ue8m0=model.ue8m0_scales)
@@ -174,6 +154,7 @@ def _load_weights(
     model_dir: str | Path,
     config: ModelConfig,
     groups: ParallelGroups,
+    ops: Ops,
     dtype: torch.dtype,
     max_len: int,
     dispatcher: TokenDispatcher,
@@ -187,17 +168,19 @@ def _load_weights(
             on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
         if unused := sorted(leftovers - mtp):
             on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
-        model = DeepseekModel(config, checkpoint, groups, dtype=dtype, max_model_len=max_len, dispatcher=dispatcher)
+        model = DeepseekModel(
+            config, checkpoint, groups, ops, dtype=dtype, max_model_len=max_len, dispatcher=dispatcher
+        )
         return model, checkpoint.fingerprint
 
 
 def _dispatcher(
-    config: EngineConfig, model: ModelConfig, groups: ParallelGroups, dtype: torch.dtype
+    config: EngineConfig, model: ModelConfig, groups: ParallelGroups, ops: Ops, dtype: torch.dtype
 ) -> TokenDispatcher:
     """ValueError for a backend that does not fit the model or the device, or that is not installed."""
     placement = default_placement(model, groups)
     if config.all2all_backend == "default" or groups.world.size == 1:
-        return default_dispatcher(placement, groups)
+        return default_dispatcher(placement, groups, ops)
     if groups.device.type != "cuda" or dtype != torch.bfloat16:
         raise ValueError(
             f"all2all_backend deepep moves bfloat16 between GPUs, this is {dtype} on device {groups.device.type}: "
@@ -205,7 +188,7 @@ def _dispatcher(
         )
     tokens_per_rank = -(-config.max_num_batched_tokens // groups.tp.size)
     return deep_ep_dispatcher(
-        placement, groups, model.hidden_size, max_rows=tokens_per_rank * model.num_experts_per_tok
+        placement, groups, ops, model.hidden_size, max_rows=tokens_per_rank * model.num_experts_per_tok
     )
 
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
+from shoal.kernels.attention import PagedLayout
 from shoal.kernels.fused import AttentionBlock, Weight
-from shoal.kernels.indexer import index_topk
-from shoal.kernels.kv_format import write_index_keys, write_latents
-from shoal.kernels.linear import DTYPE_CODES, batched_linear, linear, pack_weight
-from shoal.kernels.norm import rms_norm
-from shoal.kernels.rope import Rotation, apply_rope
+from shoal.kernels.linear import DTYPE_CODES
+from shoal.kernels.rope import Rotation
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, shard
 
@@ -31,6 +28,7 @@ class Indexer:
     """Scores every earlier position for a token and selects `index_topk` of them; replicated on all ranks."""
 
     def __init__(self, config: ModelConfig, weights: LayerWeights, rope_table: Tensor) -> None:
+        self.ops = weights.ops
         self.rope_table = rope_table
         self.num_heads = config.index_n_heads
         self.head_dim = config.index_head_dim
@@ -41,15 +39,15 @@ class Indexer:
         self.wk = weights.pack("wk.weight")
         self.k_norm_weight = weights.read("k_norm.weight", dtype=torch.float32)
         self.k_norm_bias = weights.read("k_norm.bias", dtype=torch.float32)
-        self.weights_proj = pack_weight(weights.read("weights_proj.weight", dtype=torch.float32))
+        self.weights_proj = self.ops.pack_weight(weights.read("weights_proj.weight", dtype=torch.float32))
         self.weight_scale = config.index_n_heads**-0.5 * config.index_head_dim**-0.5
 
     def write_keys(self, x: Tensor, index_keys: Tensor, metadata: AttentionMetadata) -> None:
         """Index keys of x [T, H] (after the input norm) into the tokens' slots."""
-        write_index_keys(
+        self.ops.write_index_keys(
             index_keys,
             metadata.slot_mapping,
-            linear(x, self.wk),
+            self.ops.linear(x, self.wk),
             (self.k_norm_weight, self.k_norm_bias),
             LATENT_NORM_EPS,
             Rotation(self.rope_table, metadata.positions, self.interleaved),
@@ -57,11 +55,11 @@ class Indexer:
 
     def select(self, x: Tensor, q_latent: Tensor, index_keys: Tensor, layout: PagedLayout) -> Tensor:
         """For the T tokens of `layout` -> [T, index_topk] int32: selected positions, ascending, padded with -1."""
-        q = linear(q_latent, self.wq_b).view(-1, self.num_heads, self.head_dim)
+        q = self.ops.linear(q_latent, self.wq_b).view(-1, self.num_heads, self.head_dim)
         rotary = q[..., : self.rope_dim]
-        rotary.copy_(apply_rope(rotary, Rotation(self.rope_table, layout.positions, self.interleaved)))
-        head_weights = linear(x.float(), self.weights_proj) * self.weight_scale
-        return index_topk(q, head_weights, index_keys, layout, self.topk)
+        rotary.copy_(self.ops.apply_rope(rotary, Rotation(self.rope_table, layout.positions, self.interleaved)))
+        head_weights = self.ops.linear(x.float(), self.weights_proj) * self.weight_scale
+        return self.ops.index_topk(q, head_weights, index_keys, layout, self.topk)
 
 
 class MLAttention:
@@ -75,6 +73,7 @@ class MLAttention:
     ) -> None:
         self.config, self.layer, self.rope_table = config, layer, rope_table
         self.tp = groups.tp
+        self.ops = weights.ops
         self.latent_dim, self.rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
         self.nope_dim, self.v_dim = config.qk_nope_head_dim, config.v_head_dim
         self.interleaved = config.rope_interleave
@@ -91,9 +90,9 @@ class MLAttention:
         # Rows of kv_b, per head: Dn that make keys | Dv that make values.
         kv_b = weights.read("kv_b_proj.weight", rows=_rows_of(heads, self.nope_dim + self.v_dim))
         kv_b = kv_b.view(self.num_heads, self.nope_dim + self.v_dim, self.latent_dim)
-        self.w_uk = pack_weight(kv_b[:, : self.nope_dim].contiguous())
-        self.w_uk_absorbed = pack_weight(kv_b[:, : self.nope_dim].transpose(1, 2).contiguous())
-        self.w_uv = pack_weight(kv_b[:, self.nope_dim :].contiguous())
+        self.w_uk = self.ops.pack_weight(kv_b[:, : self.nope_dim].contiguous())
+        self.w_uk_absorbed = self.ops.pack_weight(kv_b[:, : self.nope_dim].transpose(1, 2).contiguous())
+        self.w_uv = self.ops.pack_weight(kv_b[:, self.nope_dim :].contiguous())
         out = shard(config.hidden_size, groups.tp_rank, self.tp.size)
         self.o_proj = weights.pack("o_proj.weight", rows=out)
         self.indexer: Indexer | None = None
@@ -147,16 +146,16 @@ class MLAttention:
         """x [T, H] after the input norm -> (attention output [T, H], the selection that the next layer may share)."""
         records, index_keys = cache.records[self.layer], cache.index_keys[self.layer]
         rotation = Rotation(self.rope_table, metadata.positions, self.interleaved)
-        a = linear(x, self.a_proj)
-        q_latent = rms_norm(a[:, : self.q_lora_rank], self.q_a_norm, LATENT_NORM_EPS)
+        a = self.ops.linear(x, self.a_proj)
+        q_latent = self.ops.rms_norm(a[:, : self.q_lora_rank], self.q_a_norm, LATENT_NORM_EPS)
         kv = a[:, self.q_lora_rank :]
-        write_latents(records, metadata.slot_mapping, kv, self.kv_a_norm, LATENT_NORM_EPS, rotation)
+        self.ops.write_latents(records, metadata.slot_mapping, kv, self.kv_a_norm, LATENT_NORM_EPS, rotation)
         if self.indexer is not None:
             assert index_keys is not None
             self.indexer.write_keys(x, index_keys, metadata)
-        q = linear(q_latent, self.q_b_proj).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
+        q = self.ops.linear(q_latent, self.q_b_proj).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
         rotary = q[..., self.nope_dim :]
-        rotary.copy_(apply_rope(rotary, rotation))
+        rotary.copy_(self.ops.apply_rope(rotary, rotation))
 
         first = metadata.per_head.num_tokens
         if self.indexer is not None:
@@ -167,21 +166,23 @@ class MLAttention:
         # heads of rank 0 | heads of rank 1 | ..: the whole input of o_proj, of which each rank computes some outputs
         heads_out = gather_last_dim(heads_out, self.tp, layer=self.layer, op="attention.heads")
         metadata.emit(self.layer, "attention.heads", heads_out)
-        return column_parallel(heads_out, self.o_proj, self.tp, layer=self.layer, op="attention.o_proj"), selected
+        return column_parallel(
+            self.ops, heads_out, self.o_proj, self.tp, layer=self.layer, op="attention.o_proj"
+        ), selected
 
     def _attend(self, q: Tensor, records: Tensor, metadata: AttentionMetadata, selected: Tensor | None) -> Tensor:
         """q [T, h, Dn + Dr] -> [T, h, Dv]."""
         first = metadata.per_head.num_tokens
         out = []
         if first:
-            out.append(mha_attention(q[:first], records, metadata.per_head, self.w_uk, self.w_uv, self.scale))
+            out.append(self.ops.mha_attention(q[:first], records, metadata.per_head, self.w_uk, self.w_uv, self.scale))
         if first < len(q) or not first:
             q = q[first:]
-            q_latent = batched_linear(q[..., : self.nope_dim], self.w_uk_absorbed)
-            attended = mla_attention(
+            q_latent = self.ops.batched_linear(q[..., : self.nope_dim], self.w_uk_absorbed)
+            attended = self.ops.mla_attention(
                 q_latent, q[..., self.nope_dim :], records, metadata.absorbed, self.scale, selected=selected
             )
-            out.append(batched_linear(attended, self.w_uv))
+            out.append(self.ops.batched_linear(attended, self.w_uv))
         return out[0] if len(out) == 1 else torch.cat(out)
 
 

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from shoal.kernels.fused import StepArgs, attention_block, step_args
 from shoal.kernels.kv_format import latent_width
-from shoal.kernels.linear import pack_weight
-from shoal.kernels.norm import add_rms_norm, rms_norm
+from shoal.kernels.ops import Ops
 from shoal.kernels.rope import cos_sin_table, inv_freq
 from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
@@ -40,6 +39,7 @@ class DecoderLayer:
         layer: int,
     ) -> None:
         self.layer = layer
+        self.ops = weights.ops
         self.eps = config.rms_norm_eps
         self.input_norm = weights.read("input_layernorm.weight").float()
         self.post_attention_norm = weights.read("post_attention_layernorm.weight").float()
@@ -84,9 +84,9 @@ class DecoderLayer:
             records, index_keys = cache.records[self.layer], cache.index_keys[self.layer]
             return attention_block(self.attention_block, step, hidden, residual, records, index_keys, selected)
         if residual is None:
-            x, residual = rms_norm(hidden, self.input_norm, self.eps), hidden
+            x, residual = self.ops.rms_norm(hidden, self.input_norm, self.eps), hidden
         else:
-            x, residual = add_rms_norm(hidden, residual, self.input_norm, self.eps)
+            x, residual = self.ops.add_rms_norm(hidden, residual, self.input_norm, self.eps)
         metadata.emit(self.layer, "residual", residual)
         attended, selected = self.attention.forward(x, cache, metadata, selected)
         metadata.emit(self.layer, "attention", attended)
@@ -99,7 +99,7 @@ class DecoderLayer:
         if step is not None and self.moe_block is not None:
             assert isinstance(self.mlp, MoE)
             return self.mlp.forward_block(self.moe_block, step, attended, residual)
-        x, residual = add_rms_norm(attended, residual, self.post_attention_norm, self.eps)
+        x, residual = self.ops.add_rms_norm(attended, residual, self.post_attention_norm, self.eps)
         out = self.mlp.forward(x, metadata)
         metadata.emit(self.layer, "mlp", out)
         return out, residual
@@ -113,6 +113,7 @@ class DeepseekModel:
         config: ModelConfig,
         checkpoint: Checkpoint,
         groups: ParallelGroups,
+        ops: Ops,
         *,
         dtype: torch.dtype,
         max_model_len: int,
@@ -122,13 +123,14 @@ class DeepseekModel:
         """`dispatcher` brings tokens to experts where `placement` put them; None: as `default_dispatcher` says."""
         self.config = config
         self.dtype = dtype
+        self.ops = ops
         self.tp = groups.tp
         placement = placement or default_placement(config, groups)
-        dispatcher = dispatcher or default_dispatcher(placement, groups)
+        dispatcher = dispatcher or default_dispatcher(placement, groups, ops)
         frequencies = inv_freq(config.qk_rope_head_dim, config.rope_theta, config.yarn)
         rope_table = cos_sin_table(frequencies, max_model_len, config.rope_cos_sin_scale).to(groups.device)
 
-        weights = LayerWeights(checkpoint, "model", dtype, groups.device, config.ue8m0_scales)
+        weights = LayerWeights(checkpoint, "model", dtype, groups.device, ops, config.ue8m0_scales)
         hidden = shard(config.hidden_size, groups.tp_rank, self.tp.size)
         self.embed_tokens = checkpoint.read("model.embed_tokens.weight", cols=hidden, dtype=dtype).to(groups.device)
         self.layers = [
@@ -138,8 +140,8 @@ class DeepseekModel:
         self.final_norm = weights.read("norm.weight").float()
         head = self.tp if several_nodes(groups) else groups.world
         vocab = vocab_shard(config.vocab_size, head.rank, head.size)
-        weight = pack_weight(checkpoint.read(_lm_head_name(config), rows=vocab, dtype=dtype).to(groups.device))
-        self.lm_head = ParallelLMHead(weight, config.vocab_size, head, self.tp.size)
+        weight = ops.pack_weight(checkpoint.read(_lm_head_name(config), rows=vocab, dtype=dtype).to(groups.device))
+        self.lm_head = ParallelLMHead(weight, config.vocab_size, head, self.tp.size, ops)
 
     def forward(self, input_ids: Tensor, cache: KVCache, metadata: AttentionMetadata) -> Tensor:
         """input_ids [T] int64 -> hidden states after the final norm [T, H].
@@ -156,7 +158,7 @@ class DeepseekModel:
         for layer in self.layers:
             hidden, residual, selected = layer.forward(hidden, residual, cache, metadata, step, selected)
         assert residual is not None
-        out, _ = add_rms_norm(hidden, residual, self.final_norm, self.config.rms_norm_eps)
+        out, _ = self.ops.add_rms_norm(hidden, residual, self.final_norm, self.config.rms_norm_eps)
         metadata.emit(-1, "final_norm", out)
         return out
 
@@ -174,11 +176,11 @@ def default_placement(config: ModelConfig, groups: ParallelGroups) -> ExpertPlac
     return place(config.n_routed_experts, groups.world.size)
 
 
-def default_dispatcher(placement: ExpertPlacement, groups: ParallelGroups) -> TokenDispatcher:
+def default_dispatcher(placement: ExpertPlacement, groups: ParallelGroups, ops: Ops) -> TokenDispatcher:
     """In place where one rank holds all experts, otherwise with the collectives of the replica's ranks."""
     if groups.world.size == 1:
-        return LocalTokenDispatcher(placement, groups.device)
-    return AllToAllTokenDispatcher(placement, groups.world, groups.device)
+        return LocalTokenDispatcher(placement, ops, groups.device)
+    return AllToAllTokenDispatcher(placement, groups.world, ops, groups.device)
 
 
 def several_nodes(groups: ParallelGroups) -> bool:

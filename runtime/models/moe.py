@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels import fused as blocks
-from shoal.kernels.experts import experts_mlp, mlp, swiglu
-from shoal.kernels.linear import DTYPE_CODES, PackedWeight, linear, pack_each, pack_weight
-from shoal.kernels.topk_router import route
+from shoal.kernels.linear import DTYPE_CODES, PackedWeight
 from shoal.parallel.dispatcher import LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, gather_tokens, shard, split_tokens
@@ -31,6 +29,7 @@ class DenseMLP:
     def __init__(self, config: ModelConfig, weights: LayerWeights, groups: ParallelGroups, *, layer: int) -> None:
         self.layer = layer
         self.tp = groups.tp
+        self.ops = weights.ops
         inner = shard(config.intermediate_size, groups.tp_rank, self.tp.size)
         self.gate_up = weights.pack(*_GATE_UP, rows=inner)
         self.down = weights.pack("down_proj.weight", rows=shard(config.hidden_size, groups.tp_rank, self.tp.size))
@@ -38,10 +37,10 @@ class DenseMLP:
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """x [T, H] -> [T, H]."""
         if self.tp.size == 1:
-            return mlp(x, self.gate_up, self.down)  # the same bits, in one call
-        inner = swiglu(linear(x, self.gate_up))
+            return self.ops.mlp(x, self.gate_up, self.down)  # the same bits, in one call
+        inner = self.ops.swiglu(self.ops.linear(x, self.gate_up))
         inner = gather_last_dim(inner, self.tp, layer=self.layer, op="mlp.inner")
-        return column_parallel(inner, self.down, self.tp, layer=self.layer, op="mlp.down")
+        return column_parallel(self.ops, inner, self.down, self.tp, layer=self.layer, op="mlp.down")
 
 
 class MoE:
@@ -62,9 +61,10 @@ class MoE:
     ) -> None:
         self.layer = layer
         self.tp = groups.tp
+        self.ops = weights.ops
         self.dispatcher = dispatcher
         self.config = config
-        self.gate = pack_weight(weights.read("gate.weight", dtype=torch.float32))
+        self.gate = self.ops.pack_weight(weights.read("gate.weight", dtype=torch.float32))
         self.bias = weights.read("gate.e_score_correction_bias", dtype=torch.float32)
         self.gate_up, self.down = _load_experts(config, weights, local_experts)
         self.shared: tuple[PackedWeight, PackedWeight] | None = None
@@ -123,14 +123,16 @@ class MoE:
     def _experts(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         """Tokens of this rank through their experts, wherever these are; the shared one works while outputs travel."""
         tokens, handle = self.dispatcher.dispatch(x, topk_idx, topk_weights, layer=self.layer)
-        y = experts_mlp(tokens.x, tokens.num_tokens_per_expert, self.gate_up, self.down, tokens.x_row, tokens.out_row)
+        y = self.ops.experts_mlp(
+            tokens.x, tokens.num_tokens_per_expert, self.gate_up, self.down, tokens.x_row, tokens.out_row
+        )
         receive = self.dispatcher.combine(y, handle, layer=self.layer)
-        return receive(None if self.shared is None else mlp(x, *self.shared))
+        return receive(None if self.shared is None else self.ops.mlp(x, *self.shared))
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
-        return route(
-            linear(x.float(), self.gate),
+        return self.ops.route(
+            self.ops.linear(x.float(), self.gate),
             self.bias,
             n_group=config.n_group,
             topk_group=config.topk_group,
@@ -144,6 +146,10 @@ def _load_experts(config: ModelConfig, weights: LayerWeights, local: list[int]) 
     """This rank's experts, read and packed one at a time."""
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     experts = [weights.under(f"experts.{expert}") for expert in local]
-    gate_up = pack_each((e.pack(*_GATE_UP) for e in experts), len(local), (2 * inner, hidden), weights.dtype)
-    down = pack_each((e.pack("down_proj.weight") for e in experts), len(local), (hidden, inner), weights.dtype)
+    gate_up = weights.ops.pack_each(
+        (e.pack(*_GATE_UP) for e in experts), len(local), (2 * inner, hidden), weights.dtype
+    )
+    down = weights.ops.pack_each(
+        (e.pack("down_proj.weight") for e in experts), len(local), (hidden, inner), weights.dtype
+    )
     return gate_up, down

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shoal.kernels.linear import PackedWeight, pack_weight
+from shoal.kernels.linear import PackedWeight
+from shoal.kernels.ops import Ops
 from shoal.kernels.quant import BlockFP8Weight
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ class LayerWeights:
     prefix: str
     dtype: torch.dtype
     device: torch.device
+    ops: Ops
     ue8m0: bool = False
     """Whether inputs of FP8 products are quantised with scales that are powers of two, as the weights' makers did."""
 
@@ -37,5 +39,5 @@ class LayerWeights:
         paths = [f"{self.prefix}.{name}" for name in names]
         if all(self.checkpoint.dtype(path) is torch.float8_e4m3fn for path in paths):
             stored = [self.checkpoint.read_fp8(path, rows=rows) for path in paths]
-            return pack_weight(BlockFP8Weight.cat(stored).to(self.device), dtype=self.dtype, ue8m0=self.ue8m0)
-        return pack_weight(torch.cat([self.read(name, rows=rows) for name in names]))
+            return self.ops.pack_weight(BlockFP8Weight.cat(stored).to(self.device), dtype=self.dtype, ue8m0=self.ue8m0)
+        return self.ops.pack_weight(torch.cat([self.read(name, rows=rows) for name in names]))

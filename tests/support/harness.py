@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shoal.kernels.ops import Ops
 from shoal.parallel.groups import single_process_groups
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.engine.model_runner import ModelRunner, prompt_slices
@@ -31,7 +32,7 @@ def make_runner(
     checkpoint = Checkpoint(model_dir)
     try:
         model = DeepseekModel(
-            config, checkpoint, groups, dtype=dtype, max_model_len=min(config.max_position_embeddings, 4096)
+            config, checkpoint, groups, Ops("cpu"), dtype=dtype, max_model_len=min(config.max_position_embeddings, 4096)
         )
     finally:
         checkpoint.close()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from shoal.kernels.ops import Ops
 from shoal.parallel.collectives import Communicator
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
@@ -282,7 +283,7 @@ def test_a_rank_holds_its_shard_and_at_most_one_more_tensor(tmp_path: Path, monk
             ranks_on_node,
         )
         with Checkpoint(tmp_path) as checkpoint:
-            DeepseekModel(config, checkpoint, groups, dtype=torch.bfloat16, max_model_len=64)
+            DeepseekModel(config, checkpoint, groups, Ops("cpu"), dtype=torch.bfloat16, max_model_len=64)
         totals[tp, dp, ranks_on_node] = sum(sizes)
     experts = (config.num_hidden_layers - config.first_k_dense_replace) * config.n_routed_experts
     of_experts = experts * 3 * config.hidden_size * config.moe_intermediate_size
@@ -335,3 +336,18 @@ def test_experts_are_spread_on_one_node_and_kept_together_over_several(tmp_path:
 
     assert of_rank_1(2) == list(range(1, 16, 2))
     assert of_rank_1(1) == list(range(8, 16))
+
+
+def test_an_engine_does_not_change_the_kernels_of_the_next(model_dir: Path) -> None:
+    """The kernels of an engine that is refused, or that runs on the reference, are nobody else's."""
+    prompt = request("a", PROMPT)
+    expected = run(make_engine(model_dir), prompt)["a"].outputs
+    reference = make_engine(model_dir, kernel_backend="reference", invariance="relaxed")
+    with pytest.raises(ValueError, match="set invariance to relaxed"):
+        make_engine(model_dir, kernel_backend="reference")
+    with pytest.raises(ValueError, match='kernels "cpu" do not run on a GPU'):
+        Engine(model_dir, EngineConfig(kernel_backend="cpu"), single_process_groups(torch.device("cuda")))
+    first, second = make_engine(model_dir), make_engine(model_dir)
+    run(reference, prompt)
+    assert run(first, prompt)["a"].outputs == expected
+    assert run(second, prompt)["a"].outputs == expected
