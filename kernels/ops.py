@@ -74,8 +74,11 @@ class Ops:
     def choose(cls, device: torch.device, backend: KernelBackend = "auto", vendors: Sequence[Vendor] = ()) -> Ops:
         """The operations for tensors on `device`; auto: triton on a GPU, cpu elsewhere.
 
-        ValueError for kernels or vendors' libraries that do not run there.
+        ValueError for a device that is not there, and for kernels or vendors' libraries that do not run on it.
         """
+        if device.type == "cuda" and not torch.cuda.is_available():
+            why = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+            raise ValueError(f"device cuda: {why}; set device to cpu, or install torch for CUDA and a driver")
         ops = cls(choose_backend(backend, device), vendors)
         check_vendors(vendors, device)
         return ops

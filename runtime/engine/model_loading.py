@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from shoal.kernels.kv_format import FP8_RECORDS
-from shoal.kernels.numerics import pin_floating_point
+from shoal.kernels.numerics import set_deterministic_fp_mode
 from shoal.kernels.ops import Ops, choose_backend
 from shoal.kernels.registry import NOT_STRICT, Vendor, is_invariant
 from shoal.parallel.deep_ep import deep_ep_dispatcher
@@ -52,7 +52,7 @@ class LoadedModel:
 def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGroups, on_phase: OnPhase) -> LoadedModel:
     """ValueError for a checkpoint or a setting that cannot work; `on_phase` is told what a user should know."""
     ops = _choose_kernels(config, groups.device)
-    pin_floating_point()
+    set_deterministic_fp_mode()
     model_config = ModelConfig.from_pretrained(model_dir)
     check_layout(model_config, groups.config.tensor_parallel_size)
     dtype = _compute_dtype(model_config) if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.numerics import pin_floating_point
-from shoal.kernels.ops import Op, Ops
+from shoal.kernels.numerics import set_deterministic_fp_mode, torch_settings
+from shoal.kernels.ops import Op, Ops, choose_backend
 from shoal.kernels.registry import Backend, find_kernel, is_invariant, register
 from tests.support.ops import CPU_OPS, REFERENCE_OPS
 
@@ -99,18 +100,53 @@ def test_kernels_follow_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert Ops.choose(cpu).backend == "cpu"
-    assert Ops.choose(gpu, "reference").backend == "reference"
+    assert choose_backend("auto", gpu) == "triton"
+    assert choose_backend("reference", gpu) == "reference"
     with pytest.raises(ValueError, match='kernels "cpu" do not run on a GPU'):
-        Ops.choose(gpu, "cpu")
+        choose_backend("cpu", gpu)
     with pytest.raises(ValueError, match='kernels "triton" need device "cuda"'):
         Ops.choose(cpu, "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device cuda: torch .*; set device to cpu"):
+        Ops.choose(gpu)
 
 
-def test_pin_floating_point_fixes_what_it_reports() -> None:
+@pytest.fixture
+def other_settings() -> Iterator[None]:
+    """Settings of a host program that differ from an engine's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
     torch.set_float32_matmul_precision("medium")
     torch.set_flush_denormal(True)
-    pinned = pin_floating_point()
-    assert torch.get_float32_matmul_precision() == pinned["float32_matmul_precision"] == "highest"
-    assert (torch.tensor([2.0**-133]) * 1.0).item() == 2.0**-133
-    assert pinned["flush_denormal"] is False
-    assert json.loads(json.dumps(pinned)) == pin_floating_point()
+    yield
+    torch.set_num_threads(threads)
+    set_deterministic_fp_mode()
+
+
+def product_of_a_subnormal() -> float:
+    return (torch.tensor([2.0**-133]) * 1.0).item()
+
+
+@pytest.mark.usefixtures("other_settings")
+def test_the_fp_mode_fixes_what_it_reports() -> None:
+    mode = set_deterministic_fp_mode()
+    assert torch.get_float32_matmul_precision() == mode["float32_matmul_precision"] == "highest"
+    assert product_of_a_subnormal() == 2.0**-133
+    assert mode["flush_denormal"] is False
+    assert json.loads(json.dumps(mode)) == set_deterministic_fp_mode()
+
+
+@pytest.mark.usefixtures("other_settings")
+def test_torch_settings_are_those_of_the_host_after_a_block_that_failed() -> None:
+    def fail() -> None:
+        with torch_settings(2):
+            assert torch.get_num_threads() == 2
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert product_of_a_subnormal() == 2.0**-133
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.get_num_threads() == 3
+    assert torch.get_float32_matmul_precision() == "medium"
+    assert product_of_a_subnormal() == 0.0
