@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
-from shoal.kernels.registry import implementation, set_backend
+from shoal.kernels.ops import Ops
 from shoal.kernels.triton.indexer import paged_scores
 from shoal.kernels.triton.prefill import prefill_attention
 
@@ -114,18 +114,18 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=2048, help="prompt tokens at the end of the context")
     args = parser.parse_args()
     torch.manual_seed(0)
-    set_backend("triton")
+    ops = Ops("triton")
     report = Report()
     batch, context, prefill = args.batch, args.context, args.prefill
     decode, prompt = make_layout(batch, context), make_layout(1, context, prefill)
     records = torch.empty(batch * context, LATENT + ROPE, dtype=torch.bfloat16, device=DEVICE).normal_()
 
-    attention = implementation("mla_attention")
+    attention = ops.mla_attention
     flop_per_key = 2 * HEADS * (2 * LATENT + ROPE)
 
     def attend(layout: PagedLayout, selected: Tensor | None) -> Callable[[], Tensor]:
         q = normal(len(layout.positions), HEADS, LATENT + ROPE)
-        return lambda: attention(q[..., :LATENT], q[..., LATENT:], records, layout, SCALE, selected)
+        return lambda: attention(q[..., :LATENT], q[..., LATENT:], records, layout, SCALE, selected=selected)
 
     key_bytes = 2 * (LATENT + ROPE)
     for tokens in sorted({1, 8, batch, 2 * batch}):
@@ -174,7 +174,7 @@ def main() -> None:
 
     def attend_fp8(records: Tensor, layout: PagedLayout, selected: Tensor) -> Callable[[], Tensor]:
         q = normal(len(layout.positions), HEADS, LATENT + ROPE)
-        return lambda: attention(q[..., :LATENT], q[..., LATENT:], records, layout, SCALE, selected)
+        return lambda: attention(q[..., :LATENT], q[..., LATENT:], records, layout, SCALE, selected=selected)
 
     for name, layout in (("decode", decode), ("prefill", prompt)):
         tokens = len(layout.positions)
@@ -189,7 +189,7 @@ def main() -> None:
     keys = normal(pages, BLOCK_SIZE * INDEX_DIM)
     fp8_keys = torch.randint(0, 120, (pages, BLOCK_SIZE * (INDEX_DIM + 4)), dtype=torch.uint8, device=DEVICE)
     fp8_keys[:, BLOCK_SIZE * INDEX_DIM :] = torch.rand(pages, BLOCK_SIZE, device=DEVICE).view(torch.uint8)
-    select = implementation("index_topk")
+    select = ops.index_topk
     for name, layout in (("decode", decode), ("prefill", prompt)):
         tokens = len(layout.positions)
         q, weights = normal(tokens, INDEX_HEADS, INDEX_DIM), normal(tokens, INDEX_HEADS, dtype=torch.float32)
@@ -222,7 +222,7 @@ def main() -> None:
             num_bytes=132 * stored,
         )
 
-    topk = implementation("topk_positions")
+    topk = ops.topk_positions
     for rows, length in ((batch, 9295), (batch, context), (batch, 4 * context), (prefill, context)):
         scores = normal(rows, length, dtype=torch.float32)
         lengths = torch.full((rows,), length, device=DEVICE)

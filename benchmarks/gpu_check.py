@@ -54,7 +54,7 @@ def measure_kernels(output: Path) -> int:
             rates = f"{1e6 * row['seconds']:9.1f} us  {row['fraction_of_ceiling']:6.1%} {row['bound']:7}"
             print(f"{case.op + ' ' + case.sizes:52} {rates}{checked}", flush=True)
 
-    report = measure(shapes="v3", ops=None, threads=None, device=torch.device("cuda"), refcheck=True, on_case=on_case)
+    report = measure(shapes="v3", names=None, threads=None, device=torch.device("cuda"), refcheck=True, on_case=on_case)
     report["command"] = "make gpu-check"
     output.write_text(json.dumps(report, indent=1) + "\n")
     return sum(row.get("within_tolerance") is False for row in report["kernels"])

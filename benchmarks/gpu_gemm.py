@@ -24,15 +24,9 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from shoal.kernels.experts import combine_topk, experts_mlp, swiglu
-from shoal.kernels.kv_format import write_latents
-from shoal.kernels.linear import PackedWeight, pack_block_fp8, pack_weight
-from shoal.kernels.norm import add_rms_norm, rms_norm
-from shoal.kernels.quant import quantize_token_groups
-from shoal.kernels.registry import set_backend
-from shoal.kernels.rope import Rotation, apply_rope
-from shoal.kernels.sampling import sample_tokens
-from shoal.kernels.topk_router import route
+from shoal.kernels.linear import PackedWeight
+from shoal.kernels.ops import Ops
+from shoal.kernels.rope import Rotation
 from shoal.kernels.triton.experts import multiply_grouped, tile_table
 from shoal.kernels.triton.gemm_config import tiles_for
 from shoal.kernels.triton.linear import Operands, multiply
@@ -40,6 +34,7 @@ from shoal.kernels.triton.linear import Operands, multiply
 HIDDEN, INNER, VOCAB = 7168, 2048, 129280
 FP8, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
 DEVICE = torch.device("cuda")
+OPS = Ops("triton")
 
 
 class Bench:
@@ -88,9 +83,9 @@ def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def weight(dtype: torch.dtype, *shape: int) -> PackedWeight:
     if dtype != FP8:
-        return pack_weight(randn(*shape, dtype=dtype))
+        return OPS.pack_weight(randn(*shape, dtype=dtype))
     blocks = [-(-size // 128) for size in shape[-2:]]
-    return pack_block_fp8(randn(*shape).to(FP8), torch.rand(*shape[:-2], *blocks, device=DEVICE) + 0.1)
+    return OPS.pack_block_fp8(randn(*shape).to(FP8), torch.rand(*shape[:-2], *blocks, device=DEVICE) + 0.1)
 
 
 def bench_linear(bench: Bench, dtype: torch.dtype, m: int, n: int, k: int) -> None:
@@ -116,52 +111,52 @@ def bench_experts(bench: Bench, dtype: torch.dtype, rows: int, num_experts: int)
         bench.case(f"{part} {shape}", call, bytes_=size, flop=2 * rows * k * n * (1 + gated), dtype=dtype)
     x = randn(rows, HIDDEN)
     size, flop = gate_up.data.nbytes + down.data.nbytes + 2 * x.nbytes, 6 * rows * HIDDEN * INNER
-    call = partial(experts_mlp, x, counts, gate_up, down)
+    call = partial(OPS.experts_mlp, x, counts, gate_up, down)
     bench.case(f"experts_mlp {shape}", call, bytes_=size, flop=flop, dtype=dtype)
 
 
 def bench_rows(bench: Bench, tokens: int) -> None:
     x, residual, norm_weight = randn(tokens, HIDDEN), randn(tokens, HIDDEN), randn(HIDDEN, dtype=FP32)
     size = x.nbytes
-    bench.case(f"rms_norm {tokens} x {HIDDEN}", partial(rms_norm, x, norm_weight, 1e-6), bytes_=2 * size)
+    bench.case(f"rms_norm {tokens} x {HIDDEN}", partial(OPS.rms_norm, x, norm_weight, 1e-6), bytes_=2 * size)
     bench.case(
-        f"add_rms_norm {tokens} x {HIDDEN}", partial(add_rms_norm, x, residual, norm_weight, 1e-6), bytes_=4 * size
+        f"add_rms_norm {tokens} x {HIDDEN}", partial(OPS.add_rms_norm, x, residual, norm_weight, 1e-6), bytes_=4 * size
     )
     kv = randn(4 * tokens, 576)
     latent = kv[:, :512]
     latent_weight = randn(512, dtype=FP32)
-    bench.case(f"rms_norm {4 * tokens} x 512", partial(rms_norm, latent, latent_weight, 1e-6), bytes_=tokens * 8192)
+    bench.case(f"rms_norm {4 * tokens} x 512", partial(OPS.rms_norm, latent, latent_weight, 1e-6), bytes_=tokens * 8192)
     for scales in ("float32", "ue8m0"):
-        call = partial(quantize_token_groups, x, ue8m0=scales == "ue8m0")
+        call = partial(OPS.quantize_token_groups, x, ue8m0=scales == "ue8m0")
         bench.case(f"quantize_token_groups {scales} {tokens} x {HIDDEN}", call, bytes_=size + size // 2 + size // 64)
     table = torch.rand(4096, 64, device=DEVICE)
     positions = torch.randint(0, 4096, (4 * tokens,), device=DEVICE)
     q_rope = randn(tokens // 2, 128, 192)[..., 128:]
     for order in ("interleaved", "halves"):
-        call = partial(apply_rope, q_rope, Rotation(table, positions[: tokens // 2], order == "interleaved"))
+        call = partial(OPS.apply_rope, q_rope, Rotation(table, positions[: tokens // 2], order == "interleaved"))
         bench.case(f"apply_rope {order} {tokens // 2} x 128 x 64", call, bytes_=2 * 2 * q_rope.numel())
     pages = torch.randperm(tokens // 8, device=DEVICE)[: tokens // 16]  # of 64 records
     slots = (pages[:, None] * 64 + torch.arange(64, device=DEVICE)).flatten()
     for dtype, width, written in ((BF16, 576, 1152), (torch.uint8, 656, 656)):
         records = torch.zeros(8 * tokens, width, dtype=dtype, device=DEVICE)
-        call = partial(write_latents, records, slots, kv, latent_weight, 1e-6, Rotation(table, positions, True))
+        call = partial(OPS.write_latents, records, slots, kv, latent_weight, 1e-6, Rotation(table, positions, True))
         bench.case(f"write_latents {str(dtype)[6:]} {4 * tokens}", call, bytes_=4 * tokens * (1152 + written))
     gate_up = randn(tokens, 2 * INNER)
-    bench.case(f"swiglu {tokens} x {INNER}", partial(swiglu, gate_up), bytes_=gate_up.nbytes * 3 // 2)
+    bench.case(f"swiglu {tokens} x {INNER}", partial(OPS.swiglu, gate_up), bytes_=gate_up.nbytes * 3 // 2)
     y, row_of = randn(tokens * 4, HIDDEN), torch.randperm(tokens * 4, device=DEVICE).view(-1, 8)
     weights = torch.rand(row_of.shape, device=DEVICE)
     size = y.nbytes + row_of.shape[0] * HIDDEN * 4
-    bench.case(f"combine_topk {row_of.shape[0]} x 8", partial(combine_topk, y, row_of, weights), bytes_=size)
+    bench.case(f"combine_topk {row_of.shape[0]} x 8", partial(OPS.combine_topk, y, row_of, weights), bytes_=size)
 
 
 def bench_decode_rows(bench: Bench, rows: int) -> None:
     logits, bias = randn(rows, 256, dtype=FP32), randn(256, dtype=FP32)
     call = partial(
-        route, logits, bias, n_group=8, topk_group=4, top_k=8, norm_topk_prob=True, routed_scaling_factor=2.5
+        OPS.route, logits, bias, n_group=8, topk_group=4, top_k=8, norm_topk_prob=True, routed_scaling_factor=2.5
     )
     bench.case(f"route {rows} x 256", call, bytes_=logits.nbytes)
     vocabulary, index = randn(rows, VOCAB, dtype=FP32), torch.arange(rows, device=DEVICE)
-    call = partial(sample_tokens, vocabulary, torch.ones(rows, device=DEVICE), index, index, index)
+    call = partial(OPS.sample_tokens, vocabulary, torch.ones(rows, device=DEVICE), index, index, index)
     bench.case(f"sample_tokens {rows} x {VOCAB}", call, bytes_=vocabulary.nbytes)
 
 
@@ -170,7 +165,6 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=int, default=30, help="to spend on each case")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    set_backend("triton")
     torch.manual_seed(0)
     bench = Bench(args.milliseconds)
     for dtype, peak in bench.peak.items():

@@ -25,7 +25,7 @@ from torch import Tensor
 from .build import c_function, num_threads
 from .kv_format import FP8_RECORDS, Records, latent_width, read_latents, records_args
 from .linear import DTYPE_CODES, PackedWeight
-from .registry import implementation, register
+from .registry import Kernel, register
 
 BLOCK_KEYS = 64
 """Keys between two rescalings of the online softmax; part of the contract, not a tuning knob."""
@@ -168,6 +168,7 @@ def slot_error(op: str) -> ValueError:
 
 
 def mla_attention(
+    kernel: Kernel,
     q_latent: Tensor,
     q_rope: Tensor,
     records: Tensor,
@@ -214,12 +215,18 @@ def mla_attention(
         raise ValueError(
             f"mla_attention: selected must be [T, topk] int32, got {list(selected.shape)} {selected.dtype}"
         )
-    out: Tensor = implementation("mla_attention")(q_latent, q_rope, records, layout, scale, selected)
+    out: Tensor = kernel.run(q_latent, q_rope, records, layout, scale, selected)
     return out
 
 
 def mha_attention(
-    q: Tensor, records: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
+    kernel: Kernel,
+    q: Tensor,
+    records: Tensor,
+    layout: PagedLayout,
+    w_uk: PackedWeight,
+    w_uv: PackedWeight,
+    scale: float,
 ) -> Tensor:
     """The per-head form: causal softmax(scale * q . key) . value per token and head -> [T, h, Dv] in q's dtype.
 
@@ -251,7 +258,7 @@ def mha_attention(
             f"got {q.dtype}, {records.dtype}, {w_uk.dtype}, {w_uv.dtype}"
         )
     _check_tokens("mha_attention", q, layout)
-    out: Tensor = implementation("mha_attention", w_uk.backend)(q, records, layout, w_uk, w_uv, scale)
+    out: Tensor = kernel.run(q, records, layout, w_uk, w_uv, scale)
     return out
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .build import c_function, num_threads
-from .registry import implementation, register
+from .registry import Kernel, register
 
 _GROUP = ("shoal_group_pairs", c_void_p, c_int64, c_int64, c_void_p, c_int64, *[c_void_p] * 3)
 _PACK = ("shoal_pack_segments", *[c_void_p, c_int64, c_int64] * 2, *[c_void_p] * 2, c_int64, *[c_void_p] * 4, c_int64)
@@ -25,7 +25,7 @@ _ALIGNMENT = 8
 """Of a segment in its buffer, in bytes."""
 
 
-def group_pairs(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+def group_pairs(kernel: Kernel, topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """The order in which experts that are all on this rank read their tokens.
 
     -> (the token of every pair, grouped by slot, ascending, in (token, k) order within a slot [P] int64;
@@ -37,12 +37,12 @@ def group_pairs(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tens
     token_of: Tensor
     counts: Tensor
     row_of: Tensor
-    token_of, counts, row_of = implementation("group_pairs")(topk_idx, slot_of, num_slots)
+    token_of, counts, row_of = kernel.run(topk_idx, slot_of, num_slots)
     return token_of, counts, row_of
 
 
 def pack_segments(
-    x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
+    kernel: Kernel, x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
 ) -> tuple[list[Tensor], list[int], Tensor]:
     """What each rank needs to apply its experts to this rank's tokens: a token goes once to a rank.
 
@@ -55,12 +55,12 @@ def pack_segments(
     segments: list[Tensor]
     num_pairs: list[int]
     row_of: Tensor
-    segments, num_pairs, row_of = implementation("pack_segments")(x, topk_idx, rank_of, slot_of, num_ranks)
+    segments, num_pairs, row_of = kernel.run(x, topk_idx, rank_of, slot_of, num_ranks)
     return segments, num_pairs, row_of
 
 
 def unpack_segments(
-    segments: Sequence[Tensor], like: Tensor, num_slots: int
+    kernel: Kernel, segments: Sequence[Tensor], like: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
     """What this rank's experts read, from the segments that every rank sent; `like` [.., H] says dtype and width.
 
@@ -79,7 +79,7 @@ def unpack_segments(
     x_row: Tensor
     counts: Tensor
     arrival: Tensor
-    rows, x_row, counts, arrival = implementation("unpack_segments")(segments, heads, like, num_slots)
+    rows, x_row, counts, arrival = kernel.run(segments, heads, like, num_slots)
     return rows, x_row, counts, arrival, [num_pairs for _, num_pairs in heads]
 
 

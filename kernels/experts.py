@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .build import c_function, num_threads
 from .linear import DTYPE_CODES, PackedWeight, check_input, multiply_reference
-from .registry import implementation, register
+from .registry import Kernel, register
 
 _SWIGLU = ("shoal_swiglu", c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3)
 _EXPERTS = (
@@ -26,18 +26,19 @@ _EXPERTS = (
 _COMBINE = ("shoal_combine_topk", c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(kernel: Kernel, gate_up: Tensor) -> Tensor:
     """silu(gate) * up: [T, 2I] = [gate | up] in float32 or bfloat16 -> [T, I] in the same dtype.
 
     fp32 per element, silu(g) = g / (1 + e^-g) with an e^x that is the same wherever the element sits, one rounding.
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.dtype not in DTYPE_CODES:
         raise ValueError(f"swiglu needs [T, 2I] in float32 or bfloat16, got {list(gate_up.shape)} in {gate_up.dtype}")
-    y: Tensor = implementation("swiglu")(gate_up)
+    y: Tensor = kernel.run(gate_up)
     return y
 
 
 def experts_mlp(
+    kernel: Kernel,
     x: Tensor,
     num_tokens_per_expert: Tensor,
     gate_up: PackedWeight,
@@ -54,7 +55,7 @@ def experts_mlp(
     out_row: [R] int64, a permutation (not checked): where each row's output goes; None leaves it where the row is.
     Returns [R, H] in x's dtype.
     """
-    check_input("experts_mlp", x, gate_up)
+    check_input(kernel, x, gate_up)
     experts, hidden, intermediate = gate_up.num_matrices, gate_up.in_features, down.in_features
     expected = (experts, hidden, gate_up.dtype, gate_up.backend)
     if (down.num_matrices, down.out_features, down.dtype, down.backend) != expected or (
@@ -79,16 +80,18 @@ def experts_mlp(
             raise ValueError(f"experts_mlp: {rows} rows, num_tokens_per_expert {per_expert}: it must sum to the rows")
     if out_row is not None and (out_row.dtype != torch.int64 or out_row.shape != (rows,)):
         raise ValueError(f"experts_mlp: out_row must be [{rows}] int64, got {list(out_row.shape)}")
-    y: Tensor = implementation("experts_mlp", gate_up.backend)(x, counts, gate_up, down, x_row, out_row)
+    y: Tensor = kernel.run(x, counts, gate_up, down, x_row, out_row)
     return y
 
 
-def mlp(x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
+def mlp(kernel: Kernel, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
     """linear(swiglu(linear(x, gate_up)), down), with exactly those bits: `experts_mlp` of one expert that sees all."""
-    return experts_mlp(x, torch.full((1,), len(x), device=x.device), gate_up, down)
+    return experts_mlp(kernel, x, torch.full((1,), len(x), device=x.device), gate_up, down)
 
 
-def combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: Tensor | None = None) -> Tensor:
+def combine_topk(
+    kernel: Kernel, y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: Tensor | None = None
+) -> Tensor:
     """out[t] = sum over slots k = 0..K-1 of topk_weights[t, k] * y[row_of[t, k]], in that order, then + shared[t].
 
     y: [R, H] float32 or bfloat16. row_of: [T, K] int64, -1 for a slot that adds nothing, checked on the CPU only.
@@ -109,7 +112,7 @@ def combine_topk(y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: Tensor
         and not -1 <= (limits := [int(x) for x in row_of.aminmax()])[0] <= limits[1] < y.shape[0]
     ):
         raise ValueError(f"combine_topk: row_of must lie in [-1, {y.shape[0]}), the rows of y")
-    out: Tensor = implementation("combine_topk")(y, row_of, topk_weights, shared)
+    out: Tensor = kernel.run(y, row_of, topk_weights, shared)
     return out
 
 

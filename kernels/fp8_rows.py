@@ -13,7 +13,7 @@ from torch import Tensor
 from .build import c_function, num_threads
 from .linear import DTYPE_CODES
 from .quant import BLOCK, FP8_MAX
-from .registry import implementation, register
+from .registry import Kernel, register
 
 MIN_AMAX = 1e-4
 """A group's largest magnitude counts as at least that."""
@@ -27,7 +27,7 @@ def fp8_row_bytes(columns: int) -> int:
     return columns + 4 * -(-columns // BLOCK)
 
 
-def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_fp8(kernel: Kernel, x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, D], fp32 or bf16 -> (float8_e4m3fn [T, D], scales [T, G] fp32): DeepSeek's activation quantisation.
 
     Per row and group, in fp32: amax = the largest magnitude (a NaN does not count), at least 1e-4; scale = the least
@@ -36,11 +36,11 @@ def quantize_rows_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.dim() != 2 or x.dtype not in DTYPE_CODES:
         raise ValueError(f"quantize_rows_fp8 needs x [T, D] in float32 or bfloat16, got {list(x.shape)} in {x.dtype}")
-    quantized: tuple[Tensor, Tensor] = implementation("quantize_rows_fp8")(x)
+    quantized: tuple[Tensor, Tensor] = kernel.run(x)
     return quantized
 
 
-def dequantize_rows_fp8(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_rows_fp8(kernel: Kernel, q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """q [T, D] * scales [T, G], in fp32 and then rounded to `dtype` (float32 or bfloat16) -> [T, D].
 
     Both steps are exact for power-of-two scales, unless the result leaves the range of normal numbers.
@@ -52,7 +52,7 @@ def dequantize_rows_fp8(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
             f"dequantize_rows_fp8 needs q [T, D] in float8_e4m3fn with scales [T, ceil(D / {BLOCK})] in float32, got "
             f"{list(q.shape)} in {q.dtype}, {list(scales.shape)} in {scales.dtype}, for {dtype}"
         )
-    x: Tensor = implementation("dequantize_rows_fp8")(q, scales, dtype)
+    x: Tensor = kernel.run(q, scales, dtype)
     return x
 
 
@@ -79,7 +79,7 @@ def _dequantize_rows_cpu(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 
 @register("quantize_rows_fp8", "reference")
 @register("quantize_rows_fp8", "triton")
-def _quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     padded = torch.nn.functional.pad(x.float(), (0, -columns % BLOCK))
     groups = padded.view(rows, padded.shape[1] // BLOCK, BLOCK)
@@ -93,5 +93,5 @@ def _quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @register("dequantize_rows_fp8", "reference")
 @register("dequantize_rows_fp8", "triton")
-def _dequantize_rows_reference(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_rows_reference(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (q.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : q.shape[1]]).to(dtype)

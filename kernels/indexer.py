@@ -15,7 +15,7 @@ from .attention import LayoutArgs, PagedLayout, slot_error
 from .build import c_function, num_threads
 from .kv_format import IndexKeys, index_keys_args, index_page_size, read_index_keys
 from .linear import DTYPE_CODES
-from .registry import implementation, register
+from .registry import Kernel, register
 
 _INDEX_TOPK = (
     "shoal_index_topk",
@@ -45,7 +45,7 @@ _INDEX_SCORES = (
 _TOPK_POSITIONS = ("shoal_topk_positions", c_void_p, c_int64, c_void_p, *[c_int64] * 2, c_void_p, c_int64)
 
 
-def index_topk(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
+def index_topk(kernel: Kernel, q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
     """The `topk` positions of each token's context that score best -> [T, topk] int32, ascending, then -1.
 
     q: [T, Hi, D], weights: [T, Hi] fp32, keys: pages [num_blocks, block_size * width] in q's dtype or in FP8, as
@@ -61,11 +61,11 @@ def index_topk(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, to
         )
     if q.shape[0] != layout.num_tokens:
         raise ValueError(f"index_topk: {q.shape[0]} query tokens, but the layout has {layout.num_tokens}")
-    selected: Tensor = implementation("index_topk")(q, weights, keys, layout, topk)
+    selected: Tensor = kernel.run(q, weights, keys, layout, topk)
     return selected
 
 
-def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+def index_scores(kernel: Kernel, q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """score[t, s] = sum over heads h ascending of weights[t, h] * relu(q[t, h] . keys[s]) -> [T, S] fp32.
 
     q: [T, Hi, D] and keys: [S, D], both fp32 or both bf16; weights: [T, Hi] fp32, of any sign.
@@ -76,11 +76,11 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
         raise ValueError(
             f"index_scores needs keys [S, {q.shape[2]}] in {q.dtype}, got {list(keys.shape)} in {keys.dtype}"
         )
-    scores: Tensor = implementation("index_scores")(q, weights, keys)
+    scores: Tensor = kernel.run(q, weights, keys)
     return scores
 
 
-def topk_positions(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
+def topk_positions(kernel: Kernel, scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
     """Of each row's first lengths[t] scores the best `topk` -> [T, topk] int32: ascending positions, then -1.
 
     scores: [T, S] fp32, lengths: [T] int64, checked on the CPU only. Best is (score descending, position ascending),
@@ -91,7 +91,7 @@ def topk_positions(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
     outside = lengths.is_cpu and bool(((lengths < 0) | (lengths > scores.shape[1])).any())
     if lengths.dtype != torch.int64 or outside:
         raise ValueError(f"topk_positions: lengths must be int64 in [0, {scores.shape[1]}]")
-    selected: Tensor = implementation("topk_positions")(scores, lengths, topk)
+    selected: Tensor = kernel.run(scores, lengths, topk)
     return selected
 
 

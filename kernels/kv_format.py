@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from .build import c_function, num_threads
-from .fp8_rows import dequantize_rows_fp8, fp8_row_bytes, quantize_rows_fp8
+from .fp8_rows import dequantize_rows_reference, fp8_row_bytes, quantize_rows_reference
 from .linear import DTYPE_CODES
-from .norm import layer_norm, rms_norm
-from .registry import implementation, register
-from .rope import Rotation, apply_rope
+from .norm import layer_norm_reference, rms_norm_reference
+from .registry import Kernel, register
+from .rope import Rotation, apply_rope_reference
 
 FP8_RECORDS = torch.uint8
 """The dtype of records and index keys in FP8."""
@@ -161,7 +161,7 @@ def index_page_size(op: str, keys: Tensor, dim: int, dtype: torch.dtype) -> int:
 def _read_quantized(rows: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """rows: [n, fp8_row_bytes(columns)] uint8."""
     scales = _aligned(rows[:, columns:]).view(torch.float32)
-    return dequantize_rows_fp8(rows[:, :columns].view(torch.float8_e4m3fn), scales, dtype)
+    return dequantize_rows_reference(rows[:, :columns].view(torch.float8_e4m3fn), scales, dtype)
 
 
 def _aligned(rows: Tensor) -> Tensor:
@@ -170,6 +170,7 @@ def _aligned(rows: Tensor) -> Tensor:
 
 
 def write_latents(
+    kernel: Kernel,
     records: Tensor,
     slots: Tensor,
     kv: Tensor,
@@ -191,10 +192,11 @@ def write_latents(
             f"write_latents needs records [num_slots, >= {width}] in {kv.dtype} or in {FP8_RECORDS}, got "
             f"{list(records.shape)} in {records.dtype}"
         )
-    implementation("write_latents")(records, slots, kv, norm, eps, rotation)
+    kernel.run(records, slots, kv, norm, eps, rotation)
 
 
 def write_index_keys(
+    kernel: Kernel,
     keys: Tensor,
     slots: Tensor,
     k: Tensor,
@@ -210,7 +212,7 @@ def write_index_keys(
     """
     _check_rows("write_index_keys", k, norm[0].shape[0], slots, rotation)
     index_page_size("write_index_keys", keys, k.shape[1], k.dtype)
-    implementation("write_index_keys")(keys, slots, k, norm, eps, rotation)
+    kernel.run(keys, slots, k, norm, eps, rotation)
 
 
 def _check_rows(op: str, rows: Tensor, columns: int, slots: Tensor, rotation: Rotation) -> None:
@@ -304,8 +306,8 @@ def _write_latents_reference(
     rotation: Rotation,
 ) -> None:
     latent_dim = norm.shape[0]
-    latent = rms_norm(kv[:, :latent_dim], norm, eps)
-    k_rope = apply_rope(kv[:, None, latent_dim:], rotation).squeeze(1)
+    latent = rms_norm_reference(kv[:, :latent_dim], norm, eps)
+    k_rope = apply_rope_reference(kv[:, None, latent_dim:], rotation).squeeze(1)
     if records.dtype == FP8_RECORDS:
         fields = [_quantized_bytes(latent), k_rope.bfloat16().contiguous().view(FP8_RECORDS)]
     else:
@@ -324,8 +326,8 @@ def _write_index_keys_reference(
     eps: float,
     rotation: Rotation,
 ) -> None:
-    normed = layer_norm(k, *norm, eps)
-    rotated = apply_rope(normed[:, None, : rotation.dim], rotation).squeeze(1)
+    normed = layer_norm_reference(k, *norm, eps)
+    rotated = apply_rope_reference(normed[:, None, : rotation.dim], rotation).squeeze(1)
     rows, dim = torch.cat([rotated, normed[:, rotation.dim :]], dim=1), k.shape[1]
     if keys.dtype == FP8_RECORDS:
         rows = _quantized_bytes(rows)
@@ -335,7 +337,7 @@ def _write_index_keys_reference(
 
 def _quantized_bytes(x: Tensor) -> Tensor:
     """[n, D] -> [n, fp8_row_bytes(D)] uint8."""
-    return torch.cat([part.view(FP8_RECORDS) for part in quantize_rows_fp8(x)], dim=1)
+    return torch.cat([part.view(FP8_RECORDS) for part in quantize_rows_reference(x)], dim=1)
 
 
 def _check_slots(op: str, slots: Tensor, num_slots: int) -> None:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from .build import c_function, num_threads
-from .quant import BLOCK, BlockFP8Weight
-from .registry import Backend, current_backend, implementation, register
+from .quant import BLOCK, BlockFP8Weight, quantize_token_groups_reference
+from .registry import Backend, Kernel, register
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 FP8_CODE = 2
@@ -75,20 +75,22 @@ class PackedWeight:
         return FP8_CODE if self.is_fp8 else DTYPE_CODES[self.dtype]
 
 
-def pack_weight(w: Tensor | BlockFP8Weight, *, dtype: torch.dtype | None = None, ue8m0: bool = False) -> PackedWeight:
-    """Pack a weight [N, K] or weights [B, N, K] (fp32 or bf16, any strides) for the backend in force.
+def pack_weight(
+    kernel: Kernel, w: Tensor | BlockFP8Weight, *, dtype: torch.dtype | None = None, ue8m0: bool = False
+) -> PackedWeight:
+    """Pack a weight [N, K] or weights [B, N, K] (fp32 or bf16, any strides) for the GEMMs of the kernel's backend.
 
-    Or one in FP8, which then is for inputs in `dtype`; where bf16 inputs are quantised to multiply it, with scales that
-    are powers of two if `ue8m0`.
+    A block-scaled FP8 weight is packed for inputs in `dtype`; where a backend quantises bf16 inputs to multiply by it,
+    `ue8m0` rounds their scales up to powers of two.
     """
-    backend = current_backend()
+    backend = kernel.backend
     if isinstance(w, BlockFP8Weight):
         assert dtype in DTYPE_CODES, "an FP8 weight needs the dtype of its inputs"
         if backend == "cpu":
             return _pack_fp8_cpu(w, dtype)
         if backend == "triton" and dtype == torch.bfloat16:
             rows = w.scales[::BLOCK] if w.in_blocks else torch.nn.functional.pad(w.scales, (0, 0, 0, BLOCK))
-            return _packed_fp8(w.values.unsqueeze(0), rows.unsqueeze(0), backend, ue8m0=ue8m0)
+            return _packed_fp8(kernel, w.values.unsqueeze(0), rows.unsqueeze(0), ue8m0=ue8m0)
         w = w.dequantize(dtype)
     if w.dim() not in (2, 3) or w.dtype not in DTYPE_CODES:
         raise ValueError(
@@ -96,12 +98,12 @@ def pack_weight(w: Tensor | BlockFP8Weight, *, dtype: torch.dtype | None = None,
             "convert it first"
         )
     stacked = w if w.dim() == 3 else w.unsqueeze(0)
-    data: Tensor = implementation("pack_weight", backend)(stacked)
+    data: Tensor = kernel.run(stacked)
     batch, n, k = stacked.shape
     return PackedWeight(data, batch, n, k, w.dtype, backend)
 
 
-def pack_block_fp8(w: Tensor, scale_inv: Tensor, *, ue8m0: bool = False) -> PackedWeight:
+def pack_block_fp8(kernel: Kernel, w: Tensor, scale_inv: Tensor, *, ue8m0: bool = False) -> PackedWeight:
     """Pack an FP8 weight [N, K] or weights [B, N, K] float8_e4m3fn with their block scales, to be multiplied by FP8.
 
     What it multiplies is bf16 and is quantised first (`quantize_token_groups` with `ue8m0`). ValueError on the CPU
@@ -115,23 +117,22 @@ def pack_block_fp8(w: Tensor, scale_inv: Tensor, *, ue8m0: bool = False) -> Pack
         raise ValueError(
             f"an FP8 weight {list(w.shape)} has one scale per 128 x 128 block, got {list(scale_inv.shape)}"
         )
-    backend = current_backend()
-    if backend == "cpu":
+    if kernel.backend == "cpu":
         raise ValueError("the CPU kernels do not quantise what they multiply: use pack_weight(BlockFP8Weight)")
-    return _packed_fp8(stacked, scales, backend, ue8m0=ue8m0)
+    return _packed_fp8(kernel, stacked, scales, ue8m0=ue8m0)
 
 
-def _packed_fp8(values: Tensor, scales: Tensor, backend: Backend, *, ue8m0: bool) -> PackedWeight:
+def _packed_fp8(kernel: Kernel, values: Tensor, scales: Tensor, *, ue8m0: bool) -> PackedWeight:
     """values: [B, N, K]; scales as `PackedWeight.scale_inv`."""
-    data: Tensor = implementation("pack_weight", backend)(values)
+    data: Tensor = kernel.run(values)
     batch, n, k = values.shape
     return PackedWeight(
-        data, batch, n, k, torch.bfloat16, backend, is_fp8=True, scale_inv=scales.contiguous(), ue8m0=ue8m0
+        data, batch, n, k, torch.bfloat16, kernel.backend, is_fp8=True, scale_inv=scales.contiguous(), ue8m0=ue8m0
     )
 
 
 def pack_each(
-    weights: Iterable[PackedWeight], num_matrices: int, shape: tuple[int, int], dtype: torch.dtype
+    kernel: Kernel, weights: Iterable[PackedWeight], num_matrices: int, shape: tuple[int, int], dtype: torch.dtype
 ) -> PackedWeight:
     """`num_matrices` packed weights [N, K] = `shape` for inputs in `dtype`, stacked, but taking them one at a time.
 
@@ -153,34 +154,40 @@ def pack_each(
         if stacked.scale_inv is not None:
             assert weight.scale_inv is not None
             stacked.scale_inv[index] = weight.scale_inv[0]
-    return stacked or pack_weight(torch.empty(0, *shape, dtype=dtype))
+    return stacked or pack_weight(kernel, torch.empty(0, *shape, dtype=dtype))
 
 
-def linear(x: Tensor, w: PackedWeight, *, out_dtype: torch.dtype | None = None) -> Tensor:
+def linear(kernel: Kernel, x: Tensor, w: PackedWeight, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """y = x w^T: x [..., K] in the weight's dtype -> [..., N] in `out_dtype` (float32 or bfloat16, by default x's)."""
     if w.num_matrices != 1:
         raise ValueError(f"linear takes one weight matrix, this one holds {w.num_matrices}: use batched_linear")
-    check_input("linear", x, w)
+    check_input(kernel, x, w)
     out_dtype = out_dtype or x.dtype
     if out_dtype not in DTYPE_CODES:
         raise ValueError(f"linear returns float32 or bfloat16, not {out_dtype}")
-    y: Tensor = implementation("linear", w.backend)(x, w, out_dtype)
+    y: Tensor = kernel.run(x, w, out_dtype)
     return y
 
 
-def batched_linear(x: Tensor, w: PackedWeight) -> Tensor:
+def batched_linear(kernel: Kernel, x: Tensor, w: PackedWeight) -> Tensor:
     """y[:, b] = x[:, b] w[b]^T: x [T, B, K], last dimension contiguous -> [T, B, N] in x's dtype."""
-    check_input("batched_linear", x, w)
+    check_input(kernel, x, w)
     if w.scale_inv is not None:
         raise ValueError("batched_linear does not take weights of pack_block_fp8: dequantize them")
     if x.dim() != 3 or x.shape[1] != w.num_matrices:
         raise ValueError(f"batched_linear needs x [T, {w.num_matrices}, {w.in_features}], got {list(x.shape)}")
-    y: Tensor = implementation("batched_linear", w.backend)(x, w)
+    y: Tensor = kernel.run(x, w)
     return y
 
 
-def check_input(op: str, x: Tensor, w: PackedWeight) -> None:
-    """ValueError unless x [..., K] fits the weight."""
+def check_input(kernel: Kernel, x: Tensor, w: PackedWeight) -> None:
+    """ValueError unless x [..., K] fits the weight, and the weight's layout the kernel."""
+    op = kernel.op
+    if w.backend != kernel.backend:
+        raise ValueError(
+            f"{op}: the weight is packed for kernels {w.backend!r} and these are {kernel.backend!r}: pack it with "
+            f"pack_weight of the same Ops"
+        )
     if x.dim() == 0 or x.shape[-1] != w.in_features or x.dtype != w.dtype:
         raise ValueError(f"{op} needs x [..., {w.in_features}] in {w.dtype}, got {list(x.shape)} in {x.dtype}")
     if w.backend == "cpu" and not x.is_cpu:
@@ -275,7 +282,7 @@ def multiply_reference(x: Tensor, w: PackedWeight, index: int) -> Tensor:
     if w.scale_inv is None:
         return x.float() @ w.data[index].float().T
     rows = x.reshape(-1, w.in_features)
-    q, scales = implementation("quantize_token_groups", "reference")(rows, w.ue8m0)
+    q, scales = quantize_token_groups_reference(rows, w.ue8m0)
     wide = q.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : w.in_features]
     if w.has_row_scales:
         stored = BlockFP8Weight(w.data[index], w.scale_inv[index, : w.out_features], in_blocks=False)

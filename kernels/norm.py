@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .build import c_function, num_threads
 from .linear import DTYPE_CODES
-from .registry import implementation, register
+from .registry import Kernel, register
 
 _RMS_NORM = ("shoal_rms_norm", c_int64, c_void_p, *[c_int64] * 3, c_void_p, c_float, c_void_p, c_int64)
 _LAYER_NORM = ("shoal_layer_norm", c_int64, c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_float, c_void_p, c_int64)
@@ -32,25 +32,25 @@ _ADD_RMS_NORM = (
 )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(kernel: Kernel, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight: x [..., D] and weight [D], each fp32 or bf16 -> [..., D] in x's dtype."""
     _check("rms_norm", x, weight)
-    y: Tensor = implementation("rms_norm")(x, weight.float(), eps)
+    y: Tensor = kernel.run(x, weight.float(), eps)
     return y
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias: x [..., D], weight and bias [D] -> [..., D] in x's dtype.
 
     The variance is the mean of (x - mean)^2, from a second pass over the row.
     """
     _check("layer_norm", x, weight)
     _check("layer_norm", x, bias)
-    y: Tensor = implementation("layer_norm")(x, weight.float(), bias.float(), eps)
+    y: Tensor = kernel.run(x, weight.float(), bias.float(), eps)
     return y
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(kernel: Kernel, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> (rms_norm of the sum, the sum), where the sum is x + residual in fp32, rounded to the residual's dtype.
 
     x: [..., D] in the residual's dtype or fp32. The norm is taken of the rounded sum, so the two outputs agree.
@@ -63,7 +63,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         )
     normed: Tensor
     total: Tensor
-    normed, total = implementation("add_rms_norm")(x, residual, weight.float(), eps)
+    normed, total = kernel.run(x, residual, weight.float(), eps)
     return normed, total
 
 
@@ -137,13 +137,13 @@ def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -
 
 
 @register("rms_norm", "reference")
-def _rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 @register("layer_norm", "reference")
-def _layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     centred = x.float() - x.float().mean(-1, keepdim=True)
     return (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias).to(x.dtype)
 
@@ -151,4 +151,4 @@ def _layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -
 @register("add_rms_norm", "reference")
 def _add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = (x.float() + residual.float()).to(residual.dtype)
-    return _rms_norm_reference(total, weight, eps), total
+    return rms_norm_reference(total, weight, eps), total

@@ -1,64 +1,139 @@
-"""The operations of one engine, bound to one kernel backend: every operation that a model or a dispatcher runs."""
+"""The operations of one engine, bound to one kernel backend: everything that a model, dispatcher or sampler runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Concatenate, Generic, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
-from .attention import mha_attention, mla_attention
-from .dispatch import group_pairs, pack_segments, unpack_segments
-from .experts import combine_topk, experts_mlp, mlp, swiglu
-from .indexer import index_topk
-from .kv_format import write_index_keys, write_latents
-from .linear import batched_linear, linear, pack_block_fp8, pack_each, pack_weight
-from .norm import add_rms_norm, rms_norm
-from .quant import quantize_token_groups
-from .registry import Backend, Vendor, current_backend
-from .rope import apply_rope
-from .sampling import sample_tokens, token_logprobs, truncate_logits
-from .topk_router import route
+from . import attention, dispatch, experts, fp8_rows, indexer, kv_format, norm, quant, rope, sampling, topk_router
+from . import linear as gemm
+from .registry import Backend, Kernel, Vendor, check_vendors, find_kernel, load_kernels
 
 KernelBackend = Literal["auto", "cpu", "triton", "reference"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Op(Generic[P, R]):
+    """An attribute of `Ops`: a public function of the kernels without its first argument, the kernel that it runs.
+
+    Each `Ops` sets an attribute of the same name on itself, so a call costs one look-up; the class holds the signature.
+    """
+
+    def __init__(self, function: Callable[Concatenate[Kernel, P], R], *, kernel: str | None = None) -> None:
+        """`kernel`: the operation whose kernel the function runs, by default the one of the attribute's name."""
+        self._function = function
+        self._kernel = kernel
+
+    def __set_name__(self, owner: type[object], name: str) -> None:
+        self._kernel = self._kernel or name
+
+    def __get__(self, ops: object, owner: type[object]) -> Callable[P, R]:
+        raise AttributeError(f"{self._kernel} is an attribute of instances of Ops")
+
+    def bind(self, backend: Backend, vendors: Sequence[Vendor]) -> Callable[P, R]:
+        """The function with its kernel on `backend`."""
+        assert self._kernel is not None
+        return partial(self._function, find_kernel(self._kernel, backend, vendors))
 
 
 class Ops:
-    """Operations as functions of tensors; each has the contract of the public function of its name."""
+    """Operations as functions of tensors, with the contracts that kernels/<file>.py states for each.
+
+    Immutable, and independent of every other `Ops` of the process. Weights packed by one backend are refused by others.
+    """
+
+    backend: Backend
+    vendors: tuple[Vendor, ...]
 
     def __init__(self, backend: Backend, vendors: Sequence[Vendor] = ()) -> None:
-        self.backend: Backend = backend
+        """Bind every operation; the first of `vendors` that implements an operation replaces Triton's kernel.
+
+        ValueError for an unknown backend, for "triton" without the package triton, and for `vendors` without "triton".
+        Whether a vendor's library works is for `choose` to say.
+        """
+        if backend not in get_args(Backend):
+            raise ValueError(f"kernels {backend!r} do not exist, choose one of {', '.join(get_args(Backend))}")
+        if vendors and backend != "triton":
+            raise ValueError(
+                f"kernels of {', '.join(vendors)} take the place of kernels 'triton', not of {backend!r}: "
+                f"set vendor_kernels to none, or device to cuda"
+            )
+        load_kernels(backend, vendors)
+        self.backend = backend
         self.vendors = tuple(vendors)
+        for name, op in vars(Ops).items():
+            if isinstance(op, Op):
+                setattr(self, name, op.bind(backend, self.vendors))
 
     @classmethod
     def choose(cls, device: torch.device, backend: KernelBackend = "auto", vendors: Sequence[Vendor] = ()) -> Ops:
-        """The operations for tensors on `device`; auto: triton on a GPU, cpu elsewhere."""
-        if backend == "auto":
-            backend = "triton" if device.type == "cuda" else current_backend()
-        return cls(backend, vendors)
+        """The operations for tensors on `device`; auto: triton on a GPU, cpu elsewhere.
 
-    add_rms_norm = staticmethod(add_rms_norm)
-    apply_rope = staticmethod(apply_rope)
-    batched_linear = staticmethod(batched_linear)
-    combine_topk = staticmethod(combine_topk)
-    experts_mlp = staticmethod(experts_mlp)
-    group_pairs = staticmethod(group_pairs)
-    index_topk = staticmethod(index_topk)
-    linear = staticmethod(linear)
-    mha_attention = staticmethod(mha_attention)
-    mla_attention = staticmethod(mla_attention)
-    mlp = staticmethod(mlp)
-    pack_block_fp8 = staticmethod(pack_block_fp8)
-    pack_each = staticmethod(pack_each)
-    pack_segments = staticmethod(pack_segments)
-    pack_weight = staticmethod(pack_weight)
-    quantize_token_groups = staticmethod(quantize_token_groups)
-    rms_norm = staticmethod(rms_norm)
-    route = staticmethod(route)
-    sample_tokens = staticmethod(sample_tokens)
-    swiglu = staticmethod(swiglu)
-    token_logprobs = staticmethod(token_logprobs)
-    truncate_logits = staticmethod(truncate_logits)
-    unpack_segments = staticmethod(unpack_segments)
-    write_index_keys = staticmethod(write_index_keys)
-    write_latents = staticmethod(write_latents)
+        ValueError for a device that is not there, and for kernels or vendors' libraries that do not run on it.
+        """
+        if device.type == "cuda" and not torch.cuda.is_available():
+            why = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+            raise ValueError(f"device cuda: {why}; set device to cpu, or install torch for CUDA and a driver")
+        ops = cls(choose_backend(backend, device), vendors)
+        check_vendors(vendors, device)
+        return ops
+
+    # Normalisation, rotary embedding, routing
+    rms_norm = Op(norm.rms_norm)
+    layer_norm = Op(norm.layer_norm)
+    add_rms_norm = Op(norm.add_rms_norm)
+    apply_rope = Op(rope.apply_rope)
+    route = Op(topk_router.route)
+
+    # Weights, GEMMs, experts
+    pack_weight = Op(gemm.pack_weight)
+    pack_block_fp8 = Op(gemm.pack_block_fp8, kernel="pack_weight")
+    pack_each = Op(gemm.pack_each, kernel="pack_weight")
+    linear = Op(gemm.linear)
+    batched_linear = Op(gemm.batched_linear)
+    swiglu = Op(experts.swiglu)
+    experts_mlp = Op(experts.experts_mlp)
+    mlp = Op(experts.mlp, kernel="experts_mlp")
+    combine_topk = Op(experts.combine_topk)
+
+    # Attention and the KV cache
+    mla_attention = Op(attention.mla_attention)
+    mha_attention = Op(attention.mha_attention)
+    write_latents = Op(kv_format.write_latents)
+    write_index_keys = Op(kv_format.write_index_keys)
+    index_topk = Op(indexer.index_topk)
+    index_scores = Op(indexer.index_scores)
+    topk_positions = Op(indexer.topk_positions)
+
+    # Dispatch of tokens to experts
+    group_pairs = Op(dispatch.group_pairs)
+    pack_segments = Op(dispatch.pack_segments)
+    unpack_segments = Op(dispatch.unpack_segments)
+
+    # FP8
+    quantize_token_groups = Op(quant.quantize_token_groups)
+    quantize_rows_fp8 = Op(fp8_rows.quantize_rows_fp8)
+    dequantize_rows_fp8 = Op(fp8_rows.dequantize_rows_fp8)
+
+    # Sampling
+    sample_tokens = Op(sampling.sample_tokens)
+    truncate_logits = Op(sampling.truncate_logits)
+    token_logprobs = Op(sampling.token_logprobs)
+
+
+def choose_backend(wanted: KernelBackend, device: torch.device) -> Backend:
+    """The kernels for a device; ValueError for kernels that do not run there."""
+    if wanted == "auto":
+        return "triton" if device.type == "cuda" else "cpu"
+    if wanted == "cpu" and device.type != "cpu":
+        raise ValueError('kernels "cpu" do not run on a GPU: choose "triton", or device "cpu"')
+    if wanted == "triton" and device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise ValueError(
+            'kernels "triton" need device "cuda" (or TRITON_INTERPRET=1, which is for tests of the kernels)'
+        )
+    return wanted

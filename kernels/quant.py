@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .registry import implementation, register
+from .registry import Kernel, register
 
 BLOCK = 128
 FP8_MAX = 448.0
@@ -90,7 +90,7 @@ def quantize_block_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
     return scaled.to(torch.float8_e4m3fn), scale_inv
 
 
-def quantize_token_groups(x: Tensor, *, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_token_groups(kernel: Kernel, x: Tensor, *, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """x [T, K] float32 or bfloat16 -> (q [T, K] float8_e4m3fn, scales [T, ceil(K / 128)] float32), x ~ q * scale.
 
     Per token and 128 neighbouring channels, in fp32: s = max(largest magnitude, 1e-4) / 448, rounded up to a power of
@@ -103,7 +103,7 @@ def quantize_token_groups(x: Tensor, *, ue8m0: bool = False) -> tuple[Tensor, Te
         )
     q: Tensor
     scales: Tensor
-    q, scales = implementation("quantize_token_groups")(x, ue8m0)
+    q, scales = kernel.run(x, ue8m0)
     return q, scales
 
 
@@ -115,7 +115,7 @@ def scale_columns(num_rows: int, num_channels: int, device: torch.device) -> Ten
 
 @register("quantize_token_groups", "reference")
 @register("quantize_token_groups", "cpu")
-def _quantize_token_groups_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+def quantize_token_groups_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     rows, channels = x.shape
     scales = scale_columns(rows, channels, x.device)
     # [T, K] -> [T, K / 128, 128]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .build import c_function, num_threads
 from .linear import DTYPE_CODES
-from .registry import implementation, register
+from .registry import Kernel, register
 
 _APPLY_ROPE = (
     "shoal_apply_rope",
@@ -103,7 +103,7 @@ class Rotation:
         return self.table.shape[1]
 
 
-def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
+def apply_rope(kernel: Kernel, x: Tensor, rotation: Rotation) -> Tensor:
     """Turn the pairs of x [T, h, d] by the angles of its tokens' positions -> [T, h, d] in x's dtype.
 
     In fp32, each operation rounded, then one rounding to x's dtype. ValueError for a position outside the table, or NaN
@@ -119,7 +119,7 @@ def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
         raise ValueError(
             f"apply_rope needs {x.shape[0]} int64 positions and a float32 table, got {list(positions.shape)}"
         )
-    y: Tensor = implementation("apply_rope")(x, rotation)
+    y: Tensor = kernel.run(x, rotation)
     return y
 
 
@@ -156,7 +156,7 @@ def _apply_rope_cpu(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 @register("apply_rope", "reference")
-def _apply_rope_reference(x: Tensor, rotation: Rotation) -> Tensor:
+def apply_rope_reference(x: Tensor, rotation: Rotation) -> Tensor:
     table, positions = rotation.table, rotation.positions
     if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < table.shape[0]:
         raise _outside(table)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .philox import uniforms
-from .registry import implementation, register
+from .registry import Kernel, register
 
 
 def sample_tokens(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, sample_indices: Tensor
+    kernel: Kernel, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, sample_indices: Tensor
 ) -> Tensor:
     """-> token ids [N] int64 for logits [N, V] float32; -1 for a row with NaN or +Inf, or with nothing but -Inf.
 
@@ -25,11 +25,13 @@ def sample_tokens(
     """
     integers = (seeds, positions, sample_indices)
     _check("sample_tokens", logits, (temperatures,), integers)
-    tokens: Tensor = implementation("sample_tokens")(logits, temperatures, *integers)
+    tokens: Tensor = kernel.run(logits, temperatures, *integers)
     return tokens
 
 
-def truncate_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def truncate_logits(
+    kernel: Kernel, logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
     """-> [N, V] float32: the logits of the tokens that may be drawn, -Inf for the others.
 
     temperatures, top_p and min_p: [N] float32; top_k: [N] int64, 0 for all. What they leave, one after the other:
@@ -40,11 +42,11 @@ def truncate_logits(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: 
     Rows at temperature 0 and rows without a finite highest logit stay as they are.
     """
     _check("truncate_logits", logits, (temperatures, top_p, min_p), (top_k,))
-    truncated: Tensor = implementation("truncate_logits")(logits, temperatures, top_k, top_p, min_p)
+    truncated: Tensor = kernel.run(logits, temperatures, top_k, top_p, min_p)
     return truncated
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+def token_logprobs(kernel: Kernel, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(log_softmax of the logits at some tokens of each row [N, M] float32, the rank of the first of them [N] int64).
 
     token_ids: [N, M] int64; rows whose first one is -1 give NaN and rank 0. The likeliest token has rank 1; order is by
@@ -54,7 +56,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     _check("token_logprobs", logits, (), tuple(token_ids.unbind(1)))
     logprobs: Tensor
     ranks: Tensor
-    logprobs, ranks = implementation("token_logprobs")(logits, token_ids)
+    logprobs, ranks = kernel.run(logits, token_ids)
     return logprobs, ranks
 
 

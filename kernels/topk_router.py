@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .build import c_function, num_threads
-from .registry import implementation, register
+from .registry import Kernel, register
 
 _ROUTE = (
     "shoal_route",
@@ -24,6 +24,7 @@ _ROUTE = (
 
 
 def route(
+    kernel: Kernel,
     logits: Tensor,
     bias: Tensor,
     *,
@@ -61,9 +62,7 @@ def route(
         raise ValueError(f"top_k={top_k} experts do not fit {topk_group} groups of {num_experts // n_group}")
     topk_idx: Tensor
     topk_weights: Tensor
-    topk_idx, topk_weights = implementation("route")(
-        logits, bias, n_group, topk_group, top_k, norm_topk_prob, routed_scaling_factor
-    )
+    topk_idx, topk_weights = kernel.run(logits, bias, n_group, topk_group, top_k, norm_topk_prob, routed_scaling_factor)
     return topk_idx, topk_weights
 
 

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from shoal.kernels.dispatch import group_pairs
-from shoal.kernels.experts import combine_topk
+from shoal.kernels.ops import Ops
 from shoal.kernels.optional import import_optional
 
 from .collectives import CollectiveError, Communicator
@@ -70,11 +69,14 @@ class DeepEPTokenDispatcher:
         self,
         placement: ExpertPlacement,
         comm: Communicator,
+        ops: Ops,
         open_exchange: Callable[[], Exchange],
         device: torch.device | None = None,
     ) -> None:
         """`open_exchange` is called by all ranks together, when they first dispatch in an epoch."""
-        self._comm, self._open_exchange = comm, open_exchange
+        self._comm = comm
+        self._ops = ops
+        self._open_exchange = open_exchange
         self._exchange: Exchange | None = None
         self._epoch = -1
         self._num_local_experts = slots_per_rank(placement)
@@ -91,7 +93,7 @@ class DeepEPTokenDispatcher:
         pairs = x.repeat_interleave(top_k, dim=0)
         with self._diagnosing("moe.dispatch", layer):
             rows, slots, received = self._connected().dispatch(pairs, experts.view(-1, 1))
-        x_row, num_tokens_per_expert, _ = group_pairs(slots, self._own_slots, self._num_local_experts)
+        x_row, num_tokens_per_expert, _ = self._ops.group_pairs(slots, self._own_slots, self._num_local_experts)
         row_of = torch.arange(topk_idx.numel(), device=x.device).view_as(topk_idx).masked_fill(absent, -1)
         tokens = DispatchedTokens(rows, x_row, num_tokens_per_expert, out_row=x_row)
         return tokens, DispatchHandle(topk_weights, row_of, received=received)
@@ -99,7 +101,7 @@ class DeepEPTokenDispatcher:
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
         with self._diagnosing("moe.combine", layer):
             receive = self._connected().combine(y, handle.received)
-        return lambda shared: combine_topk(receive(), handle.row_of, handle.topk_weights, shared)
+        return lambda shared: self._ops.combine_topk(receive(), handle.row_of, handle.topk_weights, shared)
 
     @contextmanager
     def _diagnosing(self, op: str, layer: int) -> Iterator[None]:
@@ -120,7 +122,7 @@ class DeepEPTokenDispatcher:
 
 
 def deep_ep_dispatcher(
-    placement: ExpertPlacement, groups: ParallelGroups, hidden_size: int, *, max_rows: int
+    placement: ExpertPlacement, groups: ParallelGroups, ops: Ops, hidden_size: int, *, max_rows: int
 ) -> DeepEPTokenDispatcher:
     """For all ranks of a replica, each of which sends up to `max_rows` (token, slot) pairs at a time.
 
@@ -130,7 +132,7 @@ def deep_ep_dispatcher(
     num_experts = placement.num_ranks * slots_per_rank(placement)
     sizes = ExchangeSizes(hidden_size, max_rows, num_experts, world.timeout_s)
     return DeepEPTokenDispatcher(
-        placement, world, lambda: open_exchange(module, world.process_group(), sizes), groups.device
+        placement, world, ops, lambda: open_exchange(module, world.process_group(), sizes), groups.device
     )
 
 

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
-from shoal.kernels.experts import combine_topk
+from shoal.kernels.ops import Ops
 
 from .collectives import Communicator
 from .placement import ExpertPlacement
@@ -85,19 +84,20 @@ class TokenDispatcher(Protocol):
 class LocalTokenDispatcher:
     """All experts are on this rank: outputs are read in place."""
 
-    def __init__(self, placement: ExpertPlacement, device: torch.device | None = None) -> None:
+    def __init__(self, placement: ExpertPlacement, ops: Ops, device: torch.device | None = None) -> None:
         assert placement.num_ranks == 1, f"{placement.num_ranks} ranks hold experts, tokens cannot stay on one"
+        self._ops = ops
         self._num_local_experts = len(placement.slots[0])
         _, self.slot_of = placement.lookup(source_rank=0, device=device)
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, layer: int
     ) -> tuple[DispatchedTokens, DispatchHandle]:
-        x_row, num_tokens_per_expert, row_of = group_pairs(topk_idx, self.slot_of, self._num_local_experts)
+        x_row, num_tokens_per_expert, row_of = self._ops.group_pairs(topk_idx, self.slot_of, self._num_local_experts)
         return DispatchedTokens(x, x_row, num_tokens_per_expert), DispatchHandle(topk_weights, row_of)
 
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
-        return partial(combine_topk, y, handle.row_of, handle.topk_weights)
+        return partial(self._ops.combine_topk, y, handle.row_of, handle.topk_weights)
 
 
 class AllToAllTokenDispatcher:
@@ -106,20 +106,23 @@ class AllToAllTokenDispatcher:
     A token goes once to each rank that holds any of its experts, with the list of local expert slots to apply there.
     """
 
-    def __init__(self, placement: ExpertPlacement, comm: Communicator, device: torch.device | None = None) -> None:
+    def __init__(
+        self, placement: ExpertPlacement, comm: Communicator, ops: Ops, device: torch.device | None = None
+    ) -> None:
         assert placement.num_ranks == comm.size, (
             f"experts are on {placement.num_ranks} ranks, the group has {comm.size}"
         )
         self._comm = comm
+        self._ops = ops
         self._num_local_experts = len(placement.slots[comm.rank])
         self._rank_of, self._slot_of = placement.lookup(source_rank=comm.rank, device=device)
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, layer: int
     ) -> tuple[DispatchedTokens, DispatchHandle]:
-        segments, num_sent, row_of = pack_segments(x, topk_idx, self._rank_of, self._slot_of, self._comm.size)
+        segments, num_sent, row_of = self._ops.pack_segments(x, topk_idx, self._rank_of, self._slot_of, self._comm.size)
         received = self._comm.all_to_all_bytes(segments, layer=layer, op="moe.dispatch")
-        rows, x_row, num_tokens_per_expert, arrival, num_received = unpack_segments(
+        rows, x_row, num_tokens_per_expert, arrival, num_received = self._ops.unpack_segments(
             received, x, self._num_local_experts
         )
         handle = DispatchHandle(topk_weights, row_of, num_sent, num_received)
@@ -127,4 +130,4 @@ class AllToAllTokenDispatcher:
 
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
         receive = self._comm.all_to_all(y, handle.num_received, handle.num_sent, layer=layer, op="moe.combine")
-        return lambda shared: combine_topk(receive(), handle.row_of, handle.topk_weights, shared)
+        return lambda shared: self._ops.combine_topk(receive(), handle.row_of, handle.topk_weights, shared)

@@ -1,4 +1,4 @@
-"""Tensor-parallel linear layers that are exact: the output dimension is split and gathered, the reduction never is."""
+"""Exact tensor-parallel matmuls: the output dimension is split and gathered, the reduction never is."""
 
 from __future__ import annotations
 

@@ -59,13 +59,14 @@ def declare_model(
     layout = layout or ParallelConfig()
     groups = create_groups(layout, rank, ranks_on_node=ranks_on_node or layout.world_size)
     placement = default_placement(config.n_routed_experts, groups)
+    ops = Ops("cpu")
     dispatcher: TokenDispatcher
     if layout.world_size == 1:
-        dispatcher = LocalTokenDispatcher(placement)
+        dispatcher = LocalTokenDispatcher(placement, ops)
     else:
-        dispatcher = AllToAllTokenDispatcher(placement, groups.world)
+        dispatcher = AllToAllTokenDispatcher(placement, groups.world, ops)
     build = FAMILIES[config.model_type].build
-    return build(config, Ops("cpu"), groups, placement=placement, dispatcher=dispatcher, dtype=dtype, max_model_len=1)
+    return build(config, ops, groups, placement=placement, dispatcher=dispatcher, dtype=dtype, max_model_len=1)
 
 
 def rank_weight_bytes(

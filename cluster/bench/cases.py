@@ -10,18 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.kernels.attention import mha_attention, mla_attention
-from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
-from shoal.kernels.experts import combine_topk, experts_mlp, swiglu
-from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
-from shoal.kernels.indexer import index_scores, index_topk, topk_positions
-from shoal.kernels.kv_format import write_index_keys, write_latents
-from shoal.kernels.linear import batched_linear, linear
-from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
-from shoal.kernels.quant import quantize_token_groups
-from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
-from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logits
-from shoal.kernels.topk_router import route
+from shoal.kernels.ops import Ops
+from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
 from shoal.runtime.sampling.sampler import Sampler, SamplingRow
 from shoal.runtime.types import SamplingParams
 
@@ -37,8 +27,9 @@ class Case:
     op: str
     sizes: str
     make: Callable[[Inputs], tuple[Any, ...]]
-    """Arguments of the call, made for the backend in force."""
-    call: Callable[..., Any]
+    """Arguments of the call, made for `Inputs.ops`."""
+    call: Callable[[Ops], Callable[..., Any]]
+    """The function that is measured, on a backend."""
     flops: float
     num_bytes: float
     """What must move at least: weights that are used and the inputs once, the outputs once (perhaps to a cache)."""
@@ -63,11 +54,11 @@ def rotation(r: Inputs, dim: int, tokens: int, *, interleaved: bool) -> Rotation
 
 def cases(s: Shapes) -> Iterator[Case]:
     """Every public op of the kernels, and the sampler."""
-    for group in (_products, _rows, _attention, _records, _index, _exchange, _sampling):
+    for group in (_gemms, _rows, _attention, _records, _index, _exchange, _sampling):
         yield from group(s)
 
 
-def _products(s: Shapes) -> Iterator[Case]:
+def _gemms(s: Shapes) -> Iterator[Case]:
     """Linear layers and experts."""
     h, inner, dl, heads = s.hidden_size, s.moe_intermediate_size, s.kv_lora_rank, s.num_attention_heads
     top_k, v_all, local = s.num_experts_per_tok, heads * s.v_head_dim, s.num_local_experts
@@ -80,7 +71,14 @@ def _products(s: Shapes) -> Iterator[Case]:
     for t in s.rows:
         yield _experts_mlp(max(1, t * top_k * local // s.n_routed_experts), local, h, inner)
     t = s.rows[-1]
-    yield Case("swiglu", f"{t} x {inner}", lambda r: (r.normal(t, 2 * inner),), swiglu, 4 * t * inner, 6 * t * inner)
+    yield Case(
+        "swiglu",
+        f"{t} x {inner}",
+        lambda r: (r.normal(t, 2 * inner),),
+        lambda ops: ops.swiglu,
+        4 * t * inner,
+        6 * t * inner,
+    )
     yield Case(
         "combine_topk",
         f"{t} x {top_k} x {h}",
@@ -90,7 +88,7 @@ def _products(s: Shapes) -> Iterator[Case]:
             r.normal(t, top_k, dtype=torch.float32).abs(),
             r.normal(t, h),
         ),
-        combine_topk,
+        lambda ops: ops.combine_topk,
         2 * t * (top_k + 1) * h,
         2 * t * (top_k + 2) * h,
     )
@@ -102,13 +100,18 @@ def _rows(s: Shapes) -> Iterator[Case]:
     heads, top_k = s.num_attention_heads, s.num_experts_per_tok
     norm_weight = partial(Inputs.normal, dtype=torch.float32)
     yield Case(
-        "rms_norm", f"{t} x {h}", lambda r: (r.normal(t, h), norm_weight(r, h), EPS), rms_norm, 4 * t * h, 4 * t * h
+        "rms_norm",
+        f"{t} x {h}",
+        lambda r: (r.normal(t, h), norm_weight(r, h), EPS),
+        lambda ops: ops.rms_norm,
+        4 * t * h,
+        4 * t * h,
     )
     yield Case(
         "add_rms_norm",
         f"{t} x {h}",
         lambda r: (r.normal(t, h), r.normal(t, h), norm_weight(r, h), EPS),
-        add_rms_norm,
+        lambda ops: ops.add_rms_norm,
         5 * t * h,
         8 * t * h,
     )
@@ -116,7 +119,7 @@ def _rows(s: Shapes) -> Iterator[Case]:
         "layer_norm",
         f"{t} x {d}",
         lambda r: (r.normal(t, d), norm_weight(r, d), norm_weight(r, d), EPS),
-        layer_norm,
+        lambda ops: ops.layer_norm,
         7 * t * d,
         4 * t * d,
     )
@@ -124,7 +127,7 @@ def _rows(s: Shapes) -> Iterator[Case]:
         "apply_rope",
         f"{t} x {heads} x {dr}",
         lambda r: (r.normal(t, heads, dr), rotation(r, dr, t, interleaved=True)),
-        apply_rope,
+        lambda ops: ops.apply_rope,
         3 * t * heads * dr,
         4 * t * heads * dr,
     )
@@ -132,8 +135,8 @@ def _rows(s: Shapes) -> Iterator[Case]:
         "route",
         f"{t} x {s.n_routed_experts} -> {top_k}",
         lambda r: (r.normal(t, s.n_routed_experts, dtype=torch.float32), torch.zeros(s.n_routed_experts)),
-        partial(
-            route,
+        lambda ops: partial(
+            ops.route,
             n_group=s.n_group,
             topk_group=s.topk_group,
             top_k=top_k,
@@ -147,7 +150,7 @@ def _rows(s: Shapes) -> Iterator[Case]:
         "quantize_token_groups",
         f"{t} x {h}",
         lambda r: (r.normal(t, h),),
-        quantize_token_groups,
+        lambda ops: ops.quantize_token_groups,
         3 * t * h,
         3 * t * h,
     )
@@ -169,7 +172,7 @@ def _attention(s: Shapes) -> Iterator[Case]:
             r.layout(b, 1, context),
             scale,
         ),
-        mla_attention,
+        lambda ops: ops.mla_attention,
         2 * b * context * heads * (width + dl),
         2 * (b * context * width + b * heads * (width + dl)),
     )
@@ -184,7 +187,7 @@ def _attention(s: Shapes) -> Iterator[Case]:
             scale,
             r.selected(b, long, s.index_topk),
         ),
-        lambda *args: mla_attention(*args[:5], selected=args[5]),
+        lambda ops: lambda *args: ops.mla_attention(*args[:5], selected=args[5]),
         2 * b * s.index_topk * heads * (width + dl),
         2 * (b * s.index_topk * width + b * heads * (width + dl)),
     )
@@ -201,7 +204,7 @@ def _attention(s: Shapes) -> Iterator[Case]:
             r.weight(heads, s.v_head_dim, dl),
             scale,
         ),
-        mha_attention,
+        lambda ops: ops.mha_attention,
         2 * made + 2 * pairs * heads * (s.qk_nope_head_dim + dr + s.v_head_dim),
         2 * context * (width + heads * (s.qk_nope_head_dim + dr + s.v_head_dim)),
     )
@@ -223,19 +226,24 @@ def _records(s: Shapes) -> Iterator[Case]:
             EPS,
             rotation(r, dr, t, interleaved=True),
         ),
-        _written(write_latents),
+        lambda ops: _written(ops.write_latents),
         4 * t * width,
         4 * t * width,
     )
     fp8_bytes = t * (3 * dl + 4 * -(-dl // 128))
     yield Case(
-        "quantize_rows_fp8", f"{t} x {dl}", lambda r: (r.normal(t, dl),), quantize_rows_fp8, 4 * t * dl, fp8_bytes
+        "quantize_rows_fp8",
+        f"{t} x {dl}",
+        lambda r: (r.normal(t, dl),),
+        lambda ops: ops.quantize_rows_fp8,
+        4 * t * dl,
+        fp8_bytes,
     )
     yield Case(
         "dequantize_rows_fp8",
         f"{t} x {dl}",
-        lambda r: (*quantize_rows_fp8(r.normal(t, dl)), torch.bfloat16),
-        dequantize_rows_fp8,
+        lambda r: (*r.ops.quantize_rows_fp8(r.normal(t, dl)), torch.bfloat16),
+        lambda ops: ops.dequantize_rows_fp8,
         t * dl,
         fp8_bytes,
     )
@@ -250,7 +258,7 @@ def _records(s: Shapes) -> Iterator[Case]:
             EPS,
             rotation(r, dr, t, interleaved=False),
         ),
-        _written(write_index_keys),
+        lambda ops: _written(ops.write_index_keys),
         7 * t * d,
         4 * t * d,
     )
@@ -269,7 +277,7 @@ def _index(s: Shapes) -> Iterator[Case]:
             r.layout(b, 1, long),
             s.index_topk,
         ),
-        index_topk,
+        lambda ops: ops.index_topk,
         2 * b * long * hi * d,
         2 * b * long * d,
         tolerance=0.01,  # scores that are nearly equal may change places
@@ -278,7 +286,7 @@ def _index(s: Shapes) -> Iterator[Case]:
         "index_scores",
         f"{b} x {long}",
         lambda r: (r.normal(b, hi, d), r.normal(b, hi, dtype=torch.float32), r.normal(long, d)),
-        index_scores,
+        lambda ops: ops.index_scores,
         2 * b * long * hi * d,
         2 * long * d + 4 * b * long,
     )
@@ -286,7 +294,7 @@ def _index(s: Shapes) -> Iterator[Case]:
         "topk_positions",
         f"{b} x {long} -> {s.index_topk}",
         lambda r: (r.normal(b, long, dtype=torch.float32), torch.full((b,), long), s.index_topk),
-        topk_positions,
+        lambda ops: ops.topk_positions,
         2 * b * long,
         4 * b * (long + s.index_topk),
     )
@@ -301,7 +309,7 @@ def _exchange(s: Shapes) -> Iterator[Case]:
         "group_pairs",
         f"{t} x {top_k}",
         lambda r: (r.experts(t, s.n_routed_experts, top_k), identity, s.n_routed_experts),
-        group_pairs,
+        lambda ops: ops.group_pairs,
         0,
         8 * t * top_k * 3,
     )
@@ -309,15 +317,15 @@ def _exchange(s: Shapes) -> Iterator[Case]:
         "pack_segments",
         f"{t} x {h} to 2 ranks",
         lambda r: (r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), *halves, 2),
-        pack_segments,
+        lambda ops: ops.pack_segments,
         0,
         2 * t * h * 3,
     )
     yield Case(
         "unpack_segments",
         f"{t} x {h} from 2 ranks",
-        lambda r: _unpack_inputs(r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), halves),
-        unpack_segments,
+        lambda r: _unpack_inputs(r.ops, r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), halves),
+        lambda ops: ops.unpack_segments,
         0,
         4 * t * h,
     )
@@ -334,7 +342,7 @@ def _sampling(s: Shapes) -> Iterator[Case]:
             torch.ones(b),
             *(torch.arange(b) for _ in range(3)),
         ),
-        sample_tokens,
+        lambda ops: ops.sample_tokens,
         0,
         4 * b * s.vocab_size,
         tolerance=0.0,
@@ -350,7 +358,7 @@ def _sampling(s: Shapes) -> Iterator[Case]:
             0.9 * ones(),
             0.0 * ones(),
         ),
-        _num_kept,
+        lambda ops: partial(_num_kept, ops),
         0,
         8 * b * s.vocab_size,
     )
@@ -358,7 +366,7 @@ def _sampling(s: Shapes) -> Iterator[Case]:
         "token_logprobs",
         f"{b} x {s.vocab_size}",
         lambda r: (r.normal(b, s.vocab_size, dtype=torch.float32), torch.arange(2 * b).view(b, 2)),
-        token_logprobs,
+        lambda ops: ops.token_logprobs,
         0,
         4 * b * s.vocab_size,
     )
@@ -374,7 +382,7 @@ def _linear(
         "linear",
         f"{rows} x {k} -> {n}" + (" fp32" if dtype == torch.float32 else ""),
         lambda r: (r.normal(rows, k, dtype=dtype), r.weight(n, k, dtype=dtype)),
-        partial(linear, out_dtype=out_dtype),
+        lambda ops: partial(ops.linear, out_dtype=out_dtype),
         2 * rows * k * n,
         size * (n * k + rows * k) + out_size * rows * n,
     )
@@ -385,7 +393,7 @@ def _batched_linear(rows: int, batch: int, k: int, n: int) -> Case:
         "batched_linear",
         f"{rows} x {batch} x {k} -> {n}",
         lambda r: (r.normal(rows, batch, k), r.weight(batch, n, k)),
-        batched_linear,
+        lambda ops: ops.batched_linear,
         2 * rows * batch * k * n,
         2 * batch * (n * k + rows * (n + k)),
     )
@@ -401,7 +409,7 @@ def _experts_mlp(rows: int, experts: int, h: int, inner: int) -> Case:
             r.weight(experts, 2 * inner, h),
             r.weight(experts, h, inner),
         ),
-        experts_mlp,
+        lambda ops: ops.experts_mlp,
         6 * rows * h * inner,
         2 * (min(rows, experts) * 3 * h * inner + 2 * rows * h),
     )
@@ -417,9 +425,9 @@ def _written(write: Callable[..., None]) -> Callable[..., Tensor]:
     return call
 
 
-def _num_kept(*args: Tensor) -> Tensor:
+def _num_kept(ops: Ops, *args: Tensor) -> Tensor:
     """How many tokens `truncate_logits` leaves: which one is the last is a matter of the last bit."""
-    return (~truncate_logits(*args).isneginf()).sum(dim=1).float()
+    return (~ops.truncate_logits(*args).isneginf()).sum(dim=1).float()
 
 
 def _sample(name: str, rows: int, vocab_size: int, params: SamplingParams) -> Case:
@@ -428,7 +436,7 @@ def _sample(name: str, rows: int, vocab_size: int, params: SamplingParams) -> Ca
         "sample",
         f"{name} {rows} x {vocab_size}",
         lambda r: (r.normal(rows, vocab_size, dtype=torch.float32), [row] * rows),
-        Sampler(vocab_size).sample,
+        lambda _: Sampler(vocab_size).sample,
         0,
         4 * rows * vocab_size,
         has_reference=False,
@@ -440,7 +448,9 @@ def _even(rows: int, experts: int) -> Tensor:
     return torch.tensor([rows // experts + (e < rows % experts) for e in range(experts)])
 
 
-def _unpack_inputs(x: Tensor, topk_idx: Tensor, halves: tuple[Tensor, Tensor]) -> tuple[list[Tensor], Tensor, int]:
+def _unpack_inputs(
+    ops: Ops, x: Tensor, topk_idx: Tensor, halves: tuple[Tensor, Tensor]
+) -> tuple[list[Tensor], Tensor, int]:
     """What a rank receives when both ranks send it what this one would."""
-    segments, _, _ = pack_segments(x, topk_idx, *halves, 2)
+    segments, _, _ = ops.pack_segments(x, topk_idx, *halves, 2)
     return [segments[0], segments[0]], x, len(halves[0]) // 2

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
 from shoal.kernels.linear import PackedWeight
-from shoal.kernels.registry import current_backend, use_backend
+from shoal.kernels.ops import Ops
 from shoal.kernels.rope import Rotation
-from shoal.runtime.engine.model_loading import choose_backend
 
 from ..environment import environment
 from ..exit_codes import ExitCode
@@ -65,7 +64,7 @@ def kernels(
             print(f"{case.op} {case.sizes}", file=stderr, flush=True)
 
     report = measure_kernels(
-        shapes=shapes, ops=ops, threads=threads, device=torch.device(device), refcheck=refcheck, on_case=on_case
+        shapes=shapes, names=ops, threads=threads, device=torch.device(device), refcheck=refcheck, on_case=on_case
     )
     _print_table(report, stdout)
     write_report(output, report)
@@ -76,7 +75,7 @@ def kernels(
 def measure_kernels(
     *,
     shapes: ShapesName,
-    ops: Sequence[str] | None,
+    names: Sequence[str] | None,
     threads: int | None,
     device: torch.device,
     refcheck: bool,
@@ -88,43 +87,44 @@ def measure_kernels(
     device, of the device's events around it.
     """
     chosen = [case for case in cases(SHAPES[shapes]) if device.type == "cpu" or case.op != "sample"]
-    if unknown := sorted(set(ops or ()) - {case.op for case in chosen}):
+    if unknown := sorted(set(names or ()) - {case.op for case in chosen}):
         raise ValueError(f"there is no op {unknown[0]!r}; there are {', '.join(sorted({c.op for c in chosen}))}")
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    with use_backend(choose_backend("auto", device) or current_backend()):
-        if device.type == "cuda":
-            ceilings = measure_device_ceilings(device)
-        else:
-            ceilings = measure_ceilings(matrix_size=256, read_bytes=1 << 20) if shapes == "tiny" else measure_ceilings()
-        rows = []
-        for case in chosen:
-            if ops is None or case.op in ops:
-                on_case(case, None)
-                rows.append(measure_case(case, ceilings, device, refcheck=refcheck))
-                on_case(case, rows[-1])
-        return {
-            "benchmark": "kernels",
-            "comparable": False,
-            "environment": environment(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "backend": current_backend(),
-            "threads": torch.get_num_threads(),
-            "shapes": {"name": shapes, **asdict(SHAPES[shapes])},
-            "ceilings": asdict(ceilings),
-            "kernels": rows,
-        }
+    ops = Ops.choose(device)
+    if device.type == "cuda":
+        ceilings = measure_device_ceilings(device)
+    else:
+        ceilings = measure_ceilings(matrix_size=256, read_bytes=1 << 20) if shapes == "tiny" else measure_ceilings()
+    rows = []
+    for case in chosen:
+        if names is None or case.op in names:
+            on_case(case, None)
+            rows.append(measure_case(case, ops, ceilings, device, refcheck=refcheck))
+            on_case(case, rows[-1])
+    return {
+        "benchmark": "kernels",
+        "comparable": False,
+        "environment": environment(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "backend": ops.backend,
+        "threads": torch.get_num_threads(),
+        "shapes": {"name": shapes, **asdict(SHAPES[shapes])},
+        "ceilings": asdict(ceilings),
+        "kernels": rows,
+    }
 
 
 @torch.inference_mode()
-def measure_case(case: Case, ceilings: Ceilings, device: torch.device, *, refcheck: bool) -> dict[str, Any]:
+def measure_case(case: Case, ops: Ops, ceilings: Ceilings, device: torch.device, *, refcheck: bool) -> dict[str, Any]:
     """Time and rates of one op, and its largest difference from the reference."""
-    inputs = _to(case.make(Inputs(device)), device)
+    inputs = _to(case.make(Inputs(ops, device)), device)
+    call = case.call(ops)
     num_copies = min(MAX_COPIES, max(1, math.ceil(COLD_BYTES / max(1, _size(inputs)))))
     copies = [inputs, *(copy.deepcopy(inputs) for _ in range(num_copies - 1))]
     if device.type == "cuda":
-        seconds = _device_seconds(case.call, copies, waits=case.op in OPS_THAT_WAIT)
+        seconds = _device_seconds(call, copies, waits=case.op in OPS_THAT_WAIT)
     else:
-        seconds = _median_seconds(case.call, copies)
+        seconds = _median_seconds(call, copies)
     del copies
     row: dict[str, Any] = {
         "op": case.op,
@@ -136,9 +136,9 @@ def measure_case(case: Case, ceilings: Ceilings, device: torch.device, *, refche
         "fraction_of_ceiling": ceilings.seconds(case.flops, case.num_bytes) / seconds,
     }
     if refcheck and case.has_reference:
-        ours = _tensors(case.call(*inputs))
-        with use_backend("reference"):
-            reference = _tensors(case.call(*_to(case.make(Inputs(device)), device)))
+        ours = _tensors(call(*inputs))
+        reference_ops = Ops("reference")
+        reference = _tensors(case.call(reference_ops)(*_to(case.make(Inputs(reference_ops, device)), device)))
         row |= _worst_difference(ours, reference, case.tolerance)
     return row
 

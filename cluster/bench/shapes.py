@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
-from shoal.kernels.linear import PackedWeight, pack_weight
+from shoal.kernels.linear import PackedWeight
+from shoal.kernels.ops import Ops
 
 BLOCK_SIZE = 64
 ShapesName = Literal["tiny", "v3-test", "v3"]
@@ -122,8 +123,9 @@ SHAPES: dict[ShapesName, Shapes] = {"tiny": _TINY, "v3-test": _V3_TEST, "v3": _V
 class Inputs:
     """Draws what a kernel is given; a new object draws the same again."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        """`device`: where the large ones are drawn."""
+    def __init__(self, ops: Ops, device: torch.device | None = None) -> None:
+        """`ops` packs weights; `device`: where large tensors are drawn."""
+        self.ops = ops
         self._device = device or torch.device("cpu")
         self._generator = torch.Generator(self._device).manual_seed(0)
 
@@ -131,9 +133,9 @@ class Inputs:
         return torch.randn(shape, generator=self._generator, device=self._device).to(dtype)
 
     def weight(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
-        """[.., N, K], packed for the backend in force, so scaled that a product is about as large as its input."""
+        """[.., N, K], packed by `ops`, scaled so that a GEMM's output is about as large as its input."""
         values = torch.randn(shape, generator=self._generator, device=self._device).div_(math.sqrt(shape[-1]))
-        return pack_weight(values.to(dtype))
+        return self.ops.pack_weight(values.to(dtype))
 
     def positions(self, count: int, limit: int) -> Tensor:
         return torch.randint(limit, (count,), generator=self._generator, device=self._device)

@@ -15,9 +15,9 @@ from typing import Literal, TextIO
 import torch
 
 from shoal.kernels.build import build_library, find_compiler
+from shoal.kernels.ops import choose_backend
 from shoal.kernels.registry import NOT_STRICT, Vendor, check_vendors
 from shoal.parallel.deep_ep import INTERFACES
-from shoal.runtime.engine.model_loading import choose_backend
 
 from ..environment import environment
 from ..exit_codes import ExitCode

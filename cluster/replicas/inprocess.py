@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from shoal.kernels.numerics import torch_settings
 from shoal.parallel.groups import single_process_groups
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
@@ -34,11 +35,11 @@ class InProcessEngine:
             )
         _ = read_model_config(args)
         start = time.monotonic()
-        num_threads = args.num_threads_per_worker or default_num_threads(num_cores())
-        torch.set_num_threads(num_threads)
+        self._num_threads = args.num_threads_per_worker or default_num_threads(num_cores())
         report = StartReport()
         groups = single_process_groups(torch.device(args.device))
-        self._engine = resolve_factory(engine_factory)(args, groups, report, None)
+        with torch_settings(self._num_threads):
+            self._engine = resolve_factory(engine_factory)(args, groups, report, None)
         self._capacity = 2 * args.max_num_seqs
         self._in_flight: set[str] = set()
         self._outputs: list[RequestOutput] = []
@@ -79,7 +80,9 @@ class InProcessEngine:
         """Step until there are outputs or `timeout_s` has passed; at once when nothing is in flight."""
         deadline = time.monotonic() + timeout_s
         while not self._outputs and self._in_flight:
-            self._outputs += [o if o.finished else _snapshot(o) for o in self._engine.step().outputs]
+            with torch_settings(self._num_threads):
+                stepped = self._engine.step()
+            self._outputs += [o if o.finished else _snapshot(o) for o in stepped.outputs]
             if time.monotonic() >= deadline:
                 break
         outputs = [output for output in self._outputs if output.request_id in self._in_flight]

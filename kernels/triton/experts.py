@@ -171,7 +171,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @register("swiglu", "triton")
-def _swiglu(gate_up: Tensor) -> Tensor:
+def swiglu_triton(gate_up: Tensor) -> Tensor:
     gate_up = _rows(gate_up)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, width)

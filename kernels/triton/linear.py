@@ -16,7 +16,7 @@ from ..registry import register
 from .gemm import BF16, CHUNK, DECODED_FP8, FP32, NATIVE_FP8, multiply_and_store, tile_of
 from .gemm_config import Tiles, tiles_for
 from .launch import has_fp8, num_sms, round_to, shared_memory
-from .quant import quantize_token_groups
+from .quant import quantize_token_groups_triton
 
 ALIGNMENT = 16
 """Of rows, in bytes, for tensor descriptors."""
@@ -114,7 +114,7 @@ def _linear(x: Tensor, w: PackedWeight, out_dtype: torch.dtype) -> Tensor:
 
 
 @register("batched_linear", "triton")
-def _batched_linear(x: Tensor, w: PackedWeight) -> Tensor:
+def batched_linear_triton(x: Tensor, w: PackedWeight) -> Tensor:
     y = x.new_empty(x.shape[0], w.num_matrices, w.out_features)
     if y.numel():
         tiles = tiles_for(w.data.dtype, x.shape[0], w.out_features * w.num_matrices, x.device)
@@ -182,7 +182,7 @@ class Operands:
         data, x_scale, kind = w.data, None, (FP32 if w.dtype == torch.float32 else BF16).value
         if w.scale_inv is not None:
             assert x.shape[0] == 1, "FP8 weights come one at a time or grouped by rows"
-            q, x_scale = quantize_token_groups(x[0], w.ue8m0)
+            q, x_scale = quantize_token_groups_triton(x[0], w.ue8m0)
             if rows is not None:
                 x_scale = scale_columns(len(rows), q.shape[1], q.device).copy_(x_scale[rows])
                 q = q.view(torch.uint8)[rows].view(q.dtype)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..attention import PagedLayout
 from ..kv_format import read_latents
-from ..linear import PackedWeight, batched_linear
+from ..linear import PackedWeight
 from ..registry import register
 from .launch import dot, round_to, shared_memory
+from .linear import batched_linear_triton
 from .token_tiles import token_tiles
 
 BLOCK_TOKENS = 128
@@ -204,9 +205,9 @@ def _mha_attention(
         part = prefill_attention(
             q[:, heads, :nope_dim],
             q[:, heads, nope_dim:],
-            batched_linear(latents, w_uk.matrices(heads)),
+            batched_linear_triton(latents, w_uk.matrices(heads)),
             gathered[:, latent_dim:],
-            batched_linear(latents, w_uv.matrices(heads)),
+            batched_linear_triton(latents, w_uv.matrices(heads)),
             layout.cu_seqlens_q,
             cu_seqlens_k,
             layout.positions,

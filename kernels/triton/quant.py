@@ -63,7 +63,7 @@ def _quantize_kernel(
 
 
 @register("quantize_token_groups", "triton")
-def quantize_token_groups(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+def quantize_token_groups_triton(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
     rows = x if x.stride(1) == 1 else x.contiguous()
     num_rows, dim = rows.shape
     q = torch.empty(num_rows, dim, dtype=torch.float8_e4m3fn, device=x.device)

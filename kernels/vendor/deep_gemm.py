@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..attention import PagedLayout
-from ..experts import swiglu
-from ..indexer import topk_positions
 from ..kv_format import FP8_RECORDS
 from ..linear import PackedWeight
-from ..quant import BLOCK, quantize_token_groups, scale_columns
+from ..quant import BLOCK, scale_columns
 from ..registry import register
+from ..triton.experts import swiglu_triton
 from ..triton.indexer import index_topk_triton
+from ..triton.quant import quantize_token_groups_triton
+from ..triton.topk import topk_positions_triton
 from . import LIBRARIES
 
 INDEX_HEADS = (32, 64)
@@ -95,11 +96,11 @@ def experts_mlp_deep_gemm(
     place, layout = place_rows(
         counts.to(x.device, non_blocking=True), num_rows, _library().get_mk_alignment_for_contiguous_layout()
     )
-    inputs = quantize_token_groups(x, ue8m0=gate_up.ue8m0)
+    inputs = quantize_token_groups_triton(x, gate_up.ue8m0)
     if x_row is not None:
         inputs = (inputs[0].view(torch.uint8)[x_row].view(torch.float8_e4m3fn), inputs[1][x_row])
     gated = _multiply(_spread(inputs, place, len(layout)), gate_up, layout)
-    inner = quantize_token_groups(swiglu(gated), ue8m0=down.ue8m0)
+    inner = quantize_token_groups_triton(swiglu_triton(gated), down.ue8m0)
     y = _multiply(inner, down, layout)[place]
     return y if out_row is None else torch.empty_like(y).index_copy_(0, out_row, y)
 
@@ -151,7 +152,7 @@ def index_topk_deep_gemm(q: Tensor, weights: Tensor, keys: Tensor, layout: Paged
         return index_topk_triton(q, weights, keys, layout, topk)
     check_index(num_heads, dim, layout.block_size)
     library = _library()
-    codes, scales = quantize_token_groups(q.reshape(-1, dim))
+    codes, scales = quantize_token_groups_triton(q.reshape(-1, dim), False)
     block_table = layout.block_tables[layout.sequence_of_tokens()].clamp(0, keys.shape[0] - 1)
     lengths = layout.positions + 1
     context_lens = lengths.int()[:, None]
@@ -165,4 +166,4 @@ def index_topk_deep_gemm(q: Tensor, weights: Tensor, keys: Tensor, layout: Paged
         block_table.shape[1] * layout.block_size,
         clean_logits=False,
     )
-    return topk_positions(logits, lengths, topk)
+    return topk_positions_triton(logits, lengths, topk)

@@ -57,7 +57,7 @@ def build_engine(
     return Engine(
         runner,
         scheduler,
-        Sampler(vocab_size) if on_cpu else DeviceSampler(vocab_size, groups.device),
+        Sampler(vocab_size) if on_cpu else DeviceSampler(vocab_size, groups.device, loaded.ops),
         OutputProcessor(tokenizer, eos_token_ids),
         lockstep=Lockstep(groups),
         limits=RequestLimits(vocab_size=vocab_size, max_model_len=loaded.max_model_len),

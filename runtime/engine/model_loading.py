@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +10,9 @@ from pathlib import Path
 import torch
 
 from shoal.kernels.kv_format import FP8_RECORDS
-from shoal.kernels.numerics import pin_floating_point
-from shoal.kernels.ops import Ops
-from shoal.kernels.registry import (
-    NOT_STRICT,
-    Backend,
-    Vendor,
-    check_vendors,
-    current_backend,
-    is_invariant,
-    set_backend,
-)
+from shoal.kernels.numerics import set_deterministic_fp_mode
+from shoal.kernels.ops import Ops, choose_backend
+from shoal.kernels.registry import NOT_STRICT, Vendor, is_invariant
 from shoal.parallel.deep_ep import deep_ep_dispatcher
 from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
@@ -34,7 +25,7 @@ from ..models.config import ModelConfig
 from ..models.families import FAMILIES, read_config
 from ..models.model import Model
 from ..models.weights import tensor_shapes
-from .config import DType, EngineConfig, KernelBackend, VendorKernels
+from .config import DType, EngineConfig, VendorKernels
 from .cuda_graphs import DecodeGraphs
 from .model_runner import ModelRunner
 
@@ -53,6 +44,7 @@ class LoadedModel:
     """A model that is ready to run."""
 
     runner: ModelRunner
+    ops: Ops
     config: ModelConfig
     max_model_len: int
     """Most tokens of a sequence: as asked for, or what the model and the cache can take."""
@@ -74,7 +66,7 @@ def load_model(
     ValueError for a checkpoint or a setting that cannot work.
     """
     ops = _choose_ops(config, groups.device)
-    pin_floating_point()
+    set_deterministic_fp_mode()
     model_config = read_config(model_dir)
     check_layout(model_config, groups.config.tensor_parallel_size)
     dtype = compute_dtype(model_config, config.dtype)
@@ -89,7 +81,7 @@ def load_model(
             f"({model_config.max_position_embeddings})"
         )
     placement = placement or default_placement(model_config.n_routed_experts, groups)
-    dispatcher = _dispatcher(config, model_config, groups, placement, dtype)
+    dispatcher = _dispatcher(config, model_config, groups, placement, ops, dtype)
     model = FAMILIES[model_config.model_type].build(
         model_config, ops, groups, placement=placement, dispatcher=dispatcher, dtype=dtype, max_model_len=wanted_len
     )
@@ -116,6 +108,7 @@ def load_model(
     depends_on = f"{fingerprint}/{dtype}/{cache_dtype}/{kernels}"
     return LoadedModel(
         runner=ModelRunner(model, cache, groups.device, graphs, groups.spans),
+        ops=ops,
         config=model_config,
         max_model_len=max_model_len,
         record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
@@ -124,7 +117,7 @@ def load_model(
 
 def _choose_ops(config: EngineConfig, device: torch.device) -> Ops:
     """The kernels of the engine. ValueError for kernels that do not run there or are not as invariant as asked."""
-    backend = choose_backend(config.kernel_backend, device) or current_backend()
+    backend = choose_backend(config.kernel_backend, device)
     vendors = VENDORS[config.vendor_kernels]
     if config.invariance == "strict" and not is_invariant(backend):
         raise ValueError(
@@ -137,22 +130,7 @@ def _choose_ops(config: EngineConfig, device: torch.device) -> Ops:
             f"vendor_kernels {config.vendor_kernels} do not promise that a row's result is independent of its batch "
             f"({why}); set vendor_kernels to none or invariance to relaxed"
         )
-    set_backend(backend, vendors)
-    check_vendors(vendors, device)
-    return Ops(backend, vendors)
-
-
-def choose_backend(wanted: KernelBackend, device: torch.device) -> Backend | None:
-    """The kernels for a device; None: those in force. ValueError for kernels that do not run there."""
-    if wanted == "auto":
-        return "triton" if device.type == "cuda" else None
-    if wanted == "cpu" and device.type != "cpu":
-        raise ValueError('kernels "cpu" do not run on a GPU: choose "triton", or device "cpu"')
-    if wanted == "triton" and device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
-        raise ValueError(
-            'kernels "triton" need device "cuda" (or TRITON_INTERPRET=1, which is for tests of the kernels)'
-        )
-    return wanted
+    return Ops.choose(device, backend, vendors)
 
 
 def _check_fp8_cache(config: ModelConfig, dtype: torch.dtype) -> None:
@@ -206,13 +184,18 @@ def _load_weights(model: Model, model_dir: str | Path, on_phase: OnPhase) -> str
 
 
 def _dispatcher(
-    config: EngineConfig, model: ModelConfig, groups: ParallelGroups, placement: ExpertPlacement, dtype: torch.dtype
+    config: EngineConfig,
+    model: ModelConfig,
+    groups: ParallelGroups,
+    placement: ExpertPlacement,
+    ops: Ops,
+    dtype: torch.dtype,
 ) -> TokenDispatcher:
     """ValueError for an all2all_backend that does not fit the model or the device, or that is not installed."""
     if groups.world.size == 1:
-        return LocalTokenDispatcher(placement, groups.device)
+        return LocalTokenDispatcher(placement, ops, groups.device)
     if config.all2all_backend == "default":
-        return AllToAllTokenDispatcher(placement, groups.world, groups.device)
+        return AllToAllTokenDispatcher(placement, groups.world, ops, groups.device)
     if groups.device.type != "cuda" or dtype != torch.bfloat16:
         raise ValueError(
             f"all2all_backend deepep moves bfloat16 between GPUs, this is {dtype} on device {groups.device.type}: "
@@ -220,7 +203,7 @@ def _dispatcher(
         )
     tokens_per_rank = -(-config.max_num_batched_tokens // groups.tp.size)
     return deep_ep_dispatcher(
-        placement, groups, model.hidden_size, max_rows=tokens_per_rank * model.num_experts_per_tok
+        placement, groups, ops, model.hidden_size, max_rows=tokens_per_rank * model.num_experts_per_tok
     )
 
 

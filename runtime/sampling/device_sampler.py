@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.kernels.indexer import topk_positions
-from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logits
+from shoal.kernels.ops import Ops
 
 from ..types import Logprob, SamplingParams
 from .sampler import SampledToken, Sampler, Sampling, SamplingRow
@@ -24,9 +23,10 @@ _BAD_LOGITS = "the model's logits contain NaN or +Inf, or are all -Inf"
 class DeviceSampler(Sampler):
     """A sampler that goes on while the device chooses."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, ops: Ops) -> None:
         super().__init__(vocab_size)
         self._device = device
+        self._ops = ops
 
     def begin(self, logits: Tensor, rows: Sequence[SamplingRow], *, ahead: int = 0) -> Sampling:
         """Queue the kernels, and the copies of what they choose; the logits are not read after that if tokens suffice.
@@ -42,13 +42,13 @@ class DeviceSampler(Sampler):
         seeds, positions, sample_indices, top_k = integers
         allowed = logits
         if any(_truncates(row.params) for row in rows):
-            allowed = truncate_logits(logits, temperatures, top_k, top_p, min_p)
-        token_ids = sample_tokens(allowed, temperatures, seeds, positions, sample_indices)
+            allowed = self._ops.truncate_logits(logits, temperatures, top_k, top_p, min_p)
+        token_ids = self._ops.sample_tokens(allowed, temperatures, seeds, positions, sample_indices)
         results = [token_ids]
         asked = [row.params.logprobs for row in rows if row.params.logprobs is not None]
         if asked:
             scored = torch.cat([token_ids.unsqueeze(1), self._likeliest(logits, max(asked))], dim=1)
-            results += [scored, *token_logprobs(logits, scored)]
+            results += [scored, *self._ops.token_logprobs(logits, scored)]
         copies = [_to_host(result) for result in results]
         copied: torch.cuda.Event | None = None
         if self._device.type == "cuda":
@@ -63,7 +63,7 @@ class DeviceSampler(Sampler):
         if not count:
             return torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
         lengths = torch.full((len(logits),), self.vocab_size, device=logits.device)
-        return topk_positions(logits, lengths, min(count, self.vocab_size)).long()
+        return self._ops.topk_positions(logits, lengths, min(count, self.vocab_size)).long()
 
     def _parameters(self, rows: Sequence[SamplingRow], ahead: int) -> tuple[Tensor, Tensor]:
         """[3, N] float32 and [4, N] int64 on the device; a row that the host samples is greedy here."""

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
-from shoal.kernels.fp8_rows import quantize_rows_fp8
+from shoal.kernels.attention import PagedLayout
 from shoal.kernels.kv_format import FP8_RECORDS, read_latents
-from shoal.kernels.linear import pack_weight
-from shoal.kernels.registry import Backend, use_backend
+from shoal.kernels.ops import Ops
+from shoal.kernels.registry import Backend
+from tests.support.ops import CPU_OPS, REFERENCE_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -56,10 +56,18 @@ class Sequences:
         if self.records_dtype != FP8_RECORDS:
             return keys
         rope = keys[:, self.latent :].bfloat16().contiguous()
-        return torch.cat([x.view(FP8_RECORDS) for x in (*quantize_rows_fp8(keys[:, : self.latent]), rope)], dim=1)
+        return torch.cat(
+            [x.view(FP8_RECORDS) for x in (*CPU_OPS.quantize_rows_fp8(keys[:, : self.latent]), rope)], dim=1
+        )
 
     def run(
-        self, spans: list[tuple[int, int]], *, block_size: int = 16, seed: int = 0, selected: Tensor | None = None
+        self,
+        spans: list[tuple[int, int]],
+        *,
+        block_size: int = 16,
+        seed: int = 0,
+        selected: Tensor | None = None,
+        ops: Ops = CPU_OPS,
     ) -> Tensor:
         """Attention of positions [start, stop) of each sequence, in one call; the cache is laid out by `seed`."""
         generator = torch.Generator().manual_seed(seed)
@@ -80,8 +88,9 @@ class Sequences:
         positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
         layout = PagedLayout(tables, bounds, positions, block_size)
         if self.form == "per head":
-            return mha_attention(q, records, layout, pack_weight(self.w_uk), pack_weight(self.w_uv), 0.17)
-        return mla_attention(q[..., : self.latent], q[..., self.latent :], records, layout, 0.17, selected=selected)
+            w_uk, w_uv = ops.pack_weight(self.w_uk), ops.pack_weight(self.w_uv)
+            return ops.mha_attention(q, records, layout, w_uk, w_uv, 0.17)
+        return ops.mla_attention(q[..., : self.latent], q[..., self.latent :], records, layout, 0.17, selected=selected)
 
     def oracle(self, b: int) -> Tensor:
         """Attention of all positions of a sequence in float64 (made keys and values rounded as they are stored)."""
@@ -128,8 +137,8 @@ def test_absorbed_equals_unabsorbed_attention(backend: Backend, heads: int) -> N
     layout = PagedLayout(torch.arange(6)[None].int(), torch.tensor([0, n]).int(), torch.arange(n), 16)
     records = torch.zeros(96, latent + rope)
     records[:n] = torch.cat([c, k_rope], dim=-1).float()
-    with use_backend(backend):
-        out = mla_attention(absorbed, q_rope.float(), records, layout, scale)
+    ops = Ops(backend)
+    out = ops.mla_attention(absorbed, q_rope.float(), records, layout, scale)
     torch.testing.assert_close(torch.einsum("thl,hvl->thv", out.double(), w_uv), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -140,8 +149,7 @@ def test_several_sequences_match_float64_and_the_reference(form: Form, dtype: to
     sequences = Sequences([70, 1, 1100, 9], dtype, form, heads=heads)
     spans = [(69, 70), (0, 1), (1000, 1100), (4, 4)]
     out = sequences.run(spans)
-    with use_backend("reference"):
-        reference = sequences.run(spans)
+    reference = sequences.run(spans, ops=REFERENCE_OPS)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6
     expected = [sequences.oracle(b)[start:stop] for b, (start, stop) in enumerate(spans)]
     assert out.dtype == sequences.dtype
@@ -259,13 +267,13 @@ def test_selected_positions_alone_are_attended(backend: Backend) -> None:
     kept = torch.arange(1, 100, 3)
     selected = torch.full((1, 40), -1, dtype=torch.int32)
     selected[0, : len(kept)] = kept.int()
-    with use_backend(backend):
-        sparse = sequences.run([(99, 100)], selected=selected)
-        short = Sequences([len(kept)], torch.float32)
-        short.keys = [sequences.keys[0][kept]]
-        short.queries = [sequences.queries[0][kept]]
-        short.queries[0][-1] = sequences.queries[0][99]
-        dense = short.run([(len(kept) - 1, len(kept))])
+    ops = Ops(backend)
+    sparse = sequences.run([(99, 100)], selected=selected, ops=ops)
+    short = Sequences([len(kept)], torch.float32)
+    short.keys = [sequences.keys[0][kept]]
+    short.queries = [sequences.queries[0][kept]]
+    short.queries[0][-1] = sequences.queries[0][99]
+    dense = short.run([(len(kept) - 1, len(kept))], ops=ops)
     assert torch.equal(sparse, dense)
     if backend == "cpu":
         assert torch.equal(sequences.run([(99, 100)], block_size=4, seed=5, selected=selected), sparse)
@@ -275,9 +283,9 @@ def test_selected_positions_alone_are_attended(backend: Backend) -> None:
 def test_one_key_returns_its_latent_and_an_empty_list_zero(backend: Backend) -> None:
     sequences = Sequences([5], torch.bfloat16)
     selected = torch.tensor([[3, -1], [-1, -1]], dtype=torch.int32)
-    with use_backend(backend):
-        first = sequences.run([(0, 1)])
-        sparse = sequences.run([(3, 5)], selected=selected)
+    ops = Ops(backend)
+    first = sequences.run([(0, 1)], ops=ops)
+    sparse = sequences.run([(3, 5)], selected=selected, ops=ops)
     assert torch.equal(first[0], sequences.keys[0][0, :40].expand(3, 40))
     assert torch.equal(sparse[0], sequences.keys[0][3, :40].expand(3, 40))
     assert torch.equal(sparse[1], torch.zeros(3, 40, dtype=torch.bfloat16))
@@ -286,56 +294,58 @@ def test_one_key_returns_its_latent_and_an_empty_list_zero(backend: Backend) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("form", "columns"), [("absorbed", 40), ("per head", VALUE)])
 def test_no_tokens(backend: Backend, form: Form, columns: int) -> None:
-    with use_backend(backend):
-        assert Sequences([5, 6], torch.float32, form).run([(0, 0), (6, 6)]).shape == (0, 3, columns)
+    out = Sequences([5, 6], torch.float32, form).run([(0, 0), (6, 6)], ops=Ops(backend))
+    assert out.shape == (0, 3, columns)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_huge_scores_do_not_overflow(backend: Backend) -> None:
     sequences = Sequences([130], torch.float32)
     sequences.queries[0] *= 1e4
-    with use_backend(backend):
-        out = sequences.run([(129, 130)])
+    ops = Ops(backend)
+    out = sequences.run([(129, 130)], ops=ops)
     scores = torch.einsum("hd,sd->hs", sequences.queries[0][129].double(), sequences.keys[0].double())
     winner = sequences.keys[0][scores.argmax(1), :40]
     torch.testing.assert_close(out[0], winner, rtol=1e-5, atol=1e-5)
 
 
-def _one_token(block_table: list[int], position: int, num_slots: int) -> Tensor:
+def _one_token(ops: Ops, block_table: list[int], position: int, num_slots: int) -> Tensor:
     layout = PagedLayout(torch.tensor([block_table]).int(), torch.tensor([0, 1]).int(), torch.tensor([position]), 4)
-    return mla_attention(torch.ones(1, 1, 8), torch.ones(1, 1, 2), torch.ones(num_slots, 10), layout, 1.0)
+    return ops.mla_attention(torch.ones(1, 1, 8), torch.ones(1, 1, 2), torch.ones(num_slots, 10), layout, 1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_context_outside_the_cache_is_an_error(backend: Backend) -> None:
-    with use_backend(backend):
-        with pytest.raises(ValueError, match="no slot"):
-            _one_token([0], 4, 8)
-        with pytest.raises(ValueError, match="no slot"):
-            _one_token([0, 2], 5, 8)
-        assert _one_token([1, 0], 7, 8).shape == (1, 1, 8)
+    ops = Ops(backend)
+    with pytest.raises(ValueError, match="no slot"):
+        _one_token(ops, [0], 4, 8)
+    with pytest.raises(ValueError, match="no slot"):
+        _one_token(ops, [0, 2], 5, 8)
+    assert _one_token(ops, [1, 0], 7, 8).shape == (1, 1, 8)
 
 
 def test_refuses_what_does_not_fit() -> None:
     layout = PagedLayout(torch.tensor([[0]]).int(), torch.tensor([0, 1]).int(), torch.tensor([0]), 4)
     q, r, records = torch.ones(1, 1, 8), torch.ones(1, 1, 2), torch.ones(4, 10)
     with pytest.raises(ValueError, match="records"):
-        mla_attention(q, r, torch.ones(4, 9), layout, 1.0)
+        CPU_OPS.mla_attention(q, r, torch.ones(4, 9), layout, 1.0)
     with pytest.raises(ValueError, match="records"):
-        mla_attention(q, r, torch.zeros(4, 15, dtype=FP8_RECORDS), layout, 1.0)  # 8 numbers, a scale and 2 x 2 bytes
+        CPU_OPS.mla_attention(
+            q, r, torch.zeros(4, 15, dtype=FP8_RECORDS), layout, 1.0
+        )  # 8 numbers, a scale and 2 x 2 bytes
     with pytest.raises(ValueError, match="all in float32 or all in bfloat16"):
-        mla_attention(q, r, records.bfloat16(), layout, 1.0)
+        CPU_OPS.mla_attention(q, r, records.bfloat16(), layout, 1.0)
     with pytest.raises(ValueError, match="selected must be"):
-        mla_attention(q, r, records, layout, 1.0, selected=torch.zeros(1, 3, dtype=torch.int64))
+        CPU_OPS.mla_attention(q, r, records, layout, 1.0, selected=torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="2 query tokens, but the layout has 1"):
-        mla_attention(q.expand(2, 1, 8), r.expand(2, 1, 2), records, layout, 1.0)
-    w_uk, w_uv = pack_weight(torch.ones(1, 6, 8)), pack_weight(torch.ones(1, 5, 8))
+        CPU_OPS.mla_attention(q.expand(2, 1, 8), r.expand(2, 1, 2), records, layout, 1.0)
+    w_uk, w_uv = CPU_OPS.pack_weight(torch.ones(1, 6, 8)), CPU_OPS.pack_weight(torch.ones(1, 5, 8))
     with pytest.raises(ValueError, match="records"):
-        mha_attention(torch.ones(1, 1, 8), torch.ones(4, 9), layout, w_uk, w_uv, 1.0)
+        CPU_OPS.mha_attention(torch.ones(1, 1, 8), torch.ones(4, 9), layout, w_uk, w_uv, 1.0)
     with pytest.raises(ValueError, match="of one dtype"):
-        mha_attention(torch.ones(1, 1, 8), records.bfloat16(), layout, w_uk, w_uv, 1.0)
+        CPU_OPS.mha_attention(torch.ones(1, 1, 8), records.bfloat16(), layout, w_uk, w_uv, 1.0)
     with pytest.raises(ValueError, match="h weights"):
-        mha_attention(torch.ones(1, 2, 8), records, layout, w_uk, w_uv, 1.0)
+        CPU_OPS.mha_attention(torch.ones(1, 2, 8), records, layout, w_uk, w_uv, 1.0)
 
 
 def test_a_layout_refuses_what_does_not_fit() -> None:

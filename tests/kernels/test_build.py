@@ -110,11 +110,13 @@ def test_the_process_has_one_openmp_runtime_that_follows_torch() -> None:
     program = """
 import os, torch
 torch.set_num_threads(1)
-from shoal.kernels.linear import linear, pack_weight
-linear(torch.ones(64, 256), pack_weight(torch.ones(256, 256)))
+from shoal.kernels.ops import Ops
+ops = Ops("cpu")
+weight = ops.pack_weight(torch.ones(256, 256))
+ops.linear(torch.ones(64, 256), weight)
 print(len(os.listdir("/proc/self/task")))
 torch.set_num_threads(2)
-linear(torch.ones(64, 256), pack_weight(torch.ones(256, 256)))
+ops.linear(torch.ones(64, 256), weight)
 print(len(os.listdir("/proc/self/task")))
 print(len({line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}))
 """

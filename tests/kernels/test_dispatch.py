@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
-from shoal.kernels.registry import use_backend
+from shoal.kernels.ops import Ops
+from tests.support.ops import CPU_OPS
 
 
 def random_case(
@@ -29,20 +29,22 @@ def test_segments_by_hand() -> None:
     topk_idx = torch.tensor(
         [[2, 0], [1, -1]]
     )  # expert 0: rank 1, slot 0 | expert 1: rank 0, slot 0 | 2: rank 1, slot 1
-    segments, num_pairs, row_of = pack_segments(x, topk_idx, torch.tensor([1, 0, 1]), torch.tensor([0, 0, 1]), 2)
+    segments, num_pairs, row_of = CPU_OPS.pack_segments(
+        x, topk_idx, torch.tensor([1, 0, 1]), torch.tensor([0, 0, 1]), 2
+    )
     assert [bytes(s.numpy()) for s in segments] == [
         struct.pack("=iiiif", 1, 1, 0, 0, 2.0),
         struct.pack("=iiiiiif", 1, 2, 0, 0, 1, 0, 1.0),  # token 0 goes once, for slots 1 and 0
     ]
     assert num_pairs == [1, 2]
     assert row_of.tolist() == [[1, 2], [0, -1]]
-    rows, x_row, counts, arrival, received = unpack_segments([segments[1], segments[0]], x, 2)
+    rows, x_row, counts, arrival, received = CPU_OPS.unpack_segments([segments[1], segments[0]], x, 2)
     assert rows.tolist() == [[1], [2]]
     assert x_row.tolist() == [0, 1, 0]
     assert counts.tolist() == [2, 1]
     assert arrival.tolist() == [1, 2, 0]  # slot 0: the second pair of the first sender, the other's; slot 1: the first
     assert received == [2, 1]
-    rows, x_row, counts, arrival, received = unpack_segments([segments[1], segments[1]], x, 2)
+    rows, x_row, counts, arrival, received = CPU_OPS.unpack_segments([segments[1], segments[1]], x, 2)
     assert rows[x_row].tolist() == [[1], [1], [1], [1]]
     assert counts.tolist() == [2, 2]
     assert arrival.tolist() == [1, 3, 0, 2]  # slot 0: the second pair of each sender, then slot 1: the first
@@ -59,10 +61,10 @@ def test_cpu_and_reference_agree(
     x, topk_idx, rank_of, slot_of, num_slots = random_case(num_tokens, top_k, num_experts, num_ranks, dtype, seed=3)
     found = []
     for backend in ("cpu", "reference"):
-        with use_backend(backend):
-            token_of, counts, row_of = group_pairs(topk_idx, rank_of * num_slots + slot_of, num_ranks * num_slots)
-            segments, num_pairs, sent_row_of = pack_segments(x, topk_idx, rank_of, slot_of, num_ranks)
-            rows, x_row, slot_counts, arrival, received = unpack_segments(segments, x, num_slots)
+        ops = Ops(backend)
+        token_of, counts, row_of = ops.group_pairs(topk_idx, rank_of * num_slots + slot_of, num_ranks * num_slots)
+        segments, num_pairs, sent_row_of = ops.pack_segments(x, topk_idx, rank_of, slot_of, num_ranks)
+        rows, x_row, slot_counts, arrival, received = ops.unpack_segments(segments, x, num_slots)
         tensors = [token_of, counts, row_of, *segments, sent_row_of, rows, x_row, slot_counts, arrival]
         found.append((tensors, num_pairs, received))
     (tensors, *lists), (expected, *expected_lists) = found
@@ -73,13 +75,13 @@ def test_cpu_and_reference_agree(
 
 def test_a_segment_of_another_width_is_found() -> None:
     x, topk_idx, rank_of, slot_of, num_slots = random_case(5, 2, 4, 2, torch.float32, seed=4)
-    segments, _, _ = pack_segments(x, topk_idx, rank_of, slot_of, 2)
+    segments, _, _ = CPU_OPS.pack_segments(x, topk_idx, rank_of, slot_of, 2)
     with pytest.raises(AssertionError, match="rank 0 sent"):
-        unpack_segments(segments, x[:, :3], num_slots)
+        CPU_OPS.unpack_segments(segments, x[:, :3], num_slots)
 
 
 @pytest.mark.parametrize(("row", "slot"), [(1, 0), (-1, 0), (0, 2), (0, -1)])
 def test_a_pair_that_names_no_row_or_slot_is_found(row: int, slot: int) -> None:
     segment = torch.frombuffer(bytearray(struct.pack("=iiiif", 1, 1, row, slot, 5.0)), dtype=torch.uint8)
     with pytest.raises(AssertionError, match="names a row"):
-        unpack_segments([segment], torch.empty(0, 1), 2)
+        CPU_OPS.unpack_segments([segment], torch.empty(0, 1), 2)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.fp8_rows import dequantize_rows_fp8, fp8_row_bytes, quantize_rows_fp8
-from shoal.kernels.registry import Backend, use_backend
+from shoal.kernels.fp8_rows import fp8_row_bytes
+from shoal.kernels.ops import Ops
+from shoal.kernels.registry import Backend
+from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,8 +41,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_scales_by_hand(backend: Backend, amax: float, scale: float) -> None:
     x = torch.zeros(1, 200)
     x[0, 60], x[0, 61] = -amax, amax / 2
-    with use_backend(backend):
-        q, scales = quantize_rows_fp8(x)
+    ops = Ops(backend)
+    q, scales = ops.quantize_rows_fp8(x)
     assert scales.tolist() == [[scale, 2.0**-22]]
     assert q[0, 60] == torch.tensor(max(-amax / scale, -448.0)).to(torch.float8_e4m3fn)
     assert not q[0, :60].float().any()
@@ -57,8 +59,8 @@ def test_every_number_is_rounded_as_torch_rounds(backend: Backend, dtype: torch.
         )
     x = torch.nn.functional.pad(finite, (0, -len(finite) % 127)).view(-1, 127)
     x = torch.cat([x, torch.full((len(x), 1), 448.0)], dim=1).to(dtype)  # so that the scale is 1
-    with use_backend(backend):
-        q, scales = quantize_rows_fp8(x)
+    ops = Ops(backend)
+    q, scales = ops.quantize_rows_fp8(x)
     assert bool((scales == 1).all())
     assert torch.equal(q.view(torch.uint8), x.float().to(torch.float8_e4m3fn).view(torch.uint8))
 
@@ -68,8 +70,8 @@ def test_every_number_is_rounded_as_torch_rounds(backend: Backend, dtype: torch.
 @pytest.mark.parametrize("scale", [1.0, 2.0**-22, 2.0**-110, 2.0**117, 2.0**118, 2.0**127, 0.3, math.inf])
 def test_every_code_times_its_scale(backend: Backend, dtype: torch.dtype, scale: float) -> None:
     codes = torch.arange(256).to(torch.uint8).repeat(2)[: 256 + 77].view(1, -1)  # also where a vector does not end
-    with use_backend(backend):
-        out = dequantize_rows_fp8(codes.view(torch.float8_e4m3fn), torch.full((1, 3), scale), dtype)
+    ops = Ops(backend)
+    out = ops.dequantize_rows_fp8(codes.view(torch.float8_e4m3fn), torch.full((1, 3), scale), dtype)
     assert out.dtype == dtype
     assert same(out, (codes.view(torch.float8_e4m3fn).float() * scale).to(dtype))
 
@@ -80,11 +82,11 @@ def test_every_code_times_its_scale(backend: Backend, dtype: torch.dtype, scale:
 def test_within_the_step_and_again_the_same(backend: Backend, dtype: torch.dtype, columns: int) -> None:
     torch.manual_seed(columns)
     x = (torch.randn(9, columns + 3) * torch.tensor(10.0) ** torch.randint(-3, 4, (9, 1))).to(dtype)[:, :columns]
-    with use_backend(backend):
-        q, scales = quantize_rows_fp8(x)
-        back = dequantize_rows_fp8(q, scales, dtype)
-        again = dequantize_rows_fp8(*quantize_rows_fp8(back), dtype)
-        alone = quantize_rows_fp8(x[4:5])
+    ops = Ops(backend)
+    q, scales = ops.quantize_rows_fp8(x)
+    back = ops.dequantize_rows_fp8(q, scales, dtype)
+    again = ops.dequantize_rows_fp8(*ops.quantize_rows_fp8(back), dtype)
+    alone = ops.quantize_rows_fp8(x[4:5])
     assert scales.shape == (9, -(-columns // 128))
     # 3 fraction bits: half a step is 2^-4 of a normal number, and 2^-10 of the scale below
     limit = torch.maximum(x.float().abs() * 2**-4, scales.repeat_interleave(128, 1)[:, :columns] * 2**-10)
@@ -100,8 +102,8 @@ def test_both_backends_have_the_same_bits() -> None:
     x[3, 5], x[4, 200], x[5, 299], x[6] = math.nan, math.inf, -math.inf, math.nan
     found = []
     for backend in BACKENDS:
-        with use_backend(backend):
-            found.append(quantize_rows_fp8(x))
+        ops = Ops(backend)
+        found.append(ops.quantize_rows_fp8(x))
     assert same(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert int(found[0][0].float().isnan().sum()) == 301
@@ -114,14 +116,14 @@ def test_bytes_of_a_row() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend: Backend) -> None:
-    with use_backend(backend):
-        q, scales = quantize_rows_fp8(torch.empty(0, 40))
-        assert (q.shape, scales.shape) == ((0, 40), (0, 1))
-        assert dequantize_rows_fp8(q, scales, torch.bfloat16).shape == (0, 40)
+    ops = Ops(backend)
+    q, scales = ops.quantize_rows_fp8(torch.empty(0, 40))
+    assert (q.shape, scales.shape) == ((0, 40), (0, 1))
+    assert ops.dequantize_rows_fp8(q, scales, torch.bfloat16).shape == (0, 40)
 
 
 def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="float32 or bfloat16"):
-        quantize_rows_fp8(torch.zeros(2, 2, dtype=torch.float64))
+        CPU_OPS.quantize_rows_fp8(torch.zeros(2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"scales \[T, ceil\(D / 128\)\]"):
-        dequantize_rows_fp8(torch.zeros(2, 129).to(torch.float8_e4m3fn), torch.ones(2, 1), torch.float32)
+        CPU_OPS.dequantize_rows_fp8(torch.zeros(2, 129).to(torch.float8_e4m3fn), torch.ones(2, 1), torch.float32)

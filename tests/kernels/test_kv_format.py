@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.fp8_rows import quantize_rows_fp8
 from shoal.kernels.kv_format import (
     FP8_RECORDS,
     gather_index_keys,
@@ -17,12 +16,11 @@ from shoal.kernels.kv_format import (
     read_index_keys,
     read_latents,
     scatter_index_keys,
-    write_index_keys,
-    write_latents,
 )
-from shoal.kernels.norm import layer_norm, rms_norm
-from shoal.kernels.registry import Backend, use_backend
-from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
+from shoal.kernels.ops import Ops
+from shoal.kernels.registry import Backend
+from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
+from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -36,7 +34,8 @@ class Written:
     slots = torch.tensor([7, 0, 3, 11, 4])
     positions = torch.tensor([5, 0, 2, 30, 9])
 
-    def __init__(self, sizes: tuple[int, int, int], dtype: torch.dtype, records_dtype: torch.dtype) -> None:
+    def __init__(self, sizes: tuple[int, int, int], dtype: torch.dtype, records_dtype: torch.dtype, ops: Ops) -> None:
+        self.ops = ops
         torch.manual_seed(sizes[0])
         self.latent, self.rope, self.dim = sizes
         self.dtype = dtype
@@ -50,12 +49,13 @@ class Written:
     def write(self) -> Tensor:
         """The records."""
         kv = self.kv[:, : self.latent + self.rope]
-        write_latents(self.records, self.slots, kv, self.norm, 1e-6, Rotation(self.table, self.positions, True))
+        rotation = Rotation(self.table, self.positions, True)
+        self.ops.write_latents(self.records, self.slots, kv, self.norm, 1e-6, rotation)
         return self.records[self.slots]
 
     def write_keys(self) -> Tensor:
         """The pages of index keys."""
-        write_index_keys(
+        self.ops.write_index_keys(
             self.index_keys,
             self.slots,
             self.k,
@@ -67,11 +67,13 @@ class Written:
 
     def fields(self) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, rope keys and index keys by the single operations."""
-        latents = rms_norm(self.kv[:, : self.latent], self.norm, 1e-6)
+        latents = self.ops.rms_norm(self.kv[:, : self.latent], self.norm, 1e-6)
         rope = self.kv[:, None, self.latent : self.latent + self.rope]
-        keys = layer_norm(self.k, *self.key_norm, 1e-6)
-        keys[:, : self.rope] = apply_rope(keys[:, None, : self.rope], Rotation(self.table, self.positions, False))[:, 0]
-        return latents, apply_rope(rope, Rotation(self.table, self.positions, True))[:, 0], keys
+        keys = self.ops.layer_norm(self.k, *self.key_norm, 1e-6)
+        keys[:, : self.rope] = self.ops.apply_rope(
+            keys[:, None, : self.rope], Rotation(self.table, self.positions, False)
+        )[:, 0]
+        return latents, self.ops.apply_rope(rope, Rotation(self.table, self.positions, True))[:, 0], keys
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,11 +82,10 @@ class Written:
 def test_plain_records_are_the_fields_side_by_side(
     backend: Backend, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> None:
-    with use_backend(backend):
-        written = Written(sizes, dtype, dtype)
-        latents, rope, keys = written.fields()
-        assert torch.equal(written.write()[:, :-2], torch.cat([latents, rope], dim=1))
-        rows = written.write_keys().view(12, -1)
+    written = Written(sizes, dtype, dtype, Ops(backend))
+    latents, rope, keys = written.fields()
+    assert torch.equal(written.write()[:, :-2], torch.cat([latents, rope], dim=1))
+    rows = written.write_keys().view(12, -1)
     assert torch.equal(rows[written.slots], keys)
     assert bool((written.records[:, -2:] == 77).all())
     for others in (written.records, rows):
@@ -112,9 +113,8 @@ def _record_by_hand(latent: list[float], rope: list[float]) -> bytes:
 def test_fp8_records_are_those_put_together_by_hand(
     backend: Backend, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> None:
-    with use_backend(backend):
-        written = Written(sizes, dtype, FP8_RECORDS)
-        records, (latents, rope, _) = written.write(), written.fields()
+    written = Written(sizes, dtype, FP8_RECORDS, Ops(backend))
+    records, (latents, rope, _) = written.write(), written.fields()
     for t in range(5):
         by_hand = _record_by_hand(latents[t].tolist(), rope[t].bfloat16().tolist())
         assert bytes(records[t, :-2].tolist()) == by_hand
@@ -128,9 +128,8 @@ def test_fp8_records_are_those_put_together_by_hand(
 def test_fp8_pages_are_those_put_together_by_hand(
     backend: Backend, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> None:
-    with use_backend(backend):
-        written = Written(sizes, dtype, FP8_RECORDS)
-        pages, keys = written.write_keys(), written.fields()[2]
+    written = Written(sizes, dtype, FP8_RECORDS, Ops(backend))
+    pages, keys = written.write_keys(), written.fields()[2]
     dim, groups = sizes[2], -(-sizes[2] // 128)
     numbers = [[b"M" * dim] * 3 for _ in range(4)]  # 77
     scales = [[b"MMMM" * groups] * 3 for _ in range(4)]
@@ -145,8 +144,8 @@ def test_the_page_of_deepgemm_at_its_offsets() -> None:
     weight, bias, table = torch.ones(128), torch.zeros(128), cos_sin_table(inv_freq(64, 10000.0), 8)
     pages = torch.zeros(3, 64 * 132, dtype=torch.uint8)
     positions = torch.zeros(3, dtype=torch.int64)  # nothing turns
-    write_index_keys(pages, slots, k, (weight, bias), 1e-6, Rotation(table, positions, False))
-    codes, scales = quantize_rows_fp8(layer_norm(k, weight, bias, 1e-6))
+    CPU_OPS.write_index_keys(pages, slots, k, (weight, bias), 1e-6, Rotation(table, positions, False))
+    codes, scales = CPU_OPS.quantize_rows_fp8(CPU_OPS.layer_norm(k, weight, bias, 1e-6))
     expected = torch.zeros(3, 8448, dtype=torch.uint8)
     for row, (page, offset) in enumerate([(2, 63), (1, 0), (0, 5)]):
         expected[page, 128 * offset : 128 * offset + 128] = codes[row].view(torch.uint8)
@@ -155,10 +154,10 @@ def test_the_page_of_deepgemm_at_its_offsets() -> None:
 
 
 def test_the_layout_of_flashmla_at_its_offsets() -> None:
-    written = Written(SIZES[0], torch.bfloat16, FP8_RECORDS)
+    written = Written(SIZES[0], torch.bfloat16, FP8_RECORDS, CPU_OPS)
     record, (latents, rope, _) = written.write()[2], written.fields()
     assert record.shape == (656 + 2,)
-    q, scales = quantize_rows_fp8(latents)
+    q, scales = CPU_OPS.quantize_rows_fp8(latents)
     assert torch.equal(record[:512], q[2].view(torch.uint8))
     assert torch.equal(record[512:528].clone().view(torch.float32), scales[2])
     assert torch.equal(record[528:656].clone().view(torch.bfloat16), rope[2])
@@ -167,7 +166,7 @@ def test_the_layout_of_flashmla_at_its_offsets() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_reading_gives_what_was_written_up_to_the_step(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
-    written = Written(sizes, dtype, FP8_RECORDS)
+    written = Written(sizes, dtype, FP8_RECORDS, CPU_OPS)
     records, (latents, rope, keys) = written.write(), written.fields()
     read = read_latents(records, written.latent, written.rope, dtype)
     assert torch.equal(read[:, written.latent :], rope.bfloat16().to(dtype))
@@ -182,14 +181,13 @@ def test_reading_gives_what_was_written_up_to_the_step(dtype: torch.dtype, sizes
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("records_dtype", [torch.float32, FP8_RECORDS])
 def test_slots_and_positions_are_checked(backend: Backend, records_dtype: torch.dtype) -> None:
-    with use_backend(backend):
-        for name, bad in (("slots", 12), ("slots", -1), ("positions", 31)):
-            written = Written(SIZES[1], torch.float32, records_dtype)
-            setattr(written, name, getattr(written, name).clone().fill_(bad))
-            with pytest.raises(ValueError, match=r"outside the (cache|rotary table)"):
-                written.write()
-            with pytest.raises(ValueError, match=r"outside the (cache|rotary table)"):
-                written.write_keys()
+    for name, bad in (("slots", 12), ("slots", -1), ("positions", 31)):
+        written = Written(SIZES[1], torch.float32, records_dtype, Ops(backend))
+        setattr(written, name, getattr(written, name).clone().fill_(bad))
+        with pytest.raises(ValueError, match=r"outside the (cache|rotary table)"):
+            written.write()
+        with pytest.raises(ValueError, match=r"outside the (cache|rotary table)"):
+            written.write_keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8_RECORDS])
@@ -206,7 +204,7 @@ def test_rows_of_index_keys_go_from_pages_to_pages(dtype: torch.dtype) -> None:
 
 
 def test_refuses_what_does_not_fit() -> None:
-    written = Written(SIZES[1], torch.float32, FP8_RECORDS)
+    written = Written(SIZES[1], torch.float32, FP8_RECORDS, CPU_OPS)
     written.records = written.records[:, :59]
     with pytest.raises(
         ValueError, match=r"write_latents needs records \[num_slots, >= 60\] in torch.float32 or in torch"
@@ -222,7 +220,7 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 def test_pages_that_do_not_fit_are_refused() -> None:
-    written = Written(SIZES[1], torch.float32, FP8_RECORDS)
+    written = Written(SIZES[1], torch.float32, FP8_RECORDS, CPU_OPS)
     assert written.index_keys.shape == (4, 3 * 28)
     for pages in (
         written.index_keys[:, :-1].contiguous(),

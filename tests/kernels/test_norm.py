@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
-from shoal.kernels.registry import Backend, use_backend
+from shoal.kernels.ops import Ops
+from shoal.kernels.registry import Backend
+from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
@@ -29,10 +30,10 @@ def test_norms_match_double_precision(
     x, residual = torch.randn(2, 3, width).to(dtype), torch.randn(2, 3, width).to(dtype)
     weight, bias = torch.randn(width).to(weight_dtype), torch.randn(width).to(weight_dtype)
     wide = x.double()
-    with use_backend(backend):
-        rms = rms_norm(x, weight, 1e-3)
-        layer = layer_norm(x, weight, bias, 1e-3)
-        normed, total = add_rms_norm(x, residual, weight, 1e-3)
+    ops = Ops(backend)
+    rms = ops.rms_norm(x, weight, 1e-3)
+    layer = ops.layer_norm(x, weight, bias, 1e-3)
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-3)
     assert rms.dtype == layer.dtype == normed.dtype == total.dtype == dtype
     _assert_close(rms, wide / (wide.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight)
     centred = wide - wide.mean(-1, keepdim=True)
@@ -43,11 +44,11 @@ def test_norms_match_double_precision(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hand_computed_row(backend: Backend) -> None:
-    with use_backend(backend):
-        assert rms_norm(torch.tensor([[3.0, -4.0]]), torch.tensor([1.0, 2.0]), 0.0).tolist() == [
-            pytest.approx([3 / 12.5**0.5, -8 / 12.5**0.5])
-        ]
-        y = layer_norm(torch.tensor([[1.0, 3.0]]), torch.tensor([2.0, 2.0]), torch.tensor([0.5, -0.5]), 0.0)
+    ops = Ops(backend)
+    assert ops.rms_norm(torch.tensor([[3.0, -4.0]]), torch.tensor([1.0, 2.0]), 0.0).tolist() == [
+        pytest.approx([3 / 12.5**0.5, -8 / 12.5**0.5])
+    ]
+    y = ops.layer_norm(torch.tensor([[1.0, 3.0]]), torch.tensor([2.0, 2.0]), torch.tensor([0.5, -0.5]), 0.0)
     assert y.tolist() == [pytest.approx([-1.5, 1.5])]
 
 
@@ -57,15 +58,15 @@ def test_weight_multiplies_before_the_only_rounding() -> None:
     normed = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
     once, twice = (normed * weight).bfloat16(), (normed.bfloat16() * weight).bfloat16()
     assert not torch.equal(once, twice)
-    assert torch.equal(rms_norm(x, weight, 0.0), once)
+    assert torch.equal(CPU_OPS.rms_norm(x, weight, 0.0), once)
 
 
 def test_add_rms_norm_takes_fp32_into_a_bf16_residual_and_norms_the_rounded_sum() -> None:
     x, residual = torch.randn(5, 48), torch.randn(5, 48).bfloat16()
     weight = torch.randn(48)
-    normed, total = add_rms_norm(x, residual, weight, 1e-6)
+    normed, total = CPU_OPS.add_rms_norm(x, residual, weight, 1e-6)
     assert torch.equal(total, (x + residual.float()).bfloat16())
-    assert torch.equal(normed, rms_norm(total, weight, 1e-6))
+    assert torch.equal(normed, CPU_OPS.rms_norm(total, weight, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -80,26 +81,30 @@ def test_a_row_keeps_its_bits_in_any_company_stride_and_thread_count(
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        together = rms_norm(x, weight, 1e-6), layer_norm(x, weight, bias, 1e-6), add_rms_norm(x, x, weight, 1e-6)[0]
+        together = (
+            CPU_OPS.rms_norm(x, weight, 1e-6),
+            CPU_OPS.layer_norm(x, weight, bias, 1e-6),
+            CPU_OPS.add_rms_norm(x, x, weight, 1e-6)[0],
+        )
     finally:
         torch.set_num_threads(threads)
     for r in range(37):
         row = x[r].clone()
-        assert torch.equal(together[0][r], rms_norm(row, weight, 1e-6))
-        assert torch.equal(together[1][r], layer_norm(row, weight, bias, 1e-6))
-        assert torch.equal(together[2][r], add_rms_norm(row, row, weight, 1e-6)[0])
+        assert torch.equal(together[0][r], CPU_OPS.rms_norm(row, weight, 1e-6))
+        assert torch.equal(together[1][r], CPU_OPS.layer_norm(row, weight, bias, 1e-6))
+        assert torch.equal(together[2][r], CPU_OPS.add_rms_norm(row, row, weight, 1e-6)[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend: Backend) -> None:
-    with use_backend(backend):
-        assert rms_norm(torch.empty(0, 8), torch.ones(8), 1e-6).shape == (0, 8)
+    ops = Ops(backend)
+    assert ops.rms_norm(torch.empty(0, 8), torch.ones(8), 1e-6).shape == (0, 8)
 
 
 def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="rms_norm needs"):
-        rms_norm(torch.ones(2, 8), torch.ones(7), 1e-6)
+        CPU_OPS.rms_norm(torch.ones(2, 8), torch.ones(7), 1e-6)
     with pytest.raises(ValueError, match="float32 or bfloat16"):
-        rms_norm(torch.ones(2, 8, dtype=torch.float64), torch.ones(8), 1e-6)
+        CPU_OPS.rms_norm(torch.ones(2, 8, dtype=torch.float64), torch.ones(8), 1e-6)
     with pytest.raises(ValueError, match="like the residual"):
-        add_rms_norm(torch.ones(2, 8).bfloat16(), torch.ones(2, 8), torch.ones(8), 1e-6)
+        CPU_OPS.add_rms_norm(torch.ones(2, 8).bfloat16(), torch.ones(2, 8), torch.ones(8), 1e-6)

@@ -12,13 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.kernels.attention import PagedLayout, mha_attention, mla_attention
-from shoal.kernels.experts import experts_mlp, swiglu
-from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
-from shoal.kernels.indexer import index_scores
-from shoal.kernels.linear import linear, pack_weight
-from shoal.kernels.norm import rms_norm
+from shoal.kernels.attention import PagedLayout
 from shoal.kernels.quant import BlockFP8Weight, quantize_block_fp8
+from tests.support.ops import CPU_OPS
 
 pytestmark = pytest.mark.slow
 
@@ -49,22 +45,30 @@ def digest() -> str:
         )
         records = normal(128, 48)
         fp8 = BlockFP8Weight.of_rows(*quantize_block_fp8(normal(37, 150, dtype=torch.float32)))
-        codes, scales = quantize_rows_fp8(normal(6, 300))
+        codes, scales = CPU_OPS.quantize_rows_fp8(normal(6, 300))
         outputs = [
             codes.view(torch.uint8),
-            dequantize_rows_fp8(codes, scales, dtype),
-            linear(normal(21, 77), pack_weight(normal(50, 77))),
-            linear(normal(5, 150), pack_weight(fp8, dtype=dtype)),
-            swiglu(normal(9, 66)),
-            experts_mlp(
-                normal(9, 40), torch.tensor([2, 0, 7]), pack_weight(normal(3, 44, 40)), pack_weight(normal(3, 40, 22))
+            CPU_OPS.dequantize_rows_fp8(codes, scales, dtype),
+            CPU_OPS.linear(normal(21, 77), CPU_OPS.pack_weight(normal(50, 77))),
+            CPU_OPS.linear(normal(5, 150), CPU_OPS.pack_weight(fp8, dtype=dtype)),
+            CPU_OPS.swiglu(normal(9, 66)),
+            CPU_OPS.experts_mlp(
+                normal(9, 40),
+                torch.tensor([2, 0, 7]),
+                CPU_OPS.pack_weight(normal(3, 44, 40)),
+                CPU_OPS.pack_weight(normal(3, 40, 22)),
             ),
-            rms_norm(normal(3, 100), torch.ones(100), 1e-6),
-            mla_attention(normal(70, 3, 40), normal(70, 3, 8), records, layout, 0.3),
-            mha_attention(
-                normal(70, 3, 20), records, layout, pack_weight(normal(3, 12, 40)), pack_weight(normal(3, 20, 40)), 0.3
+            CPU_OPS.rms_norm(normal(3, 100), torch.ones(100), 1e-6),
+            CPU_OPS.mla_attention(normal(70, 3, 40), normal(70, 3, 8), records, layout, 0.3),
+            CPU_OPS.mha_attention(
+                normal(70, 3, 20),
+                records,
+                layout,
+                CPU_OPS.pack_weight(normal(3, 12, 40)),
+                CPU_OPS.pack_weight(normal(3, 20, 40)),
+                0.3,
             ),
-            index_scores(normal(5, 6, 24), normal(5, 6, dtype=torch.float32), normal(40, 24)),
+            CPU_OPS.index_scores(normal(5, 6, 24), normal(5, 6, dtype=torch.float32), normal(40, 24)),
         ]
         for output in outputs:
             assert not output.isnan().any()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logits
+from tests.support.ops import CPU_OPS
 
 
 def logs(*probabilities: float) -> Tensor:
@@ -20,7 +20,7 @@ def kept(
 ) -> list[int]:
     """The tokens that stay."""
     floats = [torch.tensor([value]) for value in (temperature, top_p, min_p)]
-    out = truncate_logits(logits, floats[0], torch.tensor([top_k]), floats[1], floats[2])
+    out = CPU_OPS.truncate_logits(logits, floats[0], torch.tensor([top_k]), floats[1], floats[2])
     stays: list[int] = (~out[0].isneginf()).nonzero().flatten().tolist()
     assert torch.equal(out[0, stays], logits[0, stays])
     return stays
@@ -63,19 +63,19 @@ def test_rows_that_cannot_be_sampled_stay_as_they_are() -> None:
     for bad in (math.nan, math.inf):
         logits = torch.tensor([[0.0, bad, 1.0]])
         ones = torch.ones(1)
-        out = truncate_logits(logits, ones, torch.tensor([1]), ones * 0.1, ones * 0.0)
+        out = CPU_OPS.truncate_logits(logits, ones, torch.tensor([1]), ones * 0.1, ones * 0.0)
         assert torch.equal(out.nan_to_num(7.0), logits.nan_to_num(7.0))
         zero = torch.zeros(1, dtype=torch.int64)
-        assert sample_tokens(out, ones, zero, zero, zero).tolist() == [-1]
+        assert CPU_OPS.sample_tokens(out, ones, zero, zero, zero).tolist() == [-1]
 
 
 def test_logprobs_and_ranks() -> None:
     logits = torch.cat([DESCENDING + 5, torch.tensor([[2.0, 2.0, 2.0, -math.inf]])])
-    logprobs, ranks = token_logprobs(logits, torch.tensor([[2, 0, 3], [1, 0, 3]]))
+    logprobs, ranks = CPU_OPS.token_logprobs(logits, torch.tensor([[2, 0, 3], [1, 0, 3]]))
     assert logprobs[0].tolist() == pytest.approx([math.log(p) for p in (0.2, 0.4, 0.1)], abs=1e-6)
     assert logprobs[1].tolist() == pytest.approx([-math.log(3), -math.log(3), -math.inf])
     assert ranks.tolist() == [3, 2]
-    logprobs, ranks = token_logprobs(logits, torch.tensor([[-1], [3]]))
+    logprobs, ranks = CPU_OPS.token_logprobs(logits, torch.tensor([[-1], [3]]))
     assert logprobs[0].isnan().all()
     assert ranks.tolist() == [0, 4]
 
@@ -83,6 +83,6 @@ def test_logprobs_and_ranks() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     one = torch.ones(1)
     with pytest.raises(ValueError, match=r"truncate_logits needs 1 torch\.int64"):
-        truncate_logits(DESCENDING, one, one, one, one)
+        CPU_OPS.truncate_logits(DESCENDING, one, one, one, one)
     with pytest.raises(ValueError, match=r"token_logprobs needs logits \[N, V\] in float32"):
-        token_logprobs(DESCENDING.double(), torch.zeros(1, 1, dtype=torch.int64))
+        CPU_OPS.token_logprobs(DESCENDING.double(), torch.zeros(1, 1, dtype=torch.int64))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.registry import Backend, use_backend
-from shoal.kernels.topk_router import route
+from shoal.kernels.ops import Ops
+from shoal.kernels.registry import Backend
+from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 
@@ -23,16 +24,16 @@ def test_masked_groups_stay_out_although_all_scores_are_negative(backend: Backen
     # s = p - 1 is negative everywhere. Groups (0,1) (2,3) (4,5) score -0.5, -1.5, -1.2; the first stays. Its experts
     # win with s = -0.1 and -0.4; a mask of 0 would prefer experts of the masked groups.
     logits = _logit([0.9, 0.6, 0.3, 0.2, 0.7, 0.1])
-    with use_backend(backend):
-        idx, weights = route(
-            logits,
-            torch.full((6,), -1.0),
-            n_group=3,
-            topk_group=1,
-            top_k=2,
-            norm_topk_prob=True,
-            routed_scaling_factor=2.0,
-        )
+    ops = Ops(backend)
+    idx, weights = ops.route(
+        logits,
+        torch.full((6,), -1.0),
+        n_group=3,
+        topk_group=1,
+        top_k=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.0,
+    )
     assert idx.tolist() == [[0, 1]]
     assert weights[0].tolist() == pytest.approx([2 * 0.9 / 1.5, 2 * 0.6 / 1.5], rel=1e-6)
 
@@ -41,10 +42,10 @@ def test_masked_groups_stay_out_although_all_scores_are_negative(backend: Backen
 def test_bias_selects_but_does_not_weigh(backend: Backend) -> None:
     # s = 0.5, 0.3, 0.45, 0.1 + 0.5: experts 3, 0 are selected, in this order, and weigh by p = 0.1, 0.5
     logits, bias = _logit([0.5, 0.3, 0.45, 0.1]), torch.tensor([0.0, 0.0, 0.0, 0.5])
-    with use_backend(backend):
-        idx, weights = route(
-            logits, bias, n_group=1, topk_group=1, top_k=2, norm_topk_prob=False, routed_scaling_factor=1.5
-        )
+    ops = Ops(backend)
+    idx, weights = ops.route(
+        logits, bias, n_group=1, topk_group=1, top_k=2, norm_topk_prob=False, routed_scaling_factor=1.5
+    )
     assert idx.tolist() == [[3, 0]]
     assert weights[0].tolist() == pytest.approx([0.15, 0.75], rel=1e-6)
     assert idx.dtype == torch.int64
@@ -55,25 +56,25 @@ def test_bias_selects_but_does_not_weigh(backend: Backend) -> None:
 def test_a_group_counts_its_two_best_only(backend: Backend) -> None:
     # sums of two: 0.9 + 0.1, 0.5 + 0.4 (of 0.5 0.4 0.4), so the first group wins; by sums of three it would lose
     logits = _logit([0.9, 0.1, 0.05, 0.5, 0.4, 0.4])
-    with use_backend(backend):
-        idx, _ = route(
-            logits, torch.zeros(6), n_group=2, topk_group=1, top_k=3, norm_topk_prob=True, routed_scaling_factor=1.0
-        )
+    ops = Ops(backend)
+    idx, _ = ops.route(
+        logits, torch.zeros(6), n_group=2, topk_group=1, top_k=3, norm_topk_prob=True, routed_scaling_factor=1.0
+    )
     assert idx.tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_go_to_the_lower_group_and_expert(backend: Backend) -> None:
-    with use_backend(backend):
-        idx, weights = route(
-            torch.zeros(3, 12),
-            torch.zeros(12),
-            n_group=4,
-            topk_group=2,
-            top_k=5,
-            norm_topk_prob=True,
-            routed_scaling_factor=1.0,
-        )
+    ops = Ops(backend)
+    idx, weights = ops.route(
+        torch.zeros(3, 12),
+        torch.zeros(12),
+        n_group=4,
+        topk_group=2,
+        top_k=5,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+    )
     assert idx.tolist() == [[0, 1, 2, 3, 4]] * 3
     assert weights.flatten().tolist() == pytest.approx([0.2] * 15)
 
@@ -97,16 +98,16 @@ def _oracle(logits: Tensor, bias: Tensor, n_group: int, topk_group: int, top_k: 
 def test_matches_sorting(backend: Backend, experts: int, n_group: int, topk_group: int, top_k: int) -> None:
     torch.manual_seed(experts)
     logits, bias = torch.randn(20, experts), torch.randn(experts) * 0.1
-    with use_backend(backend):
-        idx, weights = route(
-            logits,
-            bias,
-            n_group=n_group,
-            topk_group=topk_group,
-            top_k=top_k,
-            norm_topk_prob=True,
-            routed_scaling_factor=2.5,
-        )
+    ops = Ops(backend)
+    idx, weights = ops.route(
+        logits,
+        bias,
+        n_group=n_group,
+        topk_group=topk_group,
+        top_k=top_k,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    )
     assert idx.tolist() == _oracle(logits, bias, n_group, topk_group, top_k)
     p = torch.sigmoid(logits.double()).gather(1, idx)
     torch.testing.assert_close(weights.double(), p / p.sum(1, keepdim=True) * 2.5, rtol=1e-6, atol=0)
@@ -118,7 +119,9 @@ def test_a_token_keeps_its_bits_in_any_company_and_thread_count(monkeypatch: pyt
     logits, bias = torch.randn(300, 64) * 4, torch.randn(64)
 
     def run(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return route(rows, bias, n_group=8, topk_group=4, top_k=6, norm_topk_prob=True, routed_scaling_factor=2.5)
+        return CPU_OPS.route(
+            rows, bias, n_group=8, topk_group=4, top_k=6, norm_topk_prob=True, routed_scaling_factor=2.5
+        )
 
     threads = torch.get_num_threads()
     try:
@@ -135,10 +138,10 @@ def test_a_token_keeps_its_bits_in_any_company_and_thread_count(monkeypatch: pyt
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_infinite_logits_select_distinct_experts(backend: Backend) -> None:
     logits = torch.tensor([[math.nan] * 8, [math.nan, 1.0, math.inf, -math.inf, 0.0, math.nan, 2.0, 3.0]])
-    with use_backend(backend):
-        idx, weights = route(
-            logits, torch.zeros(8), n_group=1, topk_group=1, top_k=6, norm_topk_prob=False, routed_scaling_factor=1.0
-        )
+    ops = Ops(backend)
+    idx, weights = ops.route(
+        logits, torch.zeros(8), n_group=1, topk_group=1, top_k=6, norm_topk_prob=False, routed_scaling_factor=1.0
+    )
     assert idx.tolist() == [[0, 1, 2, 3, 4, 5], [2, 7, 6, 1, 4, 3]]
     assert weights[1, 0] == 1.0
     assert weights[1, 5] == 0.0
@@ -146,23 +149,23 @@ def test_nan_and_infinite_logits_select_distinct_experts(backend: Backend) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens(backend: Backend) -> None:
-    with use_backend(backend):
-        idx, weights = route(
-            torch.empty(0, 8),
-            torch.zeros(8),
-            n_group=2,
-            topk_group=1,
-            top_k=2,
-            norm_topk_prob=True,
-            routed_scaling_factor=1.0,
-        )
+    ops = Ops(backend)
+    idx, weights = ops.route(
+        torch.empty(0, 8),
+        torch.zeros(8),
+        n_group=2,
+        topk_group=1,
+        top_k=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+    )
     assert idx.shape == weights.shape == (0, 2)
 
 
 def test_refuses_impossible_groups() -> None:
     for n_group, topk_group, top_k in ((3, 1, 1), (4, 5, 1), (4, 1, 3), (4, 0, 1), (1, 1, 0)):
         with pytest.raises(ValueError, match=r"experts"):
-            route(
+            CPU_OPS.route(
                 torch.zeros(1, 8),
                 torch.zeros(8),
                 n_group=n_group,

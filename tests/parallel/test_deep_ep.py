@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
+from shoal.kernels.ops import Ops
 from shoal.parallel.collectives import CollectiveError, Communicator, as_process_group
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.deep_ep import (
@@ -35,6 +36,7 @@ from shoal.runtime.models.config import ModelConfig
 from tests.support.dispatching import HIDDEN, NUM_EXPERTS, random_inputs, through
 from tests.support.fakes.deep_ep import module_with
 from tests.support.invariance import Point, Rows, differing, make_model, run_point, run_points_on_rank
+from tests.support.ops import CPU_OPS
 from tests.support.spawn import run_ranks
 
 INTERFACES = ("EPBuffer", "ElasticBuffer", "Buffer")
@@ -63,7 +65,9 @@ def wrong_cases(
     make: Callable[[ExpertPlacement], DeepEPTokenDispatcher], rank: int, device: str = "cpu", hidden: int = HIDDEN
 ) -> list[str]:
     """Where the bits differ from those of the local dispatcher; the number of cases comes last."""
-    local = LocalTokenDispatcher(ExpertPlacement.contiguous(NUM_EXPERTS, 1), torch.device(device))
+    local = LocalTokenDispatcher(
+        ExpertPlacement.contiguous(NUM_EXPERTS, 1), Ops.choose(torch.device(device)), torch.device(device)
+    )
     wrong, count = [], 0
     for placement_name, make_placement in PLACEMENTS.items():
         placement = make_placement(2)
@@ -90,7 +94,11 @@ def with_fakes(rank: int, store: Store) -> dict[str, list[str]]:
         ) -> DeepEPTokenDispatcher:
             sizes = ExchangeSizes(HIDDEN, MAX_ROWS, 2 * slots_per_rank(placement), timeout_s=60.0)
             return DeepEPTokenDispatcher(
-                placement, comm, lambda: open_exchange(module_with(interface), group, sizes), torch.device("cpu")
+                placement,
+                comm,
+                CPU_OPS,
+                lambda: open_exchange(module_with(interface), group, sizes),
+                torch.device("cpu"),
             )
 
         results[interface] = wrong_cases(make, rank)
@@ -109,7 +117,9 @@ def from_the_settings(rank: int, store: Store) -> list[str]:
     sys.modules["deep_ep"] = module
     groups = init_groups(ParallelConfig(data_parallel_size=2), rank, store)
     groups.world._nccl = gloo_backend(store, "world", rank)  # type: ignore[assignment]
-    return wrong_cases(lambda placement: deep_ep_dispatcher(placement, groups, HIDDEN, max_rows=MAX_ROWS), rank)
+    return wrong_cases(
+        lambda placement: deep_ep_dispatcher(placement, groups, CPU_OPS, HIDDEN, max_rows=MAX_ROWS), rank
+    )
 
 
 def test_the_replicas_ranks_become_a_group_of_torch() -> None:
@@ -126,11 +136,12 @@ def engines_with_fakes(rank: int, store: Store, model_dir: Path) -> list[list[Ro
         model: ModelConfig,
         groups: ParallelGroups,
         placement: ExpertPlacement,
+        ops: Ops,
         dtype: torch.dtype,
     ) -> DeepEPTokenDispatcher:
         max_rows = config.max_num_batched_tokens * model.num_experts_per_tok
         sizes = ExchangeSizes(model.hidden_size, max_rows, model.n_routed_experts, timeout_s=60.0)
-        return DeepEPTokenDispatcher(placement, groups.world, lambda: open_exchange(module, group, sizes))
+        return DeepEPTokenDispatcher(placement, groups.world, ops, lambda: open_exchange(module, group, sizes))
 
     model_loading._dispatcher = dispatcher
     return run_points_on_rank(rank, store, [(model_dir, "bfloat16")], POINTS)
@@ -205,7 +216,7 @@ def test_a_new_epoch_gets_a_new_buffer() -> None:
         opened.append(comm.epoch)
         return Stays()
 
-    dispatcher = DeepEPTokenDispatcher(ExpertPlacement.contiguous(NUM_EXPERTS, 1), comm, open_one)
+    dispatcher = DeepEPTokenDispatcher(ExpertPlacement.contiguous(NUM_EXPERTS, 1), comm, CPU_OPS, open_one)
     assert opened == []
     x, _, weights = random_inputs(4, 2, torch.bfloat16, seed=1)
     topk_idx = torch.tensor([[0, 5], [1, 2], [5, 4], [3, 0]])
@@ -223,7 +234,7 @@ def test_a_peer_that_does_not_come_ends_the_epoch(op: str) -> None:
     exchange: Any = Stays()
     setattr(exchange, op, times_out)
     placement = ExpertPlacement.contiguous(NUM_EXPERTS, 1)
-    dispatcher = DeepEPTokenDispatcher(placement, Communicator(), lambda: exchange)
+    dispatcher = DeepEPTokenDispatcher(placement, Communicator(), CPU_OPS, lambda: exchange)
     inputs = (torch.ones(1, 4).bfloat16(), torch.tensor([[2]]), torch.ones(1, 1))
     with pytest.raises(CollectiveError, match=rf"rank 0 of 1 failed in 'moe\.{op}' \(epoch 0, layer 7\): DeepEP error"):
         through(dispatcher, list(range(NUM_EXPERTS)), inputs, layer=7)
@@ -260,10 +271,11 @@ def on_gpus(rank: int, store: Store) -> list[str]:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     groups = init_groups(ParallelConfig(data_parallel_size=2), rank, store, device=device)
+    ops = Ops.choose(device)
     hidden = 2048
 
     def make(placement: ExpertPlacement) -> DeepEPTokenDispatcher:
-        return deep_ep_dispatcher(placement, groups, hidden, max_rows=MAX_ROWS)
+        return deep_ep_dispatcher(placement, groups, ops, hidden, max_rows=MAX_ROWS)
 
     return wrong_cases(make, rank, str(device), hidden)
 

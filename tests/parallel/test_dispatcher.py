@@ -13,6 +13,7 @@ from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatc
 from shoal.parallel.groups import init_groups
 from shoal.parallel.placement import ExpertPlacement
 from tests.support.dispatching import NUM_EXPERTS, in_out_rows, random_inputs, through
+from tests.support.ops import CPU_OPS
 from tests.support.spawn import barrier, run_ranks
 
 PLACEMENTS: dict[str, Callable[[int], ExpertPlacement]] = {
@@ -27,7 +28,7 @@ def test_local_layout_by_hand() -> None:
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     topk_idx = torch.tensor([[2, 0], [0, -1], [1, 2]])
     weights = torch.tensor([[0.5, 0.25], [2.0, 100.0], [1.0, 0.5]])
-    dispatcher = LocalTokenDispatcher(ExpertPlacement.contiguous(3, 1))
+    dispatcher = LocalTokenDispatcher(ExpertPlacement.contiguous(3, 1), CPU_OPS)
     tokens, handle = dispatcher.dispatch(x, topk_idx, weights, layer=0)
     # expert 0: t0 t1 | expert 1: t2 | expert 2: t0 t2
     assert tokens.x is x
@@ -41,7 +42,7 @@ def test_local_layout_by_hand() -> None:
 
 def test_local_layout_with_permuted_slots() -> None:
     x = torch.tensor([[1.0], [2.0]])
-    dispatcher = LocalTokenDispatcher(ExpertPlacement(3, ((2, 0, 1),)))
+    dispatcher = LocalTokenDispatcher(ExpertPlacement(3, ((2, 0, 1),)), CPU_OPS)
     tokens, handle = dispatcher.dispatch(x, torch.tensor([[0, 1], [2, 0]]), torch.ones(2, 2), layer=0)
     assert tokens.x_row.tolist() == [1, 0, 1, 0]  # expert 2: t1 | expert 0: t0 t1 | expert 1: t0
     assert tokens.num_tokens_per_expert.tolist() == [1, 2, 1]
@@ -49,7 +50,7 @@ def test_local_layout_with_permuted_slots() -> None:
 
 
 def test_local_without_tokens() -> None:
-    dispatcher = LocalTokenDispatcher(ExpertPlacement.contiguous(3, 1))
+    dispatcher = LocalTokenDispatcher(ExpertPlacement.contiguous(3, 1), CPU_OPS)
     empty = (torch.empty(0, 4), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2))
     tokens, handle = dispatcher.dispatch(*empty, layer=0)
     assert tokens.num_tokens_per_expert.tolist() == [0, 0, 0]
@@ -67,7 +68,7 @@ def dispatch_by_hand(rank: int, store: Store) -> dict[str, Any]:
         return all_to_all_bytes(segments, layer=layer, op=op)
 
     comm.all_to_all_bytes = recording  # type: ignore[method-assign, assignment]
-    dispatcher = AllToAllTokenDispatcher(ExpertPlacement.contiguous(3, 2), comm)
+    dispatcher = AllToAllTokenDispatcher(ExpertPlacement.contiguous(3, 2), comm, CPU_OPS)
     x = torch.tensor([[10.0], [11.0]]) if rank == 0 else torch.tensor([[20.0], [21.0], [22.0]])
     topk_idx = torch.tensor([[1, 0], [2, -1]]) if rank == 0 else torch.tensor([[0, 2], [1, 0], [-1, -1]])
     tokens, handle = dispatcher.dispatch(x, topk_idx, torch.ones(topk_idx.shape), layer=7)
@@ -89,11 +90,11 @@ def dispatch_by_hand(rank: int, store: Store) -> dict[str, Any]:
 def compare_with_local(rank: int, store: Store, world_size: int) -> list[str]:
     """The cases on this rank whose bits differ from the local dispatcher's; the number of cases comes last."""
     groups = init_groups(ParallelConfig(data_parallel_size=world_size), rank, store, epoch=world_size)
-    local = LocalTokenDispatcher(ExpertPlacement.contiguous(NUM_EXPERTS, 1))
+    local = LocalTokenDispatcher(ExpertPlacement.contiguous(NUM_EXPERTS, 1), CPU_OPS)
     wrong, count = [], 0
     for name, make in PLACEMENTS.items():
         placement = make(world_size)
-        dispatcher = AllToAllTokenDispatcher(placement, groups.world)
+        dispatcher = AllToAllTokenDispatcher(placement, groups.world, CPU_OPS)
         for dtype in (torch.float32, torch.bfloat16):
             for top_k, sizes in ((1, (3, 1, 2, 0)), (2, (0, 7, 0, 1)), (4, (9, 2, 0, 40)), (6, (0, 0, 0, 0))):
                 count += 1
@@ -107,7 +108,9 @@ def compare_with_local(rank: int, store: Store, world_size: int) -> list[str]:
 
 def every_check(rank: int, store: Store) -> dict[str, Any]:
     through(
-        LocalTokenDispatcher(ExpertPlacement.contiguous(6, 1)), list(range(6)), random_inputs(1, 1, torch.float32, 0)
+        LocalTokenDispatcher(ExpertPlacement.contiguous(6, 1), CPU_OPS),
+        list(range(6)),
+        random_inputs(1, 1, torch.float32, 0),
     )
     barrier(store, "kernels are built", 4)
     results: dict[str, Any] = {f"world {n}": compare_with_local(rank, store, n) for n in (4, 3, 2) if rank < n}

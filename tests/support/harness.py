@@ -36,7 +36,7 @@ def make_runner(
         Ops("cpu"),
         groups,
         placement=placement,
-        dispatcher=LocalTokenDispatcher(placement, groups.device),
+        dispatcher=LocalTokenDispatcher(placement, Ops("cpu"), groups.device),
         dtype=dtype,
         max_model_len=min(config.max_position_embeddings, 4096),
     )

@@ -51,7 +51,7 @@ def test_every_op_is_measured_and_agrees_with_its_reference(tmp_path: Path) -> N
 
 
 def test_a_wrong_kernel_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = registry.implementation("swiglu", "cpu")
+    right = registry.find_kernel("swiglu", "cpu").run
 
     def wrong(gate_up: Tensor) -> Tensor:
         y: Tensor = right(gate_up)
@@ -65,7 +65,7 @@ def test_a_wrong_kernel_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_wrong_selection_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = registry.implementation("index_topk", "cpu")
+    right = registry.find_kernel("index_topk", "cpu").run
 
     def wrong(*args: Any) -> Tensor:
         selected: Tensor = right(*args)

@@ -13,6 +13,8 @@ if DEVICE == "cpu":
 
 from triton.runtime import interpreter  # noqa: E402
 
+from shoal.kernels.ops import Ops  # noqa: E402
+
 _patch = interpreter._patch_lang_tensor
 
 
@@ -23,3 +25,5 @@ def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _patch_lang_tensor
+
+TRITON_OPS = Ops("triton")

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.attention import mla_attention
-from shoal.kernels.registry import use_backend
 from shoal.kernels.triton.attention import mla_options
-from tests.kernels.triton.interpreter import DEVICE
+from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
 from tests.kernels.triton.paging import Sequences, random_selection, to_device
+from tests.support.ops import REFERENCE_OPS
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 SPLITS = "shoal.kernels.triton.attention.SPLIT_KEYS"
@@ -32,15 +31,15 @@ def attend(
     queries, _, records, layout = sequences.span(spans, block_size=block_size, seed=seed, spare_blocks=spare_blocks)
     device = "cpu" if reference else DEVICE
     queries = queries.to(device)
-    with use_backend("reference" if reference else "triton"):
-        return mla_attention(
-            queries[..., : sequences.latent],
-            queries[..., sequences.latent :],
-            records.to(device),
-            to_device(layout, device),
-            0.17,
-            selected=None if selected is None else selected.to(device),
-        ).cpu()
+    ops = REFERENCE_OPS if reference else TRITON_OPS
+    return ops.mla_attention(
+        queries[..., : sequences.latent],
+        queries[..., sequences.latent :],
+        records.to(device),
+        to_device(layout, device),
+        0.17,
+        selected=None if selected is None else selected.to(device),
+    ).cpu()
 
 
 def test_small_shared_memory_takes_fewer_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +121,9 @@ def test_later_nan_keys_are_invisible_and_a_missing_slot_is_nan(latent: int) -> 
     layout.block_tables[0, 3] = len(records) // 16  # position 48 and later
     layout.positions[-1] = 1000
     queries = queries.to(DEVICE)
-    with use_backend("triton"):
-        out = mla_attention(
-            queries[..., :latent], queries[..., latent:], records.to(DEVICE), to_device(layout, DEVICE), 0.17
-        )
+    out = TRITON_OPS.mla_attention(
+        queries[..., :latent], queries[..., latent:], records.to(DEVICE), to_device(layout, DEVICE), 0.17
+    )
     assert out.flatten(1).isnan().all(1).tolist() == [False] * 8 + [True] * 2
     assert not out[:8].isnan().any()
 
@@ -160,29 +158,29 @@ def test_fp8_records_count_as_what_they_hold(sparse: bool, monkeypatch: pytest.M
     fp8 = torch.cat([fp8, torch.full((len(fp8), 144), 127, dtype=torch.uint8)], dim=1)  # padded
     selected = random_selection(layout.positions, 70) if sparse else None
     q_latent, q_rope = queries[..., :512], queries[..., 512:]
-    with use_backend("triton"):
-        out = mla_attention(
-            q_latent.to(DEVICE),
-            q_rope.to(DEVICE),
-            fp8.to(DEVICE),
-            to_device(layout, DEVICE),
-            0.1,
-            selected=None if selected is None else selected.to(DEVICE),
-        )
-    with use_backend("reference"):
-        expected = mla_attention(q_latent, q_rope, held, layout, 0.1, selected=selected)
+    out = TRITON_OPS.mla_attention(
+        q_latent.to(DEVICE),
+        q_rope.to(DEVICE),
+        fp8.to(DEVICE),
+        to_device(layout, DEVICE),
+        0.1,
+        selected=None if selected is None else selected.to(DEVICE),
+    )
+    expected = REFERENCE_OPS.mla_attention(q_latent, q_rope, held, layout, 0.1, selected=selected)
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_fp8_records_that_are_not_aligned_are_refused() -> None:
     queries, _, _, layout = Sequences([9], torch.bfloat16, **MODEL).span([(8, 9)])
-    with use_backend("triton"), pytest.raises(ValueError, match="multiples of 16 bytes, these are 788 apart"):
-        mla_attention(queries[..., :512], queries[..., 512:], torch.zeros(16, 788, dtype=torch.uint8), layout, 0.1)
+    with pytest.raises(ValueError, match="multiples of 16 bytes, these are 788 apart"):
+        TRITON_OPS.mla_attention(
+            queries[..., :512], queries[..., 512:], torch.zeros(16, 788, dtype=torch.uint8), layout, 0.1
+        )
 
 
 def test_fp8_records_refuse_what_does_not_fit() -> None:
     sequences = Sequences([9], torch.bfloat16, **MODEL)
     queries, _, _, layout = sequences.span([(8, 9)])
     q_latent, q_rope = queries[..., :512], queries[..., 512:]
-    with use_backend("triton"), pytest.raises(ValueError, match="go with bfloat16 queries"):
-        mla_attention(q_latent[..., :64], q_rope, torch.zeros(16, 656, dtype=torch.uint8), layout, 0.1)
+    with pytest.raises(ValueError, match="go with bfloat16 queries"):
+        TRITON_OPS.mla_attention(q_latent[..., :64], q_rope, torch.zeros(16, 656, dtype=torch.uint8), layout, 0.1)

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
-from shoal.kernels.experts import experts_mlp
-from shoal.kernels.indexer import index_scores, index_topk
-from shoal.kernels.kv_format import FP8_RECORDS, read_index_keys, write_index_keys
-from shoal.kernels.linear import PackedWeight, pack_block_fp8, pack_weight
+from shoal.kernels.kv_format import FP8_RECORDS, read_index_keys
+from shoal.kernels.linear import PackedWeight
+from shoal.kernels.ops import Ops
 from shoal.kernels.quant import quantize_block_fp8
-from shoal.kernels.registry import check_vendors, use_backend
+from shoal.kernels.registry import check_vendors
 from shoal.kernels.rope import Rotation
 from shoal.kernels.vendor.deep_gemm import check_experts, check_index, check_scales, experts_mlp_deep_gemm, place_rows
-from tests.kernels.triton.interpreter import DEVICE
+from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
 from tests.kernels.triton.paging import to_device
 from tests.support.fakes.install import install
+from tests.support.ops import CPU_OPS, REFERENCE_OPS
 
 HIDDEN, INNER = 256, 128
 COUNTS = [3, 0, 20, 16, 1]
@@ -33,7 +33,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("DeepGEMM is not installed")
 
 
-def weights(experts: int, *, ue8m0: bool, device: str) -> tuple[PackedWeight, PackedWeight]:
+def weights(ops: Ops, experts: int, *, ue8m0: bool, device: str) -> tuple[PackedWeight, PackedWeight]:
     generator = torch.Generator().manual_seed(1)
     packed = []
     for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER)):
@@ -41,7 +41,7 @@ def weights(experts: int, *, ue8m0: bool, device: str) -> tuple[PackedWeight, Pa
         values, scales = (torch.stack(list(parts)).to(device) for parts in zip(*stored, strict=True))
         if ue8m0:
             scales = scales.log2().ceil().exp2()
-        packed.append(pack_block_fp8(values, scales, ue8m0=ue8m0))
+        packed.append(ops.pack_block_fp8(values, scales, ue8m0=ue8m0))
     return packed[0], packed[1]
 
 
@@ -50,9 +50,9 @@ def run(
 ) -> Tensor:
     device = "cpu" if reference else DEVICE
     rows = [None if row is None else row.to(device) for row in (x_row, out_row)]
-    with use_backend("reference") if reference else use_backend("triton", ["deep_gemm"]):
-        packed = weights(len(counts), ue8m0=ue8m0, device=device)
-        return experts_mlp(x.to(device), torch.tensor(counts, device=device), *packed, *rows).cpu()
+    ops = REFERENCE_OPS if reference else Ops("triton", ["deep_gemm"])
+    packed = weights(ops, len(counts), ue8m0=ue8m0, device=device)
+    return ops.experts_mlp(x.to(device), torch.tensor(counts, device=device), *packed, *rows).cpu()
 
 
 @pytest.mark.parametrize(("ue8m0", "gathered"), [(False, False), (True, True)])
@@ -73,11 +73,10 @@ def test_rows_that_no_expert_has_change_nothing() -> None:
     few = run(x[:7], [3, 4], None, None, ue8m0=False, reference=False)
     x_row = torch.arange(7 + 20).clamp_max(29)
     device = torch.device(DEVICE)
-    with use_backend("triton", ["deep_gemm"]):
-        packed = weights(2, ue8m0=False, device=DEVICE)
-        counts = torch.tensor([3, 4])
-        # not through `experts_mlp`, where counts in host memory must sum to the rows
-        many = experts_mlp_deep_gemm(x.to(device), counts.to(device), *packed, x_row.to(device), None).cpu()
+    packed = weights(TRITON_OPS, 2, ue8m0=False, device=DEVICE)
+    counts = torch.tensor([3, 4])
+    # not through `experts_mlp`, where counts in host memory must sum to the rows
+    many = experts_mlp_deep_gemm(x.to(device), counts.to(device), *packed, x_row.to(device), None).cpu()
     assert torch.equal(many[:7], few)
 
 
@@ -112,7 +111,7 @@ def index_inputs(tokens: int, lengths: list[int], heads: int = 32) -> tuple[Tens
     k = torch.randn(len(slots), 128, generator=generator).bfloat16()
     angles = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], dim=1)
     norm = (torch.ones(128), torch.zeros(128))
-    write_index_keys(pages, slots, k, norm, 1e-6, Rotation(angles, torch.zeros_like(slots), False))
+    CPU_OPS.write_index_keys(pages, slots, k, norm, 1e-6, Rotation(angles, torch.zeros_like(slots), False))
     positions = torch.cat([torch.arange(length - tokens, length) for length in lengths])
     bounds = torch.arange(0, len(positions) + 1, tokens, dtype=torch.int32)
     q = torch.randn(len(positions), heads, 128, generator=generator).bfloat16()
@@ -122,13 +121,12 @@ def index_inputs(tokens: int, lengths: list[int], heads: int = 32) -> tuple[Tens
 
 def test_the_best_positions_are_those_of_the_reference() -> None:
     q, weights, pages, layout = index_inputs(1, [300, 5, 130])
-    with use_backend("triton", ["deep_gemm"]):
-        selected = index_topk(q.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE), 40).cpu()
+    ops = Ops("triton", ["deep_gemm"])
+    selected = ops.index_topk(q.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE), 40).cpu()
     assert selected[1].tolist() == [*range(5), *[-1] * 35]
     for t, length in ((0, 300), (2, 130)):
-        with use_backend("reference"):
-            keys = read_index_keys(pages, layout.slots(t, torch.arange(length)), 128, torch.bfloat16)
-            scores = index_scores(q[t : t + 1], weights[t : t + 1], keys)[0]
+        keys = read_index_keys(pages, layout.slots(t, torch.arange(length)), 128, torch.bfloat16)
+        scores = REFERENCE_OPS.index_scores(q[t : t + 1], weights[t : t + 1], keys)[0]
         chosen = selected[t].long()
         assert (chosen[1:] > chosen[:-1]).all()
         rest = torch.ones(length, dtype=torch.bool).index_fill(0, chosen, False)
@@ -141,10 +139,9 @@ def test_prompts_and_wider_keys_are_left_to_triton() -> None:
     wide = torch.randn(len(pages), 64 * 128).bfloat16()
     q, weights, layout = q.to(DEVICE), weights.to(DEVICE), to_device(layout, DEVICE)
     for keys in (pages.to(DEVICE), wide.to(DEVICE)):
-        with use_backend("triton"):
-            expected = index_topk(q, weights, keys, layout, 20)
-        with use_backend("triton", ["deep_gemm"]):
-            assert torch.equal(index_topk(q, weights, keys, layout, 20), expected)
+        expected = TRITON_OPS.index_topk(q, weights, keys, layout, 20)
+        ops = Ops("triton", ["deep_gemm"])
+        assert torch.equal(ops.index_topk(q, weights, keys, layout, 20), expected)
 
 
 def test_indexers_that_it_does_not_score() -> None:
@@ -182,9 +179,9 @@ def test_weights_that_it_does_not_multiply_by() -> None:
     check_experts(7168, 2048, in_blocks=True)
     with pytest.raises(ValueError, match="hidden_size 7168, experts of 2000 and FP8 weights"):
         check_experts(7168, 2000, in_blocks=True)
-    with use_backend("triton", ["deep_gemm"]):
-        w = pack_weight(torch.ones(1, 2 * INNER, HIDDEN, dtype=torch.bfloat16, device=DEVICE))
-        down = pack_weight(torch.ones(1, HIDDEN, INNER, dtype=torch.bfloat16, device=DEVICE))
-        x = torch.ones(1, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
-        with pytest.raises(ValueError, match="and other weights"):
-            experts_mlp(x, torch.tensor([1]), w, down)
+    ops = Ops("triton", ["deep_gemm"])
+    w = ops.pack_weight(torch.ones(1, 2 * INNER, HIDDEN, dtype=torch.bfloat16, device=DEVICE))
+    down = ops.pack_weight(torch.ones(1, HIDDEN, INNER, dtype=torch.bfloat16, device=DEVICE))
+    x = torch.ones(1, HIDDEN, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(ValueError, match="and other weights"):
+        ops.experts_mlp(x, torch.tensor([1]), w, down)

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.attention import mla_attention
-from shoal.kernels.kv_format import FP8_RECORDS, write_latents
-from shoal.kernels.registry import check_vendors, use_backend
+from shoal.kernels.kv_format import FP8_RECORDS
+from shoal.kernels.ops import Ops
+from shoal.kernels.registry import check_vendors
 from shoal.kernels.rope import Rotation
 from shoal.kernels.vendor.flash_mla import check_attention, padded_heads
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.paging import Sequences, random_selection, to_device
 from tests.support.fakes.install import install
+from tests.support.ops import CPU_OPS, REFERENCE_OPS
 
 LENGTHS = [70, 1, 150, 300]
 SPANS = [(69, 70), (0, 1), (148, 150), (299, 300)]
@@ -37,15 +38,15 @@ def attend(
     _, _, _, layout = sequences.span(SPANS, block_size=PAGE)
     device = "cpu" if reference else DEVICE
     queries = queries.to(device)
-    with use_backend("reference") if reference else use_backend("triton", ["flash_mla"]):
-        return mla_attention(
-            queries[..., :512],
-            queries[..., 512:],
-            records.to(device),
-            to_device(layout, device),
-            0.06,
-            selected=None if selected is None else selected.to(device),
-        ).cpu()
+    ops = REFERENCE_OPS if reference else Ops("triton", ["flash_mla"])
+    return ops.mla_attention(
+        queries[..., :512],
+        queries[..., 512:],
+        records.to(device),
+        to_device(layout, device),
+        0.06,
+        selected=None if selected is None else selected.to(device),
+    ).cpu()
 
 
 def assert_parity(queries: Tensor, records: Tensor, sequences: Sequences, selected: Tensor | None) -> None:
@@ -61,7 +62,7 @@ def in_fp8(records: Tensor) -> Tensor:
     table = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], dim=1)
     slots = torch.arange(len(records))
     kv = records[:, :576].nan_to_num(0.0)
-    write_latents(stored, slots, kv, torch.ones(512), 1e-6, Rotation(table, torch.zeros_like(slots), True))
+    CPU_OPS.write_latents(stored, slots, kv, torch.ones(512), 1e-6, Rotation(table, torch.zeros_like(slots), True))
     return stored
 
 
@@ -88,8 +89,8 @@ def test_attention_to_all_positions_matches_the_reference() -> None:
 def test_no_tokens() -> None:
     sequences = Sequences([3], torch.bfloat16, heads=5, latent=512, rope=64)
     queries, _, records, layout = sequences.span([(3, 3)], block_size=PAGE)
-    with use_backend("triton", ["flash_mla"]):
-        out = mla_attention(queries[..., :512], queries[..., 512:], records, to_device(layout, DEVICE), 0.06)
+    ops = Ops("triton", ["flash_mla"])
+    out = ops.mla_attention(queries[..., :512], queries[..., 512:], records, to_device(layout, DEVICE), 0.06)
     assert out.shape == (0, 5, 512)
 
 

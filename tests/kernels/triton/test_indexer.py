@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
-from shoal.kernels.indexer import index_scores, index_topk, topk_positions
-from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, read_index_keys, write_index_keys
-from shoal.kernels.registry import use_backend
+from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, read_index_keys
+from shoal.kernels.ops import Ops
 from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
 from shoal.kernels.triton.indexer import paged_scores
-from tests.kernels.triton.interpreter import DEVICE
+from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
 from tests.kernels.triton.paging import Sequences, index_pages, to_device
+from tests.support.ops import REFERENCE_OPS
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -25,17 +24,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 def test_scores_match_the_reference(dtype: torch.dtype, heads: int, dim: int, num_keys: int) -> None:
     torch.manual_seed(heads)
     q, keys, weights = torch.randn(4, heads, dim).to(dtype), torch.randn(num_keys, dim).to(dtype), torch.randn(4, heads)
-    with use_backend("triton"):
-        scores = index_scores(q.to(DEVICE), weights.to(DEVICE), keys.to(DEVICE)).cpu()
-    with use_backend("reference"):
-        torch.testing.assert_close(scores, index_scores(q, weights, keys), rtol=1e-3, atol=1e-3)
+    scores = TRITON_OPS.index_scores(q.to(DEVICE), weights.to(DEVICE), keys.to(DEVICE)).cpu()
+    torch.testing.assert_close(scores, REFERENCE_OPS.index_scores(q, weights, keys), rtol=1e-3, atol=1e-3)
 
 
 def test_score_by_hand() -> None:
     q = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]], device=DEVICE)
     keys = torch.tensor([[3.0, 1.0], [-3.0, 1.0], [3.0, -1.0], [-1.0, -1.0], [math.nan, 0.0]], device=DEVICE)
-    with use_backend("triton"):
-        scores = index_scores(q, torch.tensor([[0.5, -1.0]], device=DEVICE), keys)
+    scores = TRITON_OPS.index_scores(q, torch.tensor([[0.5, -1.0]], device=DEVICE), keys)
     assert scores[0, :4].tolist() == [-0.5, -2.0, 1.5, 0.0]
     assert scores[0, 4].isnan()
 
@@ -70,16 +66,17 @@ def test_topk_matches_a_full_sort(topk: int, width: int, monkeypatch: pytest.Mon
     scores = _hard_scores(width)
     lengths = torch.randint(0, width + 1, (16,))
     lengths[[0, 1, 13]] = torch.tensor([0, width, width])
-    with use_backend("triton"):
-        selected = topk_positions(scores.to(DEVICE), lengths.to(DEVICE), topk)
+    selected = TRITON_OPS.topk_positions(scores.to(DEVICE), lengths.to(DEVICE), topk)
     assert selected.dtype == torch.int32
     for row, length, chosen in zip(scores.tolist(), lengths.tolist(), selected.tolist(), strict=True):
         assert chosen == _sorted_oracle(row[:length], topk)
 
 
 def test_topk_refuses_what_does_not_fit_a_program() -> None:
-    with use_backend("triton"), pytest.raises(ValueError, match="at most 8192"):
-        topk_positions(torch.zeros(1, 3, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE), 8193)
+    with pytest.raises(ValueError, match="at most 8192"):
+        TRITON_OPS.topk_positions(
+            torch.zeros(1, 3, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE), 8193
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,11 +85,11 @@ def test_selection_matches_the_reference(dtype: torch.dtype, spans: list[tuple[i
     sequences = Sequences([90, 1, 44], dtype, heads=4, latent=24, rope=8)
     queries, weights, records, layout = sequences.span(spans)
     pages = index_pages(records, 24)
-    with use_backend("triton"):
-        device_layout = to_device(layout, DEVICE)
-        selected = index_topk(queries[..., :24].to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), device_layout, 12)
-    with use_backend("reference"):
-        expected = index_topk(queries[..., :24], weights, pages, layout, 12)
+    device_layout = to_device(layout, DEVICE)
+    selected = TRITON_OPS.index_topk(
+        queries[..., :24].to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), device_layout, 12
+    )
+    expected = REFERENCE_OPS.index_topk(queries[..., :24], weights, pages, layout, 12)
     kept = (selected.cpu()[:, :, None] == expected[:, None, :]) & (expected >= 0)[:, None, :]
     assert kept.sum() >= 0.99 * (expected >= 0).sum()  # a near tie may fall the other way
     assert torch.equal(selected.cpu() >= 0, expected >= 0)
@@ -127,10 +124,9 @@ def test_selection_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     queries, weights, records, layout = sequences.span([(60, 90), (0, 1), (40, 44)])
     pages = index_pages(records, sequences.width)
     arguments = (queries.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE), 12)
-    with use_backend("triton"):
-        whole = index_topk(*arguments)
-        monkeypatch.setattr("shoal.kernels.triton.indexer.MAX_SCORE_BYTES", 4 * 112 * 7)
-        assert torch.equal(index_topk(*arguments), whole)
+    whole = TRITON_OPS.index_topk(*arguments)
+    monkeypatch.setattr("shoal.kernels.triton.indexer.MAX_SCORE_BYTES", 4 * 112 * 7)
+    assert torch.equal(TRITON_OPS.index_topk(*arguments), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,19 +137,17 @@ def test_fp8_keys_count_as_what_they_hold(
 ) -> None:
     sequences = Sequences([150, 1], dtype, heads=4, latent=dim - 16, rope=16)
     queries, weights, records, layout = sequences.span(spans, block_size=block_size)
-    codes, scales = quantize_rows_fp8(records[:, :dim].contiguous())
-    held = index_pages(dequantize_rows_fp8(codes, scales, dtype), dim, block_size)
+    codes, scales = TRITON_OPS.quantize_rows_fp8(records[:, :dim].contiguous())
+    held = index_pages(TRITON_OPS.dequantize_rows_fp8(codes, scales, dtype), dim, block_size)
     parts = (x.view(torch.uint8).view(len(held), -1) for x in (codes, scales))
     fp8 = torch.cat(list(parts), dim=1)  # codes of a block | its scales
     arguments = (queries.to(DEVICE), weights.to(DEVICE))
-    with use_backend("triton"):
-        found = paged_scores(*arguments, fp8.to(DEVICE), to_device(layout, DEVICE), unscored=0).cpu()
-        expected = paged_scores(*arguments, held.to(DEVICE), to_device(layout, DEVICE), unscored=0).cpu()
-        selected = index_topk(*arguments, fp8.to(DEVICE), to_device(layout, DEVICE), 20).cpu()
+    found = paged_scores(*arguments, fp8.to(DEVICE), to_device(layout, DEVICE), unscored=0).cpu()
+    expected = paged_scores(*arguments, held.to(DEVICE), to_device(layout, DEVICE), unscored=0).cpu()
+    selected = TRITON_OPS.index_topk(*arguments, fp8.to(DEVICE), to_device(layout, DEVICE), 20).cpu()
     for t, context in enumerate((layout.positions + 1).tolist()):
         assert torch.equal(found[t, :context], expected[t, :context])  # powers of two multiply without rounding
-        with use_backend("reference"):
-            best = topk_positions(found[t : t + 1, :context].contiguous(), torch.tensor([context]), 20)
+        best = REFERENCE_OPS.topk_positions(found[t : t + 1, :context].contiguous(), torch.tensor([context]), 20)
         assert torch.equal(selected[t : t + 1], best)
 
 
@@ -162,15 +156,16 @@ def test_a_position_without_a_slot_is_chosen_last() -> None:
     queries, weights, records, layout = sequences.span([(39, 40)])
     pages = index_pages(records, 32)
     layout.block_tables[0, 1] = len(pages)
-    with use_backend("triton"):
-        selected = index_topk(queries.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE), 24)
+    selected = TRITON_OPS.index_topk(
+        queries.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE), 24
+    )
     assert selected[0].tolist() == [*range(16), *range(32, 40)]
 
 
 def test_refuses_what_does_not_fit() -> None:
     queries, weights, _, layout = Sequences([9], torch.float32, latent=40, rope=8).span([(8, 9)])
-    with use_backend("triton"), pytest.raises(ValueError, match="32, 64 or 128 columns on a GPU, not 48"):
-        index_topk(queries, weights, torch.zeros(2, 16 * 52, dtype=torch.uint8), layout, 2)
+    with pytest.raises(ValueError, match="32, 64 or 128 columns on a GPU, not 48"):
+        TRITON_OPS.index_topk(queries, weights, torch.zeros(2, 16 * 52, dtype=torch.uint8), layout, 2)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, FP8_RECORDS])
@@ -184,17 +179,15 @@ def test_keys_are_written_like_those_of_the_reference(
     slots, positions = torch.tensor([11, 0, 6, 5, 9]), torch.tensor([0, 39, 7, 7, 12])
     table = cos_sin_table(inv_freq(rope_dim, 1e4), 40)
 
-    def written(device: str) -> Tensor:
+    def written(ops: Ops, device: str) -> Tensor:
         pages = torch.zeros(2, 6 * index_key_width(dtype, dim), dtype=dtype, device=device)
         weight, bias = (x.to(device) for x in norm)
         rotation = Rotation(table.to(device), positions.to(device), interleaved)
-        write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, rotation)
+        ops.write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, rotation)
         return read_index_keys(pages.cpu(), torch.arange(12), dim, computed)
 
-    with use_backend("triton"):
-        found = written(DEVICE)
-    with use_backend("reference"):
-        expected = written("cpu")
+    found = written(TRITON_OPS, DEVICE)
+    expected = written(REFERENCE_OPS, "cpu")
     # a norm's last bit may tip a rounding
     step = {torch.float32: 1e-5, torch.bfloat16: 2**-7, FP8_RECORDS: 2**-3}[dtype]
     torch.testing.assert_close(found, expected, rtol=step, atol=2**-9)
@@ -205,9 +198,8 @@ def test_a_key_at_a_position_outside_the_table_is_nan() -> None:
     k, norm = torch.randn(2, 8), (torch.ones(8), torch.zeros(8))
     pages = torch.zeros(1, 4 * 8, device=DEVICE)
     table, positions, slots = torch.ones(3, 4), torch.tensor([3, 2]), torch.tensor([1, 2])
-    with use_backend("triton"):
-        weight, bias, table, positions, slots, k = (x.to(DEVICE) for x in (*norm, table, positions, slots, k))
-        write_index_keys(pages, slots, k, (weight, bias), 1e-6, Rotation(table, positions, False))
+    weight, bias, table, positions, slots, k = (x.to(DEVICE) for x in (*norm, table, positions, slots, k))
+    TRITON_OPS.write_index_keys(pages, slots, k, (weight, bias), 1e-6, Rotation(table, positions, False))
     written = pages.view(4, 8).cpu()
     assert written[1].isnan().tolist() == [True] * 4 + [False] * 4
     assert not written[[0, 2, 3]].isnan().any()
@@ -216,5 +208,7 @@ def test_a_key_at_a_position_outside_the_table_is_nan() -> None:
 def test_keys_that_it_does_not_write() -> None:
     norm, one = (torch.ones(256), torch.zeros(256)), torch.zeros(1, dtype=torch.int64)
     pages = torch.zeros(1, index_key_width(FP8_RECORDS, 256), dtype=FP8_RECORDS)
-    with use_backend("triton"), pytest.raises(ValueError, match=r"up to 128 columns, .* got 64 of 256 columns"):
-        write_index_keys(pages, one, torch.ones(1, 256).bfloat16(), norm, 1e-6, Rotation(torch.ones(1, 64), one, True))
+    with pytest.raises(ValueError, match=r"up to 128 columns, .* got 64 of 256 columns"):
+        TRITON_OPS.write_index_keys(
+            pages, one, torch.ones(1, 256).bfloat16(), norm, 1e-6, Rotation(torch.ones(1, 64), one, True)
+        )

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.attention import PagedLayout, mha_attention
-from shoal.kernels.linear import pack_weight
-from shoal.kernels.registry import Backend, use_backend
+from shoal.kernels.attention import PagedLayout
+from shoal.kernels.ops import Ops
+from shoal.kernels.registry import Backend
 from shoal.kernels.triton.prefill import prefill_attention
 from shoal.kernels.triton.token_tiles import token_tiles
-from tests.kernels.triton.interpreter import DEVICE
+from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
 
 BACKENDS: tuple[Backend, ...] = ("triton", "reference")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
@@ -112,19 +112,18 @@ def test_mha_attention_of_paged_records_agrees_with_the_reference() -> None:
     q, records, layout, w_uk, w_uv = paged(2)
     outputs = []
     for backend in BACKENDS:
-        with use_backend(backend):
-            outputs.append(mha_attention(q, records, layout, pack_weight(w_uk), pack_weight(w_uv), 0.2))
+        ops = Ops(backend)
+        outputs.append(ops.mha_attention(q, records, layout, ops.pack_weight(w_uk), ops.pack_weight(w_uv), 0.2))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_making_keys_for_some_heads_at_a_time_changes_no_bit(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, records, layout, w_uk, w_uv = paged(5)
-    with use_backend("triton"):
-        weights = pack_weight(w_uk), pack_weight(w_uv)
-        together = mha_attention(q, records, layout, *weights, 0.2)
-        monkeypatch.setattr("shoal.kernels.triton.prefill.MAX_KEY_BYTES", at_once * (7 + 5) * (12 + 10) * 4)
-        assert torch.equal(mha_attention(q, records, layout, *weights, 0.2), together)
+    weights = TRITON_OPS.pack_weight(w_uk), TRITON_OPS.pack_weight(w_uv)
+    together = TRITON_OPS.mha_attention(q, records, layout, *weights, 0.2)
+    monkeypatch.setattr("shoal.kernels.triton.prefill.MAX_KEY_BYTES", at_once * (7 + 5) * (12 + 10) * 4)
+    assert torch.equal(TRITON_OPS.mha_attention(q, records, layout, *weights, 0.2), together)
 
 
 def test_contexts_lie_one_behind_the_other() -> None:
@@ -138,5 +137,6 @@ def test_contexts_lie_one_behind_the_other() -> None:
 def test_no_prompt_tokens() -> None:
     q, records, layout, w_uk, w_uv = paged(2)
     none = PagedLayout(layout.block_tables, layout.cu_seqlens_q * 0, layout.positions[:0], 4)
-    with use_backend("triton"):
-        assert mha_attention(q[:0], records, none, pack_weight(w_uk), pack_weight(w_uv), 0.2).shape == (0, 2, 10)
+    assert TRITON_OPS.mha_attention(
+        q[:0], records, none, TRITON_OPS.pack_weight(w_uk), TRITON_OPS.pack_weight(w_uv), 0.2
+    ).shape == (0, 2, 10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import pytest
@@ -12,17 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.kernels.dispatch import group_pairs, pack_segments, unpack_segments
-from shoal.kernels.experts import combine_topk, swiglu
-from shoal.kernels.fp8_rows import dequantize_rows_fp8, quantize_rows_fp8
-from shoal.kernels.kv_format import FP8_RECORDS, read_latents, write_latents
-from shoal.kernels.norm import add_rms_norm, layer_norm, rms_norm
-from shoal.kernels.quant import quantize_token_groups
-from shoal.kernels.registry import use_backend
-from shoal.kernels.rope import Rotation, apply_rope, cos_sin_table, inv_freq
-from shoal.kernels.sampling import sample_tokens, token_logprobs, truncate_logits
-from shoal.kernels.topk_router import route
-from tests.kernels.triton.interpreter import DEVICE
+from shoal.kernels.kv_format import FP8_RECORDS, read_latents
+from shoal.kernels.ops import Ops
+from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
+from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
+from tests.support.ops import REFERENCE_OPS
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="interpreted here; tests/gpu is for devices")
 
@@ -34,20 +27,16 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def on_both(op: Callable[[], R]) -> tuple[R, R]:
-    """(what Triton makes of it, what the reference makes of it)."""
-    with use_backend("triton"):
-        result = op()
-    with use_backend("reference"):
-        return result, op()
+def on_both(call: Callable[[Ops], R]) -> tuple[R, R]:
+    """Results of a call on Triton's kernels and on the reference."""
+    return call(TRITON_OPS), call(REFERENCE_OPS)
 
 
 def assert_rows_alone(op: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Each row alone has the bits that it has in company."""
-    with use_backend("triton"):
-        together = op(x)
-        for i in range(len(x)):
-            assert torch.equal(op(x[i : i + 1])[0], together[i])
+    together = op(x)
+    for i in range(len(x)):
+        assert torch.equal(op(x[i : i + 1])[0], together[i])
 
 
 @settings(max_examples=25, deadline=None)
@@ -57,18 +46,20 @@ def test_norms(rows: int, dim: int, dtype: torch.dtype, wide: bool) -> None:
     weight, bias = randn(dim, seed=2), randn(dim, seed=3)
     added = x.float() if wide else x
     rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (2**-7, 1e-6)
-    torch.testing.assert_close(*on_both(lambda: rms_norm(x, weight, 1e-6)), rtol=rtol, atol=atol)
-    torch.testing.assert_close(*on_both(lambda: layer_norm(x, weight, bias, 1e-6)), rtol=rtol, atol=1e-4 + atol)
-    (normed, total), (expected_normed, expected_total) = on_both(lambda: add_rms_norm(added, residual, weight, 1e-6))
+    torch.testing.assert_close(*on_both(lambda ops: ops.rms_norm(x, weight, 1e-6)), rtol=rtol, atol=atol)
+    torch.testing.assert_close(*on_both(lambda ops: ops.layer_norm(x, weight, bias, 1e-6)), rtol=rtol, atol=1e-4 + atol)
+    (normed, total), (expected_normed, expected_total) = on_both(
+        lambda ops: ops.add_rms_norm(added, residual, weight, 1e-6)
+    )
     assert torch.equal(total, expected_total)
     torch.testing.assert_close(normed, expected_normed, rtol=rtol, atol=atol)
 
 
 def test_norms_take_every_row_on_its_own() -> None:
     x, weight = randn(5, 300), randn(300, seed=1)
-    assert_rows_alone(lambda rows: rms_norm(rows, weight, 1e-6), x)
-    assert_rows_alone(lambda rows: layer_norm(rows, weight, weight, 1e-6), x)
-    assert_rows_alone(lambda rows: add_rms_norm(rows, rows, weight, 1e-6)[0], x)
+    assert_rows_alone(lambda rows: TRITON_OPS.rms_norm(rows, weight, 1e-6), x)
+    assert_rows_alone(lambda rows: TRITON_OPS.layer_norm(rows, weight, weight, 1e-6), x)
+    assert_rows_alone(lambda rows: TRITON_OPS.add_rms_norm(rows, rows, weight, 1e-6)[0], x)
 
 
 @settings(max_examples=25, deadline=None)
@@ -83,7 +74,7 @@ def test_quantisation_is_the_reference_bit_for_bit(
     rows: int, channels: int, dtype: torch.dtype, ue8m0: bool, magnitude: float
 ) -> None:
     x = (randn(rows, channels) * magnitude).to(dtype)
-    (q, scales), (expected_q, expected_scales) = on_both(lambda: quantize_token_groups(x, ue8m0=ue8m0))
+    (q, scales), (expected_q, expected_scales) = on_both(lambda ops: ops.quantize_token_groups(x, ue8m0=ue8m0))
     assert torch.equal(q.view(torch.uint8), expected_q.view(torch.uint8))
     assert torch.equal(scales, expected_scales)
     assert scales.stride()[0] == 1
@@ -96,9 +87,9 @@ def test_quantisation_is_the_reference_bit_for_bit(
 def test_scales(amax: float, scale: float, power_of_two: float) -> None:
     x = torch.zeros(1, 128)
     x[0, 77] = -amax
-    for found in on_both(lambda: quantize_token_groups(x)):
+    for found in on_both(lambda ops: ops.quantize_token_groups(x)):
         assert found[1].item() == pytest.approx(scale, rel=1e-4)
-    for found in on_both(lambda: quantize_token_groups(x, ue8m0=True)):
+    for found in on_both(lambda ops: ops.quantize_token_groups(x, ue8m0=True)):
         assert found[1].item() == power_of_two
         assert found[0][0, 77].item() == pytest.approx(-max(amax, 1e-6) / power_of_two, rel=2**-4)
 
@@ -107,7 +98,7 @@ def test_nan_makes_its_group_nan() -> None:
     x = torch.ones(2, 256)
     x[1, 130] = torch.nan
     for ue8m0 in (False, True):
-        for q, scales in on_both(lambda: quantize_token_groups(x, ue8m0=ue8m0)):  # noqa: B023
+        for q, scales in on_both(lambda ops: ops.quantize_token_groups(x, ue8m0=ue8m0)):  # noqa: B023
             assert scales.isnan().tolist() == [[False, False], [False, True]]
             assert q.float().isnan().sum(1).tolist() == [0, 128]
 
@@ -118,7 +109,9 @@ def test_pairs_are_grouped(tokens: int, top_k: int, num_slots: int, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     slot_of = torch.randperm(num_slots, generator=generator)
     topk_idx = torch.randint(-1, num_slots, (tokens, top_k), generator=generator)
-    (token_of, *found), (expected_token_of, *expected) = on_both(lambda: group_pairs(topk_idx, slot_of, num_slots))
+    (token_of, *found), (expected_token_of, *expected) = on_both(
+        lambda ops: ops.group_pairs(topk_idx, slot_of, num_slots)
+    )
     assert torch.equal(token_of[: len(expected_token_of)], expected_token_of)
     assert token_of.sort().values.tolist() == [t for t in range(tokens) for _ in range(top_k)]
     assert [part.tolist() for part in found] == [part.tolist() for part in expected]
@@ -140,9 +133,9 @@ def test_segments(tokens: int, top_k: int, num_ranks: int, dtype: torch.dtype, s
     x = randn(tokens, 12, dtype=dtype, seed=seed)[:, 1:8]
     topk_idx = torch.randint(-1, experts, (tokens, top_k), generator=generator)
 
-    def exchanged() -> tuple[Any, ...]:
-        segments, num_pairs, row_of = pack_segments(x, topk_idx, rank_of, slot_of, num_ranks)
-        return segments, num_pairs, row_of, *unpack_segments([segments[0], segments[-1], segments[0]], x, 3)
+    def exchanged(ops: Ops) -> tuple[Any, ...]:
+        segments, num_pairs, row_of = ops.pack_segments(x, topk_idx, rank_of, slot_of, num_ranks)
+        return segments, num_pairs, row_of, *ops.unpack_segments([segments[0], segments[-1], segments[0]], x, 3)
 
     def plain(value: Any) -> Any:
         return [plain(part) for part in value] if isinstance(value, list | tuple) else value.tolist()
@@ -159,7 +152,7 @@ def test_absent_pairs_come_last() -> None:
     slot_of = torch.tensor([2, 0, 1, 3])
     topk_idx = torch.tensor([[0, 3], [-1, 1], [2, -1], [-1, -1], [1, 0], [3, 1]])
     (token_of, counts, row_of), (expected_token_of, expected_counts, expected_row_of) = on_both(
-        lambda: group_pairs(topk_idx, slot_of, 4)
+        lambda ops: ops.group_pairs(topk_idx, slot_of, 4)
     )
     assert token_of.shape == (12,)
     assert torch.equal(token_of[:8], expected_token_of)
@@ -181,14 +174,13 @@ def test_rope_is_the_reference_bit_for_bit(
     table = cos_sin_table(inv_freq(dim, 1e4), 50)
     x = randn(tokens, heads, dim + 7, dtype=dtype)[..., 7:]
     positions = torch.arange(tokens) * 16 + 1
-    turned, expected = on_both(lambda: apply_rope(x, Rotation(table, positions, interleaved)))
+    turned, expected = on_both(lambda ops: ops.apply_rope(x, Rotation(table, positions, interleaved)))
     assert torch.equal(turned, expected)
 
 
 def test_rope_outside_the_table_is_nan() -> None:
     table = cos_sin_table(inv_freq(8, 1e4), 5)
-    with use_backend("triton"):
-        turned = apply_rope(torch.ones(4, 2, 8), Rotation(table, torch.tensor([4, 5, -1, 0]), True))
+    turned = TRITON_OPS.apply_rope(torch.ones(4, 2, 8), Rotation(table, torch.tensor([4, 5, -1, 0]), True))
     assert turned.isnan().all(dim=(1, 2)).tolist() == [False, True, True, False]
     assert not turned[[0, 3]].isnan().any()
 
@@ -202,19 +194,18 @@ def test_records(record_dtype: torch.dtype, latent_dim: int, interleaved: bool) 
     kv, norm = randn(4, latent_dim + 64, dtype=dtype), randn(latent_dim, seed=1)
     positions, slots = torch.tensor([3, 0, 49, 7]), torch.tensor([5, 0, 3, 8])
     records = torch.full((9, 660), 7, dtype=record_dtype)
-    with use_backend("triton"):
-        write_latents(records, slots, kv, norm, 1e-6, Rotation(table, positions, interleaved))
-        latent = rms_norm(kv[:, :latent_dim], norm, 1e-6)
-        rope_key = apply_rope(kv[:, None, latent_dim:], Rotation(table, positions, interleaved)).squeeze(1)
+    TRITON_OPS.write_latents(records, slots, kv, norm, 1e-6, Rotation(table, positions, interleaved))
+    latent = TRITON_OPS.rms_norm(kv[:, :latent_dim], norm, 1e-6)
+    rope_key = TRITON_OPS.apply_rope(kv[:, None, latent_dim:], Rotation(table, positions, interleaved)).squeeze(1)
     if record_dtype == FP8_RECORDS:
-        latent = dequantize_rows_fp8(*quantize_rows_fp8(latent), dtype)
+        latent = TRITON_OPS.dequantize_rows_fp8(*TRITON_OPS.quantize_rows_fp8(latent), dtype)
     assert torch.equal(read_latents(records[slots], latent_dim, 64, dtype), torch.cat([latent, rope_key], dim=1))
     assert bool((records[[1, 2, 4, 6, 7]] == 7).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu(dtype: torch.dtype) -> None:
-    y, expected = on_both(lambda: swiglu(randn(3, 2 * 1030, dtype=dtype) * 8))
+    y, expected = on_both(lambda ops: ops.swiglu(randn(3, 2 * 1030, dtype=dtype) * 8))
     torch.testing.assert_close(y, expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
@@ -225,7 +216,7 @@ def test_combine_is_the_reference_bit_for_bit(dtype: torch.dtype) -> None:
     row_of[3] = -1
     shared = randn(7, 1030, dtype=dtype, seed=3)
     for added in (None, shared):
-        out, expected = on_both(partial(combine_topk, y, row_of, weights, added))
+        out, expected = on_both(lambda ops: ops.combine_topk(y, row_of, weights, added))  # noqa: B023
         assert torch.equal(out, expected)
         assert torch.equal(out[3], torch.zeros(1030, dtype=dtype) if added is None else shared[3])
 
@@ -246,8 +237,8 @@ def test_routing(shape: tuple[int, int, int, int], ties: bool, bad: bool, normal
     if bad:
         logits[1, : num_experts // 2], logits[2], logits[3] = torch.nan, torch.nan, -torch.inf
 
-    def routed() -> tuple[Tensor, Tensor]:
-        return route(
+    def routed(ops: Ops) -> tuple[Tensor, Tensor]:
+        return ops.route(
             logits,
             bias,
             n_group=n_group,
@@ -273,7 +264,7 @@ def test_sampling(vocab_size: int) -> None:
     seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
     positions = torch.randint(0, 2**40, (rows,), generator=generator)
     indices = torch.arange(rows) % 3
-    tokens, expected = on_both(lambda: sample_tokens(logits, temperatures, seeds, positions, indices))
+    tokens, expected = on_both(lambda ops: ops.sample_tokens(logits, temperatures, seeds, positions, indices))
     assert tokens.tolist() == expected.tolist()
     assert tokens[1:4].tolist() == [-1, -1, -1]
     assert tokens[0] == logits[0].argmax()
@@ -283,9 +274,8 @@ def test_equal_logits_are_drawn_evenly_and_greedily_the_first() -> None:
     rows, vocab_size = 160, 8
     positions = torch.arange(rows)
     zeros, ones = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
-    with use_backend("triton"):
-        drawn = sample_tokens(torch.zeros(rows, vocab_size), ones, zeros, positions, zeros)
-        greedy = sample_tokens(torch.zeros(2, vocab_size), torch.zeros(2), zeros[:2], zeros[:2], zeros[:2])
+    drawn = TRITON_OPS.sample_tokens(torch.zeros(rows, vocab_size), ones, zeros, positions, zeros)
+    greedy = TRITON_OPS.sample_tokens(torch.zeros(2, vocab_size), torch.zeros(2), zeros[:2], zeros[:2], zeros[:2])
     counts = torch.bincount(drawn, minlength=vocab_size).double()
     assert ((counts - 20) ** 2 / 20).sum() < 24.3  # chi-square, 7 degrees of freedom, p = 0.001
     assert greedy.tolist() == [0, 0]
@@ -301,7 +291,7 @@ def test_truncation(vocab_size: int) -> None:
     top_k = torch.tensor([0, 5, 40, 1, 0, 2 * vocab_size, 300, 7]).repeat(4)
     top_p = torch.tensor([0.9, 1.0, 0.5, 0.99, 0.3, 0.001, 1.0, 0.7] * 2).repeat_interleave(2)
     min_p = torch.tensor([0.0, 0.0, 0.05, 0.2]).repeat_interleave(8)
-    kept, expected = on_both(lambda: truncate_logits(logits, temperatures, top_k, top_p, min_p))
+    kept, expected = on_both(lambda ops: ops.truncate_logits(logits, temperatures, top_k, top_p, min_p))
     assert torch.equal(kept.isneginf(), expected.isneginf())
     assert torch.equal(kept[~kept.isneginf()].nan_to_num(99.0), logits[~kept.isneginf()].nan_to_num(99.0))
     untouched = (temperatures == 0) | ~torch.isfinite(logits.max(dim=1).values)
@@ -314,7 +304,7 @@ def test_logprobs_of_tokens(vocab_size: int) -> None:
     token_ids = torch.randint(0, vocab_size, (9, 3), generator=torch.Generator().manual_seed(2))
     token_ids[2, 0] = -1
     logits[4, 0] = -torch.inf
-    (logprobs, ranks), (expected, expected_ranks) = on_both(lambda: token_logprobs(logits, token_ids))
+    (logprobs, ranks), (expected, expected_ranks) = on_both(lambda ops: ops.token_logprobs(logits, token_ids))
     torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert ranks.tolist() == expected_ranks.tolist()
     assert ranks[2] == 0

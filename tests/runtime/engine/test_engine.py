@@ -330,3 +330,18 @@ def test_experts_are_spread_on_one_node_and_kept_together_over_several() -> None
 
     assert of_rank_1(2) == list(range(1, 16, 2))
     assert of_rank_1(1) == list(range(8, 16))
+
+
+def test_an_engine_does_not_change_the_kernels_of_the_next(model_dir: Path) -> None:
+    """The kernels of an engine that is refused, or that runs on the reference, are nobody else's."""
+    prompt = request("a", PROMPT)
+    expected = run(make_engine(model_dir), prompt)["a"].outputs
+    reference = make_engine(model_dir, kernel_backend="reference", invariance="relaxed")
+    with pytest.raises(ValueError, match="set invariance to relaxed"):
+        make_engine(model_dir, kernel_backend="reference")
+    with pytest.raises(ValueError, match='kernels "cpu" do not run on a GPU'):
+        build_engine(model_dir, EngineConfig(kernel_backend="cpu"), single_process_groups(torch.device("cuda")))
+    first, second = make_engine(model_dir), make_engine(model_dir)
+    run(reference, prompt)
+    assert run(first, prompt)["a"].outputs == expected
+    assert run(second, prompt)["a"].outputs == expected

@@ -22,6 +22,7 @@ from shoal.runtime.sampling.sampler import Sampler, SamplingRow
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.support.checkpoints import make_checkpoint
 from tests.support.invariance import bits
+from tests.support.ops import CPU_OPS
 
 CPU = torch.device("cpu")
 VOCAB = 300
@@ -37,7 +38,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_engine(model_dir: Path, *, ahead: bool, **config: Any) -> Engine:
     defaults: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 64, "max_model_len": 64, "max_num_seqs": 4}
     engine = build_engine(model_dir, EngineConfig(**{**defaults, **config}), single_process_groups())
-    engine.sampler = DeviceSampler(VOCAB, CPU)
+    engine.sampler = DeviceSampler(VOCAB, CPU, CPU_OPS)
     engine.overlap = ahead
     return engine
 
@@ -153,7 +154,7 @@ def test_a_device_chooses_what_the_host_would() -> None:
         )
         for i in range(len(logits))
     ]
-    sampling = DeviceSampler(VOCAB, CPU).begin(logits, rows)
+    sampling = DeviceSampler(VOCAB, CPU, CPU_OPS).begin(logits, rows)
     assert sampling.token_ids is None
     for ours, host in zip(sampling.finish(), Sampler(VOCAB).sample(logits, rows), strict=True):
         assert ours.token_id == host.token_id
@@ -169,7 +170,7 @@ def test_a_device_says_which_rows_are_broken() -> None:
     logits[1, 5] = torch.nan
     params = SamplingParams(temperature=1.0, logprobs=1)
     rows = [SamplingRow(params=params, prompt_token_ids=(1,), output_token_ids=(), seed=i) for i in range(3)]
-    sampling = DeviceSampler(VOCAB, CPU).begin(logits, rows)
+    sampling = DeviceSampler(VOCAB, CPU, CPU_OPS).begin(logits, rows)
     assert sampling.token_ids is not None
     first, broken, third = sampling.finish()
     assert first.error is third.error is None

@@ -10,7 +10,7 @@ import pytest
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """For the rest of a test, `import name` gives tests.fakes.<name>."""
-    module = import_module(f"tests.fakes.{name}")
+    """For the rest of a test, `import name` gives tests.support.fakes.<name>."""
+    module = import_module(f"tests.support.fakes.{name}")
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(module, "__spec__", ModuleSpec(name, None))
