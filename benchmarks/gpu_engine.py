@@ -27,9 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shoal.parallel.groups import single_process_groups
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
-from shoal.runtime.models.config import ModelConfig
+from shoal.runtime.models.families import parse_config
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, SamplingParams
 from tests.support.checkpoints import YARN, is_quantized, tensor_shapes, tiny_config
@@ -74,7 +75,7 @@ def write_model(model_dir: Path, layers: int, experts: int) -> int:
     write_byte_tokenizer(model_dir / "tokenizer.json")
     files: dict[str, dict[str, Tensor]] = {}
     torch.manual_seed(0)
-    for name, shape in tensor_shapes(ModelConfig.from_dict(config)).items():
+    for name, shape in tensor_shapes(parse_config(config)).items():
         part = name.split(".")[2] if name.startswith("model.layers.") else "rest"
         tensors = files.setdefault(part, {})
         if is_quantized(name):
@@ -132,7 +133,7 @@ def busy_seconds(engine: Engine, steps: int) -> tuple[float, float, list[tuple[s
 
 def measure(args: argparse.Namespace, model_dir: Path) -> dict[str, Any]:
     begin = time.perf_counter()
-    engine = Engine(
+    engine = build_engine(
         model_dir,
         EngineConfig(
             max_num_seqs=args.batch,

@@ -74,7 +74,7 @@ def accuracy(limit: int | None) -> dict[str, Any]:
 
 
 def differences(pairs: list[tuple[RequestOutput, RequestOutput]]) -> dict[str, Any]:
-    """Of the same token's log-probability after the same tokens: everything before two answers part."""
+    """Differences between log-probabilities of the same token after the same tokens, up to the first unequal token."""
     found, equal = [], 0
     for a, b in pairs:
         (first,), (second,) = a.outputs, b.outputs

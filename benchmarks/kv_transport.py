@@ -28,7 +28,7 @@ from shoal.parallel.nixl_transport import NixlTransport
 from shoal.runtime.kv_cache.transfer import MAX_FETCHES
 
 TRANSPORTS: dict[str, dict[str, str]] = {"nixl": {}, "nixl, tcp": {"UCX_TLS": "^sm"}, "ray": {}}
-"""By name, the environment of its processes."""
+"""Environment variables of a transport's processes, by name of the transport."""
 BUFFER_BYTES = 256 << 20
 TIMEOUT_S = 60.0
 

@@ -193,7 +193,7 @@ class PeakMemory:
 
 
 def _high_water_kib(pid: int) -> int:
-    """Of one process, which also knows what it took between samples; 0 once it has ended."""
+    """Peak resident memory of one process (VmHWM, so samples miss nothing), in KiB; 0 once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -217,10 +217,10 @@ def summary(
 ) -> dict[str, Any]:
     """Medians with spread, ratios between contenders, and how close each comes to the limit."""
     from shoal.cluster.bench.roofline import workload_limit
-    from shoal.runtime.models.config import ModelConfig
+    from shoal.runtime.models.families import read_config
 
     count, prompt, output = WORKLOADS[workload]
-    limit = workload_limit(ModelConfig.from_pretrained(model), ceilings, requests=count, prompt=prompt, output=output)
+    limit = workload_limit(read_config(model), ceilings, requests=count, prompt=prompt, output=output)
     contenders: dict[str, Any] = {}
     for name, said in runs.items():
         if "error" in said[0]:

@@ -148,7 +148,7 @@ class Steps:
                     token_ids=draw.choices(range(3, SIZES["vocab_size"]), k=length),
                     block_table=list(range(i * blocks, (i + 1) * blocks)),
                     num_prompt_tokens=context if length > 1 else 0,
-                    sample=True,
+                    num_logits=1,
                 )
                 for i in range(sequences)
             ]

@@ -56,7 +56,11 @@ class EngineArgs(EngineConfig):
     device: Annotated[Device, Setting("Device of the workers; cuda gives every worker one GPU of its own.")] = "cpu"
     num_threads_per_worker: Annotated[
         int | None,
-        Setting("CPU threads of a worker.", ge=1, derived="the cores of its node divided by the workers on it"),
+        Setting(
+            "CPU threads of a worker.",
+            ge=1,
+            derived="the cores of its node, or its CPU quota, divided by the workers on it; at most OMP_NUM_THREADS",
+        ),
     ] = None
     ray_address: Annotated[
         str | None,
@@ -127,9 +131,9 @@ def read_model_config(args: EngineArgs) -> ModelConfig:
     """The model's configuration; ValueError, before any weight is read, when the model cannot be run as asked."""
     # Not at the top: the command line reads its options from this module and must not load torch for `--help`.
     from shoal.runtime.engine.model_loading import check_layout
-    from shoal.runtime.models.config import ModelConfig
+    from shoal.runtime.models.families import read_config
 
-    config = ModelConfig.from_pretrained(args.model)
+    config = read_config(args.model)
     for spec in args.replica_specs:
         check_layout(config, spec.tensor_parallel_size)
     if args.max_model_len is not None and args.max_model_len > config.max_position_embeddings:

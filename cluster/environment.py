@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from shoal.runtime.cgroup import cpu_quota
+
 PACKAGES = ("shoal", "torch", "ray", "numpy", "safetensors", "tokenizers")
 
 
@@ -31,8 +33,15 @@ def environment() -> dict[str, Any]:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use: by its affinity mask and the CPU quota of its control groups, at least 1."""
+    return int(max(1, min(len(os.sched_getaffinity(0)), cpu_quota())))
+
+
+def default_num_threads(num_cores: int, num_workers: int = 1) -> int:
+    """Threads of one of `num_workers` processes that share `num_cores`, at least 1; OMP_NUM_THREADS is a bound."""
+    share = max(1, num_cores // num_workers)
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # one number per level of nesting
+    return min(share, max(1, int(wanted))) if wanted.isdecimal() else share
 
 
 def peak_rss_mib() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.runtime.tokenization.chat import encode_chat
-from shoal.runtime.tokenization.tokenizer import BOS, Tokenizer
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +17,8 @@ class ModelPrompts:
     tokenizer: Tokenizer
 
     def encode_text(self, text: str) -> list[int]:
-        """The token ids of a completion prompt: begin-of-sentence, if the tokenizer has it, then plain text."""
-        bos = self.tokenizer.special_id(BOS)
-        return [*(() if bos is None else (bos,)), *self.tokenizer.encode(text)]
+        """The token ids of a completion prompt: plain text with the tokens that the tokenizer adds to a prompt."""
+        return self.tokenizer.encode_prompt(text)
 
     def encode_messages(self, messages: Sequence[Mapping[str, Any]], thinking: bool) -> list[int]:
         """The token ids of a conversation, up to and including the header of the answer."""

@@ -1,7 +1,7 @@
-"""Halves of a decoder layer in one call of the compiled kernels, so that Python does little between the products.
+"""Halves of a decoder layer in one call of the compiled kernels, so that Python does little between the GEMMs.
 
-Each block is the composition of public operations that runtime/models writes out, with exactly its bits; it exists for
-the "cpu" backend only. A block holds pointers: whoever builds one keeps the tensors alive.
+Each is the composition of public operations that runtime/models/deepseek.py writes out, with exactly its bits, for the
+"cpu" backend only. The structures hold pointers: the caller keeps the tensors alive, and in place.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ class Threads(ctypes.Structure):
     _fields_ = (("count", c_int64), ("min_parallel_work", c_int64))
 
 
-class Weight(ctypes.Structure):
+class PackedWeightArgs(ctypes.Structure):
     """shoal::Weight."""
 
     _fields_ = (("data", c_void_p), ("format", c_int64))
 
     @classmethod
-    def of(cls, weight: PackedWeight) -> Weight:
+    def of(cls, weight: PackedWeight) -> PackedWeightArgs:
         return cls(weight.data.data_ptr(), weight.format)
 
 
-class AttentionBlock(ctypes.Structure):
-    """shoal::AttentionBlock: the sizes and weights of one layer's attention, norm before it included."""
+class FusedAttention(ctypes.Structure):
+    """shoal::FusedAttention: sizes and weights of one layer's attention, the norm before it included."""
 
     _fields_ = (
         *((name, c_int64) for name in ("dtype", "hidden_size", "num_heads", "q_lora_rank", "kv_lora_rank")),
         *((name, c_int64) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
         *((name, c_int64) for name in ("rope_interleave", "rope_rows")),
         *((name, c_void_p) for name in ("input_norm", "q_a_norm", "kv_a_norm", "rope_table")),
-        *((name, Weight) for name in ("w_a", "w_q_b", "w_uk", "w_uk_absorbed", "w_uv", "w_o")),
+        *((name, PackedWeightArgs) for name in ("w_a", "w_q", "w_uk", "w_uk_absorbed", "w_uv", "w_o")),
         *((name, c_int64) for name in ("index_n_heads", "index_head_dim", "index_topk", "index_rope_interleave")),
-        *((name, Weight) for name in ("index_wq_b", "index_wk")),
+        *((name, PackedWeightArgs) for name in ("index_wq_b", "index_wk")),
         *((name, c_void_p) for name in ("index_k_norm", "index_k_norm_bias", "index_weights_proj")),
         *((name, c_float) for name in ("index_weight_scale", "rms_norm_eps", "latent_norm_eps", "scale")),
     )
 
 
-class MoeBlock(ctypes.Structure):
-    """shoal::MoeBlock: router, experts and shared expert of one layer, norm before them included."""
+class FusedMoE(ctypes.Structure):
+    """shoal::FusedMoE: router, experts and shared expert of one layer, the norm before them included."""
 
     _fields_ = (
         *(
@@ -61,25 +61,25 @@ class MoeBlock(ctypes.Structure):
         *((name, c_int64) for name in ("n_group", "topk_group", "num_experts_per_tok", "norm_topk_prob")),
         ("shared_intermediate_size", c_int64),
         *((name, c_void_p) for name in ("post_attention_norm", "gate", "bias", "slot_of")),
-        *((name, Weight) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
+        *((name, PackedWeightArgs) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
         *((name, c_float) for name in ("rms_norm_eps", "routed_scaling_factor")),
     )
 
 
 class StepArgs(ctypes.Structure):
-    """shoal::StepArgs: what a step brings; the same for all layers."""
+    """shoal::StepArgs: the arguments that change from step to step; the same for all layers."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("num_tokens", "num_per_head_tokens")),
+        *((name, c_int64) for name in ("num_tokens", "num_mha_tokens")),
         *((name, c_void_p) for name in ("positions", "slots")),
-        *((name, LayoutArgs) for name in ("per_head", "absorbed")),
+        *((name, LayoutArgs) for name in ("mha", "mqa")),
         ("threads", Threads),
     )
 
 
-_ATTENTION_BLOCK = (
-    "shoal_attention_block",
-    POINTER(AttentionBlock),
+_FUSED_ATTENTION = (
+    "shoal_fused_attention",
+    POINTER(FusedAttention),
     POINTER(StepArgs),
     *[c_void_p] * 2,
     POINTER(Records),
@@ -87,69 +87,70 @@ _ATTENTION_BLOCK = (
     *[c_void_p] * 3,
     POINTER(c_int64),
 )
-_MOE_ROUTE = ("shoal_moe_route", POINTER(MoeBlock), POINTER(Threads), c_int64, *[c_void_p] * 6)
-_MOE_BLOCK = ("shoal_moe_block", POINTER(MoeBlock), POINTER(Threads), c_int64, *[c_void_p] * 4)
+_FUSED_MOE_ROUTE = ("shoal_fused_moe_route", POINTER(FusedMoE), POINTER(Threads), c_int64, *[c_void_p] * 6)
+_FUSED_MOE = ("shoal_fused_moe", POINTER(FusedMoE), POINTER(Threads), c_int64, *[c_void_p] * 4)
 
 
-def step_args(per_head: PagedLayout, absorbed: PagedLayout, positions: Tensor, slots: Tensor) -> StepArgs:
-    """positions and slots: [T] int64, tokens of `per_head` first; the arguments must outlive the result."""
+def step_args(mha: PagedLayout, mqa: PagedLayout, positions: Tensor, slots: Tensor) -> StepArgs:
+    """positions and slots: [T] int64, tokens of `mha` first; the arguments must outlive the result."""
     threads = Threads(torch.get_num_threads(), build.MIN_PARALLEL_WORK)
     return StepArgs(
         positions.shape[0],
-        per_head.num_tokens,
+        mha.num_tokens,
         positions.data_ptr(),
         slots.data_ptr(),
-        per_head.args(),
-        absorbed.args(),
+        mha.args(),
+        mqa.args(),
         threads,
     )
 
 
-def attention_block(
-    block: AttentionBlock,
+def fused_attention(
+    args: FusedAttention,
     step: StepArgs,
     hidden: Tensor,
     residual: Tensor | None,
-    records: Tensor,
+    kv_cache: Tensor,
     index_keys: Tensor | None,
-    selected: Tensor | None,
+    topk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden [T, H], residual) -> (attention output [T, H], hidden + residual, the selection this layer used).
+    """(hidden [T, H], residual) -> (attention output [T, H], hidden + residual, selection that this layer used).
 
-    index_keys: of a layer with an indexer. The results are in the memory of hidden and residual.
+    kv_cache, index_keys: this layer's part of the cache; only layers with an indexer have index_keys.
+    The results are in the memory of hidden and residual.
     """
     total = torch.empty_like(hidden) if residual is None else residual
-    if block.index_n_heads:
-        absorbed = step.num_tokens - step.num_per_head_tokens
-        selected = torch.empty(absorbed, block.index_topk, dtype=torch.int32)
+    if args.index_n_heads:
+        num_mqa_tokens = step.num_tokens - step.num_mha_tokens
+        topk_indices = torch.empty(num_mqa_tokens, args.index_topk, dtype=torch.int32)
     status = c_int64()
-    build.c_function(*_ATTENTION_BLOCK)(
-        byref(block),
+    build.c_function(*_FUSED_ATTENTION)(
+        byref(args),
         byref(step),
         hidden.data_ptr(),
         None if residual is None else residual.data_ptr(),
-        byref(records_args(records)),
-        None if index_keys is None else byref(index_keys_args(index_keys, block.index_head_dim)),
+        byref(records_args(kv_cache)),
+        None if index_keys is None else byref(index_keys_args(index_keys, args.index_head_dim)),
         total.data_ptr(),
-        None if selected is None else selected.data_ptr(),
+        None if topk_indices is None else topk_indices.data_ptr(),
         hidden.data_ptr(),
         byref(status),
     )
     if status.value:
-        raise slot_error("attention_block")
-    return hidden, total, selected
+        raise slot_error("fused_attention")
+    return hidden, total, topk_indices
 
 
-def moe_route(block: MoeBlock, step: StepArgs, attended: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+def fused_moe_route(args: FusedMoE, step: StepArgs, attended: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     """(attended, residual) [T, H] -> (normalised sum, sum, topk_idx [T, K] int64, topk_weights [T, K] fp32).
 
     The sums are in the memory of attended and residual.
     """
-    top_k = block.num_experts_per_tok
+    top_k = args.num_experts_per_tok
     topk_idx = torch.empty(step.num_tokens, top_k, dtype=torch.int64)
     topk_weights = torch.empty(step.num_tokens, top_k)
-    build.c_function(*_MOE_ROUTE)(
-        byref(block),
+    build.c_function(*_FUSED_MOE_ROUTE)(
+        byref(args),
         byref(step.threads),
         step.num_tokens,
         attended.data_ptr(),
@@ -162,10 +163,13 @@ def moe_route(block: MoeBlock, step: StepArgs, attended: Tensor, residual: Tenso
     return attended, residual, topk_idx, topk_weights
 
 
-def moe_block(block: MoeBlock, step: StepArgs, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """(attended, residual) [T, H] -> (MoE output, attended + residual), in their memory; this rank has all experts."""
-    build.c_function(*_MOE_BLOCK)(
-        byref(block),
+def fused_moe(args: FusedMoE, step: StepArgs, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(attended, residual) [T, H] -> (MoE output, attended + residual), in their memory.
+
+    All experts are on this rank.
+    """
+    build.c_function(*_FUSED_MOE)(
+        byref(args),
         byref(step.threads),
         step.num_tokens,
         attended.data_ptr(),

@@ -28,6 +28,8 @@ from .registry import Backend, current_backend, implementation, register
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 FP8_CODE = 2
 PANEL = 16
+ALIGNMENT = 16
+"""Bytes that the rows of Triton's weights are padded to a multiple of."""
 
 _PACK = ("shoal_pack_weight", c_int64, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4)
 _PACK_FP8 = ("shoal_pack_fp8", c_int64, *[c_void_p] * 3, *[c_int64] * 3)
@@ -287,3 +289,23 @@ def multiply_reference(x: Tensor, w: PackedWeight, index: int) -> Tensor:
 @register("batched_linear", "reference")
 def _batched_linear_reference(x: Tensor, w: PackedWeight) -> Tensor:
     return torch.einsum("tbk,bnk->tbn", x.float(), w.data.float()).to(x.dtype)
+
+
+def packed_num_bytes(
+    shape: tuple[int, int], dtype: torch.dtype, backend: Backend, *, fp8: bool = False, row_scales: bool = False
+) -> int:
+    """Bytes of a packed weight [N, K] for inputs in `dtype`: `data` and `scale_inv` of what `pack_weight` returns.
+
+    fp8: packed from a `BlockFP8Weight`. row_scales: its rows were cut or put together between blocks.
+    """
+    n, k = shape
+    blocks = -(-k // BLOCK)
+    if backend == "cpu":
+        width = 2 if dtype == torch.bfloat16 else 1
+        columns = -(-k // width) * width
+        return -(-n // PANEL) * PANEL * (columns + 4 * blocks if fp8 else columns * dtype.itemsize)
+    fp8 = fp8 and backend == "triton" and dtype == torch.bfloat16
+    itemsize = 1 if fp8 else dtype.itemsize
+    columns = -(-k * itemsize // ALIGNMENT) * ALIGNMENT // itemsize if backend == "triton" else k
+    scales = n + BLOCK if row_scales else -(-n // BLOCK)
+    return n * columns * itemsize + (4 * scales * blocks if fp8 else 0)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup, Store, Work  # type: ignore[attr-defined]
 
-from .failpoints import Failpoints
+from .spans import Spans
 from .transport import SocketMesh
 
 _SENDER = struct.Struct("<8sqq")  # magic, rank, payload bytes
@@ -87,7 +87,7 @@ class Communicator:
         *,
         name: str = "world",
         timeout_s: float = 60.0,
-        failpoints: Failpoints | None = None,
+        spans: Spans | None = None,
         store_ranks: Sequence[int] | None = None,
     ) -> None:
         """Of more than one rank, it is in use after `connect`.
@@ -97,7 +97,7 @@ class Communicator:
         assert 0 <= rank < size
         self.rank, self.size, self.name, self.epoch, self.step = rank, size, name, 0, 0
         self.timeout_s = timeout_s
-        self._failpoints = failpoints or Failpoints()
+        self._spans = spans or Spans()
         self._store_ranks = list(range(size)) if store_ranks is None else list(store_ranks)
         self._peers = [(rank + k) % size for k in range(1, size)]
         self._sequence = 0
@@ -249,12 +249,14 @@ class Communicator:
         received = [sends[0].new_empty(n) for n in announced] if recvs is None else recvs
         deadline = time.monotonic() + self.timeout_s
         try:
-            self._wait_nccl(self._nccl.alltoall(received, list(sends)), deadline)
+            with self._spans("collective.wait"):
+                self._wait_nccl(self._nccl.alltoall(received, list(sends)), deadline)
         except RuntimeError as error:
             raise self._diagnose(call, error, late=time.monotonic() >= deadline) from error
         return lambda: received
 
     def _wait_nccl(self, work: Work, deadline: float) -> None:
+        """Wait until `work` is complete; RuntimeError when it failed, is late, or the group was left meanwhile."""
         pause_s = 0.0
         while not work.is_completed():
             if self._closed is not None or time.monotonic() >= deadline:
@@ -262,6 +264,9 @@ class Communicator:
             time.sleep(pause_s)
             pause_s = min(pause_s + 5e-6, 1e-4)
         work.wait()  # complete: only orders the current stream after NCCL's
+        if self._closed is not None:
+            # NCCL reports aborted work as complete; what it received is not what was sent.
+            raise RuntimeError("the group was left while NCCL ran")
 
     def _exchange(self, call: _Call, recvs: list[Tensor] | None) -> Callable[[], list[Tensor]]:
         """One exchange in host memory: sends what the connections take, and returns what does the rest.
@@ -271,7 +276,6 @@ class Communicator:
         if self._closed is not None:
             raise CollectiveError(f"{self._who()} cannot run {call}: the group ended before: {self._closed}")
         assert self._mesh is not None
-        self._failpoints.reach("collective")
         mesh, received = self._mesh, [call.sends[self.rank]] * self.size if recvs is None else recvs
         messages = {}
         for peer in call.peers:
@@ -286,12 +290,12 @@ class Communicator:
                 received[peer] = torch.empty(num_bytes, dtype=torch.uint8)
             return received[peer].numpy().data
 
-        with self._diagnosing(call, time.monotonic() + self.timeout_s):
+        with self._spans("collective"), self._diagnosing(call, time.monotonic() + self.timeout_s):
             exchange = mesh.begin(messages, on_header)
 
         def finish() -> list[Tensor]:
             deadline = time.monotonic() + self.timeout_s
-            with self._diagnosing(call, deadline):
+            with self._spans("collective.wait"), self._diagnosing(call, deadline):
                 mesh.finish(exchange, deadline)
             if recvs is not None and recvs[self.rank].numel():
                 recvs[self.rank].copy_(call.sends[self.rank])

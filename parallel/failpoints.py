@@ -1,17 +1,17 @@
-"""Places where tests and demonstrations let a process fail: kill it, or freeze it, the n-th time that it comes by.
+"""Points at which tests and demonstrations make a process fail: it is killed or frozen when it reaches one.
 
     SHOAL_FAULT=decode:0:engine.run:5,prefill:1:kv.publish:2:stop
 
-Worker 0 of the decode role is killed before the 5th step that it runs, worker 1 of the prefill role frozen after its
-2nd publication. What can happen:
+Worker 0 of the decode role is killed before the 5th step that it runs, worker 1 of the prefill role frozen after it
+published its 2nd chunk. The actions:
 
-    kill    the process is killed; this is meant when nothing is said
-    stop    the process is frozen
-    hang    the thread that comes by goes no further, others do
-    node    the process that started this one is killed with all that it started: Ray's part of a node loses power
+    kill    kill the process (the default)
+    stop    freeze the process
+    hang    block the thread that reaches the point; others go on
+    node    kill the parent process and all its children, as when a node loses power
 
-Processes that take the place of others are spare:0, spare:1, .., in the order in which they start, so that they do not
-fail where those did; the process that drives the workers is driver:0.
+Replacement processes are spare:0, spare:1, .., in order of their start, so that they do not fail where the lost ones
+did; the process that drives the workers is driver:0.
 """
 
 from __future__ import annotations
@@ -25,50 +25,56 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
+from .spans import SPAN_NAMES, SpanName
+
 VARIABLE = "SHOAL_FAULT"
 DRIVER = "driver:0"
-"""The title of the process that drives the workers."""
+"""Title of the process that drives the workers."""
 
 Point = Literal[
     "collective",  # before an exchange with other ranks, in a step or between
     "engine.schedule",
     "engine.run",  # before the model computes
     "engine.sample",
-    "engine.update",  # after the step's tokens were taken over
-    "kv.publish",  # after records were published
-    "kv.fetch",  # after reads were begun
-    "kv.write",  # records are written, but do not count yet
-    "worker.take_in",
-    "worker.hand_out",  # tokens are ready to be told, and may or may not be
+    "engine.update",  # after the step's tokens were added to their requests
+    "kv.publish",  # after a chunk was published
+    "kv.fetch",  # after a read was started
+    "kv.write",  # after a chunk was written to the cache, before it counts
+    "worker.take_in",  # before commands are applied
+    "worker.hand_out",  # after tokens were queued for the driver, which may or may not get them
     "worker.join",  # before an epoch is joined
     "worker.build",  # before weights are loaded
-    "job.submit",  # before rows go to the engines
-    "job.answer",  # answers are there, and not in the journal
-    "job.commit",  # lines are written, and not in the journal
-    "job.finish",  # every row has its line; the job is not marked as completed
+    "job.submit",  # before rows are submitted
+    "job.answer",  # before answers are journalled
+    "job.commit",  # after output lines were written, before they are journalled
+    "job.finish",  # after the last line, before the job is marked as completed
 ]
 Action = Literal["kill", "stop", "hang", "node"]
 POINTS: tuple[Point, ...] = get_args(Point)
+SPAN_POINTS = [name for name in SPAN_NAMES if name in POINTS]
+"""Points that are reached by entering a span, or by leaving it."""
+_ON_LEAVE = {"engine.update", "kv.publish", "kv.fetch", "kv.write"}
 ROLES = ("prefill", "decode", "mixed", "spare", "driver")
 
 
 class Failpoints:
-    """The faults that one process is to have; without any, `reach` does nothing."""
+    """The faults that one process is to have; without any, `reach` does nothing. Listens to spans."""
 
     def __init__(
         self, text: str = "", title: str = "", *, on_fault: Callable[[str], None] = lambda point: None
     ) -> None:
-        """`text` as in SHOAL_FAULT, of which a process has what begins with its `title`, such as decode:0.
+        """`text` as in SHOAL_FAULT; the parts that begin with `title`, such as decode:0, are for this process.
 
-        `on_fault` is told of a fault before it happens. ValueError for a text that means nothing.
+        `on_fault` is called before a fault happens. ValueError for a text that cannot be parsed.
         """
-        self._title, self._on_fault = title, on_fault
+        self._title = title
+        self._on_fault = on_fault
         self._faults: dict[tuple[str, int], str] = {}
         self._reached: Counter[str] = Counter()
         self.arm(text)
 
     def arm(self, text: str) -> None:
-        """Have these faults instead; points are counted from here on. Any thread may call."""
+        """Replace the faults; points are counted from here on. Any thread may call."""
         faults = {}
         for part in filter(None, text.split(",")):
             title, point, nth, action = _parse(part)
@@ -77,8 +83,19 @@ class Failpoints:
         self._reached = Counter()
         self._faults = faults
 
+    def enter(self, name: SpanName) -> None:
+        if name not in _ON_LEAVE:
+            self._reach(name)
+
+    def leave(self, name: SpanName) -> None:
+        if name in _ON_LEAVE:
+            self._reach(name)
+
     def reach(self, point: Point) -> None:
-        """The process is at this point."""
+        """Fail here if it is this point's turn."""
+        self._reach(point)
+
+    def _reach(self, point: str) -> None:
         if not self._faults:
             return
         self._reached[point] += 1
@@ -94,7 +111,7 @@ class Failpoints:
 
 
 def _kill_family(parent: int) -> None:
-    """Kill a process and all that it started, but this one."""
+    """Kill a process and all its descendants except this process."""
     children: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it ended meanwhile

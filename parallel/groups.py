@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from .collectives import HEADER_BYTES, CollectiveError, Communicator, NcclBackend
 from .config import ParallelConfig
-from .failpoints import Failpoints
+from .spans import Spans
 from .transport import Patience, SocketMesh, connect_mesh
 
 MIN_CREATION_TIMEOUT_S = 30.0
@@ -39,7 +39,7 @@ class ParallelGroups:
     """Of one collective, and of forming the groups where it is above MIN_CREATION_TIMEOUT_S."""
     busy_wait_s: float = 0.0
     """How long to watch for a message before sleeping, for ranks that have their cores to themselves."""
-    failpoints: Failpoints = field(default_factory=Failpoints)
+    spans: Spans = field(default_factory=Spans)
     secret: bytes = field(default=b"", repr=False)
     """That the ranks share and nobody else has; it opens their connections."""
 
@@ -99,13 +99,12 @@ class ParallelGroups:
             group.connect(epoch, mesh, nccl, epoch_store)
 
 
-def single_process_groups(
-    device: torch.device | None = None, *, failpoints: Failpoints | None = None
-) -> ParallelGroups:
+def single_process_groups(device: torch.device | None = None, *, spans: Spans | None = None) -> ParallelGroups:
     """The groups of a replica of one rank; no torch.distributed."""
     world, tp = Communicator(name="world"), Communicator(name="tp0")
-    device, failpoints = device or torch.device("cpu"), failpoints or Failpoints()
-    groups = ParallelGroups(ParallelConfig(), 0, device, world, tp, failpoints=failpoints)
+    device = device or torch.device("cpu")
+    spans = spans or Spans()
+    groups = ParallelGroups(ParallelConfig(), 0, device, world, tp, spans=spans)
     world.connect(0)
     tp.connect(0)
     return groups
@@ -119,7 +118,7 @@ def create_groups(
     timeout_s: float = 60.0,
     hostname: str = "127.0.0.1",
     busy_wait_s: float = 0.0,
-    failpoints: Failpoints | None = None,
+    spans: Spans | None = None,
     ranks_on_node: int = 1,
     secret: bytes = b"",
 ) -> ParallelGroups:
@@ -128,14 +127,12 @@ def create_groups(
         raise ValueError(
             f"rank {rank} is not in a layout of {config.world_size} ranks; use 0 to {config.world_size - 1}"
         )
-    failpoints = failpoints or Failpoints()
-    world = Communicator(rank, config.world_size, timeout_s=timeout_s, failpoints=failpoints)
+    spans = spans or Spans()
+    world = Communicator(rank, config.world_size, timeout_s=timeout_s, spans=spans)
     tp, ranks = world, config.tp_group(rank)
     if len(ranks) < config.world_size:
         name = f"tp{config.dp_rank(rank)}"
-        tp = Communicator(
-            ranks.index(rank), len(ranks), name=name, timeout_s=timeout_s, failpoints=failpoints, store_ranks=ranks
-        )
+        tp = Communicator(ranks.index(rank), len(ranks), name=name, timeout_s=timeout_s, spans=spans, store_ranks=ranks)
     return ParallelGroups(
         config,
         rank,
@@ -146,7 +143,7 @@ def create_groups(
         hostname,
         timeout_s,
         busy_wait_s,
-        failpoints,
+        spans,
         secret,
     )
 
@@ -161,7 +158,7 @@ def init_groups(
     timeout_s: float = 60.0,
     hostname: str = "127.0.0.1",
     busy_wait_s: float = 0.0,
-    failpoints: Failpoints | None = None,
+    spans: Spans | None = None,
     secret: bytes = b"",
     stop: Callable[[], bool] = lambda: False,
 ) -> ParallelGroups:
@@ -173,7 +170,7 @@ def init_groups(
         timeout_s=timeout_s,
         hostname=hostname,
         busy_wait_s=busy_wait_s,
-        failpoints=failpoints,
+        spans=spans,
         secret=secret,
     )
     groups.join(store, epoch, stop=stop)

@@ -1,36 +1,35 @@
-"""Tensor-parallel products that are exact: the output dimension is split and gathered, the reduction never is."""
+"""Tensor-parallel linear layers that are exact: the output dimension is split and gathered, the reduction never is."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from shoal.kernels.linear import PackedWeight, linear
+from shoal.kernels.linear import PackedWeight
+from shoal.kernels.ops import Ops
 
 from .collectives import Communicator
 
 
 def shard(size: int, rank: int, num_ranks: int) -> slice:
-    """The half-open range of `size` outputs that `rank` computes; `size` is a multiple of `num_ranks`."""
+    """Half-open range of the `size` outputs that `rank` computes; `size` is a multiple of `num_ranks`."""
     assert size % num_ranks == 0, f"{size} outputs over {num_ranks} ranks"
     width = size // num_ranks
     return slice(rank * width, (rank + 1) * width)
 
 
 def gather_last_dim(x: Tensor, comm: Communicator, *, layer: int, op: str) -> Tensor:
-    """[.., n] on every rank -> [.., size * n], the ranks' columns side by side in rank order."""
+    """[.., n] on every rank -> [.., size * n]: the columns of all ranks side by side, in rank order."""
     return x if comm.size == 1 else comm.all_gather(x, dim=-1, layer=layer, op=op)
 
 
-def column_parallel(
-    x: Tensor, weight: PackedWeight, comm: Communicator, *, layer: int, op: str, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    """[T, K] times this rank's rows of the weight, gathered: [T, N], the same bits for every number of ranks."""
-    return gather_last_dim(linear(x, weight, out_dtype=out_dtype), comm, layer=layer, op=op)
+def column_parallel(ops: Ops, x: Tensor, weight: PackedWeight, comm: Communicator, *, layer: int, op: str) -> Tensor:
+    """x [T, K] times this rank's rows of the weight, gathered: [T, N], the same bits for every number of ranks."""
+    return gather_last_dim(ops.linear(x, weight), comm, layer=layer, op=op)
 
 
 def split_tokens(x: Tensor, comm: Communicator) -> Tensor:
-    """This rank's share of tokens that every rank of the group holds: [T, ..] -> [<= ceil(T / size), ..]."""
+    """This rank's share of the tokens that every rank of the group holds: [T, ..] -> [<= ceil(T / size), ..]."""
     share = -(-x.shape[0] // comm.size)
     return x[comm.rank * share : (comm.rank + 1) * share]
 

@@ -1,4 +1,4 @@
-"""The output projection: its vocabulary is split over many ranks, its logits go to those that sample."""
+"""Output projection with its vocabulary split over ranks; logits go to the ranks that sample."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shoal.kernels.linear import PackedWeight, linear
+from shoal.kernels.linear import PackedWeight
+from shoal.kernels.ops import Ops
 
 from .collectives import Communicator
 
 
 def vocab_shard(vocab_size: int, rank: int, num_ranks: int) -> slice:
-    """The half-open range of tokens whose logits `rank` computes; sizes differ by at most one."""
+    """Half-open range of the vocabulary whose logits `rank` computes; sizes differ by at most one."""
     return slice(rank * vocab_size // num_ranks, (rank + 1) * vocab_size // num_ranks)
 
 
 class ParallelLMHead:
-    """Logits of the hidden states that several tensor-parallel groups hold, over all their ranks.
+    """Logits of the hidden states of several tensor-parallel groups, computed by all their ranks.
 
     rows:   g0: a b | g1: c     -> every rank: a b c
     logits: every rank: its tokens' columns of a b c -> first rank of g0: a b | first rank of g1: c
     """
 
-    def __init__(self, weight: PackedWeight, vocab_size: int, comm: Communicator, group_size: int) -> None:
-        """`weight` holds the rows of `vocab_shard`; `comm` is made of tensor-parallel groups of `group_size` ranks."""
+    def __init__(self, ops: Ops, vocab_size: int, comm: Communicator, group_size: int) -> None:
+        """`comm` is made of tensor-parallel groups of `group_size` ranks."""
         assert comm.size % group_size == 0
-        self.weight = weight
+        self.ops = ops
         self.vocab_size = vocab_size
         self.comm = comm
         self.leaders = range(0, comm.size, group_size)
@@ -35,20 +36,21 @@ class ParallelLMHead:
         shards = [vocab_shard(vocab_size, r, comm.size) for r in range(comm.size)]
         self._widths = [s.stop - s.start for s in shards]
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, weight: PackedWeight) -> Tensor:
         """hidden [N, H] -> logits [N, vocab_size] fp32 on the first rank of each group, [0, vocab_size] on the others.
 
-        A collective: every rank of `comm` calls it, with its own group's rows, of which there may be none.
+        weight: this rank's rows, as `vocab_shard` says, of the weight [vocab_size, H].
+        A collective: every rank of `comm` calls it with its own group's rows, of which there may be none.
         Accumulated in fp32 and not rounded to the compute dtype; the same bits for every split.
         """
         if self.comm.size == 1:
-            return linear(hidden, self.weight, out_dtype=torch.float32)
+            return self.ops.linear(hidden, weight, out_dtype=torch.float32)
         rows = self._gather_rows(hidden)
-        part = linear(torch.cat(rows), self.weight, out_dtype=torch.float32)
+        part = self.ops.linear(torch.cat(rows), weight, out_dtype=torch.float32)
         return self._collect(list(torch.split(part, [len(r) for r in rows])))
 
     def _gather_rows(self, hidden: Tensor) -> list[Tensor]:
-        """Every group's rows, in the order of the groups."""
+        """Rows of every group, in the order of the groups."""
         if len(self.leaders) == 1:
             return [hidden]
         none = torch.empty(0, dtype=torch.uint8, device=hidden.device)
@@ -63,7 +65,7 @@ class ParallelLMHead:
         ]
 
     def _collect(self, parts: list[Tensor]) -> Tensor:
-        """This rank's columns of every group's logits -> all columns of its own group's."""
+        """This rank's columns of every group's logits -> all columns of its own group's logits."""
         num_rows = len(parts[self.leader // self.leaders.step]) if self.comm.rank == self.leader else 0
         none = torch.empty(0, dtype=torch.uint8, device=parts[0].device)
         segments = [none] * self.comm.size

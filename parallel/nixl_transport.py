@@ -13,43 +13,23 @@ memory of the process. It listens on one address only; everybody on the network 
 
 from __future__ import annotations
 
-import fcntl
-import importlib.util
-import os
-import socket
-import struct
 import time
 from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .kv_transport import Fetch, KVChunk, TransferError, check_payload
+from .nixl_agent import NixlAgent, ReadState
 
-INSTALL = "install it with pip install 'shoal[nixl]', or set kv_transport to ray"
 PEER_IDLE_S = 600.0
 """A publisher that nothing was read from for so long is forgotten when another one appears."""
 
 _ALIGNMENT = 64
 """Of slices, so that a payload can be viewed in any dtype."""
-_PROGRESS_INTERVAL_US = 10_000
-"""How long the thread that moves bytes sleeps when nothing wakes it."""
-_ENVIRONMENT = {
-    "UCX_TCP_CONN_NB": "y",  # else connecting to a dead node holds up every thread of Python for minutes
-    "UCX_DEBUG_SIGNO": "0",  # else SIGHUP stops the process until a debugger comes
-    "UCX_LOG_LEVEL": "fatal",  # what goes wrong is a TransferError, not a line in the output
-    "NIXL_LOG_LEVEL": "FATAL",
-}
 _ADDRESS_BYTES = 8
-_SIOCGIFADDR = 0x8915
-
-
-def is_installed() -> bool:
-    """Whether this Python has the library; does not load it."""
-    return importlib.util.find_spec("nixl_cu13") is not None
 
 
 class NixlTransport:
@@ -61,8 +41,9 @@ class NixlTransport:
         `buffer_bytes`: what is registered at first, and the bound of what is in quarantine. ValueError when the library
         is missing or does not work here.
         """
-        self._agent: _Agent | None = _Agent(name, host)
-        self._memory = Memory(self._agent.register, buffer_bytes)
+        agent = NixlAgent(name, host)
+        self._agent: NixlAgent | None = agent
+        self._memory = Memory(lambda t: agent.register(t.data_ptr(), t.numel()), buffer_bytes)
         self._max_quarantined = buffer_bytes
         self._published: dict[int, Slice] = {}
         self._reads: list[_Read] = []
@@ -102,7 +83,7 @@ class NixlTransport:
         """Of reads that were given up and have not ended."""
         return sum(read.memory.num_bytes for read in self._reads if read.given_up)
 
-    def state(self, read: _Read) -> State:
+    def state(self, read: _Read) -> ReadState:
         """How far a read is. Moves bytes that are there, but never waits for some."""
         if read.state == "running" and self._agent is not None:
             read.state = self._agent.state(read.handle)
@@ -122,7 +103,7 @@ class NixlTransport:
         peer = self._peer(chunk.address[_ADDRESS_BYTES:])
         memory = self._memory.allocate(chunk.num_bytes)
         try:
-            handle = self._agent.prepare_read(peer.name, address, memory)
+            handle = self._agent.prepare_read(peer.name, address, memory.address, memory.num_bytes)
         except TransferError:
             self._memory.free(memory)
             raise
@@ -170,9 +151,6 @@ class NixlTransport:
         self._agent.disconnect(peer.name)
 
 
-State = Literal["running", "done", "failed"]
-
-
 @dataclass(slots=True)
 class _Peer:
     """A publisher that NIXL knows how to reach."""
@@ -194,7 +172,7 @@ class _Read:
     peer: _Peer
     handle: int
     memory: Slice
-    state: State
+    state: ReadState
     given_up: bool = False
 
 
@@ -298,110 +276,3 @@ class Memory:
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-
-
-class _Agent:
-    """NIXL, as far as it is used here.
-
-    Below its Python class, with which the thread that moves bytes never sleeps, and so takes a core of its own.
-    """
-
-    def __init__(self, name: str, host: str) -> None:
-        for variable, value in {**_ENVIRONMENT, **_listen_on(host)}.items():
-            os.environ.setdefault(variable, value)
-        try:
-            import nixl_cu13._bindings as nixl
-        except ImportError as error:
-            raise ValueError(f"kv_transport nixl cannot load nixl_cu13 ({error}); {INSTALL}") from error
-        self._nixl: Any = nixl
-        self._errors = tuple(e for e in vars(nixl).values() if isinstance(e, type) and issubclass(e, Exception))
-        config = nixl.nixlAgentConfig()
-        config.useProgThread = True
-        config.pthrDelay = _PROGRESS_INTERVAL_US
-        self._agent: Any = nixl.nixlAgent(name, config)
-        try:
-            self._backends = [self._agent.createBackend("UCX", {})]
-        except self._errors as error:
-            raise ValueError(f"kv_transport nixl does not work here: UCX does not start ({error})") from error
-
-    def register(self, memory: Tensor) -> bytes:
-        """Make memory readable; returns what a reader must know of it and of this process."""
-        nixl = self._nixl
-        found = nixl.nixlRegDList(nixl.DRAM_SEG, [(memory.data_ptr(), memory.numel(), 0, "")])
-        try:
-            self._agent.registerMem(found, self._backends)
-        except self._errors as error:
-            raise ValueError(f"kv_buffer_size: {memory.numel()} bytes cannot be registered ({error})") from error
-        metadata: bytes = self._agent.getLocalPartialMD(found, True, self._backends)
-        return metadata
-
-    def connect(self, metadata: bytes) -> str:
-        """Make a process and memory of it known; returns the process's name."""
-        try:
-            return str(self._agent.loadRemoteMD(metadata).decode())
-        except self._errors as error:
-            raise TransferError(f"a publisher cannot be reached ({error})") from error
-
-    def disconnect(self, name: str) -> None:
-        """Forget a process; only when none of its reads is under way."""
-        self._agent.invalidateRemoteMD(name)
-
-    def prepare_read(self, name: str, address: int, memory: Slice) -> int:
-        """A handle, which must be released, of a read from a process's memory that is not begun."""
-        nixl = self._nixl
-        here = nixl.nixlXferDList(nixl.DRAM_SEG, [(memory.address, memory.num_bytes, 0)])
-        there = nixl.nixlXferDList(nixl.DRAM_SEG, [(address, memory.num_bytes, 0)])
-        try:
-            handle: int = self._agent.createXferReq(nixl.NIXL_READ, here, there, name, "", self._backends)
-        except self._errors as error:
-            raise TransferError(f"what was published is no memory of {name} ({error})") from error
-        return handle
-
-    def post(self, handle: int) -> State:
-        """Begin a read; of one that fails at once, nothing is under way."""
-        try:
-            self._agent.postXferReq(handle, "")
-        except self._errors:
-            return "failed"
-        return "running"
-
-    def state(self, handle: int) -> State:
-        """How far a read is. What NIXL cannot tell is an error of its own, and no proof that the read has ended."""
-        nixl = self._nixl
-        try:
-            status = self._agent.getXferStatus(handle)
-        except (nixl.nixlRemoteDisconnectError, nixl.nixlBackendError, nixl.nixlCancelledError):
-            return "failed"
-        return "done" if status == nixl.NIXL_SUCCESS else "running"
-
-    def release(self, handle: int) -> None:
-        """Forget a read that has ended. (NIXL would forget one that has not, and let it write on.)"""
-        self._agent.releaseXferReq(handle)
-
-    def close(self, handles: list[int]) -> None:
-        """End everything, with these reads: after this nothing is moved any more."""
-        for handle in handles:
-            self.release(handle)
-        del self._agent
-
-
-def _listen_on(host: str) -> dict[str, str]:
-    """What makes UCX use no network interface but that of `host`; devices that are none, such as RDMA's, stay.
-
-    ValueError when no interface has this address.
-    """
-    addresses = {name: _address_of(name) for _, name in socket.if_nameindex()}
-    if host not in addresses.values():
-        raise ValueError(f"kv_transport nixl cannot listen on {host}: no network interface has this address")
-    others = [name for name, address in addresses.items() if address != host]
-    return {"UCX_NET_DEVICES": f"^{','.join(others)}"} if others else {}
-
-
-def _address_of(interface: str) -> str | None:
-    """The IPv4 address of an interface."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            request = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()))
-        except OSError:  # it has none
-            return None
-    return socket.inet_ntoa(request[20:24])

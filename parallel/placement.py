@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .groups import ParallelGroups
+
 
 @dataclass(frozen=True)
 class ExpertPlacement:
@@ -55,12 +57,12 @@ class ExpertPlacement:
         return len(self.slots)
 
     def local_experts(self, rank: int) -> list[int]:
-        """The logical expert in each local slot of `rank`."""
+        """Logical expert in each local slot of `rank`."""
         return list(self.slots[rank])
 
     @cached_property
     def copies(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Per logical expert, the (rank, local slot) of its copies in ascending order."""
+        """Per logical expert, (rank, local slot) of its copies in ascending order."""
         found: list[list[tuple[int, int]]] = [[] for _ in range(self.num_experts)]
         for rank, rank_slots in enumerate(self.slots):
             for slot, expert in enumerate(rank_slots):
@@ -68,10 +70,25 @@ class ExpertPlacement:
         return tuple(tuple(places) for places in found)
 
     def lookup(self, source_rank: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Where tokens of `source_rank` find each expert: (rank [num_experts], local slot [num_experts]), int64.
+        """(rank [num_experts], local slot [num_experts]) int64: the copy of each expert for tokens of `source_rank`.
 
-        Copy number `source_rank % number of copies` serves it: the load is spread, and nothing but the rank decides.
+        That is copy number `source_rank % number of copies`: load is spread, and nothing but the rank decides.
         """
         chosen = [places[source_rank % len(places)] for places in self.copies]
         table = torch.tensor(chosen, dtype=torch.int64, device=device).reshape(self.num_experts, 2)
         return table[:, 0].contiguous(), table[:, 1].contiguous()
+
+
+def default_placement(num_experts: int, groups: ParallelGroups) -> ExpertPlacement:
+    """One copy of each expert: dealt out in turn on one node, contiguous over several.
+
+    On one node that spreads the routing groups, whose loads differ; over several nodes it keeps each routing group
+    together, so that a token's experts are on few nodes.
+    """
+    place = ExpertPlacement.contiguous if spans_nodes(groups) else ExpertPlacement.round_robin
+    return place(num_experts, groups.world.size)
+
+
+def spans_nodes(groups: ParallelGroups) -> bool:
+    """Whether the replica has ranks on more than one node."""
+    return groups.ranks_on_node < groups.world.size

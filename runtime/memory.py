@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-CGROUP = Path("/sys/fs/cgroup")
+from .cgroup import memory_left
 
 
 def available_memory(device: torch.device) -> int:
@@ -18,16 +18,8 @@ def available_memory(device: torch.device) -> int:
         return int(free)
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return int(min(int(line.split()[1]) * 1024, container_memory()))
+            return int(min(int(line.split()[1]) * 1024, memory_left()))
     raise RuntimeError("/proc/meminfo has no MemAvailable line; set num_kv_blocks")
-
-
-def container_memory(cgroup: Path = CGROUP) -> float:
-    """Bytes that the control group of this container still allows; infinity without a limit."""
-    limit, used = cgroup / "memory.max", cgroup / "memory.current"
-    if not limit.exists() or not used.exists() or limit.read_text().strip() == "max":
-        return float("inf")
-    return max(0, int(limit.read_text()) - int(used.read_text()))
 
 
 def release_freed_memory() -> None:

@@ -135,7 +135,8 @@ def _token_cost(config: ModelConfig, tokens: int, logits: int) -> tuple[float, f
     """Of everything that is not attention over a context; each weight that some token needs is read once."""
     c = config
     hidden, heads, num_layers = c.hidden_size, c.num_attention_heads, c.num_hidden_layers
-    attention = hidden * c.q_lora_rank + c.q_lora_rank * heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    q_rank = c.q_lora_rank or 0
+    attention = hidden * q_rank + (q_rank or hidden) * heads * c.qk_head_dim
     attention += hidden * (c.kv_lora_rank + c.qk_rope_head_dim)
     attention += c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim) + heads * c.v_head_dim * hidden
     expert = 3 * hidden * c.moe_intermediate_size
@@ -143,7 +144,7 @@ def _token_cost(config: ModelConfig, tokens: int, logits: int) -> tuple[float, f
     always = num_layers * attention + (num_layers - num_moe) * 3 * hidden * c.intermediate_size
     always += num_moe * (expert * c.n_shared_experts + hidden * c.n_routed_experts)
     if c.has_index:
-        indexer = c.q_lora_rank * c.index_n_heads * c.index_head_dim + hidden * (c.index_head_dim + c.index_n_heads)
+        indexer = q_rank * c.index_n_heads * c.index_head_dim + hidden * (c.index_head_dim + c.index_n_heads)
         always += _num_indexers(c) * indexer
     experts_hit = c.n_routed_experts * (1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** tokens)
     head = c.vocab_size * hidden

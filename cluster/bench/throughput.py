@@ -36,7 +36,7 @@ def throughput(
 ) -> int:
     """Measure, print a table on stdout and write the report to `output`; progress goes to stderr.
 
-    `phases`: also say what the steps spent their time on.
+    `phases`: also measure what the steps spend their time on.
 
     ValueError for a workload that the model cannot take, EnginesFailed if the engines fail.
     """
@@ -51,9 +51,9 @@ def throughput(
 def measure(
     args: EngineArgs, workload: Workload, *, executor: Executor, say: Callable[[str], None], phases: bool = False
 ) -> dict[str, Any]:
-    """Start the engines, warm up, run the workload and report; every figure is measured here.
+    """Start the engines, warm up, run the workload and return the report.
 
-    The warm-up answers a quarter of the prompts, with token ids of their own, and is not counted.
+    The warm-up answers a quarter as many prompts, with token ids of their own, and is not counted.
     """
     model = read_model_config(args)
     needed, longest = workload.input_len + workload.output_len, args.max_model_len or model.max_position_embeddings
@@ -111,7 +111,7 @@ def measure(
 
 
 def answer(llm: LLM, prompts: Sequence[Sequence[int]], output_len: int) -> list[RequestOutput]:
-    """Greedy continuations of exactly `output_len` tokens; RuntimeError if a row has another number."""
+    """Greedy continuations of exactly `output_len` tokens; RuntimeError if one has another length."""
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
     for number, output in enumerate(outputs):
@@ -123,7 +123,7 @@ def answer(llm: LLM, prompts: Sequence[Sequence[int]], output_len: int) -> list[
 
 
 def results(workload: Workload, num_workers: int, seconds: Sequence[float]) -> dict[str, Any]:
-    """Seconds and rates of the runs, each as median, min and max, with the values of every run."""
+    """Seconds and rates of the runs: median, min and max, with the values of every run."""
     num_input = workload.num_prompts * workload.input_len
     num_output = workload.num_prompts * workload.output_len
     figures: dict[str, Any] = {
@@ -170,7 +170,7 @@ def _sizes(layout: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for a person: one line per figure."""
+    """The report as text, one line per figure."""
     workload, layout, figures = report["workload"], report["layout"], report["results"]
     memory, startup = report["peak_rss_mib"], report["startup"]
     what = f"{workload['num_prompts']} prompts, {workload['input_len']} tokens in, {workload['output_len']} out"

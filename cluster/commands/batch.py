@@ -11,6 +11,9 @@ from typing import TextIO
 
 from shoal.parallel.failpoints import DRIVER, VARIABLE, Failpoints
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
+from shoal.runtime.memory_estimate import declare_model
+from shoal.runtime.models.families import read_config
+from shoal.runtime.models.weights import tensor_shapes
 
 from ..environment import versions
 from ..jobs.config import JobConfig
@@ -24,7 +27,12 @@ from ..report import check_directory
 from .validate import row_rules
 
 CHAT_FORMAT = "deepseek-v3.1"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 
 
 def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: TextIO) -> int:
@@ -37,7 +45,9 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
     progress = ProgressReporter(stderr)
 
     def start() -> Engines:
-        return start_engines(config.engine, on_phase=lambda phase: progress.message(str(phase)))
+        return start_engines(
+            config.engine, on_phase=lambda phase: progress.message(str(phase)), on_wait=progress.message
+        )
 
     try:
         with StopSignal() as stop:
@@ -124,7 +134,8 @@ def _check_defaults(rules: RowRules) -> None:
 def model_fingerprint(model_dir: Path) -> str:
     """Fingerprint of a model, `sha256:<hex>`: the checkpoint's own and the tokenizer's files."""
     with Checkpoint(model_dir) as checkpoint:
-        hashed = hashlib.sha256(checkpoint.fingerprint.encode())
+        checkpoint.check_names(tensor_shapes(declare_model(read_config(model_dir)).named_weights()))
+        hashed = hashlib.sha256(checkpoint.compute_fingerprint().encode())
     for name in _TOKENIZER_FILES:
         path = model_dir / name
         hashed.update(f"{name}={file_sha256(path) if path.is_file() else 'none'};".encode())

@@ -13,9 +13,9 @@ from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 
 from ..engine_args import EngineArgs, read_model_config
-from ..environment import num_cores
+from ..environment import default_num_threads, num_cores
 from ..supervision.fault import Fault
-from ..workers.engine_factory import BUILD_ENGINE, Profiled, admit, resolve_factory
+from ..workers.engine_factory import BUILD_ENGINE, admit, resolve_factory, step_profile
 from ..workers.spec import OnPhase, Phase, StartReport
 from ..workers.wire import pack_output, unpack_output
 
@@ -34,7 +34,7 @@ class InProcessEngine:
             )
         _ = read_model_config(args)
         start = time.monotonic()
-        num_threads = args.num_threads_per_worker or num_cores()
+        num_threads = args.num_threads_per_worker or default_num_threads(num_cores())
         torch.set_num_threads(num_threads)
         report = StartReport()
         groups = single_process_groups(torch.device(args.device))
@@ -93,8 +93,7 @@ class InProcessEngine:
 
     def step_profiles(self) -> list[StepProfile]:
         """Of the one rank; the engine must measure its steps."""
-        assert isinstance(self._engine, Profiled)
-        return [self._engine.profile()]
+        return [step_profile(self._engine)]
 
     def close(self) -> None:
         """Drop what is in flight."""

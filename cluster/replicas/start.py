@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayError
 
 from shoal.parallel.failpoints import VARIABLE, Failpoints
-from shoal.runtime.models.config import ModelConfig
 
 from ..engine_args import EngineArgs, read_model_config
 from ..supervision.supervisor import ReplicaPlan, Supervisor
@@ -33,44 +31,67 @@ from ..workers.ray_cluster import (
     place,
 )
 from ..workers.spec import OnPhase, Phase, StartReport
+from .memory_check import check_memory
 from .replica import EngineFailed, Replica
 from .router import Router
+
+LONG_WAIT_S = 5.0
+"""A wait that takes longer is announced."""
+
+
+@contextmanager
+def announced(what: str, say: Callable[[str], None], *, after_s: float = LONG_WAIT_S) -> Iterator[None]:
+    """Call `say`, on another thread, with what the block waits for if it takes longer than `after_s`."""
+    timer = threading.Timer(after_s, say, [f"waiting for {what}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def start_engines(
     args: EngineArgs,
     *,
     on_phase: OnPhase | None = None,
+    on_wait: Callable[[str], None] | None = None,
     engine_factory: str = BUILD_ENGINE,
     faults: str | None = None,
 ) -> Router:
     """Start all replicas in parallel and wait until they can serve.
 
     ValueError for a model or setting that cannot work, LayoutDoesNotFit for a cluster that is too small (both before
-    any weight is read), EngineFailed when a worker fails. `on_phase` is told of every part of the start-up as it ends.
+    any weight is read), EngineFailed when a worker fails. `on_phase` is told of every part of the start-up as it ends,
+    `on_wait`, on another thread, of what a part that takes long waits for.
     `faults` are those of `shoal.parallel.failpoints`; None: what the environment says.
     """
     tell = on_phase or (lambda phase: None)
+    say = on_wait or (lambda what: None)
     config = read_model_config(args)
     faults = os.environ.get(VARIABLE, "") if faults is None else faults
     _ = Failpoints(faults)  # a bad one is the user's to mend
     begin = time.monotonic()
     num_workers = args.num_workers + args.spares
-    cluster = connect(
-        args.ray_address, num_cpus=num_workers * (args.num_threads_per_worker or 1), insecure=args.insecure
-    )
+    num_cpus = num_workers * (args.num_threads_per_worker or 1)
+    with announced("Ray to start or to answer", say):
+        cluster = connect(args.ray_address, num_cpus=num_cpus, insecure=args.insecure)
     tell(Phase("ray", time.monotonic() - begin))
     with ExitStack() as undo:
         undo.callback(cluster.close)
-        if args.hands_over:
-            args = replace(args, kv_transport=choose_transport(args, len(nodes())))  # once, for all workers
+        transport = choose_transport(args, len(nodes())) if args.hands_over else None
+        if transport is not None:
+            args = replace(args, kv_transport=transport.name)  # once, for all workers
         start = time.monotonic()
-        layout = _layout(args, config)
+        layout = _layout(args)
         check_fits(layout, nodes())
-        placements = place(layout, nodes(), timeout_s=args.startup_timeout_s)
+        memory = check_memory(args, config, nodes())
+        limit = f"(at most {args.startup_timeout_s:g} s, startup_timeout_s)"
+        with announced(f"room for {layout.num_workers} workers on the Ray cluster {limit}", say):
+            placements = place(layout, nodes(), timeout_s=args.startup_timeout_s)
         for placement in placements:
             undo.callback(placement.remove)
-        tell(Phase("placement", time.monotonic() - start))
+        tell(Phase("placement", time.monotonic() - start, str(memory)))
         start = time.monotonic()
         supervisor = Supervisor(
             node_address(),
@@ -102,14 +123,16 @@ def start_engines(
         for worker in spares:
             undo.callback(end_worker, worker)
         deadline = start + args.startup_timeout_s
-        reports = [r for replica in replicas for r in replica.wait_ready(deadline - time.monotonic())]
-        reports += [_spare_report(worker, deadline - time.monotonic()) for worker in spares]
+        with announced(f"{num_workers} workers to start and to load the model {limit}", say):
+            reports = [r for replica in replicas for r in replica.wait_ready(deadline - time.monotonic())]
+            reports += [_spare_report(worker, deadline - time.monotonic()) for worker in spares]
         supervisor.take_over([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
-        for phase in _phases(reports, time.monotonic() - start, layout.weight_bytes):
+        weight_bytes = memory.weight_bytes[0] * args.replica_specs[0].parallel.world_size
+        for phase in _phases(reports, time.monotonic() - start, weight_bytes):
             tell(phase)
         notices = {notice for report in reports for notice in report.notices}
-        if args.hands_over:
-            notices.add(f"cache records travel through {args.kv_transport}")
+        if transport is not None:
+            notices.add(str(transport))
         tell(Phase("ready", time.monotonic() - begin, "; ".join(sorted(notices))))
         undo.pop_all()
 
@@ -144,22 +167,13 @@ def _spare_report(worker: WorkerProcess, timeout_s: float) -> StartReport:
     return report
 
 
-def _layout(args: EngineArgs, config: ModelConfig) -> Layout:
+def _layout(args: EngineArgs) -> Layout:
     return Layout(
         replicas=tuple(spec.parallel for spec in args.replica_specs),
         spares=args.spares,
         num_cpus_per_worker=args.num_threads_per_worker or 1,
         num_gpus_per_worker=1 if args.device == "cuda" else 0,
-        weight_bytes=_weight_bytes(args, config),
     )
-
-
-def _weight_bytes(args: EngineArgs, config: ModelConfig) -> int:
-    """Memory that one copy of the weights takes: their size on disk, from the stored to the computing dtype."""
-    on_disk = sum(path.stat().st_size for path in Path(args.model).glob("*.safetensors"))
-    stored = 1 if config.weight_block_size is not None else config.torch_dtype.itemsize
-    computing: torch.dtype = config.torch_dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    return on_disk * computing.itemsize // stored
 
 
 def _phases(reports: Sequence[StartReport], seconds: float, weight_bytes: int) -> list[Phase]:

@@ -6,10 +6,11 @@ import gc
 import time
 from collections.abc import Callable, Collection
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.parallel.spans import Spans
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import (
@@ -24,12 +25,9 @@ from shoal.runtime.types import (
 from ..engine_args import EngineArgs
 from .spec import StartReport
 
-if TYPE_CHECKING:
-    from shoal.runtime.engine.engine import Engine
-
 BUILD_ENGINE = "shoal.cluster.workers.engine_factory:build_engine"
 BUILD_PROFILED_ENGINE = "shoal.cluster.workers.engine_factory:build_profiled_engine"
-"""Of an engine that is also `Profiled`."""
+"""Builds an engine that is `Profiled`."""
 
 
 class StepResult(Protocol):
@@ -68,9 +66,18 @@ class EngineLike(Protocol):
 
 @runtime_checkable
 class Profiled(Protocol):
-    """An engine that measures its steps."""
+    """An engine with spans that a phase timer may watch."""
 
-    def profile(self) -> StepProfile: ...
+    @property
+    def spans(self) -> Spans: ...
+
+
+def step_profile(engine: EngineLike) -> StepProfile:
+    """What the phase timer of a profiled engine measured."""
+    from shoal.runtime.engine.step_profile import profile_of
+
+    assert isinstance(engine, Profiled)
+    return profile_of(engine.spans)
 
 
 EngineFactory = Callable[[EngineArgs, ParallelGroups, StartReport, KVTransport | None], EngineLike]
@@ -80,30 +87,11 @@ def build_engine(
     args: EngineArgs, groups: ParallelGroups, report: StartReport, transport: KVTransport | None
 ) -> EngineLike:
     """Load this rank's part of the model; reports the seconds."""
-    from shoal.runtime.engine.engine import Engine  # here, so that a stub needs no model code
+    from shoal.runtime.engine import build  # here, so that a stub needs no model code
 
-    return _build(Engine, args, groups, report, transport)
-
-
-def build_profiled_engine(
-    args: EngineArgs, groups: ParallelGroups, report: StartReport, transport: KVTransport | None
-) -> EngineLike:
-    """The same, of an engine that measures its steps."""
-    from shoal.runtime.engine.profiled_engine import ProfiledEngine
-
-    return _build(ProfiledEngine, args, groups, report, transport)
-
-
-def _build(
-    engine_class: type[Engine],
-    args: EngineArgs,
-    groups: ParallelGroups,
-    report: StartReport,
-    transport: KVTransport | None,
-) -> Engine:
     prepare(args, report)
     start = time.monotonic()
-    engine = engine_class(
+    engine = build.build_engine(
         args.model, args.to_engine_config(), groups, transport=transport, on_phase=report.notices.append
     )
     report.phases["weights"] = time.monotonic() - start
@@ -114,12 +102,22 @@ def _build(
     return engine
 
 
+def build_profiled_engine(
+    args: EngineArgs, groups: ParallelGroups, report: StartReport, transport: KVTransport | None
+) -> EngineLike:
+    """`build_engine`, with a timer of the phases of its steps."""
+    from shoal.runtime.engine.step_profile import add_phase_timer
+
+    add_phase_timer(groups.spans, groups.device)
+    return build_engine(args, groups, report, transport)
+
+
 def prepare(args: EngineArgs, report: StartReport) -> None:
     """What needs no rank: model code and kernels."""
-    import shoal.runtime.engine.engine
+    import shoal.runtime.engine.build
     from shoal.kernels.build import load_library
 
-    assert shoal.runtime.engine.engine
+    assert shoal.runtime.engine.build
     if args.device == "cpu" and args.kernel_backend in ("auto", "cpu"):
         start = time.monotonic()
         load_library()  # compiled once per machine

@@ -1,11 +1,13 @@
-"""Which transport carries cache records between replicas."""
+"""The choice of the transport that carries KV cache entries between replicas."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from shoal.parallel.kv_transport import KVTransport
-from shoal.parallel.nixl_transport import INSTALL, NixlTransport, is_installed
+from shoal.parallel.nixl_agent import INSTALL, is_installed, trial_failure
+from shoal.parallel.nixl_transport import NixlTransport
 
 from ..engine_args import EngineArgs
 from .ray_cluster import node_address, nodes
@@ -13,22 +15,43 @@ from .ray_transport import RayTransport
 from .spec import WorkerSpec
 
 
-def choose_transport(args: EngineArgs, num_nodes: int) -> Literal["nixl", "ray"]:
-    """What `kv_transport` stands for on this cluster; ValueError when it is not installed.
+@dataclass(frozen=True, slots=True)
+class TransportChoice:
+    """The transport of a run, and why it is that one."""
 
-    By itself nixl is only taken on one node, where it listens for that node alone: see `nixl_transport`.
+    name: Literal["nixl", "ray"]
+    reason: str = ""
+    """Why `auto` passed over NIXL although it is installed."""
+
+    def __str__(self) -> str:
+        return f"KV cache entries travel through {self.name}" + (f" ({self.reason})" if self.reason else "")
+
+
+def choose_transport(args: EngineArgs, num_nodes: int) -> TransportChoice:
+    """Resolve `kv_transport` for this cluster; ValueError when NIXL was asked for and cannot be used here.
+
+    `auto` takes NIXL on one node only, where it listens for that node alone (see `nixl_transport`), and only if it
+    passes a trial in a process of its own.
     """
-    if args.kv_transport == "nixl" and not is_installed():
+    if args.kv_transport == "ray" or (args.kv_transport == "auto" and (num_nodes > 1 or not is_installed())):
+        return TransportChoice("ray")
+    if not is_installed():
         raise ValueError(f"kv_transport nixl needs the package nixl-cu13; {INSTALL}")
-    if args.kv_transport == "auto":
-        return "nixl" if num_nodes == 1 and is_installed() else "ray"
-    return args.kv_transport
+    failure = trial_failure()
+    if failure is None:
+        return TransportChoice("nixl")
+    if args.kv_transport == "nixl":
+        raise ValueError(f"kv_transport nixl: {failure}; give the node more shared memory, or set kv_transport to ray")
+    return TransportChoice("ray", failure)
 
 
 def create_transport(spec: WorkerSpec) -> KVTransport:
-    """This rank's end of the transport that was chosen."""
+    """Create this rank's end of the chosen transport; ValueError when NIXL does not work on this node."""
     if spec.args.kv_transport == "ray":
         return RayTransport(spec.name)
     assert spec.args.kv_transport == "nixl", "the driver chooses"
-    host = "127.0.0.1" if len(nodes()) == 1 else node_address()  # nobody outside need reach a port that trusts all
+    num_nodes = len(nodes())
+    if num_nodes > 1 and (failure := trial_failure()) is not None:  # of this node the driver has not tried it
+        raise ValueError(f"kv_transport nixl: {failure}; set kv_transport to ray")
+    host = "127.0.0.1" if num_nodes == 1 else node_address()  # nobody outside need reach a port that trusts all
     return NixlTransport(spec.name, host=host, buffer_bytes=spec.args.kv_buffer_size)

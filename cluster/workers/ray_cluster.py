@@ -16,7 +16,15 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from shoal.parallel.config import ParallelConfig
 
-from ..environment import num_cores
+from ..environment import default_num_threads, num_cores
+from .ray_environment import (
+    check_answers,
+    choose_temp_dir,
+    cluster_address,
+    ensure_token,
+    job_config,
+    no_cluster,
+)
 
 GPU_MEMORY_BYTES = {
     "A100": 40 << 30,
@@ -76,8 +84,6 @@ class Layout:
     spares: int
     num_cpus_per_worker: int
     num_gpus_per_worker: int
-    weight_bytes: int
-    """Of one replica: a lower bound of the memory that its workers need together."""
 
     @property
     def num_workers(self) -> int:
@@ -106,15 +112,16 @@ def connect(address: str | None, *, num_cpus: int, insecure: bool = False) -> Ra
     The embedded Ray offers `num_cpus` CPUs where the machine has fewer cores: its workers then share cores, so that any
     layout runs on a laptop. InsecureCluster when several nodes run without authentication and `insecure` is not set.
     """
+    wanted = cluster_address(address, os.environ)
     if ray.is_initialized():
         cluster = RayCluster(embedded=False, owned=False)
-    elif address is None and "RAY_ADDRESS" not in os.environ:
+    elif wanted is None:
         with signals_deferred():
             cluster = _start_embedded(num_cpus)
     else:
+        check_answers(wanted)
         with signals_deferred():
-            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
-        cluster = RayCluster(embedded=False, owned=True)
+            cluster = _join(wanted)
     if not insecure and not authentication_enabled() and len(nodes()) > 1:
         cluster.close()
         raise InsecureCluster(
@@ -148,16 +155,27 @@ def signals_deferred() -> Iterator[None]:
 
 
 def _start_embedded(num_cpus: int) -> RayCluster:
-    # Ray reads this variable when it starts its processes; the embedded one reports nothing to anybody.
+    # Ray reads these variables when it starts its processes; the embedded one reports nothing to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ensure_token(os.environ)
     ray.init(
         address="local",
         num_cpus=max(num_cpus, num_cores()),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        job_config=job_config(),
+        _temp_dir=os.path.join(os.path.abspath(choose_temp_dir(os.environ)), "ray"),
     )
     return RayCluster(embedded=True, owned=True)
+
+
+def _join(address: str) -> RayCluster:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, job_config=job_config())
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ValueError(no_cluster(address, str(error))) from error
+    return RayCluster(embedded=False, owned=True)
 
 
 def node_address() -> str:
@@ -195,7 +213,7 @@ def _node(entry: dict[str, Any]) -> Node:
 
 
 def check_fits(layout: Layout, available: Sequence[Node]) -> None:
-    """LayoutDoesNotFit when the nodes, even if nothing else ran on them, could not hold the layout."""
+    """LayoutDoesNotFit when the nodes, even if nothing else ran on them, have too few CPUs or GPUs for the layout."""
     room = sum(layout.workers_on(node) for node in available)
     if room < layout.num_workers:
         need = {name: amount * layout.num_workers for name, amount in layout.bundle.items()}
@@ -208,27 +226,6 @@ def check_fits(layout: Layout, available: Sequence[Node]) -> None:
             f"{_resources({name: have[name] for name in need})} on {len(available)} node(s), room for {room} workers "
             f"({lack}). {_options(layout, room)}"
         )
-    memory = _total_memory(layout, available)
-    if memory is not None and layout.weight_bytes * len(layout.replicas) > memory:
-        where = "GPU memory" if layout.num_gpus_per_worker else "memory"
-        need_bytes = layout.weight_bytes * len(layout.replicas)
-        fitting = memory // layout.weight_bytes
-        more = "the cluster cannot hold this model" if fitting == 0 else f"replicas={fitting} would fit"
-        if fitting == 0 and layout.num_gpus_per_worker:
-            more = "use more GPUs (data_parallel_size) or a smaller checkpoint"
-        raise LayoutDoesNotFit(
-            f"the weights alone need {_gb(need_bytes)} of {where} ({len(layout.replicas)} replica(s) of "
-            f"{_gb(layout.weight_bytes)}); the layout has {_gb(memory)}, {_gb(need_bytes - memory)} are missing: {more}"
-        )
-
-
-def _total_memory(layout: Layout, available: Sequence[Node]) -> int | None:
-    if not layout.num_gpus_per_worker:
-        return sum(n.memory_bytes for n in available)
-    sizes = {n.gpu_memory_bytes for n in available if n.num_gpus}
-    if None in sizes:
-        return None
-    return layout.num_workers * layout.num_gpus_per_worker * max(s for s in sizes if s is not None)
 
 
 def _options(layout: Layout, room: int) -> str:
@@ -253,10 +250,6 @@ def _options(layout: Layout, room: int) -> str:
 
 def _resources(amounts: dict[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
 
 
 def placement_strategies(layout: Layout, available: Sequence[Node]) -> list[Literal["STRICT_PACK", "PACK"]]:
@@ -325,13 +318,14 @@ class CoreShare:
 def core_shares(
     placements: Sequence[Placement], available: Sequence[Node], *, embedded: bool, num_threads: int | None = None
 ) -> list[list[CoreShare]]:
-    """Per replica and rank: `num_threads`, by default the node's cores divided by the workers on it, at least 1."""
+    """Per replica and rank: `num_threads`, by default the node's cores divided by the workers on it, at least 1, and no
+    more than OMP_NUM_THREADS where that is set."""
     everyone = [node_id for placement in placements for node_id in placement.node_ids]
     cores = {node.node_id: num_cores() if embedded else int(node.num_cpus) for node in available}
 
     def share(node_id: str) -> CoreShare:
         workers = everyone.count(node_id)
-        threads = num_threads or max(1, cores[node_id] // workers)
+        threads = num_threads or default_num_threads(cores[node_id], workers)
         return CoreShare(threads, dedicated=workers * threads <= cores[node_id])
 
     return [[share(node_id) for node_id in placement.node_ids] for placement in placements]

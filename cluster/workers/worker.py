@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from shoal.parallel.collectives import CollectiveError
-from shoal.parallel.failpoints import Failpoints
+from shoal.parallel.failpoints import SPAN_POINTS, Failpoints
 from shoal.parallel.groups import ParallelGroups, create_groups, init_groups, single_process_groups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.parallel.spans import Spans
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.types import (
     Request,
@@ -32,7 +33,7 @@ from shoal.runtime.types import (
 
 from ..engine_args import EngineArgs
 from .assignment import Assignment
-from .engine_factory import EngineLike, Profiled, admit, error_output, prepare, resolve_factory
+from .engine_factory import EngineLike, admit, error_output, prepare, resolve_factory, step_profile
 from .kv_transports import create_transport
 from .liveness import LivenessLink
 from .ray_cluster import node_address
@@ -98,6 +99,8 @@ class Worker:
         self._audit: list[str] | None = None
         self._audit_wanted = False
         self._failpoints = Failpoints(spec.faults, spec.title, on_fault=self._on_fault)
+        self._spans = Spans()
+        self._spans.add(self._failpoints, SPAN_POINTS)
         self._started = self._ended = False
         self._failure: WorkerFailure | None = None
         self._transport: KVTransport | None = None
@@ -211,7 +214,7 @@ class Worker:
         args, parallel = self._spec.args, assignment.parallel
         start = time.monotonic()
         if _is_alone(assignment, args):
-            self._groups = single_process_groups(failpoints=self._failpoints)
+            self._groups = single_process_groups(spans=self._spans)
         else:
             self._groups = init_groups(
                 parallel,
@@ -222,7 +225,7 @@ class Worker:
                 timeout_s=args.collective_timeout_s,
                 hostname=node_address(),
                 busy_wait_s=BUSY_WAIT_S if self._spec.dedicated_cores else 0.0,
-                failpoints=self._failpoints,
+                spans=self._spans,
                 secret=self._spec.supervisor_key.encode(),
             )
         report.phases["groups"] = time.monotonic() - start
@@ -234,7 +237,7 @@ class Worker:
         """Of a rank that joins those that are there."""
         args = self._spec.args
         if _is_alone(place, args):
-            return single_process_groups(failpoints=self._failpoints)
+            return single_process_groups(spans=self._spans)
         assert place.ranks_on_node is not None
         return create_groups(
             place.parallel,
@@ -243,7 +246,7 @@ class Worker:
             timeout_s=args.collective_timeout_s,
             hostname=node_address(),
             busy_wait_s=BUSY_WAIT_S if self._spec.dedicated_cores else 0.0,
-            failpoints=self._failpoints,
+            spans=self._spans,
             ranks_on_node=place.ranks_on_node,
             secret=self._spec.supervisor_key.encode(),
         )
@@ -378,8 +381,8 @@ class Worker:
 
     def step_profile(self) -> StepProfile:
         """Of an engine that measures its steps."""
-        assert isinstance(self._engine, Profiled)
-        return self._engine.profile()
+        assert self._engine is not None
+        return step_profile(self._engine)
 
     def arm(self, faults: str) -> None:
         """See `Failpoints.arm`."""

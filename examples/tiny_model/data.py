@@ -32,7 +32,7 @@ class Encoded:
 
 PARTS = [f"{task}/{mode}" for task in TASKS for mode in ("thinking", "direct")] + ["recall"]
 Level = Callable[[str], float]
-"""Of a task: the size of its questions, 0 to 1. The same of its need: how much of it to train on."""
+"""Size of a task's questions (0 to 1) by name of the task; also used for the share of a task in training."""
 
 
 def text_ids(text: str) -> list[int]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration, from the publication."""
+"""Coefficients of the quintic Newton-Schulz iteration, from the Muon publication."""
 ITERATIONS = 5
 
 

@@ -1,4 +1,4 @@
-// The operations of the C interface that blocks.cpp is made of; the files that define them say what they do.
+// The operations of the C interface that fused.cpp is made of; the files that define them say what they do.
 #pragma once
 
 #include "paged.h"

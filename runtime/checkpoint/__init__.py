@@ -1,1 +1,1 @@
-"""Checkpoint files: headers, slices, checks."""
+"""Checkpoint files: headers, shards, slices of tensors, fingerprint."""

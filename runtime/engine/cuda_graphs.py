@@ -1,8 +1,8 @@
-"""Steps in which every sequence has one token, as CUDA graphs: the host starts hundreds of kernels at once.
+"""CUDA graphs of decode steps, in which every sequence has one token: the host launches all kernels at once.
 
-A graph is made for a number of sequences and a width of block tables, when they come for the first time. Where there
-are fewer, copies of the first one compute and write what it does; wider tables say nothing more. Neither changes a bit
-of a row, as no kernel lets rows depend on each other.
+A graph is captured for a number of sequences and a width of block tables when they first occur. Smaller batches are
+padded with copies of their first sequence, which compute and write the same values; narrower tables are padded with
+unused entries. Neither changes a bit of a row, since no kernel lets rows depend on each other.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 from shoal.kernels.attention import PagedLayout
 
 from ..kv_cache.cache import KVCache
-from ..models.deepseek import DeepseekModel
-from ..models.forward import AttentionMetadata
+from ..models.forward import AttentionMetadata, StepContext
+from ..models.model import Model
 from ..scheduling.batch import Batch
 
 MIN_TABLE_TOKENS = 2048
-"""Of the narrowest block tables; wider ones hold twice as many each."""
+"""Tokens that the narrowest block tables hold; each wider one holds twice as many."""
 
 
 def is_decode(batch: Batch) -> bool:
-    """Whether each sequence has one token, which was generated and whose logits give the next."""
+    """Whether every sequence has one token, a generated one whose logits give the next."""
     return bool(batch.sequences) and all(
-        s.sample and len(s.token_ids) == 1 and s.start >= s.num_prompt_tokens for s in batch.sequences
+        s.num_logits == 1 and len(s.token_ids) == 1 and s.start >= s.num_prompt_tokens for s in batch.sequences
     )
 
 
@@ -38,10 +38,10 @@ def padded_size(count: int, largest: int) -> int:
 
 
 class DecodeGraphs:
-    """Buffers that stay where they are, the graphs that read them, and two places to fill them from in turn."""
+    """Input buffers at fixed addresses, the graphs that read them, and two staging buffers that fill them in turn."""
 
     def __init__(
-        self, model: DeepseekModel, cache: KVCache, device: torch.device, *, max_num_seqs: int, max_model_len: int
+        self, model: Model, cache: KVCache, device: torch.device, *, max_num_seqs: int, max_model_len: int
     ) -> None:
         self._model, self._cache, self._device = model, cache, device
         self._max_num_seqs = max_num_seqs
@@ -59,9 +59,9 @@ class DecodeGraphs:
         ]
 
     def run(self, batch: Batch, known: tuple[Tensor, Sequence[int]] | None = None) -> Tensor:
-        """Logits [N, vocab_size] fp32 of a batch that `is_decode`, which the next call overwrites.
+        """Logits [N, vocab_size] fp32 of a batch for which `is_decode` holds; the next call overwrites them.
 
-        `known`: tokens on the device, and for each sequence which of them is its own; None takes those of the batch.
+        known: (token ids on the device, index of each sequence's token in them); None: the token ids of the batch.
         """
         size = padded_size(len(batch.sequences), self._max_num_seqs)
         longest = max(len(s.block_table) for s in batch.sequences)
@@ -74,7 +74,7 @@ class DecodeGraphs:
         return self._replay(size, width)[: len(batch.sequences)]
 
     def _fill(self, batch: Batch, size: int, width: int, places: Sequence[int] | None) -> None:
-        """Put the batch where the kernels look for it; `places` take the place of token ids."""
+        """Copy the batch to the input buffers; `places`, if given, stand in for token ids."""
         self._staging.reverse()  # the other one may still be on its way
         numbers, tables = self._staging[0]
         block_size = self._cache.block_size
@@ -97,7 +97,7 @@ class DecodeGraphs:
             graph, logits = self._graphs[size, width]
             graph.replay()
             return logits
-        computed = self._forward(size, width)  # compiles what is not compiled, which a graph cannot
+        computed = self._forward(size, width)  # compiles kernels, which a capture cannot
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(size, width)
@@ -108,9 +108,10 @@ class DecodeGraphs:
         token_ids, positions, slots = self._numbers[: 3 * size].view(3, size)
         tables, block_size = self._tables[: size * width].view(size, width), self._cache.block_size
         metadata = AttentionMetadata(
-            per_head=PagedLayout(tables, self._no_bounds[: size + 1], positions[:0], block_size),
-            absorbed=PagedLayout(tables, self._bounds[: size + 1], positions, block_size),
+            mha=PagedLayout(tables, self._no_bounds[: size + 1], positions[:0], block_size),
+            mqa=PagedLayout(tables, self._bounds[: size + 1], positions, block_size),
             positions=positions,
             slot_mapping=slots,
         )
-        return self._model.compute_logits(self._model.forward(token_ids, self._cache, metadata))
+        hidden = self._model.forward(token_ids, StepContext(cache=self._cache, metadata=metadata))
+        return self._model.compute_logits(hidden)

@@ -2,123 +2,77 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from collections.abc import Collection
-from dataclasses import replace
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from shoal.parallel.groups import ParallelGroups
-from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.parallel.kv_transport import KVChunk
+from shoal.parallel.spans import Spans
 
-from ..kv_cache.transfer import Clock, KVExporter, KVLoader, PlannedWrite
+from ..kv_cache.transfer import KVTransfer, NoTransfer
 from ..request_limits import RequestLimits, check_request, max_output_tokens
-from ..sampling.device_sampler import DeviceSampler
 from ..sampling.sampler import SampledToken, Sampler, resolve_seed
 from ..scheduling.batch import EMPTY_BATCH, Batch, ScheduledSequence
-from ..scheduling.block_manager import BlockManager
-from ..scheduling.scheduler import Scheduler, SchedulerConfig
+from ..scheduling.scheduler import Scheduler
 from ..scheduling.sequence import Sequence
-from ..tokenization.tokenizer import Tokenizer, read_eos_token_ids
-from ..types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
-from .config import EngineConfig
-from .model_loading import OnPhase, load_model
-from .model_runner import prompt_slices
+from ..types import GeneratedTokens, Request, RequestOutput, RequestProgress
+from .lockstep import Lockstep, StepAgreement
+from .model_runner import ModelRunner, prompt_slices
 from .output_processor import Completion, OutputProcessor, RequestState
-from .step import InFlight, Round, Running, StepResult
+from .stats import EngineStats
+from .step import LaunchedStep, RunningSequence, StepResult
 
-TRANSFER_TIMEOUT_S = 30.0
-"""The longest wait for news of a prompt that another replica computes; then it is computed here."""
-EXPORT_LEASE_S = 600.0
-"""How long a computed prompt is held for a replica that never says that it has read it."""
+logger = logging.getLogger("shoal.engine")
 
 
 class Engine:
-    """Schedules, runs, samples and updates. Only leaders (tp rank 0) hold requests; the others follow their batches."""
+    """Schedules, runs, samples and updates. Only leaders (tp rank 0) hold requests; the others follow their batches.
+
+    `build_engine` makes one from a checkpoint; a test or a simulation gives it parts of its own.
+    """
 
     def __init__(
         self,
-        model_dir: str | Path,
-        config: EngineConfig,
-        groups: ParallelGroups,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        processor: OutputProcessor,
         *,
-        transport: KVTransport | None = None,
-        clock: Clock = time.monotonic,
-        on_phase: OnPhase = lambda _: None,
+        lockstep: Lockstep,
+        limits: RequestLimits,
+        kv: KVTransfer | NoTransfer | None = None,
+        spans: Spans | None = None,
+        seed: int = 0,
+        overlap: bool = False,
     ) -> None:
-        """Loads this rank's part of the weights; raises ValueError for a checkpoint or a setting that cannot work.
+        """`seed`: with a request's index, the seed of requests that have none.
 
-        `transport` brings cache records from and to other replicas; without it, requests begin and end here.
+        `overlap`: launch each step before the tokens of the one before it are read, where the sampler leaves them on
+        the device. For one rank without KV transfer.
         """
-        loaded = load_model(model_dir, config, groups, on_phase)
-        self.groups = groups
-        self.model_config, self.max_model_len = loaded.config, loaded.max_model_len
-        self.runner = loaded.runner
-        cache = loaded.runner.cache
-        self.block_manager = BlockManager(
-            cache.num_blocks,
-            cache.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
-            fingerprint=loaded.record_fingerprint,
-        )
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_chunk_size=config.max_chunk_size,
-                max_export_tokens=max(1, config.kv_buffer_size // cache.bytes_per_token),
-            ),
-            self.block_manager,
-        )
-        self.exporter: KVExporter | None = None
-        self.loader: KVLoader | None = None
-        if transport is not None and self.is_leader:
-            self.exporter = KVExporter(
-                transport,
-                cache,
-                self.scheduler,
-                fingerprint=loaded.record_fingerprint,
-                chunk_tokens=config.max_num_batched_tokens,
-                lease_s=EXPORT_LEASE_S,
-                clock=clock,
-            )
-            self.loader = KVLoader(
-                transport,
-                self.scheduler,
-                fingerprint=loaded.record_fingerprint,
-                bytes_per_token=cache.bytes_per_token,
-                max_step_tokens=config.max_num_batched_tokens,
-                timeout_s=TRANSFER_TIMEOUT_S,
-                clock=clock,
-            )
-        vocab_size, device = self.model_config.vocab_size, groups.device
-        self.sampler = Sampler(vocab_size) if device.type == "cpu" else DeviceSampler(vocab_size, device)
-        self._runs_ahead = self.runner.graphs is not None and transport is None
-        self._in_flight: InFlight | None = None
-        """A step that was started before the one that it follows was finished."""
-        tokenizer = Tokenizer.from_pretrained(model_dir)
-        self.eos_token_ids = read_eos_token_ids(model_dir) or self.model_config.eos_token_ids
-        self.processor = OutputProcessor(tokenizer, self.eos_token_ids)
-        self.limits = RequestLimits(vocab_size=self.model_config.vocab_size, max_model_len=self.max_model_len)
-        self.seed = config.seed
+        self.runner = runner
+        self.scheduler = scheduler
+        self.block_manager = scheduler.block_manager
+        self.sampler = sampler
+        self.processor = processor
+        self.lockstep = lockstep
+        self.limits = limits
+        self.kv = kv or NoTransfer()
+        self.spans = spans or Spans()
+        self.seed = seed
+        self.overlap = overlap
         self._requests: dict[str, RequestState] = {}
-        self._running: dict[int, Running] = {}
-        self._awaiting: dict[str, int] = {}
-        """Requests whose prompts are computed elsewhere, with the sequence that waits for them."""
-        self._loaded: list[PromptLoaded] = []
-        """Not told yet: a step that fails tells nothing."""
+        self._running: dict[int, RunningSequence] = {}
         self._next_seq_id = 0
-        self._num_steps = 0
-        self._stop_requested = False
-        self._all_idle = True
+        self._launched: LaunchedStep | None = None
+        """The next step, if it was launched ahead."""
 
     # -- requests ------------------------------------------------------------------------------------------------
 
     @property
     def is_leader(self) -> bool:
-        return self.groups.is_leader
+        return self.lockstep.is_leader
 
     @property
     def has_unfinished(self) -> bool:
@@ -129,64 +83,64 @@ class Engine:
         return request_id in self._requests
 
     def add_request(self, request: Request) -> None:
-        """Queue a request (leaders only); ValueError when it cannot be answered or its id is in use."""
+        """Queue a request (leaders only); ValueError if it cannot be answered or its id is in use."""
         assert self.is_leader, "requests go to the leader of an attention group"
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is already running")
         if (error := check_request(request, self.limits)) is not None:
             raise ValueError(error.message)
         seed = resolve_seed(request.params.seed, self.seed, request.index)
-        max_tokens = max_output_tokens(request, self.max_model_len)
+        max_tokens = max_output_tokens(request, self.limits.max_model_len)
         state = self.processor.start(request, seed=seed, max_tokens=max_tokens)
-        assert not state.finished, "a request that is finished is not asked again"
+        assert not state.finished, "a finished request was submitted again"
         self._requests[request.request_id] = state
-        first, *others = [c for c in state.completions if not c.finished]
+        first, *remaining = [c for c in state.completions if not c.finished]
         seq = self._sequence(state, first)
-        seq.needs_prompt_logits = state.prompt_logprobs is not None  # of one continuation: that is enough
+        seq.needs_prompt_logits = state.prompt_logprobs is not None  # one continuation computes them
         if request.do_remote_prefill:
-            assert self.loader is not None, "there is no transport that could bring records"
-            seq.awaits_records = True
-            self.loader.expect(request.request_id, seq)
-            self._awaiting[request.request_id] = seq.seq_id
-            others = []  # until the prompt is there: they find it in the prefix cache
+            self.kv.receive(request.request_id, seq)
+            remaining = []  # scheduled once the prompt is received: they find it in the prefix cache
         if request.do_remote_decode:
-            assert self.exporter is not None, "there is no transport that could take records away"
-            seq.exports = True
-            self.exporter.begin(request.request_id, seq)
+            self.kv.send(request.request_id, seq)
         self._schedule_sequence(seq, state, first)
-        for completion in others:
+        for completion in remaining:
             self._schedule_sequence(self._sequence(state, completion), state, completion)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks; unknown ids are ignored, as it may just have finished.
 
-        This is also how to let go of the records that it published, once they were read.
+        Also releases what was published of a prompt, once it was read.
         """
         state = self._requests.pop(request_id, None)
         for seq_id in [i for i, r in self._running.items() if r.state is state]:
             self._drop_sequence(seq_id)
-        self._awaiting.pop(request_id, None)
-        if self.exporter is not None:
-            self.exporter.release(request_id)
+        self.kv.drop(request_id)
 
     def add_chunk(self, chunk: KVChunk) -> None:
-        """Records of a request that waits for them were published; ignored when it waits no longer."""
-        seq_id = self._awaiting.get(chunk.request_id)
-        if seq_id is not None and self.loader is not None:
-            self.loader.add_chunk(seq_id, chunk)
+        """A chunk of a remote prefill was published; ignored if its request does not wait for it."""
+        self.kv.add_chunk(chunk)
 
     def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None:
-        """What another replica generated of a request that waits for it, per continuation; None: it failed.
+        """A remote prefill ended: what it generated, per continuation, or None if it failed.
 
-        Then, and when records are missing, the prompt is computed here. Ignored when the request waits no longer.
+        If it failed, or chunks are missing, the prompt is computed here. Ignored if the request does not wait.
         """
-        seq_id = self._awaiting.get(request_id)
-        if seq_id is None or self.loader is None:
+        seq_id = self.kv.waiting_sequence(request_id)
+        if seq_id is None:
             return
         if generated is not None:
             self.processor.extend(self._requests[request_id], generated)
         tokens = list(self._running[seq_id].completion.output.token_ids)
-        self.loader.end_prefill(seq_id, None if generated is None else tokens)
+        self.kv.end_prefill(request_id, None if generated is None else tokens)
+
+    def take_progress(self) -> list[RequestProgress]:
+        """What unfinished requests that report their progress have generated since the last call."""
+        return [
+            progress
+            for state in self._requests.values()
+            if state.request.report_progress
+            for progress in self.processor.take_progress(state)
+        ]
 
     def _sequence(self, state: RequestState, completion: Completion) -> Sequence:
         seq = Sequence(
@@ -199,30 +153,21 @@ class Engine:
         return seq
 
     def _schedule_sequence(self, seq: Sequence, state: RequestState, completion: Completion) -> None:
-        self._running[seq.seq_id] = Running(seq, state, completion)
+        self._running[seq.seq_id] = RunningSequence(seq, state, completion)
         self.scheduler.add(seq)
 
     def _drop_sequence(self, seq_id: int) -> None:
         del self._running[seq_id]
         self.scheduler.abort(seq_id)
-        if self.loader is not None:
-            self.loader.drop(seq_id)
 
-    def take_progress(self) -> list[RequestProgress]:
-        """What unfinished requests that report their progress have generated since the last call."""
-        return [
-            progress
-            for state in self._requests.values()
-            if state.request.report_progress
-            for progress in self.processor.take_progress(state)
-        ]
+    # -- the replica ---------------------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
         """Make every rank of the replica leave its loop at the next step."""
-        self._stop_requested = True
+        self.lockstep.request_stop()
 
     def audit(self) -> list[str]:
-        """What is wrong on this rank when no request is in flight; [] when every block is given back."""
+        """What is wrong on this rank when no request is in flight; [] if every block is free again."""
         problems = [f"request {request_id} is not finished" for request_id in self._requests]
         try:
             self.block_manager.check_integrity()
@@ -230,21 +175,38 @@ class Engine:
             problems.append(str(error))
         if held := self.block_manager.num_blocks - self.block_manager.num_free_blocks:
             problems.append(f"{held} blocks are in use")
-        if self.scheduler.num_export_tokens:
-            problems.append(f"the export buffer holds {self.scheduler.num_export_tokens} tokens")
-        for what, end in (("published", self.exporter), ("awaited", self.loader)):
-            if end is not None and end.num_requests:
-                problems.append(f"records of {end.num_requests} requests are {what}")
-        return problems
+        if num_tokens := self.scheduler.transfer_buffer.num_tokens:
+            problems.append(f"the transfer buffer holds {num_tokens} tokens")
+        return problems + self.kv.audit()
+
+    def stats(self) -> EngineStats:
+        """Counters, between two steps."""
+        scheduler = self.scheduler
+        manager = self.block_manager
+        return EngineStats(
+            num_running_seqs=scheduler.num_running,
+            num_waiting_seqs=scheduler.num_waiting,
+            num_blocks=manager.num_blocks,
+            num_used_blocks=manager.num_blocks - manager.num_free_blocks,
+            num_cached_blocks=manager.num_cached_blocks,
+            num_evicted_blocks=scheduler.num_evicted_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
+            num_transfer_tokens=scheduler.transfer_buffer.num_tokens,
+            num_failed_transfers=self.kv.num_failed,
+        )
 
     def rejoin(self, replaced: Collection[int]) -> None:
-        """Go on after a step failed and the groups were joined again, with new processes in the ranks `replaced`.
+        """Continue after a step failed and the groups were joined again, with new processes in the ranks `replaced`.
 
-        The failed step is done again. An attention group with a new rank begins again with all it has, as the records
-        of that rank are gone; the others keep their caches.
+        The failed step is repeated. If this attention group has a new rank, its sequences are computed again, because
+        the KV of that rank is lost; the other groups keep their caches.
         """
-        self._num_steps, self._all_idle, self._in_flight = 0, True, None
-        if self.is_leader and not set(replaced).isdisjoint(self.groups.config.tp_group(self.groups.rank)):
+        self._launched = None
+        lost_kv = self.lockstep.rejoin(replaced)
+        if lost_kv and self.is_leader:
+            logger.info("%d running sequences are computed again after a rank was replaced", self.scheduler.num_running)
             for seq in self.scheduler.running:
                 self.scheduler.preempt(seq.seq_id)
             self.block_manager.clear_prefix_cache()
@@ -252,171 +214,145 @@ class Engine:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def step(self) -> StepResult:
-        """One round: schedule, agree, run, sample, update."""
-        self._num_steps += 1
-        self.groups.set_step(self._num_steps)
-        if self.exporter is not None:
-            self.exporter.expire()
-        if self._all_idle and self.groups.world.size > 1:
-            return self._wake()
-        if (started := self._take_in_flight()) is not None:
-            outputs, _ = self._complete(started)
-            return StepResult(outputs, idle=False, stopped=False)
-        reach = self.groups.failpoints.reach
-        reach("engine.schedule")
-        self._start_loaded()
-        batch, arrived = self._schedule() if self.is_leader else (EMPTY_BATCH, [])
-        round_ = self._agree(batch)
-        self._all_idle = round_.idle
-        if round_.stopped or round_.idle:
-            return StepResult([], idle=round_.idle, stopped=round_.stopped, loaded=self._take_loaded())
-        self._write_records(round_.batch, arrived)
-        reach("engine.run")
-        take = self._take_prompt_logits if self.is_leader else None
-        logits = self.runner.run(round_.batch, round_.num_prompt_slices, take)
-        if not self.is_leader:
-            return StepResult([], idle=False, stopped=False)
-        outputs, chunks = self._complete(self._begin_sampling(batch, logits))
-        return StepResult(outputs, idle=False, stopped=False, chunks=chunks, loaded=self._take_loaded())
+        """Run one step together with the other ranks of the replica."""
+        self.lockstep.begin_step()
+        with self.spans("engine.step"):
+            self.kv.expire()
+            return self._step_overlapped() if self.overlap else self._step()
 
-    def _take_loaded(self) -> list[PromptLoaded]:
-        loaded, self._loaded = self._loaded, []
-        return loaded
+    def _step(self) -> StepResult:
+        """Schedule, agree, run, sample, update."""
+        agreed = self._schedule()
+        if not agreed.runs:
+            return self._without_work(agreed)
+        return self._finish(self._launch(agreed))
 
-    def _start_loaded(self) -> None:
-        """Let requests go on whose prompts arrived, or will not arrive."""
-        if self.loader is None:
-            return
-        loaded = self.loader.advance()
-        for one in loaded:
-            seq_id = self._awaiting.pop(one.request_id)
-            first, state = self._running[seq_id].completion, self._running[seq_id].state
+    def _step_overlapped(self) -> StepResult:
+        """`_step` n that launches step n + 1 before it reads the tokens of step n, so that the device never waits."""
+        current = self._take_launched()
+        if current is None:
+            agreed = self._schedule()
+            if not agreed.runs:
+                return self._without_work(agreed)
+            current = self._launch(agreed)
+        self._launched = self._launch_next(current)
+        return self._finish(current)
+
+    def _schedule(self) -> StepAgreement:
+        """What the next step computes on this rank, agreed with the others."""
+        if self.lockstep.is_asleep:
+            return self.lockstep.wake(self.has_unfinished)
+        with self.spans("engine.schedule"):
+            batch = EMPTY_BATCH
+            if self.is_leader:
+                self._resume_received()
+                batch = Batch(self.scheduler.schedule().sequences, self.kv.plan())
+        with self.spans("engine.agree"):
+            return self.lockstep.agree(batch, len(prompt_slices(batch)))
+
+    def _without_work(self, agreed: StepAgreement) -> StepResult:
+        return StepResult(idle=agreed.idle, stopped=agreed.stopped, woke=agreed.woke, loaded=self.kv.take_resumed())
+
+    def _launch(self, agreed: StepAgreement) -> LaunchedStep:
+        """Write the KV that was received, start the model and the sampling."""
+        self._write_received(agreed.batch)
+        on_prompt_logits = self._take_prompt_logits if self.is_leader else None
+        with self.spans("engine.run"):
+            logits = self.runner.run(agreed.batch, agreed.num_prompt_slices, on_prompt_logits)
+        return self._launch_sampling(agreed.batch, logits) if self.is_leader else LaunchedStep(agreed.batch, None)
+
+    def _launch_next(self, step: LaunchedStep) -> LaunchedStep | None:
+        """Launch the step after one whose tokens are only on the device; None if it cannot be scheduled yet.
+
+        Work for sequences that turn out to be finished or aborted is discarded; all others are unaffected.
+        """
+        if self.lockstep.stop_requested or step.sampling is None or step.sampling.token_ids is None:
+            return None
+        batch = self.scheduler.schedule_ahead(step.batch)
+        if batch is None:
+            return None
+        row_of = {seq_id: row for row, seq_id in enumerate(step.seq_ids)}
+        rows = [row_of[s.seq_id] for s in batch.sequences]
+        with self.spans("engine.run"):
+            logits = self.runner.run_ahead(batch, step.sampling.token_ids, rows)
+        return self._launch_sampling(batch, logits, ahead=1)
+
+    def _take_launched(self) -> LaunchedStep | None:
+        """The step that was launched ahead, if any of its sequences still runs."""
+        step = self._launched
+        self._launched = None
+        if step is None or self.lockstep.stop_requested or not any(i in self._running for i in step.seq_ids):
+            return None
+        return step
+
+    def _launch_sampling(self, batch: Batch, logits: Tensor, *, ahead: int = 0) -> LaunchedStep:
+        """Start to sample every sequence whose last known token is in the batch."""
+        sampled = [s for s in batch.sequences if s.num_logits]
+        assert all(s.num_logits == 1 for s in sampled), "a draft token needs a row with the history before it"
+        rows = [self._running[s.seq_id].completion.row for s in sampled]
+        with self.spans("engine.launch_sampling"):
+            return LaunchedStep(batch, self.sampler.begin(logits, rows, ahead=ahead))
+
+    def _finish(self, step: LaunchedStep) -> StepResult:
+        """Wait for the sampled tokens, and update scheduler and requests with them."""
+        if step.sampling is None:
+            return StepResult()
+        self.kv.commit()
+        with self.spans("engine.sample"):
+            sampled = step.finish()
+        with self.spans("engine.update"):
+            # a sequence that was finished or preempted meanwhile gets no token
+            running = {seq.seq_id for seq in self.scheduler.running}
+            tokens = {seq_id: sampled[seq_id] for seq_id in sampled if seq_id in running}
+            chunks = self._account(step.batch, tokens)
+            outputs = self._update(tokens)
+        return StepResult(outputs, chunks=chunks, loaded=self.kv.take_resumed())
+
+    # -- parts of a step -----------------------------------------------------------------------------------------
+
+    def _resume_received(self) -> None:
+        """Continue requests whose prompts were received, or whose loads failed."""
+        for seq_id in self.kv.resume():
+            first = self._running[seq_id].completion
+            state = self._running[seq_id].state
             if first.finished:
                 self._drop_sequence(seq_id)
             for completion in state.completions:
                 if completion is not first and not completion.finished:
                     self._schedule_sequence(self._sequence(state, completion), state, completion)
-        self._loaded += loaded
 
-    def _schedule(self) -> tuple[Batch, list[PlannedWrite]]:
-        """The tokens of this step, and the records that arrived for later ones."""
-        batch = self.scheduler.schedule()
-        if self.loader is None:
-            return batch, []
-        arrived = self.loader.plan()
-        if self.loader.is_reading:
-            self.groups.failpoints.reach("kv.fetch")
-        return replace(batch, writes=[planned.write for planned in arrived]), arrived
+    def _write_received(self, batch: Batch) -> None:
+        """Write the KV that was received into the caches of all ranks of the attention group."""
+        cache = self.runner.cache
+        for index, write in enumerate(batch.writes):
+            with self.spans("kv.write"):
+                payload = self.lockstep.share_payload(self.kv.payload(index), write.num_bytes)
+                cache.write_kv(cache.slots(write.block_table, write.start, write.end), payload)
 
-    def _write_records(self, batch: Batch, arrived: list[PlannedWrite]) -> None:
-        """Write what arrived into the caches of all ranks of the attention group."""
-        cache, tp = self.runner.cache, self.groups.tp
-        for number, write in enumerate(batch.writes):
-            payload = arrived[number].payload if self.is_leader else None
-            if tp.size > 1:
-                data = None if payload is None else payload.numpy().tobytes()
-                received = tp.broadcast_bytes(data, write.num_bytes, 0, layer=-1, op="engine.records")
-                payload = torch.frombuffer(bytearray(received), dtype=torch.uint8) if payload is None else payload
-            assert payload is not None
-            cache.write_records(cache.slots(write.block_table, write.start, write.end), payload)
-            self.groups.failpoints.reach("kv.write")
-
-    def _wake(self) -> StepResult:
-        """After a step without work: learn whether there is some now, but do not start on it.
-
-        A rank that starts alone makes its peers wait, and stays a step ahead of them until it runs out of work.
-        """
-        rows = self.groups.world.all_gather_ints(
-            [int(self.has_unfinished), int(self._stop_requested)], layer=-1, op="engine.wake"
-        )
-        self._all_idle = not any(row[0] for row in rows)
-        return StepResult([], idle=self._all_idle, stopped=any(row[1] for row in rows), woke=not self._all_idle)
-
-    def _agree(self, batch: Batch) -> Round:
-        """All ranks learn whether anybody has work or wants to stop; followers receive their leader's batch."""
-        world, tp = self.groups.world, self.groups.tp
-        num_slices = len(prompt_slices(batch))
-        if world.size == 1:
-            return Round(batch, batch.is_empty, self._stop_requested, num_slices)
-        packed = b"" if batch.is_empty else batch.pack()
-        own = [len(packed), int(self._stop_requested), num_slices]
-        rows = world.all_gather_ints(own, layer=-1, op="engine.agree")
-        stopped = any(row[1] for row in rows)
-        num_bytes = rows[self.groups.leader_rank][0]
-        if num_bytes and tp.size > 1 and not stopped:
-            received = tp.broadcast_bytes(packed or None, num_bytes, 0, layer=-1, op="engine.batch")
-            batch = batch if self.is_leader else Batch.unpack(received)
-        return Round(batch, not any(row[0] for row in rows), stopped, max(row[2] for row in rows))
-
-    def _begin_sampling(self, batch: Batch, logits: Tensor, *, ahead: int = 0) -> InFlight:
-        """The next token of every sequence that reached its last one."""
-        seq_ids = [s.seq_id for s in batch.sequences if s.sample]
-        rows = [self._running[i].completion.row for i in seq_ids]
-        return InFlight(batch, seq_ids, self.sampler.begin(logits, rows, ahead=ahead))
-
-    def _complete(self, step: InFlight) -> tuple[list[RequestOutput], list[KVChunk]]:
-        """Start the step after it where that is clear, then wait for its tokens; outputs and published chunks."""
-        self._in_flight = self._run_ahead(step)
-        reach = self.groups.failpoints.reach
-        reach("engine.sample")
-        if self.loader is not None:
-            self.loader.commit()
-        running = {seq.seq_id for seq in self.scheduler.running}  # who ended or lost its blocks meanwhile gets no token
-        sampled = {i: token for i, token in step.finish().items() if i in running}
-        chunks = self._account(step.batch, sampled)
-        outputs = self._update(sampled)
-        reach("engine.update")
-        return outputs, chunks
-
-    def _run_ahead(self, step: InFlight) -> InFlight | None:
-        """The step after one whose tokens only the device knows: it has them computed and sampled meanwhile.
-
-        Who has ended by then, or is aborted, was computed in vain; the others get what they would have got.
-        """
-        if not self._runs_ahead or self._stop_requested or step.sampling.token_ids is None:
-            return None
-        batch = self.scheduler.schedule_ahead(step.batch)
-        if batch is None:
-            return None
-        self.groups.failpoints.reach("engine.run")
-        place = {seq_id: i for i, seq_id in enumerate(step.seq_ids)}
-        places = [place[s.seq_id] for s in batch.sequences]
-        logits = self.runner.run_ahead(batch, step.sampling.token_ids, places)
-        return self._begin_sampling(batch, logits, ahead=1)
-
-    def _take_in_flight(self) -> InFlight | None:
-        """The step that was started ahead, if anybody still wants something of it."""
-        step, self._in_flight = self._in_flight, None
-        wanted = step is not None and not self._stop_requested and any(i in self._running for i in step.seq_ids)
-        return step if wanted else None
-
-    def _account(self, batch: Batch, tokens: dict[int, SampledToken]) -> list[KVChunk]:
-        """Tell the scheduler what was computed; returns the prompt records that were published of it."""
-        for seq_id, token in tokens.items():
-            if token.error is not None:
+    def _account(self, batch: Batch, tokens: dict[int, list[SampledToken]]) -> list[KVChunk]:
+        """Update the scheduler; returns the chunks of prompts that were published."""
+        for seq_id, sampled in tokens.items():
+            if any(token.error is not None for token in sampled):
                 self.scheduler.finish(seq_id, discard=True)
-        self.scheduler.update(batch, {i: token.token_id for i, token in tokens.items()})
-        if self.exporter is None:
-            return []
-        exporting = [r for s in batch.sequences if (r := self._running[s.seq_id]).seq.exports]
-        epoch = self.groups.world.epoch
-        chunks = [c for r in exporting for c in self.exporter.publish(r.state.request.request_id, epoch=epoch)]
-        if chunks:
-            self.groups.failpoints.reach("kv.publish")
-        return chunks
+        self.scheduler.update(batch, {i: [token.token_id for token in sampled] for i, sampled in tokens.items()})
+        scheduled = [self._running[s.seq_id] for s in batch.sequences if s.seq_id in self._running]
+        sent = [r.state.request.request_id for r in scheduled if r.seq.remote_decode]
+        return self.kv.publish(sent, epoch=self.lockstep.epoch)
 
-    def _update(self, tokens: dict[int, SampledToken]) -> list[RequestOutput]:
-        """Append the tokens, let go of what is finished, and collect what there is to show."""
+    def _update(self, tokens: dict[int, list[SampledToken]]) -> list[RequestOutput]:
+        """Append the tokens, remove what is finished, and collect the outputs."""
         touched: dict[str, RequestState] = {}
-        for seq_id, token in tokens.items():
+        for seq_id, sampled in tokens.items():
             running = self._running[seq_id]
             state, completion = running.state, running.completion
-            self.processor.append(completion, token)
+            for token in sampled:
+                if not completion.finished:  # tokens after the end are dropped
+                    self.processor.append(completion, token)
             touched[state.request.request_id] = state
             if completion.output.index == 0:
                 state.num_cached_tokens = running.seq.num_cached_tokens
             if completion.finished or state.request.do_remote_decode:
-                if token.error is None:
+                if all(token.error is None for token in sampled):
                     self.scheduler.finish(seq_id)
                 del self._running[seq_id]
         outputs = []
@@ -425,26 +361,23 @@ class Engine:
                 c.output.token_ids or c.finished for c in state.completions
             )
             if state.finished or handed_over:
-                self._let_go(request_id, state)
+                self._remove(request_id, state)
             if state.finished or handed_over or state.request.stream:
                 outputs.append(self.processor.output(state))
         return outputs
 
-    def _let_go(self, request_id: str, state: RequestState) -> None:
+    def _remove(self, request_id: str, state: RequestState) -> None:
         del self._requests[request_id]
-        if self.exporter is not None and state.request.do_remote_decode:
-            if state.finished:
-                self.exporter.release(request_id)
-            else:
-                self.exporter.end(request_id)
+        if state.request.do_remote_decode:
+            self.kv.finish(request_id, handed_over=not state.finished)
 
     def _take_prompt_logits(self, seq: ScheduledSequence, position: int, logits: Tensor) -> None:
-        """Logits of prompt positions `position..` give the log-probabilities of the tokens after them."""
+        """Score prompt tokens: the logits [n, V] of positions `position..` give those of the tokens after them."""
         state = self._running[seq.seq_id].state
         prompt, k = state.request.prompt_token_ids, state.request.params.prompt_logprobs
         assert k is not None
         assert state.prompt_logprobs is not None
         following = prompt[position + 1 : position + 1 + logits.shape[0]]
         scored = self.sampler.prompt_logprobs(logits[: len(following)], following, k)
-        del state.prompt_logprobs[position + 1 :]  # of a step that failed after this, and is done again
+        del state.prompt_logprobs[position + 1 :]  # left by a step that failed after this and is repeated
         state.prompt_logprobs.extend(self.processor.decoded(token.logprobs or {}) for token in scored)

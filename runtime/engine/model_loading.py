@@ -12,26 +12,29 @@ import torch
 
 from shoal.kernels.kv_format import FP8_RECORDS
 from shoal.kernels.numerics import pin_floating_point
+from shoal.kernels.ops import Ops
 from shoal.kernels.registry import (
     NOT_STRICT,
     Backend,
     Vendor,
     check_vendors,
     current_backend,
-    current_vendors,
     is_invariant,
     set_backend,
 )
 from shoal.parallel.deep_ep import deep_ep_dispatcher
-from shoal.parallel.dispatcher import TokenDispatcher
+from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
+from shoal.parallel.placement import ExpertPlacement, default_placement
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..kv_cache.cache import KVCache, RecordSpec, bytes_per_block
 from ..memory import available_memory, release_freed_memory
 from ..models.config import ModelConfig
-from ..models.deepseek import DeepseekModel, default_dispatcher, default_placement, expected_tensors, record_specs
-from .config import EngineConfig, KernelBackend, VendorKernels
+from ..models.families import FAMILIES, read_config
+from ..models.model import Model
+from ..models.weights import tensor_shapes
+from .config import DType, EngineConfig, KernelBackend, VendorKernels
 from .cuda_graphs import DecodeGraphs
 from .model_runner import ModelRunner
 
@@ -47,37 +50,52 @@ OnPhase = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What can be run."""
+    """A model that is ready to run."""
 
     runner: ModelRunner
     config: ModelConfig
     max_model_len: int
-    """Tokens of a sequence, at most: what was asked for, or what the model and the cache can take."""
+    """Most tokens of a sequence: as asked for, or what the model and the cache can take."""
     record_fingerprint: bytes
-    """Of everything that decides about the bits of a cache record: checkpoint, dtypes and kernels."""
+    """SHA-256 of everything that decides about the bits of a KV cache entry: checkpoint, dtypes and kernels."""
 
 
-def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGroups, on_phase: OnPhase) -> LoadedModel:
-    """ValueError for a checkpoint or a setting that cannot work; `on_phase` is told what a user should know."""
-    _choose_kernels(config, groups.device)
+def load_model(
+    model_dir: str | Path,
+    config: EngineConfig,
+    groups: ParallelGroups,
+    on_phase: OnPhase,
+    *,
+    placement: ExpertPlacement | None = None,
+) -> LoadedModel:
+    """Build one rank's part of the model and its KV cache.
+
+    placement: experts of every rank; None: `default_placement`. `on_phase` receives notices for the user.
+    ValueError for a checkpoint or a setting that cannot work.
+    """
+    ops = _choose_ops(config, groups.device)
     pin_floating_point()
-    model_config = ModelConfig.from_pretrained(model_dir)
+    model_config = read_config(model_dir)
     check_layout(model_config, groups.config.tensor_parallel_size)
-    dtype = _compute_dtype(model_config) if config.dtype == "auto" else getattr(torch, config.dtype)
-    records_dtype = FP8_RECORDS if config.kv_cache_dtype == "fp8" else dtype
-    if records_dtype == FP8_RECORDS and current_backend() == "triton":
+    dtype = compute_dtype(model_config, config.dtype)
+    cache_dtype = FP8_RECORDS if config.kv_cache_dtype == "fp8" else dtype
+    if cache_dtype == FP8_RECORDS and ops.backend == "triton":
         _check_fp8_cache(model_config, dtype)
-    _check_vendor_kernels(config, model_config, dtype, groups)
-    specs = record_specs(model_config, records_dtype)
+    _check_vendor_kernels(config, model_config, ops, dtype, groups)
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     if wanted_len > model_config.max_position_embeddings:
         raise ValueError(
             f"max_model_len {wanted_len} is above the model's max_position_embeddings "
             f"({model_config.max_position_embeddings})"
         )
-    dispatcher = _dispatcher(config, model_config, groups, dtype)
-    model, fingerprint = _load_weights(model_dir, model_config, groups, dtype, wanted_len, dispatcher, on_phase)
+    placement = placement or default_placement(model_config.n_routed_experts, groups)
+    dispatcher = _dispatcher(config, model_config, groups, placement, dtype)
+    model = FAMILIES[model_config.model_type].build(
+        model_config, ops, groups, placement=placement, dispatcher=dispatcher, dtype=dtype, max_model_len=wanted_len
+    )
+    fingerprint = _load_weights(model, model_dir, on_phase)
     release_freed_memory()  # tensors were unpacked one at a time, of all sizes
+    specs = model.cache_specs(cache_dtype)
     num_blocks = _num_kv_blocks(config, groups, specs, wanted_len)
     max_model_len = min(wanted_len, num_blocks * config.block_size)
     if config.max_model_len is not None and max_model_len < wanted_len:
@@ -89,23 +107,23 @@ def load_model(model_dir: str | Path, config: EngineConfig, groups: ParallelGrou
         on_phase(f"notice: max_model_len is {max_model_len}, which is what the cache can hold")
     cache = KVCache(specs, num_blocks=num_blocks, block_size=config.block_size, device=groups.device)
     graphs = None
-    on_gpu_alone = groups.device.type == "cuda" and groups.world.size == 1 and current_backend() == "triton"
+    on_gpu_alone = groups.device.type == "cuda" and groups.world.size == 1 and ops.backend == "triton"
     if on_gpu_alone and not config.enforce_eager:
         graphs = DecodeGraphs(
             model, cache, groups.device, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
         )
-    kernels = "+".join([current_backend(), *current_vendors()])
-    depends_on = f"{fingerprint}/{dtype}/{records_dtype}/{kernels}"
+    kernels = "+".join([ops.backend, *ops.vendors])
+    depends_on = f"{fingerprint}/{dtype}/{cache_dtype}/{kernels}"
     return LoadedModel(
-        runner=ModelRunner(model, cache, groups.device, graphs),
+        runner=ModelRunner(model, cache, groups.device, graphs, groups.spans),
         config=model_config,
         max_model_len=max_model_len,
         record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
     )
 
 
-def _choose_kernels(config: EngineConfig, device: torch.device) -> None:
-    """ValueError for kernels that do not run there, or that do not promise what is asked of them."""
+def _choose_ops(config: EngineConfig, device: torch.device) -> Ops:
+    """The kernels of the engine. ValueError for kernels that do not run there or are not as invariant as asked."""
     backend = choose_backend(config.kernel_backend, device) or current_backend()
     vendors = VENDORS[config.vendor_kernels]
     if config.invariance == "strict" and not is_invariant(backend):
@@ -121,6 +139,7 @@ def _choose_kernels(config: EngineConfig, device: torch.device) -> None:
         )
     set_backend(backend, vendors)
     check_vendors(vendors, device)
+    return Ops(backend, vendors)
 
 
 def choose_backend(wanted: KernelBackend, device: torch.device) -> Backend | None:
@@ -137,7 +156,7 @@ def choose_backend(wanted: KernelBackend, device: torch.device) -> Backend | Non
 
 
 def _check_fp8_cache(config: ModelConfig, dtype: torch.dtype) -> None:
-    """ValueError for records that the Triton kernels do not read."""
+    """ValueError for an FP8 cache that the Triton kernels cannot read."""
     dims = (config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim if config.has_index else 128)
     if dtype != torch.bfloat16 or dims[:2] != (512, 64) or dims[2] not in (32, 64, 128):
         raise ValueError(
@@ -147,10 +166,11 @@ def _check_fp8_cache(config: ModelConfig, dtype: torch.dtype) -> None:
         )
 
 
-def _check_vendor_kernels(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, groups: ParallelGroups) -> None:
+def _check_vendor_kernels(
+    config: EngineConfig, model: ModelConfig, ops: Ops, dtype: torch.dtype, groups: ParallelGroups
+) -> None:
     """ValueError for a model that the chosen libraries have no kernels for."""
-    vendors = current_vendors()
-    if "flash_mla" in vendors:
+    if "flash_mla" in ops.vendors:
         from shoal.kernels.vendor.flash_mla import check_attention
 
         check_attention(
@@ -161,7 +181,7 @@ def _check_vendor_kernels(config: EngineConfig, model: ModelConfig, dtype: torch
             sparse=model.has_index,
             page_size=config.block_size,
         )
-    if "deep_gemm" in vendors:
+    if "deep_gemm" in ops.vendors:
         from shoal.kernels.vendor.deep_gemm import check_experts, check_index, check_scales
 
         check_scales(groups.device, ue8m0=model.ue8m0_scales)
@@ -170,34 +190,29 @@ def _check_vendor_kernels(config: EngineConfig, model: ModelConfig, dtype: torch
             check_index(model.index_n_heads, model.index_head_dim, config.block_size)
 
 
-def _load_weights(
-    model_dir: str | Path,
-    config: ModelConfig,
-    groups: ParallelGroups,
-    dtype: torch.dtype,
-    max_len: int,
-    dispatcher: TokenDispatcher,
-    on_phase: OnPhase,
-) -> tuple[DeepseekModel, str]:
-    """This rank's part of the model, and what tells its checkpoint from others."""
+def _load_weights(model: Model, model_dir: str | Path, on_phase: OnPhase) -> str:
+    """Fill the model from a checkpoint directory; returns the fingerprint of the checkpoint."""
     with Checkpoint(model_dir) as checkpoint:
-        leftovers = set(checkpoint.check_names(expected_tensors(config)))
-        mtp = set(checkpoint.mtp_names(config))
+        leftovers = set(checkpoint.check_names(tensor_shapes(model.named_weights())))
+        for notice in checkpoint.notices:
+            on_phase(f"notice: {notice}")
+        mtp = set(checkpoint.mtp_names(model.config.num_hidden_layers, model.config.num_nextn_predict_layers))
         if mtp:
             on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
         if unused := sorted(leftovers - mtp):
             on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
-        model = DeepseekModel(config, checkpoint, groups, dtype=dtype, max_model_len=max_len, dispatcher=dispatcher)
-        return model, checkpoint.fingerprint
+        model.load(checkpoint)
+        return checkpoint.compute_fingerprint()
 
 
 def _dispatcher(
-    config: EngineConfig, model: ModelConfig, groups: ParallelGroups, dtype: torch.dtype
+    config: EngineConfig, model: ModelConfig, groups: ParallelGroups, placement: ExpertPlacement, dtype: torch.dtype
 ) -> TokenDispatcher:
-    """ValueError for a backend that does not fit the model or the device, or that is not installed."""
-    placement = default_placement(model, groups)
-    if config.all2all_backend == "default" or groups.world.size == 1:
-        return default_dispatcher(placement, groups)
+    """ValueError for an all2all_backend that does not fit the model or the device, or that is not installed."""
+    if groups.world.size == 1:
+        return LocalTokenDispatcher(placement, groups.device)
+    if config.all2all_backend == "default":
+        return AllToAllTokenDispatcher(placement, groups.world, groups.device)
     if groups.device.type != "cuda" or dtype != torch.bfloat16:
         raise ValueError(
             f"all2all_backend deepep moves bfloat16 between GPUs, this is {dtype} on device {groups.device.type}: "
@@ -210,7 +225,7 @@ def _dispatcher(
 
 
 def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[RecordSpec], max_len: int) -> int:
-    """Blocks of this attention group: as asked for, or what its sequences can use and its memory can hold."""
+    """KV cache blocks of this attention group: as asked for, else what its sequences can use and its memory holds."""
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
     per_sequence = -(-max_len // config.block_size)
@@ -222,9 +237,11 @@ def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[Rec
     return min(row[0] for row in agreed)
 
 
-def _compute_dtype(config: ModelConfig) -> torch.dtype:
-    """The checkpoint's own dtype where it is one that is computed in."""
-    return torch.float32 if config.torch_dtype is torch.float32 else torch.bfloat16
+def compute_dtype(config: ModelConfig, dtype: DType) -> torch.dtype:
+    """The dtype asked for; auto: float32 for a checkpoint in float32, otherwise bfloat16."""
+    if dtype == "auto":
+        return torch.float32 if config.torch_dtype is torch.float32 else torch.bfloat16
+    return torch.float32 if dtype == "float32" else torch.bfloat16
 
 
 def check_layout(config: ModelConfig, tensor_parallel_size: int) -> None:

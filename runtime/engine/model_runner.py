@@ -1,4 +1,4 @@
-"""Turns the decision of a step into tensors and the tensors into logits."""
+"""Turns the batch of a step into tensors, and the tensors into logits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
+from shoal.parallel.spans import Spans
 
 from ..kv_cache.cache import KVCache
-from ..models.deepseek import DeepseekModel
-from ..models.forward import AttentionMetadata, Tap
+from ..models.forward import AttentionMetadata, StepContext, Tap
+from ..models.model import Model
 from ..scheduling.batch import Batch, ScheduledSequence
 from .cuda_graphs import DecodeGraphs, is_decode
 
 PROMPT_LOGITS_ROWS = 128
-"""Prompt logits are made and consumed this many rows at a time, so that they never exist all at once."""
+"""Rows of prompt logits that are computed and consumed at a time, so that they never exist all at once."""
 
 Rows = NDArray[np.int64]
 OnPromptLogits = Callable[[ScheduledSequence, int, Tensor], None]
@@ -31,33 +32,42 @@ class ModelRunner:
     """Runs batches on one rank. Ranks of a tp group run the same batch; a rank without tokens runs an empty one."""
 
     def __init__(
-        self, model: DeepseekModel, cache: KVCache, device: torch.device, graphs: DecodeGraphs | None = None
+        self,
+        model: Model,
+        cache: KVCache,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
+        spans: Spans | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.device = device
         self.graphs = graphs
+        self.spans = spans or Spans()
         self.tap: Tap | None = None
 
     @torch.inference_mode()
     def run(self, batch: Batch, num_prompt_slices: int, on_prompt_logits: OnPromptLogits | None = None) -> Tensor:
-        """Computes every scheduled token and writes its cache record.
+        """Compute every scheduled token and write its KV cache entry.
 
         `num_prompt_slices` is the largest `len(prompt_slices(batch))` of the replica's attention groups.
-        Returns logits [N, vocab_size] fp32, one row per sequence with `sample`, in batch order (N = 0 on followers).
+        Returns logits [N, vocab_size] fp32 in batch order, `num_logits` rows per sequence (N = 0 on followers).
         On a GPU the next call may overwrite them.
         """
         if self.graphs is not None and self.tap is None and is_decode(batch):
             return self.graphs.run(batch)
-        input_ids, metadata, rows = self._prepare(batch)
-        hidden = self.model.forward(input_ids, self.cache, metadata)
+        with self.spans("engine.prepare"):
+            input_ids, metadata, rows = self._prepare(batch)
+        ctx = StepContext(cache=self.cache, metadata=metadata, spans=self.spans, tap=self.tap)
+        hidden = self.model.forward(input_ids, ctx)
         self._prompt_logits(batch, hidden, rows, num_prompt_slices, on_prompt_logits)
-        last = [r[-1] for s, r in zip(batch.sequences, rows, strict=True) if s.sample]
-        return self.model.compute_logits(hidden[self._tensor(np.array(last, np.int64))])
+        sampled = [row for s, r in zip(batch.sequences, rows, strict=True) for row in r[len(r) - s.num_logits :]]
+        with self.spans("model.logits"):
+            return self.model.compute_logits(hidden[self._tensor(np.array(sampled, np.int64))])
 
     @torch.inference_mode()
     def run_ahead(self, batch: Batch, token_ids: Tensor, places: Sequence[int]) -> Tensor:
-        """`run` for sequences whose one token is only known on the device: token_ids[places[i]]."""
+        """`run` for sequences whose single token is only known on the device: token_ids[places[i]]."""
         if self.graphs is not None:
             return self.graphs.run(batch, (token_ids, places))
         known = token_ids.tolist()
@@ -65,12 +75,12 @@ class ModelRunner:
         return self.run(Batch([replace(s, token_ids=[known[place]]) for s, place in pairs]), 0)
 
     def _prepare(self, batch: Batch) -> tuple[Tensor, AttentionMetadata, list[Rows]]:
-        """Input ids and metadata of the step, and for each sequence the rows of its tokens."""
+        """Input ids, attention metadata, and for each sequence the rows of its tokens."""
         sequences, block_size = batch.sequences, self.cache.block_size
         lengths = np.array([len(s.token_ids) for s in sequences], np.int64)
         starts = np.array([s.start for s in sequences], np.int64)
-        limits = [self.model.config.num_per_head_tokens(s.num_prompt_tokens) for s in sequences]
-        firsts = np.clip(np.array(limits, np.int64) - starts, 0, lengths)  # tokens of the per-head form
+        limits = [self.model.config.num_mha_tokens(s.num_prompt_tokens) for s in sequences]
+        firsts = np.clip(np.array(limits, np.int64) - starts, 0, lengths)  # tokens of the MHA form
         block_tables = np.zeros((len(sequences), max((len(s.block_table) for s in sequences), default=0)), np.int32)
         rows, total = _rows(firsts, lengths), int(lengths.sum())
         input_ids, positions, slots = (np.empty(total, np.int64) for _ in range(3))
@@ -82,11 +92,10 @@ class ModelRunner:
             slots[rows[i]] = block_tables[i, where // block_size].astype(np.int64) * block_size + where % block_size
         tables, boundary = self._tensor(block_tables), int(firsts.sum())
         metadata = AttentionMetadata(
-            per_head=self._layout(tables, firsts, positions[:boundary]),
-            absorbed=self._layout(tables, lengths - firsts, positions[boundary:]),
+            mha=self._layout(tables, firsts, positions[:boundary]),
+            mqa=self._layout(tables, lengths - firsts, positions[boundary:]),
             positions=self._tensor(positions),
             slot_mapping=self._tensor(slots),
-            tap=self.tap,
         )
         return self._tensor(input_ids), metadata, rows
 
@@ -103,23 +112,25 @@ class ModelRunner:
         num_slices: int,
         on_prompt_logits: OnPromptLogits | None,
     ) -> None:
-        """Show the prompt logits that were asked for; every rank of the replica takes part in every slice."""
+        """Compute the prompt logits that were asked for; every rank of the replica takes part in every slice."""
         slices = prompt_slices(batch)
         for i, tokens in slices:
-            logits = self.model.compute_logits(hidden[self._tensor(rows[i][tokens])])
+            with self.spans("model.logits"):
+                logits = self.model.compute_logits(hidden[self._tensor(rows[i][tokens])])
             if on_prompt_logits is not None:
                 on_prompt_logits(batch.sequences[i], batch.sequences[i].start + tokens.start, logits)
         for _ in range(num_slices - len(slices)):
-            self.model.compute_logits(hidden[:0])
+            with self.spans("model.logits"):
+                self.model.compute_logits(hidden[:0])
 
     def _tensor(self, array: NDArray[np.integer[Any]]) -> Tensor:
-        """On the device; from page-locked memory, so that the host goes on at once."""
+        """Copy to the device, from page-locked memory so that the host does not wait."""
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def _rows(firsts: Rows, lengths: Rows) -> list[Rows]:
-    """Where the tokens of each sequence are when the first ones of all sequences come before the others.
+    """Rows of each sequence's tokens when the first tokens of all sequences come before the others.
 
     s0 has 2 + 1 tokens, s1 3 + 0, s2 0 + 2:    s0 s0 s1 s1 s1 | s0 s2 s2
     """
@@ -132,7 +143,7 @@ def _rows(firsts: Rows, lengths: Rows) -> list[Rows]:
 
 
 def prompt_slices(batch: Batch) -> list[tuple[int, slice]]:
-    """The prompt logits that a batch asks for: (index of the sequence, which of its scheduled tokens)."""
+    """Prompt logits that a batch asks for: (index of the sequence, range of its scheduled tokens)."""
     slices = []
     for i, s in enumerate(batch.sequences):
         length = len(s.token_ids)

@@ -1,8 +1,9 @@
-"""What an engine knows of a step, before, while and after it runs."""
+"""What an engine knows about a step that it launched, and what a step returns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 from shoal.parallel.kv_transport import KVChunk
 
@@ -14,8 +15,8 @@ from .output_processor import Completion, RequestState
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A sequence that is being generated, and what it belongs to."""
+class RunningSequence:
+    """A sequence that is being generated, with the request and the continuation it belongs to."""
 
     seq: Sequence
     state: RequestState
@@ -23,43 +24,38 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
-class InFlight:
-    """A step that was started, and what it samples."""
+class LaunchedStep:
+    """A step whose kernels were launched and whose tokens were not read yet."""
 
     batch: Batch
-    seq_ids: list[int]
-    """Of the rows that are sampled."""
-    sampling: Sampling
+    sampling: Sampling | None
+    """None on followers, which do not sample."""
 
-    def finish(self) -> dict[int, SampledToken]:
-        return dict(zip(self.seq_ids, self.sampling.finish(), strict=True))
+    @property
+    def seq_ids(self) -> list[int]:
+        """The sequences that are sampled, in order of the logits' rows."""
+        return [s.seq_id for s in self.batch.sequences if s.num_logits]
+
+    def finish(self) -> dict[int, list[SampledToken]]:
+        """Wait for the tokens of each sequence that is sampled, `num_logits` of them."""
+        assert self.sampling is not None
+        tokens = iter(self.sampling.finish())
+        return {s.seq_id: list(islice(tokens, s.num_logits)) for s in self.batch.sequences if s.num_logits}
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step produced on this rank."""
 
-    outputs: list[RequestOutput]
+    outputs: list[RequestOutput] = field(default_factory=list)
     """Finished requests, and streaming ones that have new tokens."""
-    idle: bool
-    """Nobody in the replica had work: nothing was computed."""
-    stopped: bool
+    idle: bool = False
+    """No rank of the replica had work: nothing was computed."""
+    stopped: bool = False
     """Some rank asked to stop: every rank sees it in the same step and must not call `step` again."""
     woke: bool = False
-    """Nobody had work until now and the next step will compute: whoever has more for it should add it first."""
+    """The replica was idle and the next step will run; add any further requests now so that they join it."""
     chunks: list[KVChunk] = field(default_factory=list)
-    """Prompt records that were published."""
+    """Chunks of prompts that were published."""
     loaded: list[PromptLoaded] = field(default_factory=list)
-    """Requests that no longer wait for records."""
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """What the ranks of a replica agreed on before a step."""
-
-    batch: Batch
-    """Of this rank's attention group."""
-    idle: bool
-    stopped: bool
-    num_prompt_slices: int
-    """The most that any attention group has in this step; every rank takes part in so many."""
+    """Requests that no longer wait for a remote prefill."""

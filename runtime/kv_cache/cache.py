@@ -1,4 +1,4 @@
-"""The paged cache tensors: records and index keys, which are everything that attention will ask for."""
+"""The paged KV cache: latents and indexer keys of every layer."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 from shoal.kernels.kv_format import gather_index_keys, index_key_width, scatter_index_keys
 
 ROW_ALIGNMENT = 16
-"""Of a record on a GPU, in bytes."""
+"""Bytes; alignment of a token's latent on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordSpec:
-    """What one layer keeps of a token, in the formats of kernels/kv_format.py."""
+    """The KV cache entry of a token in one layer, in the formats of kernels/kv_format.py."""
 
     width: int
-    """Columns of the record."""
+    """Columns of the latent (with the rope key)."""
     index_dim: int
-    """Numbers of the index key; 0 in a layer without an indexer of its own."""
+    """Dimensions of the indexer key; 0 in a layer without an indexer of its own."""
     dtype: torch.dtype
-    """Of record and index key: that of the computation, or `FP8_RECORDS`."""
+    """Storage dtype of latent and indexer key: the compute dtype, or `FP8_RECORDS`."""
 
     @property
     def index_width(self) -> int:
-        """Columns that the index key takes."""
+        """Columns that the indexer key takes."""
         return index_key_width(self.dtype, self.index_dim)
 
     @property
@@ -37,16 +37,16 @@ class RecordSpec:
 
 
 class KVCache:
-    """What all layers keep of the tokens in `num_blocks` blocks; slot = block * block_size + offset.
+    """The entries of all layers in `num_blocks` blocks; slot = block * block_size + offset.
 
-    Who moves a token's share of the cache asks `read_records` and `write_records`, which know of both tensors, so no
-    prefix hit, transfer or offload can carry the latents and forget the index keys.
+    All KV movement goes through `read_kv` and `write_kv`, which handle both tensors, so no transfer or offload can
+    carry the latents and forget the indexer keys.
     """
 
     records: list[Tensor]
-    """Per layer [num_blocks * block_size, width]."""
+    """Latents, per layer [num_blocks * block_size, width]."""
     index_keys: list[Tensor | None]
-    """Per layer a page for each block, [num_blocks, block_size * index_width]; None without an indexer."""
+    """Indexer keys, per layer one page per block, [num_blocks, block_size * index_width]; None without an indexer."""
 
     def __init__(self, specs: list[RecordSpec], *, num_blocks: int, block_size: int, device: torch.device) -> None:
         self.specs = specs
@@ -63,19 +63,19 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of one token's records and index keys in all layers."""
+        """Bytes of one token in all layers."""
         return sum(spec.num_bytes for spec in self.specs)
 
     def slots(self, block_table: list[int], start: int, end: int) -> Tensor:
-        """Where positions `[start, end)` of a sequence have their records, [end - start] int64."""
+        """Slots of positions `[start, end)` of a sequence, [end - start] int64."""
         positions = torch.arange(start, end)
         blocks = torch.tensor(block_table, dtype=torch.int64)[positions // self.block_size]
         return (blocks * self.block_size + positions % self.block_size).to(self.records[0].device)
 
-    def read_records(self, slots: Tensor) -> Tensor:
-        """The records and index keys of T tokens in all layers, [T * bytes_per_token] uint8 in host memory.
+    def read_kv(self, slots: Tensor) -> Tensor:
+        """The entries of T tokens in all layers, [T * bytes_per_token] uint8 in host memory.
 
-        layer 0: T records, then T index keys as `gather_index_keys` gives them | layer 1: the same | ..
+        layer 0: T latents, then T indexer keys in the order of `gather_index_keys` | layer 1: the same | ..
         """
         rows = []
         for spec, records, index_keys in zip(self.specs, self.records, self.index_keys, strict=True):
@@ -84,8 +84,8 @@ class KVCache:
                 rows.append(gather_index_keys(index_keys, slots, spec.index_dim))
         return torch.cat([part.flatten().view(torch.uint8) for part in rows]).cpu()
 
-    def write_records(self, slots: Tensor, payload: Tensor) -> None:
-        """The inverse of `read_records`; only the last `len(slots)` tokens of the payload are written."""
+    def write_kv(self, slots: Tensor, payload: Tensor) -> None:
+        """Inverse of `read_kv`; only the last `len(slots)` tokens of the payload are written."""
         num_tokens = payload.numel() // self.bytes_per_token
         assert payload.numel() == num_tokens * self.bytes_per_token
         offset = 0
@@ -103,17 +103,17 @@ class KVCache:
 
 
 def _allocate_records(num_slots: int, spec: RecordSpec, device: torch.device, *, huge_pages: bool) -> Tensor:
-    """[num_slots, width]; on a GPU rows begin at multiples of 16 bytes, which its memory likes best."""
+    """[num_slots, width]; on a GPU rows start at multiples of 16 bytes, for vectorised loads."""
     alignment = 1 if device.type == "cpu" else ROW_ALIGNMENT // spec.dtype.itemsize
     row = -(-spec.width // alignment) * alignment
     return _allocate(num_slots, row, spec.dtype, device, huge_pages=huge_pages)[:, : spec.width]
 
 
 def _allocate(rows: int, columns: int, dtype: torch.dtype, device: torch.device, *, huge_pages: bool) -> Tensor:
-    """[rows, columns], not filled: pages that no token uses are never touched, attention reads written slots only.
+    """[rows, columns], uninitialised: attention reads written slots only, so pages that no token uses stay unmapped.
 
-    huge_pages   on a CPU, use them where the system has them: sparse attention reads records and keys all over the
-                 cache, and with small pages finding one takes as long as reading it
+    huge_pages   on a CPU, use huge pages where the system has them: sparse attention reads entries all over the cache,
+                 and with small pages a TLB miss takes as long as the read
     """
     size = rows * columns
     if device.type != "cpu" or not huge_pages or size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):

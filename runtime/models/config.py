@@ -1,38 +1,34 @@
-"""What a checkpoint's config.json says about the model, checked once, under the names Hugging Face gave the fields."""
+"""The model configuration: the fields of config.json under their Hugging Face names, checked once."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from shoal.kernels.rope import YarnConfig, yarn_mscale
 
+from ..checkpoint.quantization import check_quantization
+from .config_fields import Reader, check_supported
+
 IndexerType = Literal["full", "shared"]
 
-SUPPORTED_MODEL_TYPES = ("deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa")
-INDEXED_MODEL_TYPES = ("deepseek_v32", "glm_moe_dsa")
-
-_MAX_CONFIG_BYTES = 16 << 20
-_MAX_SIZE = 2**31 - 1
 _MAX_LAYERS = 10_000
 _MAX_EXPERTS = 100_000
 _MAX_EXPERTS_OF_ALL_LAYERS = 200_000
-"""Many times what any model has; the names of their tensors are listed before weights are looked at."""
+"""Far above any model; the names of their tensors are listed before any weight is read."""
 _MAX_POSITIONS = 1 << 22
-"""Rotary tables of all positions are computed."""
+"""Bounds the rotary table, which covers all positions."""
 _WEIGHT_BLOCK_SIZE = (128, 128)
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """One model of the DeepSeek-V3 family; built by `from_dict` or `from_pretrained`, which check every value."""
+    """One model of the DeepSeek-V3 family; built by `from_dict`, which checks every value."""
 
     model_type: str
     torch_dtype: torch.dtype
@@ -45,7 +41,8 @@ class ModelConfig:
     first_k_dense_replace: int
     moe_layer_freq: int
     num_attention_heads: int
-    q_lora_rank: int
+    q_lora_rank: int | None
+    """Size of the query latent; None: queries are projected from the hidden states directly."""
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -80,7 +77,7 @@ class ModelConfig:
     weight_block_size: tuple[int, int] | None
     """Rows and columns that share one scale in an FP8 checkpoint; None for an unquantised one."""
     ue8m0_scales: bool
-    """Whether inputs of FP8 products were quantised with scales that are powers of two when the model was made."""
+    """Whether the model was trained with inputs of FP8 GEMMs quantised by power-of-two scales."""
 
     @property
     def has_index(self) -> bool:
@@ -106,10 +103,10 @@ class ModelConfig:
             return 1.0
         return yarn_mscale(self.yarn.factor, self.yarn.mscale) / yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim)
 
-    def num_per_head_tokens(self, num_prompt_tokens: int) -> int:
-        """How many first tokens of a sequence go through per-head attention; the others take the absorbed form.
+    def num_mha_tokens(self, num_prompt_tokens: int) -> int:
+        """Number of leading tokens of a sequence that take the MHA form of attention; all others take the MQA form.
 
-        Prompt tokens do as long as they attend to every earlier position.
+        These are the prompt tokens that attend to every earlier position.
         """
         return min(num_prompt_tokens, self.index_topk) if self.has_index else num_prompt_tokens
 
@@ -122,36 +119,18 @@ class ModelConfig:
         return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
     @classmethod
-    def from_pretrained(cls, model_dir: str | Path) -> ModelConfig:
-        """Read `config.json` of a model directory. ValueError names the file; code in the directory is never run."""
-        path = Path(model_dir) / "config.json"
-        if not path.is_file():
-            raise ValueError(
-                f"{path} does not exist; give the directory that holds config.json and the *.safetensors files"
-            )
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise ValueError(f"{path} is larger than {_MAX_CONFIG_BYTES} bytes, which no model configuration is")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
-        try:
-            return cls.from_dict(values)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+    def from_dict(
+        cls, values: Mapping[str, Any], *, model_type: str, has_indexer: bool = False, interleave_indexer: bool = False
+    ) -> ModelConfig:
+        """Build from the contents of a config.json as a model of `model_type`.
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Build from the contents of a config.json; fields that the forward pass does not use are ignored."""
-        if not isinstance(values, Mapping):
-            raise ValueError("the model configuration must be a JSON object")
-        model_type = values.get("model_type")
-        _check_model_type(model_type)
-        assert isinstance(model_type, str)
-        _check_unsupported(values)
-        read = _Reader(values)
+        has_indexer: attention is sparse (DSA). interleave_indexer: default of `indexer_rope_interleave`.
+        Fields that have no bearing on the forward pass are ignored; ValueError for those that would change it.
+        """
+        check_supported(values)
+        check_quantization(values)
+        read = Reader(values)
         num_layers = read.integer("num_hidden_layers", high=_MAX_LAYERS)
-        indexed = model_type in INDEXED_MODEL_TYPES
         rope_theta, yarn = _rope(values)
         config = cls(
             model_type=model_type,
@@ -164,7 +143,7 @@ class ModelConfig:
             first_k_dense_replace=_first_k_dense_replace(values, num_layers),
             moe_layer_freq=read.integer("moe_layer_freq", default=1),
             num_attention_heads=read.integer("num_attention_heads"),
-            q_lora_rank=read.integer("q_lora_rank"),
+            q_lora_rank=None if read.is_null("q_lora_rank") else read.integer("q_lora_rank"),
             kv_lora_rank=read.integer("kv_lora_rank"),
             qk_nope_head_dim=read.integer("qk_nope_head_dim"),
             qk_rope_head_dim=read.integer("qk_rope_head_dim"),
@@ -195,11 +174,11 @@ class ModelConfig:
             ),
             bos_token_id=None if values.get("bos_token_id") is None else read.integer("bos_token_id", low=0),
             eos_token_ids=_eos_token_ids(values),
-            index_n_heads=read.integer("index_n_heads") if indexed else 0,
-            index_head_dim=read.integer("index_head_dim") if indexed else 0,
-            index_topk=read.integer("index_topk") if indexed else 0,
-            indexer_types=_indexer_types(values, num_layers) if indexed else (),
-            indexer_rope_interleave=read.boolean("indexer_rope_interleave", default=model_type == "glm_moe_dsa"),
+            index_n_heads=read.integer("index_n_heads") if has_indexer else 0,
+            index_head_dim=read.integer("index_head_dim") if has_indexer else 0,
+            index_topk=read.integer("index_topk") if has_indexer else 0,
+            indexer_types=_indexer_types(values, num_layers) if has_indexer else (),
+            indexer_rope_interleave=read.boolean("indexer_rope_interleave", default=interleave_indexer),
             weight_block_size=_weight_block_size(values.get("quantization_config")),
             ue8m0_scales=_ue8m0_scales(values.get("quantization_config")),
         )
@@ -207,7 +186,7 @@ class ModelConfig:
         return config
 
     def _check_together(self, values: Mapping[str, Any]) -> None:
-        """Refuse values that are each fine but do not fit each other."""
+        """Refuse values that are valid by themselves but contradict each other."""
         if values.get("num_key_value_heads") not in (None, self.num_attention_heads):
             raise ValueError(
                 f"num_key_value_heads must equal num_attention_heads ({self.num_attention_heads}) in latent "
@@ -215,6 +194,10 @@ class ModelConfig:
             )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
+        if self.has_index and self.q_lora_rank is None:
+            raise ValueError(
+                "q_lora_rank null is not supported with an indexer, whose queries are made from that latent"
+            )
         if self.has_index and self.index_head_dim < self.qk_rope_head_dim:
             raise ValueError(
                 f"index_head_dim ({self.index_head_dim}) must be at least qk_rope_head_dim ({self.qk_rope_head_dim}): "
@@ -246,74 +229,6 @@ class ModelConfig:
                 )
 
 
-class _Reader:
-    """Typed access to the fields of a config.json; every error names the field and its value."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
-    def get(self, name: str, default: object = None) -> object:
-        if name in self._values:
-            return self._values[name]
-        if default is None:
-            raise ValueError(f"the field {name} is missing")
-        return default
-
-    def integer(
-        self, name: str, *, low: int = 1, high: int = _MAX_SIZE, default: int | None = None, null: int | None = None
-    ) -> int:
-        """`default` stands in for a missing field, `null` for one that is present and null."""
-        value = self.get(name, default)
-        if value is None and null is not None:
-            return null
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
-        return value
-
-    def positive(self, name: str) -> float:
-        value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-        return float(value)
-
-    def boolean(self, name: str, *, default: bool | None = None) -> bool:
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r}")
-        return value
-
-    def choice(self, name: str, only: str) -> str:
-        """A field with one supported value, which is also what its absence means."""
-        value = self.get(name, only)
-        if value != only:
-            raise ValueError(f"{name} {value!r} is not supported, only {only!r} is")
-        return only
-
-
-def _check_model_type(model_type: object) -> None:
-    if model_type in SUPPORTED_MODEL_TYPES:
-        return
-    supported = f"supported model types are {', '.join(SUPPORTED_MODEL_TYPES)}"
-    if model_type is None:
-        raise ValueError(f"the field model_type is missing; {supported}")
-    if model_type == "deepseek_v2":
-        raise ValueError(f"model_type deepseek_v2 routes with softmax scores, which is not supported; {supported}")
-    raise ValueError(f"model_type {model_type!r} is not supported; {supported}")
-
-
-def _check_unsupported(values: Mapping[str, Any]) -> None:
-    """Refuse, with the reason, the variants of these architectures that the model code does not compute."""
-    if "q_lora_rank" in values and values["q_lora_rank"] is None:
-        raise ValueError("q_lora_rank null (queries without a low-rank projection) is not supported")
-    for name in ("attention_bias", "mlp_bias"):
-        if values.get(name, False) not in (False, None):
-            raise ValueError(
-                f"{name} {values[name]!r} is not supported: no released model of the family has these biases"
-            )
-    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ValueError("partial_rotary_factor is not supported: qk_rope_head_dim says how much of a head is rotated")
-
-
 def _torch_dtype(values: Mapping[str, Any]) -> torch.dtype:
     value = values.get("torch_dtype") or values.get("dtype") or "bfloat16"
     if not isinstance(value, str) or value not in _TORCH_DTYPES:
@@ -325,7 +240,7 @@ def _first_k_dense_replace(values: Mapping[str, Any], num_layers: int) -> int:
     """Leading dense layers; `mlp_layer_types`, where present, decides as it does in transformers."""
     layer_types = values.get("mlp_layer_types")
     if layer_types is None:
-        return _Reader(values).integer("first_k_dense_replace", low=0)
+        return Reader(values).integer("first_k_dense_replace", low=0)
     num_dense = layer_types.count("dense") if isinstance(layer_types, list) else 0
     if layer_types != ["dense"] * num_dense + ["sparse"] * (num_layers - num_dense):
         raise ValueError(
@@ -355,7 +270,7 @@ def _indexer_types(values: Mapping[str, Any], num_layers: int) -> tuple[IndexerT
     if isinstance(types, str):
         types = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in types]
     if types is None:
-        read = _Reader(values)
+        read = Reader(values)
         freq = max(read.integer("index_topk_freq", low=0, default=1, null=1), 1)
         offset = read.integer("index_skip_topk_offset", low=0, default=2, null=2)
         name = "index_topk_freq"
@@ -373,7 +288,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
     if not isinstance(part, Mapping):
         raise ValueError(f"rope_scaling and rope_parameters must be JSON objects or null, got {part!r}")
     rope = {"rope_theta": values["rope_theta"], **part} if "rope_theta" in values else part
-    read = _Reader(rope)
+    read = Reader(rope)
     theta = read.positive("rope_theta")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):

@@ -6,132 +6,112 @@ a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from shoal.kernels import fused as blocks
-from shoal.kernels.experts import experts_mlp, mlp, swiglu
-from shoal.kernels.linear import DTYPE_CODES, PackedWeight, linear, pack_each, pack_weight
-from shoal.kernels.topk_router import route
-from shoal.parallel.dispatcher import LocalTokenDispatcher, TokenDispatcher
+from shoal.parallel.dispatcher import TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, gather_tokens, shard, split_tokens
+from shoal.parallel.spans import SpanName
 
 from .config import ModelConfig
-from .forward import AttentionMetadata
-from .weights import LayerWeights
-
-_GATE_UP = ("gate_proj.weight", "up_proj.weight")
-"""gate over up: [2I, H]."""
+from .forward import StepContext
+from .weights import Layer, WeightFactory
 
 
-class DenseMLP:
-    """down(silu(gate(x)) * up(x)), split over the outputs of each product in the tp group."""
+class DenseMLP(Layer):
+    """down(silu(gate(x)) * up(x)); both GEMMs are split over their outputs in the tp group."""
 
-    def __init__(self, config: ModelConfig, weights: LayerWeights, groups: ParallelGroups, *, layer: int) -> None:
-        self.layer = layer
+    span: SpanName = "model.mlp"
+
+    def __init__(self, config: ModelConfig, weights: WeightFactory, groups: ParallelGroups, *, layer: int) -> None:
+        self.ops = weights.ops
         self.tp = groups.tp
-        inner = shard(config.intermediate_size, groups.tp_rank, self.tp.size)
-        self.gate_up = weights.pack(*_GATE_UP, rows=inner)
-        self.down = weights.pack("down_proj.weight", rows=shard(config.hidden_size, groups.tp_rank, self.tp.size))
+        self.layer = layer
+        hidden, inner = config.hidden_size, config.intermediate_size
+        # gate over up: [2I, H]
+        self.gate_up = weights.matrix(
+            {"gate_proj.weight": (inner, hidden), "up_proj.weight": (inner, hidden)},
+            rows=shard(inner, groups.tp_rank, self.tp.size),
+        )
+        self.down = weights.matrix(
+            {"down_proj.weight": (hidden, inner)}, rows=shard(hidden, groups.tp_rank, self.tp.size)
+        )
 
-    def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+    def forward(self, x: Tensor, ctx: StepContext) -> Tensor:
         """x [T, H] -> [T, H]."""
         if self.tp.size == 1:
-            return mlp(x, self.gate_up, self.down)  # the same bits, in one call
-        inner = swiglu(linear(x, self.gate_up))
+            return self.ops.mlp(x, self.gate_up.data, self.down.data)  # the same bits, in one call
+        inner = self.ops.swiglu(self.ops.linear(x, self.gate_up.data))
         inner = gather_last_dim(inner, self.tp, layer=self.layer, op="mlp.inner")
-        return column_parallel(inner, self.down, self.tp, layer=self.layer, op="mlp.down")
+        return column_parallel(self.ops, inner, self.down.data, self.tp, layer=self.layer, op="mlp.down")
 
 
-class MoE:
+class SharedExpert(Layer):
+    """An MLP that sees every token; replicated on all ranks."""
+
+    def __init__(self, config: ModelConfig, weights: WeightFactory) -> None:
+        self.ops = weights.ops
+        hidden, inner = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        self.gate_up = weights.matrix({"gate_proj.weight": (inner, hidden), "up_proj.weight": (inner, hidden)})
+        self.down = weights.matrix({"down_proj.weight": (hidden, inner)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        return self.ops.mlp(x, self.gate_up.data, self.down.data)
+
+
+class MoE(Layer):
     """Route, dispatch, experts, combine; the shared expert sees every token.
 
     The ranks of a tp group hold the same tokens, so each takes its share of them through the experts.
     """
 
+    span: SpanName = "model.moe"
+
     def __init__(
         self,
         config: ModelConfig,
-        weights: LayerWeights,
+        weights: WeightFactory,
         groups: ParallelGroups,
         dispatcher: TokenDispatcher,
         *,
         layer: int,
-        local_experts: list[int],
+        local_experts: Sequence[int],
     ) -> None:
-        self.layer = layer
+        """local_experts: the logical expert in each slot of this rank, as in the dispatcher's placement."""
+        self.ops = weights.ops
         self.tp = groups.tp
-        self.dispatcher = dispatcher
+        self.layer = layer
         self.config = config
-        self.gate = pack_weight(weights.read("gate.weight", dtype=torch.float32))
-        self.bias = weights.read("gate.e_score_correction_bias", dtype=torch.float32)
-        self.gate_up, self.down = _load_experts(config, weights, local_experts)
-        self.shared: tuple[PackedWeight, PackedWeight] | None = None
-        if config.n_shared_experts:
-            shared = weights.under("shared_experts")
-            self.shared = (shared.pack(*_GATE_UP), shared.pack("down_proj.weight"))
-
-    def block(self, post_attention_norm: Tensor, eps: float) -> blocks.MoeBlock | None:
-        """This layer with the norm before it for calls of `blocks`, where they exist: without tensor parallelism."""
-        if self.tp.size > 1 or self.gate.backend != "cpu":
-            return None
-        config = self.config
-        block = blocks.MoeBlock(
-            dtype=DTYPE_CODES[self.gate_up.dtype],
-            hidden_size=config.hidden_size,
-            moe_intermediate_size=config.moe_intermediate_size,
-            n_routed_experts=config.n_routed_experts,
-            num_slots=self.gate_up.num_matrices,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            num_experts_per_tok=config.num_experts_per_tok,
-            norm_topk_prob=config.norm_topk_prob,
-            post_attention_norm=post_attention_norm.data_ptr(),
-            gate=self.gate.data.data_ptr(),
-            bias=self.bias.data_ptr(),
-            gate_up=blocks.Weight.of(self.gate_up),
-            down=blocks.Weight.of(self.down),
-            rms_norm_eps=eps,
-            routed_scaling_factor=config.routed_scaling_factor,
+        self.dispatcher = dispatcher
+        hidden, inner, num_experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+        self.gate = weights.matrix({"gate.weight": (num_experts, hidden)}, dtype=torch.float32)
+        self.bias = weights.vector("gate.e_score_correction_bias", num_experts, dtype=torch.float32)
+        self.gate_up = weights.experts(
+            {"gate_proj.weight": (inner, hidden), "up_proj.weight": (inner, hidden)},
+            num_experts=num_experts,
+            local=local_experts,
         )
-        if self.shared is not None:
-            gate_up, down = self.shared
-            block.shared_intermediate_size = down.in_features
-            block.shared_gate_up, block.shared_down = blocks.Weight.of(gate_up), blocks.Weight.of(down)
-        if isinstance(self.dispatcher, LocalTokenDispatcher):
-            block.slot_of = self.dispatcher.slot_of.data_ptr()
-        return block
+        self.down = weights.experts({"down_proj.weight": (hidden, inner)}, num_experts=num_experts, local=local_experts)
+        self.shared = SharedExpert(config, weights.under("shared_experts")) if config.n_shared_experts else None
 
-    def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+    def forward(self, x: Tensor, ctx: StepContext) -> Tensor:
         """x [T, H] -> [T, H]: the routed experts in slot order plus the shared expert, summed in fp32, rounded once."""
         mine = split_tokens(x, self.tp)
-        topk_idx, topk_weights = self._route(mine)
-        metadata.emit(self.layer, "moe.topk_idx", topk_idx)
-        out = self._experts(mine, topk_idx, topk_weights)
+        topk_idx, topk_weights = self.route(mine)
+        ctx.emit(self.layer, "moe.topk_idx", topk_idx)
+        out = self.experts(mine, topk_idx, topk_weights, ctx)
         return gather_tokens(out, x.shape[0], self.tp, layer=self.layer, op="moe.gather")
 
-    def forward_block(
-        self, block: blocks.MoeBlock, step: blocks.StepArgs, attended: Tensor, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(attention output, residual) [T, H] -> (what the experts add, residual), with the bits of `forward`."""
-        if isinstance(self.dispatcher, LocalTokenDispatcher):
-            return blocks.moe_block(block, step, attended, residual)
-        x, residual, topk_idx, topk_weights = blocks.moe_route(block, step, attended, residual)
-        return self._experts(x, topk_idx, topk_weights), residual
-
-    def _experts(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        """Tokens of this rank through their experts, wherever these are; the shared one works while outputs travel."""
-        tokens, handle = self.dispatcher.dispatch(x, topk_idx, topk_weights, layer=self.layer)
-        y = experts_mlp(tokens.x, tokens.num_tokens_per_expert, self.gate_up, self.down, tokens.x_row, tokens.out_row)
-        receive = self.dispatcher.combine(y, handle, layer=self.layer)
-        return receive(None if self.shared is None else mlp(x, *self.shared))
-
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, H] -> (logical experts [T, K] int64, their weights [T, K] fp32)."""
         config = self.config
-        return route(
-            linear(x.float(), self.gate),
-            self.bias,
+        return self.ops.route(
+            self.ops.linear(x.float(), self.gate.data),
+            self.bias.data,
             n_group=config.n_group,
             topk_group=config.topk_group,
             top_k=config.num_experts_per_tok,
@@ -139,11 +119,15 @@ class MoE:
             routed_scaling_factor=config.routed_scaling_factor,
         )
 
-
-def _load_experts(config: ModelConfig, weights: LayerWeights, local: list[int]) -> tuple[PackedWeight, PackedWeight]:
-    """This rank's experts, read and packed one at a time."""
-    hidden, inner = config.hidden_size, config.moe_intermediate_size
-    experts = [weights.under(f"experts.{expert}") for expert in local]
-    gate_up = pack_each((e.pack(*_GATE_UP) for e in experts), len(local), (2 * inner, hidden), weights.dtype)
-    down = pack_each((e.pack("down_proj.weight") for e in experts), len(local), (hidden, inner), weights.dtype)
-    return gate_up, down
+    def experts(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, ctx: StepContext) -> Tensor:
+        """Send x [T, H] through its experts, wherever they are; the shared expert works while outputs travel."""
+        with ctx.spans("model.dispatch"):
+            tokens, handle = self.dispatcher.dispatch(x, topk_idx, topk_weights, layer=self.layer)
+        y = self.ops.experts_mlp(
+            tokens.x, tokens.num_tokens_per_expert, self.gate_up.data, self.down.data, tokens.x_row, tokens.out_row
+        )
+        with ctx.spans("model.combine"):
+            receive = self.dispatcher.combine(y, handle, layer=self.layer)
+        shared = None if self.shared is None else self.shared.forward(x)
+        with ctx.spans("model.combine"):
+            return receive(shared)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import msgpack
 
 UNKNOWN_TOKEN = -1
-"""Of a step that is prepared while the one before it runs."""
+"""Placeholder id in a batch that is scheduled before the previous step's tokens are known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,21 +20,22 @@ class ScheduledSequence:
     block_table: list[int]
     """Blocks that hold positions `[0, start + len(token_ids))`, in order."""
     num_prompt_tokens: int
-    """Of the sequence: its tokens from this position on were generated."""
-    sample: bool
-    """Whether the last scheduled token is the last known one, so that its logits give the next."""
+    """Prompt length of the sequence: its tokens from this position on were generated."""
+    num_logits: int
+    """How many of the last scheduled tokens have their logits sampled: 0 before the last known token, 1 with it, and
+    k + 1 if k draft tokens follow it."""
     num_prompt_logits: int = 0
-    """How many of the last scheduled tokens are prompt tokens whose logits were asked for (`prompt_logprobs`)."""
+    """How many of the last scheduled tokens are prompt tokens whose logits are scored (`prompt_logprobs`)."""
 
 
 @dataclass(frozen=True, slots=True)
-class RecordWrite:
-    """Records that came from another replica and go into the cache before the step computes anything."""
+class KVWrite:
+    """KV that was received from another replica and is written to the cache before the step computes anything."""
 
     seq_id: int
     start: int
     end: int
-    """Positions `[start, end)` are written, the last ones of a payload of `num_bytes`."""
+    """Positions `[start, end)` are written, from the end of a payload of `num_bytes`."""
     num_bytes: int
     block_table: list[int]
     """Blocks that hold positions `[0, end)` at least, in order."""
@@ -42,10 +43,10 @@ class RecordWrite:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one attention group does in one step; empty when it has nothing to do."""
+    """What one attention group computes in one step; empty if it has nothing to compute."""
 
     sequences: list[ScheduledSequence]
-    writes: list[RecordWrite] = field(default_factory=list)
+    writes: list[KVWrite] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
@@ -58,7 +59,7 @@ class Batch:
     def pack(self) -> bytes:
         """To msgpack bytes; `unpack` is the inverse."""
         rows = [
-            (s.seq_id, s.start, s.token_ids, s.block_table, s.num_prompt_tokens, s.sample, s.num_prompt_logits)
+            (s.seq_id, s.start, s.token_ids, s.block_table, s.num_prompt_tokens, s.num_logits, s.num_prompt_logits)
             for s in self.sequences
         ]
         writes = [(w.seq_id, w.start, w.end, w.num_bytes, w.block_table) for w in self.writes]
@@ -69,7 +70,7 @@ class Batch:
     @classmethod
     def unpack(cls, data: bytes) -> Batch:
         rows, writes = msgpack.unpackb(data)
-        return cls([ScheduledSequence(*row) for row in rows], [RecordWrite(*row) for row in writes])
+        return cls([ScheduledSequence(*row) for row in rows], [KVWrite(*row) for row in writes])
 
 
 EMPTY_BATCH = Batch([])

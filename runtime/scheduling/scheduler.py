@@ -15,6 +15,7 @@ from operator import attrgetter
 from .batch import UNKNOWN_TOKEN, Batch, ScheduledSequence
 from .block_manager import BlockManager
 from .sequence import Sequence, SequenceStatus
+from .transfer_buffer import TransferBuffer
 
 _by_arrival = attrgetter("arrival")
 
@@ -31,11 +32,9 @@ class SchedulerConfig:
     """False: the known tokens of a waiting sequence are scheduled in one step or not at all."""
     max_chunk_size: int | None = None
     """Most tokens of one sequence in one step; None leaves only the budget."""
-    max_export_tokens: int | None = None
-    """Prompt tokens of admitted sequences that export, until their records were read; one sequence may exceed it."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_chunk_size", "max_export_tokens"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -48,19 +47,23 @@ class SchedulerConfig:
 class Scheduler:
     """Waiting and running sequences, both in order of arrival, over the blocks of one `BlockManager`.
 
-    A step is `batch = schedule()`, running the batch, and `update(batch, sampled)`. Between the two, a sequence may be
-    finished, aborted or preempted; its part of the batch then counts for nothing.
+    A step is `batch = schedule()`, running the batch, and `update(batch, accepted)`. Between the two, a sequence may be
+    finished, aborted or preempted; its part of the batch is then ignored.
 
     Every added sequence finishes: the oldest running one comes first in the budget and is never preempted for another,
     and alone it fits, because `add` refuses it otherwise.
     """
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+    def __init__(
+        self, config: SchedulerConfig, block_manager: BlockManager, transfer_buffer: TransferBuffer | None = None
+    ) -> None:
+        """`transfer_buffer`: admits sequences whose prompts are sent to other replicas; None admits them all."""
         self.config = config
         self.block_manager = block_manager
+        self.transfer_buffer = transfer_buffer or TransferBuffer()
         self.num_preemptions = 0
-        self.num_export_tokens = 0
-        """Prompt tokens whose records are in the export buffer, or will be."""
+        self.num_evicted_blocks = 0
+        """Blocks that the prefix cache lost to sequences that needed them."""
         self.prefix_cache_queries = 0
         """Tokens of admitted sequences that were looked up in the prefix cache."""
         self.prefix_cache_hits = 0
@@ -114,7 +117,7 @@ class Scheduler:
             self._make_room(seq, end)
             if seq.status is not SequenceStatus.RUNNING:
                 break
-            self.block_manager.allocate(seq, end)
+            self._allocate(seq, end)
             scheduled.append(_scheduled(seq, end))
             budget -= num_new
             index += 1
@@ -128,26 +131,29 @@ class Scheduler:
         otherwise is computed in vain. None where more is to be done than that: sequences wait or load, a prompt is not
         finished, a block is missing.
         """
-        advanced = {s.seq_id for s in batch.sequences if s.sample}
+        advanced = {s.seq_id for s in batch.sequences if s.num_logits}
         if self._waiting or not all(seq.seq_id in advanced for seq in self._running):
             return None
         going_on = [seq for seq in self._running if seq.num_tokens < seq.max_positions]
         manager = self.block_manager
-        lacking = (manager.num_blocks_for(seq.num_tokens + 1) - len(seq.block_table) for seq in going_on)
-        if not going_on or sum(lacking) > manager.num_free_blocks:
+        num_lacking = sum(self._num_blocks_lacking(seq, seq.num_tokens + 1) for seq in going_on)
+        if not going_on or num_lacking > manager.num_free_blocks:
             return None
         scheduled = []
         for seq in going_on:
             start = seq.num_tokens
-            manager.allocate(seq, start + 1)
+            self._allocate(seq, start + 1)
             table = list(seq.block_table)
             scheduled.append(
-                ScheduledSequence(seq.seq_id, start, [UNKNOWN_TOKEN], table, seq.num_prompt_tokens, sample=True)
+                ScheduledSequence(seq.seq_id, start, [UNKNOWN_TOKEN], table, seq.num_prompt_tokens, num_logits=1)
             )
         return Batch(scheduled)
 
-    def update(self, batch: Batch, sampled: Mapping[int, int]) -> None:
-        """Account for a batch that ran; `sampled` has the next token of each sequence whose last known token was in it.
+    def update(self, batch: Batch, accepted: Mapping[int, list[int]]) -> None:
+        """Account for a batch that ran.
+
+        accepted: by sequence with `num_logits`, the 1 to `num_logits` tokens that follow its known ones. All but the
+        last of them are the first of its draft tokens; the KV of the other drafts is not used and is written again.
 
         A sequence without a usable token (broken logits, say) must be finished before this call.
         """
@@ -157,41 +163,34 @@ class Scheduler:
                 continue
             assert seq.num_computed_tokens == part.start, f"sequence {seq.seq_id} was updated with an old batch"
             end = part.start + len(part.token_ids)
+            if part.num_logits:
+                end -= self._accept(seq, part, accepted[seq.seq_id])
             self.block_manager.mark_computed(seq, end)
             if seq.prompt_logits_pending:
                 covered = max(seq.num_delivered_prompt_logits, min(end, seq.num_prompt_tokens))
                 seq.num_delivered_prompt_logits = covered
-            if end == seq.num_tokens:
-                seq.output_token_ids.append(sampled[seq.seq_id])
 
-    def loaded(self, seq_id: int, num_tokens: int) -> None:
-        """The records of positions `[0, num_tokens)` of a loading sequence are in the cache."""
+    def mark_received(self, seq_id: int, num_tokens: int) -> None:
+        """Record that the KV of positions `[0, num_tokens)` of a loading sequence is in the cache."""
         seq = self._sequences[seq_id]
         assert seq.status is SequenceStatus.LOADING, f"sequence {seq_id} is {seq.status.value} and loads nothing"
         self.block_manager.mark_computed(seq, num_tokens)
 
-    def start(self, seq_id: int, output_token_ids: list[int]) -> None:
-        """Let a sequence that awaited records go on, computing what is missing; `output_token_ids` follow its prompt.
+    def resume(self, seq_id: int, output_token_ids: list[int]) -> None:
+        """End the wait for a remote prefill; `output_token_ids` follow the prompt, and what is missing is computed.
 
-        At least one of its known tokens must be missing: its logits give the next.
+        At least one known token must be missing from the cache: its logits give the next.
         """
         seq = self._sequences[seq_id]
-        assert seq.awaits_records, f"sequence {seq_id} was started before"
-        seq.awaits_records = False
+        assert seq.remote_prefill_pending, f"sequence {seq_id} was resumed before"
+        seq.remote_prefill_pending = False
         seq.output_token_ids.extend(output_token_ids)
         assert seq.num_computed_tokens < seq.num_tokens, f"sequence {seq_id} has nothing to compute"
         if seq.status is SequenceStatus.LOADING:
             seq.status = SequenceStatus.RUNNING
 
-    def release_export(self, seq: Sequence) -> None:
-        """The records of a finished sequence left the export buffer, or never came there."""
-        assert seq.status is SequenceStatus.FINISHED, f"sequence {seq.seq_id} still exports"
-        if seq.has_export_room:
-            seq.has_export_room = False
-            self.num_export_tokens -= seq.num_prompt_tokens
-
     def finish(self, seq_id: int, *, discard: bool = False) -> None:
-        """Let go of a sequence; `discard=True` also takes its tokens out of the prefix cache, after broken results."""
+        """Remove a sequence; `discard=True` also takes its tokens out of the prefix cache, after broken results."""
         seq = self._sequences.pop(seq_id)
         if seq.status is SequenceStatus.WAITING:
             self._waiting.remove(seq)
@@ -201,14 +200,14 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
 
     def abort(self, seq_id: int) -> bool:
-        """Finish a sequence on its user's wish; False when it is unknown or already finished."""
+        """Finish a sequence before its end; False if it is unknown or already finished."""
         if seq_id not in self._sequences:
             return False
         self.finish(seq_id)
         return True
 
     def preempt(self, seq_id: int) -> None:
-        """Take the blocks of a running or loading sequence; it waits in its place by arrival and begins again."""
+        """Free the blocks of a running or loading sequence; it waits in order of arrival to be computed again."""
         seq = self._sequences[seq_id]
         assert seq.status in (SequenceStatus.RUNNING, SequenceStatus.LOADING), (
             f"sequence {seq_id} is {seq.status.value} and cannot be preempted"
@@ -226,8 +225,8 @@ class Scheduler:
 
     def _check_feasible(self, seq: Sequence) -> None:
         name = f"sequence {seq.seq_id}"
-        assert self.config.enable_chunked_prefill or not seq.awaits_records, (
-            "what does not arrive is computed in chunks"
+        assert self.config.enable_chunked_prefill or not seq.remote_prefill_pending, (
+            "the part of a prompt that is not received is computed in chunks"
         )
         if seq.seq_id in self._sequences:
             raise ValueError(f"{name} is already scheduled; give every sequence its own id")
@@ -256,9 +255,9 @@ class Scheduler:
         return min(num_remaining, budget, self.config.max_chunk_size or budget)
 
     def _make_room(self, seq: Sequence, end: int) -> None:
-        """Preempt the latest arrivals, `seq` itself at last, until `seq` can hold positions `[0, end)`."""
+        """Preempt the latest arrivals, `seq` itself last, until there are blocks for positions `[0, end)` of `seq`."""
         manager = self.block_manager
-        num_new = manager.num_blocks_for(end) - len(seq.block_table)
+        num_new = self._num_blocks_lacking(seq, end)
         while num_new > manager.num_free_blocks and seq.status is SequenceStatus.RUNNING:
             self.preempt(self._running[-1].seq_id)
 
@@ -274,13 +273,13 @@ class Scheduler:
         room = manager.num_free_blocks - sum(self._num_blocks_ahead(seq) for seq in self._running)
         while self._waiting and budget > 0 and room > 0 and len(self._running) < self.config.max_num_seqs:
             seq = self._waiting[0]
-            if not self._may_export(seq):
+            if seq.remote_decode and not self.transfer_buffer.reserve(seq):
                 break
             prefix_blocks = manager.match_prefix(seq)
             num_cached = len(prefix_blocks) * manager.block_size
-            num_new = 0 if seq.awaits_records else self._chunk_size(seq.num_tokens - num_cached, budget)
-            whole = self.config.enable_chunked_prefill or seq.awaits_records or num_cached + num_new == seq.num_tokens
-            if not whole:
+            num_new = 0 if seq.remote_prefill_pending else self._chunk_size(seq.num_tokens - num_cached, budget)
+            is_whole = seq.remote_prefill_pending or num_cached + num_new == seq.num_tokens
+            if not (is_whole or self.config.enable_chunked_prefill):
                 break
             taken = self._num_blocks_ahead(seq) - len(prefix_blocks) + manager.num_idle(prefix_blocks)
             if taken > room:
@@ -290,29 +289,33 @@ class Scheduler:
             self._waiting.popleft()
             insort(self._running, seq, key=_by_arrival)
             self._count_hits(seq, num_cached)
-            if seq.awaits_records:
+            if seq.remote_prefill_pending:
                 seq.status = SequenceStatus.LOADING
-                manager.allocate(seq, seq.num_prompt_tokens, prefix_blocks)
+                self._allocate(seq, seq.num_prompt_tokens, prefix_blocks)
                 continue
             seq.status = SequenceStatus.RUNNING
-            manager.allocate(seq, num_cached + num_new, prefix_blocks)
+            self._allocate(seq, num_cached + num_new, prefix_blocks)
             scheduled.append(_scheduled(seq, num_cached + num_new))
 
-    def _may_export(self, seq: Sequence) -> bool:
-        """Whether the export buffer has room for what `seq` will export; takes that room."""
-        if not seq.exports or seq.has_export_room:
-            return True
-        limit = self.config.max_export_tokens
-        if limit is not None and 0 < self.num_export_tokens > limit - seq.num_prompt_tokens:
-            return False
-        seq.has_export_room = True
-        self.num_export_tokens += seq.num_prompt_tokens
-        return True
+    def _accept(self, seq: Sequence, part: ScheduledSequence, tokens: list[int]) -> int:
+        """Append the accepted tokens; returns how many draft tokens were rejected."""
+        drafts = part.token_ids[len(part.token_ids) - part.num_logits + 1 :]
+        assert 1 <= len(tokens) <= part.num_logits, f"sequence {seq.seq_id} gets {len(tokens)} of {part.num_logits}"
+        assert tokens[:-1] == drafts[: len(tokens) - 1], f"sequence {seq.seq_id} accepts what was no draft"
+        seq.output_token_ids.extend(tokens)
+        assert seq.num_output_tokens <= seq.max_tokens, f"sequence {seq.seq_id} exceeds max_tokens={seq.max_tokens}"
+        return part.num_logits - len(tokens)
+
+    def _allocate(self, seq: Sequence, num_tokens: int, prefix_blocks: list[int] | None = None) -> None:
+        self.num_evicted_blocks += len(self.block_manager.allocate(seq, num_tokens, prefix_blocks))
 
     def _num_blocks_ahead(self, seq: Sequence) -> int:
         """Blocks that `seq` lacks for its known tokens and one more, if it can have one more."""
-        num_positions = min(seq.num_tokens + 1, seq.max_positions)
-        return self.block_manager.num_blocks_for(num_positions) - len(seq.block_table)
+        return self._num_blocks_lacking(seq, min(seq.num_tokens + 1, seq.max_positions))
+
+    def _num_blocks_lacking(self, seq: Sequence, num_positions: int) -> int:
+        """Blocks to allocate for positions `[0, num_positions)`; rejected drafts may have left more than these."""
+        return max(0, self.block_manager.num_blocks_for(num_positions) - len(seq.block_table))
 
     def _count_hits(self, seq: Sequence, num_cached: int) -> None:
         if self.block_manager.enable_prefix_caching and not seq.prompt_logits_pending:
@@ -337,6 +340,6 @@ def _scheduled(seq: Sequence, end: int) -> ScheduledSequence:
         seq.slice(start, end),
         list(seq.block_table),
         seq.num_prompt_tokens,
-        sample=end == seq.num_tokens,
+        num_logits=int(end == seq.num_tokens),
         num_prompt_logits=max(0, pending),
     )

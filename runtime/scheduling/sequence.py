@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .block_manager import PrefixNode
+from .prefix_index import PrefixNode
 
 
 class SequenceStatus(Enum):
@@ -15,7 +13,7 @@ class SequenceStatus(Enum):
 
     WAITING = "waiting"
     LOADING = "loading"
-    """Its prompt's records are on their way from another replica."""
+    """Its prompt's KV is being received from another replica."""
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -35,10 +33,10 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     needs_prompt_logits: bool = False
     """Every prompt position needs logits once, so nothing of the prompt may come from the prefix cache before that."""
-    awaits_records: bool = False
-    """Its prompt is computed by another replica: once admitted it loads, and computes nothing before `start`."""
-    exports: bool = False
-    """Its prompt's records go to another replica, in a buffer that must have room for them."""
+    remote_prefill_pending: bool = False
+    """Another replica computes the prompt: once admitted the sequence loads, and computes nothing before `resume`."""
+    remote_decode: bool = False
+    """The prompt's KV is sent to another replica, from a buffer that must have room for it."""
     salt: bytes = b""
     """Sequences share cached blocks only with sequences of the same salt."""
 
@@ -47,15 +45,13 @@ class Sequence:
     arrival: int = -1
     """Position in the order of `Scheduler.add` calls; preemption keeps it."""
     num_computed_tokens: int = 0
-    """Positions `[0, num_computed_tokens)` have their records in the cache, in the blocks of `block_table`."""
+    """Positions `[0, num_computed_tokens)` have their KV in the cache, in the blocks of `block_table`."""
     block_table: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
     """Prompt tokens that the first admission found in the prefix cache."""
     num_delivered_prompt_logits: int = 0
     """Prompt positions `[0, this)` had their logits computed; recomputing them does not ask again."""
     num_preemptions: int = 0
-    has_export_room: bool = False
-    """Since it was first in the queue; kept until its records were read."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hashes of the leading full blocks, as far as they were needed; kept through preemption."""
     prefix: PrefixNode | None = None
@@ -76,7 +72,7 @@ class Sequence:
 
     @property
     def max_positions(self) -> int:
-        """Most positions that ever need a record; the last generated token needs none, as nothing follows it."""
+        """Most positions that are ever computed; the last generated token is not, as nothing follows it."""
         return len(self.prompt_token_ids) + self.max_tokens - 1
 
     @property

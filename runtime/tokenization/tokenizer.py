@@ -6,12 +6,14 @@ Users cannot write special tokens: their text goes through a second tokenizer th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from ..checkpoint.file_kinds import describe_file
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -52,8 +54,13 @@ Part = str | Special
 class Tokenizer:
     """A byte-level BPE or a word-level tokenizer (`tokenizers` library); immutable, so threads may share it."""
 
-    def __init__(self, spec: dict[str, Any], eos_token_ids: Sequence[int] = ()) -> None:
-        """`spec` is the content of a tokenizer.json; other kinds of tokenizer are a ValueError."""
+    def __init__(
+        self, spec: dict[str, Any], eos_token_ids: Sequence[int] = (), settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """`spec` is the content of tokenizer.json, `settings` that of tokenizer_config.json.
+
+        ValueError for other kinds of tokenizer, and for a begin- or end-of-sequence token that `spec` lacks.
+        """
         model, decoder = (spec.get("model") or {}).get("type"), spec.get("decoder")
         if model not in ("BPE", "WordLevel") or (decoder and decoder["type"] != "ByteLevel"):
             raise ValueError(
@@ -61,31 +68,39 @@ class Tokenizer:
                 "WordLevel with a ByteLevel decoder or none"
             )
         self._full = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self._text = tokenizers.Tokenizer.from_str(json.dumps(_without_added_tokens(spec)))
-        added = spec.get("added_tokens") or []
         ids = self._full.get_vocab(with_added_tokens=True)
+        text_spec = _without_added_tokens(spec) | {"post_processor": _post_processor(spec, settings or {}, ids)}
+        self._text = tokenizers.Tokenizer.from_str(json.dumps(text_spec))
+        added = spec.get("added_tokens") or []
         self._added_ids = {t["content"]: ids[t["content"]] for t in added}
         self._skipped_ids = frozenset(self._added_ids[t["content"]] for t in added if t["special"])
         self._byte_of_char = {c: b for b, c in enumerate(_byte_alphabet())} if decoder else None
         self.vocab_size = 1 + max(ids.values())
         """One more than the largest id; a model may have more rows."""
-        self.eos_token_ids: tuple[int, ...] = tuple(sorted(set(eos_token_ids)))
+        eos = _sentence_token(settings or {}, "eos_token", ids)
+        self.eos_token_ids: tuple[int, ...] = tuple(sorted({*eos_token_ids, *(() if eos is None else (eos[1],))}))
+        """Ids that end an answer."""
         self.separator: bytes = b"" if decoder else b" "
         """What `decode` puts between two tokens."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer | None:
-        """Read `tokenizer.json` and the end-of-sequence ids of a model directory; None if it has no tokenizer.json."""
+        """Read the tokenizer of a model directory; None if it has no tokenizer.json.
+
+        Begin- and end-of-sequence tokens are those of transformers and vLLM: see `_post_processor` for what is added
+        to a prompt; an answer ends at the `eos_token` of tokenizer_config.json (or special_tokens_map.json) and at the
+        ids of `read_eos_token_ids`.
+        """
         directory = Path(directory)
         path = directory / "tokenizer.json"
-        spec = _read_json(path)
+        spec = read_json(path)
         if spec is None:
             return None
-        eos = (_read_json(directory / "tokenizer_config.json") or {}).get("eos_token")
-        eos_text = eos["content"] if isinstance(eos, dict) else eos
+        settings = read_json(directory / "tokenizer_config.json") or {}
+        if "added_tokens_decoder" not in settings:  # the older way to name special tokens
+            settings |= read_json(directory / "special_tokens_map.json") or {}
         try:
-            eos_ids = [t["id"] for t in spec.get("added_tokens") or [] if t["content"] == eos_text]
-            return cls(spec, [*read_eos_token_ids(directory), *eos_ids])
+            return cls(spec, read_eos_token_ids(directory), settings)
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{path} cannot be used: {error}") from error
 
@@ -95,14 +110,14 @@ class Tokenizer:
         The only added token that can come out is the unknown-word token of a word-level vocabulary. A lone surrogate is
         a ValueError.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which no "
-                "Unicode text contains; repair or drop it"
-            ) from error
+        _check_unicode(text)
         ids: list[int] = self._text.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Like `encode`, with the begin- and end-of-sequence tokens that the tokenizer adds to a prompt."""
+        _check_unicode(text)
+        ids: list[int] = self._text.encode(text, add_special_tokens=True).ids
         return ids
 
     def encode_rendered(self, parts: Sequence[Part]) -> list[int]:
@@ -142,20 +157,78 @@ class Tokenizer:
         return bytes(map(byte_of_char.__getitem__, token))
 
     def special_id(self, text: str) -> int | None:
-        """The id of an added token, or None if there is none that is spelt so."""
+        """The id of an added token; None if no added token has this text."""
         return self._added_ids.get(text)
 
 
 def read_eos_token_ids(directory: str | Path) -> tuple[int, ...]:
     """The end-of-sequence ids of `generation_config.json`, or else of `config.json`; empty if neither names one."""
     for name in ("generation_config.json", "config.json"):
-        value = (_read_json(Path(directory) / name) or {}).get("eos_token_id")
+        value = (read_json(Path(directory) / name) or {}).get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             raise ValueError(f"{Path(directory) / name}: eos_token_id must be an id or a list of ids, got {value!r}")
         if ids:
             return tuple(sorted(set(ids)))
     return ()
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which no "
+            "Unicode text contains; repair or drop it"
+        ) from error
+
+
+def _post_processor(
+    spec: Mapping[str, Any], settings: Mapping[str, Any], ids: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """The `tokenizers` post-processor that adds begin- and end-of-sequence tokens to a prompt.
+
+    As in transformers, the template in tokenizer.json decides if there is one. Otherwise `add_bos_token` and
+    `add_eos_token` of tokenizer_config.json do; where neither is given, DeepSeek's begin-of-sequence token is added if
+    the tokenizer has it.
+    """
+    add_bos, add_eos = settings.get("add_bos_token"), settings.get("add_eos_token")
+    for name, value in (("add_bos_token", add_bos), ("add_eos_token", add_eos)):
+        if not isinstance(value, bool | None):
+            raise ValueError(f"{name} of tokenizer_config.json must be true or false, got {value!r}")
+    post_processor: dict[str, Any] | None = spec.get("post_processor")
+    if post_processor is not None and post_processor["type"] != "ByteLevel":  # which only moves offsets
+        return post_processor
+    if add_bos is None and add_eos is None:
+        return _template((BOS, ids[BOS]) if BOS in ids else None, None)
+    bos = _sentence_token(settings, "bos_token", ids) if add_bos else None
+    eos = _sentence_token(settings, "eos_token", ids) if add_eos else None
+    return _template(bos, eos)
+
+
+def _template(bos: tuple[str, int] | None, eos: tuple[str, int] | None) -> dict[str, Any] | None:
+    """A post-processor that puts `bos` before a text and `eos` after it; each is (text, id)."""
+    if bos is None and eos is None:
+        return None
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    before, after = ([{"SpecialToken": {"id": t[0], "type_id": 0}}] if t else [] for t in (bos, eos))
+    return {
+        "type": "TemplateProcessing",
+        "single": [*before, text, *after],
+        "pair": [*before, text, {"Sequence": {"id": "B", "type_id": 1}}, *after],
+        "special_tokens": {t[0]: {"id": t[0], "ids": [t[1]], "tokens": [t[0]]} for t in (bos, eos) if t},
+    }
+
+
+def _sentence_token(settings: Mapping[str, Any], name: str, ids: Mapping[str, int]) -> tuple[str, int] | None:
+    """Text and id of a token that tokenizer_config.json names, or None if it names none."""
+    value = settings.get(name)
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is None:
+        return None
+    if not isinstance(text, str) or text not in ids:
+        raise ValueError(f"tokenizer_config.json has {name} {text!r}, which tokenizer.json lacks; correct one of them")
+    return text, ids[text]
 
 
 def write_byte_tokenizer(path: str | Path) -> int:
@@ -180,7 +253,7 @@ def write_byte_tokenizer(path: str | Path) -> int:
 
 
 def _without_added_tokens(spec: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer with no way to an added token: none to match, none in the vocabulary, no merge to one."""
+    """The same tokenizer without added tokens: none to match, none in the vocabulary, no merge that makes one."""
     added = spec.get("added_tokens") or []
     contents, ids = {t["content"] for t in added}, {t["id"] for t in added}
     model = dict(spec["model"])
@@ -204,13 +277,14 @@ def _byte_alphabet() -> list[str]:
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, or None if there is no such file."""
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} {describe_file(path) or f'is not valid JSON: {error}'}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return content

@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 from shoal.kernels.registry import use_backend
 from shoal.parallel.groups import single_process_groups
-from shoal.runtime.checkpoint.checkpoint import SCALE_SUFFIX, Checkpoint
+from shoal.runtime.checkpoint.checkpoint import Checkpoint
+from shoal.runtime.checkpoint.fp8_blocks import SCALE_SUFFIX
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
-from shoal.runtime.engine.engine import Engine
 from shoal.runtime.engine.model_loading import check_layout
-from shoal.runtime.models.config import ModelConfig
+from shoal.runtime.models.families import read_config
 from tests.support.invariance import SCHEDULES, Point, Rows, differing, make_model, run_point, run_points_on_rank
 from tests.support.spawn import run_ranks
 from tests.support.tables import write_or_compare
@@ -127,9 +128,9 @@ def test_weights_in_fp8_answer_like_the_dequantised_ones(tmp_path: Path) -> None
 def test_what_cannot_keep_the_contract_is_refused(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path, "deepseek_v3", "float32")
     with pytest.raises(ValueError, match=r"num_attention_heads = 4 cannot be split over tensor_parallel_size = 3"):
-        check_layout(ModelConfig.from_pretrained(model_dir), 3)
+        check_layout(read_config(model_dir), 3)
     with use_backend("reference"), pytest.raises(ValueError, match="set invariance to relaxed"):
-        Engine(model_dir, EngineConfig(kernel_backend="reference"), single_process_groups())
+        build_engine(model_dir, EngineConfig(kernel_backend="reference"), single_process_groups())
 
 
 def document(cells: dict[tuple[str, str], dict[str, list[int]]]) -> str:

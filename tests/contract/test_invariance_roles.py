@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal.parallel.groups import single_process_groups
-from shoal.runtime.models.config import ModelConfig
+from shoal.runtime.models.families import read_config
 from shoal.runtime.types import Request
 from tests.support.invariance import Point, make_model, rows, run_point
 from tests.support.roles import Roles, run_roles
@@ -65,5 +65,5 @@ def test_the_answer_does_not_depend_on_who_computes_the_prompt(tmp_path: Path) -
 
 
 def asked(model_dir: Path) -> list[Request]:
-    vocab_size = ModelConfig.from_pretrained(model_dir).vocab_size
+    vocab_size = read_config(model_dir).vocab_size
     return [replace(row, report_progress=True) for row in rows(vocab_size)]

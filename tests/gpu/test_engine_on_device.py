@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from shoal.parallel.groups import single_process_groups
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
-from shoal.runtime.engine.engine import Engine
 from shoal.runtime.types import Request, SamplingParams
 from tests.support.checkpoints import make_checkpoint
 from tests.support.invariance import (
@@ -74,7 +74,7 @@ def test_a_cache_in_fp8(tmp_path: Path, model_type: str) -> None:
 def test_an_fp8_cache_of_other_widths_is_refused(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path, "deepseek_v3", "bfloat16")
     with pytest.raises(ValueError, match="kv_cache_dtype fp8 on a GPU needs dtype bfloat16, kv_lora_rank 512"):
-        Engine(model_dir, EngineConfig(kv_cache_dtype="fp8"), single_process_groups(torch.device("cuda")))
+        build_engine(model_dir, EngineConfig(kv_cache_dtype="fp8"), single_process_groups(torch.device("cuda")))
 
 
 def sampled_on_device(vocab_size: int) -> list[Request]:
@@ -88,7 +88,7 @@ def test_steps_that_run_ahead_change_nothing(tmp_path: Path) -> None:
     found, ahead = [], []
     for eager in (True, False):
         config = EngineConfig(**{**BASE_ENGINE, **dtypes("bfloat16"), "enforce_eager": eager})
-        engine = Engine(model_dir, config, single_process_groups(torch.device("cuda")))
+        engine = build_engine(model_dir, config, single_process_groups(torch.device("cuda")))
         calls: list[int] = []
         run_ahead = engine.runner.run_ahead
 
@@ -98,7 +98,7 @@ def test_steps_that_run_ahead_change_nothing(tmp_path: Path) -> None:
             return logits
 
         engine.runner.run_ahead = counting  # type: ignore[method-assign, assignment]
-        found.append(run_rows(engine, Point("ahead"), sampled_on_device(engine.model_config.vocab_size)))
+        found.append(run_rows(engine, Point("ahead"), sampled_on_device(engine.limits.vocab_size)))
         assert engine.audit() == []
         ahead.append(len(calls))
     assert differing(found[0], found[1]) == []
@@ -109,7 +109,7 @@ def test_steps_that_run_ahead_change_nothing(tmp_path: Path) -> None:
 def test_a_request_that_is_aborted_while_its_step_runs(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path, "deepseek_v3", "bfloat16")
     config = EngineConfig(**{**BASE_ENGINE, **dtypes("bfloat16")})
-    engine = Engine(model_dir, config, single_process_groups(torch.device("cuda")))
+    engine = build_engine(model_dir, config, single_process_groups(torch.device("cuda")))
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     answers: dict[str, tuple[int, ...]] = {}
     for attempt in range(2):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from shoal.parallel.collectives import CollectiveError, Communicator
+from shoal.parallel.collectives import HEADER_BYTES, CollectiveError, Communicator
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import init_groups
+from shoal.parallel.transport import SocketMesh
 from tests.support.spawn import barrier, run_ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
@@ -287,3 +289,44 @@ def test_a_group_of_one_needs_no_process_group() -> None:
     assert comm.all_gather_ints([1, 2], layer=0, op="a") == [[1, 2]]
     assert comm.broadcast_bytes(b"xy", 2, 0, layer=0, op="a") == b"xy"
     comm.abort("unused")
+
+
+class CompleteWork:
+    """Work of NCCL that is complete: it ran to its end, or it was aborted."""
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+class CompleteNccl:
+    """Runs `during` in place of a transfer, and calls the transfer complete although it received nothing."""
+
+    def __init__(self, during: Callable[[], None]) -> None:
+        self._during = during
+
+    def alltoall(self, _outputs: list[torch.Tensor], _inputs: list[torch.Tensor], /) -> Any:
+        self._during()
+        return CompleteWork()
+
+    def abort(self) -> None:
+        pass
+
+
+def gather_over(comm: Communicator, connection: socket.socket, during: Callable[[], None]) -> torch.Tensor:
+    mesh = SocketMesh({1 - comm.rank: connection}, HEADER_BYTES)
+    comm.connect(0, mesh, CompleteNccl(during))
+    return comm.all_gather(torch.ones(4), dim=0, layer=-1, op="logits")
+
+
+def test_an_aborted_collective_that_looks_complete_is_an_error() -> None:
+    """What it received is garbage: with no collective after it, nothing else would tell."""
+    one, other = Communicator(0, 2), Communicator(1, 2)
+    here, there = socket.socketpair()
+    peer = threading.Thread(target=gather_over, args=(other, there, lambda: None))
+    peer.start()
+    with pytest.raises(CollectiveError, match=r"left all_gather 'logits' .*: a rank was lost"):
+        gather_over(one, here, lambda: one.abort("a rank was lost"))
+    peer.join()

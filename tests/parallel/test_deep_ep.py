@@ -29,10 +29,9 @@ from shoal.parallel.dispatcher import LocalTokenDispatcher
 from shoal.parallel.groups import ParallelGroups, create_groups, init_groups, single_process_groups
 from shoal.parallel.placement import ExpertPlacement
 from shoal.runtime.engine import model_loading
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
-from shoal.runtime.engine.engine import Engine
 from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.models.deepseek import default_placement
 from tests.support.dispatching import HIDDEN, NUM_EXPERTS, random_inputs, through
 from tests.support.fakes.deep_ep import module_with
 from tests.support.invariance import Point, Rows, differing, make_model, run_point, run_points_on_rank
@@ -123,9 +122,12 @@ def engines_with_fakes(rank: int, store: Store, model_dir: Path) -> list[list[Ro
     module, group = module_with("EPBuffer"), gloo_group(store, "engines", rank)
 
     def dispatcher(
-        config: EngineConfig, model: ModelConfig, groups: ParallelGroups, dtype: torch.dtype
+        config: EngineConfig,
+        model: ModelConfig,
+        groups: ParallelGroups,
+        placement: ExpertPlacement,
+        dtype: torch.dtype,
     ) -> DeepEPTokenDispatcher:
-        placement = default_placement(model, groups)
         max_rows = config.max_num_batched_tokens * model.num_experts_per_tok
         sizes = ExchangeSizes(model.hidden_size, max_rows, model.n_routed_experts, timeout_s=60.0)
         return DeepEPTokenDispatcher(placement, groups.world, lambda: open_exchange(module, group, sizes))
@@ -149,8 +151,8 @@ def test_it_is_for_bfloat16_between_gpus(tmp_path: Path) -> None:
     config = EngineConfig(all2all_backend="deepep", num_kv_blocks=4)
     two_ranks = create_groups(ParallelConfig(data_parallel_size=2), 0)
     with pytest.raises(ValueError, match=r"bfloat16 between GPUs, this is torch\.bfloat16 on device cpu: set all2all"):
-        Engine(model_dir, config, two_ranks)
-    Engine(model_dir, config, single_process_groups())  # which exchanges nothing
+        build_engine(model_dir, config, two_ranks)
+    build_engine(model_dir, config, single_process_groups())  # which exchanges nothing
 
 
 def test_the_newest_interface_is_taken() -> None:

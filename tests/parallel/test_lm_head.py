@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from shoal.kernels.linear import linear, pack_weight
+from shoal.kernels.ops import Ops
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import init_groups
 from shoal.parallel.lm_head import ParallelLMHead, vocab_shard
@@ -33,17 +33,20 @@ def logits_of_calls(rank: int, store: Store, tp: int, dp: int, over_world: bool)
     groups = init_groups(config, rank, store, timeout_s=60.0)
     comm = groups.world if over_world else groups.tp
     part = weights()[vocab_shard(VOCAB, comm.rank, comm.size)]
-    head = ParallelLMHead(pack_weight(part), VOCAB, comm, tp)
-    return [head(rows_of(groups.dp_rank, call)).numpy() for call in range(3)]
+    ops = Ops("cpu")
+    head = ParallelLMHead(ops, VOCAB, comm, tp)
+    weight = ops.pack_weight(part)
+    return [head(rows_of(groups.dp_rank, call), weight).numpy() for call in range(3)]
 
 
 @pytest.mark.parametrize(("tp", "dp", "over_world"), [(1, 3, True), (2, 2, True), (2, 2, False), (3, 1, True)])
 def test_leaders_get_the_logits_of_their_rows(tp: int, dp: int, over_world: bool) -> None:
-    whole = pack_weight(weights())
+    ops = Ops("cpu")
+    whole = ops.pack_weight(weights())
     for rank, results in enumerate(run_ranks(logits_of_calls, tp * dp, tp, dp, over_world)):
         for call, logits in enumerate(results):
             rows = rows_of(rank // tp, call)
-            expected = linear(rows, whole, out_dtype=torch.float32)
+            expected = ops.linear(rows, whole, out_dtype=torch.float32)
             assert np.array_equal(logits, expected if rank % tp == 0 else expected[:0]), (rank, call)
     assert len(rows_of(1, 0)) == 0
     assert len(rows_of(0, 0)) > 0

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.parallel.nixl_transport import Memory, NixlTransport, Slice, is_installed
+from shoal.parallel.nixl_agent import is_installed
+from shoal.parallel.nixl_transport import Memory, NixlTransport, Slice
 from tests.parallel.nixl_process import DEADLINE_S, Process
 
 needs_nixl = pytest.mark.skipif(not is_installed(), reason="nixl-cu13 is not installed")

@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from shoal.parallel.config import ParallelConfig
+from shoal.parallel.spans import Spans
 from shoal.runtime.engine.engine import Engine
+from shoal.runtime.engine.lockstep import Lockstep
 from shoal.runtime.engine.output_processor import OutputProcessor
-from shoal.runtime.kv_cache.transfer import Clock, KVExporter, KVLoader
+from shoal.runtime.kv_cache.receiver import KVReceiver
+from shoal.runtime.kv_cache.sender import Clock, KVSender
+from shoal.runtime.kv_cache.transfer import KVTransfer
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.scheduling.batch import ScheduledSequence
 from shoal.runtime.scheduling.block_manager import BlockManager
 from shoal.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
+from shoal.runtime.scheduling.transfer_buffer import TransferBuffer
 
 from .model import BYTES_PER_TOKEN, EOS, VOCAB_SIZE, Cache, Row, Runner, Sampler
 
@@ -29,18 +34,11 @@ class EngineSettings:
     max_num_seqs: int = 4
     max_num_batched_tokens: int = 8
     max_chunk_size: int | None = None
-    max_export_tokens: int = 64
+    max_transfer_tokens: int = 64
     enable_prefix_caching: bool = True
     max_model_len: int = 32
     transfer_timeout_s: float = 3.0
     lease_s: float = 5.0
-
-
-class NoFailpoints:
-    """Nothing fails."""
-
-    def reach(self, point: str) -> None:
-        pass
 
 
 @dataclass
@@ -55,15 +53,30 @@ class Alone:
 class SingleRank:
     """As much of `ParallelGroups` as an engine without peers uses."""
 
-    def __init__(self, failpoints: Any = None) -> None:
+    def __init__(self) -> None:
         self.config = ParallelConfig()
         self.rank = self.leader_rank = 0
         self.is_leader = True
         self.world = self.tp = Alone()
-        self.failpoints = failpoints or NoFailpoints()
+        self.spans = Spans()
 
     def set_step(self, step: int) -> None:
         pass
+
+
+def make_scheduler(settings: EngineSettings) -> Scheduler:
+    config = SchedulerConfig(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_chunk_size=settings.max_chunk_size,
+    )
+    block_manager = BlockManager(
+        settings.num_blocks,
+        settings.block_size,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        fingerprint=FINGERPRINT,
+    )
+    return Scheduler(config, block_manager, TransferBuffer(settings.max_transfer_tokens))
 
 
 PROCESSOR = OutputProcessor(None, (EOS,))
@@ -77,58 +90,40 @@ class SimulatedEngine(Engine):
         self, settings: EngineSettings, rows: Mapping[str, Row], groups: Any, transport: Any, clock: Clock
     ) -> None:
         self.rows = rows
-        self.groups = groups
-        self.cache = Cache(settings.num_blocks, settings.block_size)
-        self.runner = cast(Any, Runner(self.cache, self.check_read))
-        self.block_manager = BlockManager(
-            settings.num_blocks,
-            settings.block_size,
-            enable_prefix_caching=settings.enable_prefix_caching,
-            fingerprint=FINGERPRINT,
-        )
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                max_num_seqs=settings.max_num_seqs,
-                max_num_batched_tokens=settings.max_num_batched_tokens,
-                max_chunk_size=settings.max_chunk_size,
-                max_export_tokens=settings.max_export_tokens,
-            ),
-            self.block_manager,
-        )
         self.transport = transport
-        self.exporter = KVExporter(
+        self.cache = Cache(settings.num_blocks, settings.block_size)
+        scheduler = make_scheduler(settings)
+        sender = KVSender(
             transport,
             cast(Any, self.cache),
-            self.scheduler,
+            scheduler.transfer_buffer,
             fingerprint=FINGERPRINT,
             chunk_tokens=settings.max_num_batched_tokens,
             lease_s=settings.lease_s,
             clock=clock,
+            spans=groups.spans,
         )
-        self.loader = KVLoader(
+        receiver = KVReceiver(
             transport,
-            self.scheduler,
+            scheduler,
             fingerprint=FINGERPRINT,
             bytes_per_token=BYTES_PER_TOKEN,
             max_step_tokens=settings.max_num_batched_tokens,
             timeout_s=settings.transfer_timeout_s,
             clock=clock,
+            spans=groups.spans,
         )
-        self.sampler = cast(Any, SAMPLER)
-        self.processor = PROCESSOR
-        self.max_model_len = min(settings.max_model_len, settings.num_blocks * settings.block_size)
-        self.limits = RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=self.max_model_len)
-        self.seed = 0
-        self._requests = {}
-        self._running = {}
-        self._awaiting = {}
-        self._loaded = []
-        self._next_seq_id = 0
-        self._num_steps = 0
-        self._stop_requested = False
-        self._all_idle = True
-        self._runs_ahead = False
-        self._in_flight = None
+        max_model_len = min(settings.max_model_len, settings.num_blocks * settings.block_size)
+        super().__init__(
+            cast(Any, Runner(self.cache, self.check_read)),
+            scheduler,
+            cast(Any, SAMPLER),
+            PROCESSOR,
+            lockstep=Lockstep(groups),
+            limits=RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=max_model_len),
+            kv=KVTransfer(sender, receiver),
+            spans=groups.spans,
+        )
 
     def check_read(self, part: ScheduledSequence, records: list[int]) -> None:
         running = self._running[part.seq_id]
@@ -145,7 +140,7 @@ class SimulatedEngine(Engine):
         problems = self.audit()
         left: dict[str, object] = {
             "sequences": list(self._running),
-            "requests that await records": list(self._awaiting),
+            "requests that wait for their prompts": list(self.kv._waiting) if isinstance(self.kv, KVTransfer) else [],
             "scheduled sequences": list(self.scheduler._sequences),
             "published chunks": list(self.transport.published),
         }

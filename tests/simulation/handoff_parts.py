@@ -13,7 +13,8 @@ from shoal.cluster.workers.wire import Abort, Command, EndPrefill, Event
 from shoal.cluster.workers.worker import obey
 from shoal.parallel import kv_transport
 from shoal.parallel.kv_transport import KVChunk, TransferError
-from shoal.runtime.kv_cache.transfer import _Load
+from shoal.runtime.kv_cache.receiver import _Load
+from shoal.runtime.kv_cache.transfer import KVTransfer
 from shoal.runtime.scheduling.sequence import Sequence as RuntimeSequence
 from shoal.runtime.types import PromptLoaded, RequestOutput, RequestProgress
 
@@ -115,13 +116,13 @@ class Site:
     def key(self) -> Key:
         """Equal for sites that can go on in the same ways; what only tells the past is left out."""
         engine, transport = self.engine, self.transport
-        exporter, loader = engine.exporter, engine.loader
-        manager = engine.block_manager
-        assert exporter is not None
-        assert loader is not None
+        pool, prefixes = engine.block_manager.pool, engine.block_manager.prefixes
+        buffer = engine.scheduler.transfer_buffer
+        assert isinstance(engine.kv, KVTransfer)
+        sender, receiver = engine.kv.sender, engine.kv.receiver
         return (
-            tuple(map(_sequence_key, engine.scheduler._sequences.values())),
-            (tuple(manager._free), tuple(manager._idle), tuple(n and n.digest for n in manager._nodes)),
+            tuple((*_sequence_key(seq), buffer.holds(i)) for i, seq in engine.scheduler._sequences.items()),
+            (tuple(pool._free), tuple(pool._idle), tuple(n and n.digest for n in prefixes._nodes)),
             tuple(engine.cache.records),
             tuple(
                 (i, tuple((tuple(c.output.token_ids), c.num_reported) for c in r.completions))
@@ -129,12 +130,12 @@ class Site:
             ),
             tuple(
                 (i, e.seq.seq_id, e.num_published, tuple(e.generations), self._left(e.lease_ends))
-                for i, e in exporter._exports.items()
+                for i, e in sender._exports.items()
             ),
-            tuple((*_load_key(load), self._left(load.deadline)) for load in loader._loads.values()),
+            tuple((*_load_key(load), self._left(load.deadline)) for load in receiver._loads.values()),
             tuple((f.chunk.generation, f.arrived, f.payload, self._left(f.deadline)) for f in transport.fetches),
             tuple(transport.published.items()),
-            (engine._next_seq_id, exporter._num_chunks),
+            (engine._next_seq_id, sender._num_chunks),
         )
 
     def _left(self, deadline: float | None) -> float | None:
@@ -217,7 +218,7 @@ class Desk:
 
 
 def _sequence_key(seq: RuntimeSequence) -> Key:
-    progress = (seq.num_computed_tokens, seq.num_output_tokens, seq.awaits_records, seq.has_export_room)
+    progress = (seq.num_computed_tokens, seq.num_output_tokens, seq.remote_prefill_pending)
     return (seq.seq_id, seq.arrival, seq.status.value, tuple(seq.block_table), *progress)
 
 

@@ -9,12 +9,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.kv_transport import KVChunk
+from shoal.parallel.spans import Spans
 from shoal.runtime.engine.output_processor import OutputProcessor
-from shoal.runtime.scheduling.block_manager import PrefixNode
+from shoal.runtime.scheduling.prefix_index import PrefixNode
 from shoal.runtime.scheduling.scheduler import SchedulerConfig
 from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
 
-from .engine import EngineSettings, NoFailpoints
+from .engine import EngineSettings
 from .model import Row, Sampler
 
 
@@ -98,7 +99,7 @@ def _constant_of(number: int) -> Any:
 
 
 _CONSTANT = (
-    *(Row, EngineSettings, OutputProcessor, Sampler, NoFailpoints, ParallelConfig, SchedulerConfig),
+    *(Row, EngineSettings, OutputProcessor, Sampler, Spans, ParallelConfig, SchedulerConfig),
     *(KVChunk, GeneratedTokens, PrefixNode, Request, SamplingParams),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shoal.parallel.collectives import CollectiveError
+from shoal.parallel.spans import SpanName, Spans
 from shoal.runtime.engine.step import StepResult
 from shoal.runtime.scheduling.batch import EMPTY_BATCH, Batch
 
@@ -195,7 +196,7 @@ class Lockstep:
 
 
 class Groups:
-    """As much of `ParallelGroups` as an engine uses; it is its own `world` and `failpoints`."""
+    """As much of `ParallelGroups` as an engine uses; it is its own `world`, and listens to its own spans."""
 
     def __init__(self, process: Process) -> None:
         place = process.place
@@ -204,7 +205,9 @@ class Groups:
         self.rank, self.size = place.rank, place.parallel.world_size
         self.leader_rank = self.config.tp_group(self.rank)[0]
         self.is_leader = self.leader_rank == self.rank
-        self.world = self.failpoints = self
+        self.world = self
+        self.spans = Spans()
+        self.spans.add(self)
         self.tp = TensorGroup(self)
         self.epoch = 0
         self.process = process
@@ -213,9 +216,12 @@ class Groups:
     def set_step(self, step: int) -> None:
         pass
 
-    def reach(self, point: str) -> None:
+    def enter(self, name: SpanName) -> None:
         if self.lockstep is not None:
-            self.lockstep.reach(self.rank, point)
+            self.lockstep.reach(self.rank, name)
+
+    def leave(self, name: SpanName) -> None:
+        pass
 
     def all_gather_ints(self, row: list[int], *, layer: int, op: str) -> list[list[int]]:
         assert self.lockstep is not None

@@ -145,10 +145,10 @@ class Cache:
         size = self.block_size
         return [block_table[p // size] * size + p % size for p in range(start, end)]
 
-    def read_records(self, slots: list[int]) -> Payload:
+    def read_kv(self, slots: list[int]) -> Payload:
         return Payload(struct.pack(f"<{len(slots)}q", *[self.records[slot] for slot in slots]))
 
-    def write_records(self, slots: list[int], payload: bytes) -> None:
+    def write_kv(self, slots: list[int], payload: bytes) -> None:
         records = struct.unpack(f"<{len(payload) // BYTES_PER_TOKEN}q", payload)
         for slot, record in zip(slots, records[len(records) - len(slots) :], strict=True):
             self.records[slot] = record
@@ -189,8 +189,7 @@ class Runner:
                 cache.records[slots[len(records) - 1]] = records[-1]
             if part.num_prompt_logits and take is not None:
                 take(part, len(records) - part.num_prompt_logits, Logits(records[-part.num_prompt_logits :]))
-            if part.sample:
-                logits.append(records[-1])
+            logits.extend(records[len(records) - part.num_logits :])
         return logits
 
     def spoil(self, batch: Batch, rng: Random) -> None:

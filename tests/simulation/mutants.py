@@ -13,9 +13,10 @@ from shoal.cluster.routing.request_router import RequestRouter
 from shoal.cluster.supervision import membership
 from shoal.parallel import kv_transport
 from shoal.runtime.engine.engine import Engine
-from shoal.runtime.kv_cache import transfer as handoff
-from shoal.runtime.kv_cache.transfer import KVExporter, KVLoader
-from shoal.runtime.scheduling.block_manager import BlockManager
+from shoal.runtime.kv_cache import receiver
+from shoal.runtime.kv_cache.receiver import KVReceiver
+from shoal.runtime.kv_cache.sender import KVSender
+from shoal.runtime.scheduling.block_manager import BlockManager, Eviction
 from shoal.runtime.scheduling.scheduler import Scheduler
 from shoal.runtime.scheduling.sequence import Sequence
 
@@ -27,45 +28,45 @@ def records_are_not_checked(patch: Patch) -> None:
 
 
 def a_preempted_load_goes_on(patch: Patch) -> None:
-    def begin_again(load: Any) -> None:
+    def restart(load: Any) -> None:
         load.num_preemptions = load.seq.num_preemptions
 
-    patch.setattr(handoff._Load, "begin_again", begin_again)
+    patch.setattr(receiver._Load, "restart", restart)
 
 
 def records_count_before_they_are_written(patch: Patch) -> None:
-    commit = KVLoader.commit
+    commit = KVReceiver.commit
 
-    def early(loader: KVLoader) -> None:
-        for load, planned in loader._planned:
-            if planned.write.end < load.seq.num_prompt_tokens:
+    def early(receiving: KVReceiver) -> None:
+        for planned in receiving._planned:
+            if planned.write.end < planned.load.seq.num_prompt_tokens:
                 object.__setattr__(planned.write, "end", planned.write.end + 1)
-        commit(loader)
+        commit(receiving)
 
-    patch.setattr(KVLoader, "commit", early)
+    patch.setattr(KVReceiver, "commit", early)
 
 
 def an_export_is_released_when_it_is_complete(patch: Patch) -> None:
-    patch.setattr(KVExporter, "end", KVExporter.release)
+    patch.setattr(KVSender, "start_lease", KVSender.release)
 
 
 def an_export_is_never_released(patch: Patch) -> None:
-    patch.setattr(KVExporter, "release", lambda exporter, request_id: None)
+    patch.setattr(KVSender, "release", lambda sender, request_id: None)
 
 
 def what_was_generated_is_forgotten_when_the_prefill_fails(patch: Patch) -> None:
-    start = Scheduler.start
+    resume = Scheduler.resume
 
     def begin(scheduler: Scheduler, seq_id: int, output_token_ids: list[int]) -> None:
         whole = scheduler._sequences[seq_id].num_computed_tokens >= scheduler._sequences[seq_id].num_prompt_tokens
-        start(scheduler, seq_id, output_token_ids if whole else [])
+        resume(scheduler, seq_id, output_token_ids if whole else [])
 
-    patch.setattr(Scheduler, "start", begin)
+    patch.setattr(Scheduler, "resume", begin)
 
 
 def a_new_rank_finds_the_old_records(patch: Patch) -> None:
     def rejoin(engine: Engine, replaced: Collection[int]) -> None:
-        engine._all_idle = True
+        engine.lockstep.rejoin(())
 
     patch.setattr(Engine, "rejoin", rejoin)
 
@@ -95,10 +96,12 @@ def a_lost_group_keeps_its_requests(patch: Patch) -> None:
 def blocks_are_free_while_they_are_read(patch: Patch) -> None:
     allocate = BlockManager.allocate
 
-    def greedy(manager: BlockManager, seq: Sequence, num_tokens: int, prefix_blocks: list[int] | None = None) -> None:
-        allocate(manager, seq, num_tokens, prefix_blocks)
-        for block_id in prefix_blocks or ():
-            manager._free.append(block_id)
+    def greedy(
+        manager: BlockManager, seq: Sequence, num_tokens: int, prefix_blocks: list[int] | None = None
+    ) -> list[Eviction]:
+        evictions = allocate(manager, seq, num_tokens, prefix_blocks)
+        manager.pool._free.extend(prefix_blocks or ())
+        return evictions
 
     patch.setattr(BlockManager, "allocate", greedy)
 
@@ -110,7 +113,7 @@ def what_failed_counts_as_computed(patch: Patch) -> None:
         batch = schedule(scheduler)
         for part in batch.sequences:
             seq = scheduler._sequences[part.seq_id]
-            if not part.sample:
+            if not part.num_logits:
                 scheduler.block_manager.mark_computed(seq, part.start + len(part.token_ids))
         return batch
 
@@ -119,7 +122,7 @@ def what_failed_counts_as_computed(patch: Patch) -> None:
     def late(scheduler: Scheduler, batch: Any, sampled: Any) -> None:
         for part in batch.sequences:
             seq = scheduler._sequences.get(part.seq_id)
-            if seq is not None and not part.sample:
+            if seq is not None and not part.num_logits:
                 seq.num_computed_tokens = part.start
         update(scheduler, batch, sampled)
 

@@ -13,6 +13,7 @@ from shoal.cluster.workers.spec import StartReport
 from shoal.cluster.workers.wire import Command, Event
 from shoal.cluster.workers.worker import obey
 from shoal.runtime.engine.step import StepResult
+from shoal.runtime.kv_cache.transfer import KVTransfer
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.scheduling.batch import Batch
 
@@ -80,8 +81,8 @@ class Process:
     @property
     def waits(self) -> bool:
         """Whether its engine is to look again, although it has nothing to compute."""
-        exporter = self.leading.exporter
-        return self.leading.has_unfinished or (exporter is not None and exporter.num_requests > 0)
+        kv = self.leading.kv
+        return self.leading.has_unfinished or (isinstance(kv, KVTransfer) and kv.sender.num_requests > 0)
 
     # -- its life ----------------------------------------------------------------------------------------------------
 
@@ -294,7 +295,7 @@ class Process:
         rng, cache = self.world.rng, self.runner.cache
         for write, payload in zip(batch.writes, payloads, strict=False):
             if computes or rng.random() < 0.5:
-                cache.write_records(cache.slots(write.block_table, write.start, write.end), Payload(payload))
+                cache.write_kv(cache.slots(write.block_table, write.start, write.end), Payload(payload))
         if computes:
             self.runner.run(batch, 0, None)
         else:

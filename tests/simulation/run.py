@@ -135,7 +135,7 @@ def random_layout(rng: Random) -> Layout:
             max_num_seqs=rng.choice([2, 4]),
             max_num_batched_tokens=rng.choice([3, 5, 16]),
             max_chunk_size=rng.choice([None, 2, 3]),
-            max_export_tokens=rng.choice([4, 64]),
+            max_transfer_tokens=rng.choice([4, 64]),
             enable_prefix_caching=rng.random() < 0.7,
             max_model_len=MAX_PROMPT + MAX_TOKENS,
         )

@@ -1,4 +1,4 @@
-"""Writes small models with random weights in the Hugging Face layout: for demonstrations, benchmarks and tests."""
+"""Small models with random weights in the Hugging Face layout, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shoal.kernels.quant import quantize_block_fp8
+from shoal.runtime.memory_estimate import declare_model
 from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.models.deepseek import expected_tensors
+from shoal.runtime.models.families import parse_config
+from shoal.runtime.models.weights import tensor_shapes as declared_shapes
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 
 YARN = {
@@ -77,6 +79,17 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
         "rope_scaling": YARN | {"factor": 32, "beta_fast": 1},
     },
     "deepseek_v32": {"architectures": ["DeepseekV32ForCausalLM"], **_INDEX},
+    "glm4_moe_lite": {
+        "architectures": ["Glm4MoeLiteForCausalLM"],
+        "n_group": 1,
+        "topk_group": 1,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 40,
+        "routed_scaling_factor": 1.8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000,
+        "partial_rotary_factor": 1.0,
+    },
     "glm_moe_dsa": {
         "architectures": ["GlmMoeDsaForCausalLM"],
         "n_group": 1,
@@ -101,13 +114,13 @@ _QUANTIZATION = {
 
 
 def tiny_config(model_type: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The config.json of a tiny model; a value of None in `overrides` takes the field out.
+    """The config.json of a tiny model; None in `overrides` removes a field, except q_lora_rank, which becomes null.
 
     Of the 3 layers the first is dense. kimi_k2 uses YaRN, the others plain RoPE unless `rope_scaling` is given (YARN is
     one that fits); in glm_moe_dsa the last layer shares the index of the second.
     """
     config = {**_BASE, "model_type": model_type, **_DIFFERENCES[model_type], **(overrides or {})}
-    return {name: value for name, value in config.items() if value is not None}
+    return {name: value for name, value in config.items() if value is not None or name == "q_lora_rank"}
 
 
 def make_checkpoint(
@@ -142,7 +155,7 @@ def make_checkpoint(
         config["num_nextn_predict_layers"] = 1
     (model_dir / "config.json").write_text(json.dumps(config, indent=2))
     tensors: dict[str, Tensor] = {}
-    for name, shape in tensor_shapes(ModelConfig.from_dict(config), mtp=mtp).items():
+    for name, shape in tensor_shapes(parse_config(config), mtp=mtp).items():
         values = random_tensor(name, shape, seed)
         if fp8 and is_quantized(name):
             tensors[name], tensors[name + "_scale_inv"] = quantize_block_fp8(values)
@@ -155,13 +168,14 @@ def make_checkpoint(
 
 
 def tensor_shapes(config: ModelConfig, *, mtp: bool = False) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model, and of one MTP layer after it, by its name in the checkpoint."""
+    """Name and shape of every tensor of the model, and with `mtp` of one MTP layer after it."""
     if not mtp:
-        return expected_tensors(config)
+        return declared_shapes(declare_model(config).named_weights())
     hidden, vocab, layer = config.hidden_size, config.vocab_size, config.num_hidden_layers
     # The MTP layer is one more decoder layer, with an indexer of its own, and what joins it to the model.
     indexer_types = (*config.indexer_types, "full") if config.has_index else ()
-    shapes = expected_tensors(replace(config, num_hidden_layers=layer + 1, indexer_types=indexer_types))
+    extended = replace(config, num_hidden_layers=layer + 1, indexer_types=indexer_types)
+    shapes = tensor_shapes(extended)
     prefix = f"model.layers.{layer}."
     shapes |= {prefix + name: (hidden,) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
     shapes |= {prefix + name: (vocab, hidden) for name in ("embed_tokens.weight", "shared_head.head.weight")}
@@ -170,7 +184,7 @@ def tensor_shapes(config: ModelConfig, *, mtp: bool = False) -> dict[str, tuple[
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """The float32 values of one tensor."""
+    """Values of one tensor in float32."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
     values: Tensor = torch.randn(shape, generator=generator)
     if name.endswith("e_score_correction_bias"):
@@ -203,7 +217,7 @@ def write_safetensors(model_dir: Path, tensors: Mapping[str, Tensor], num_shards
 
 
 def is_quantized(name: str) -> bool:
-    """The projections that DeepSeek's FP8 checkpoints quantise."""
+    """Whether DeepSeek's FP8 checkpoints quantise the tensor of that name."""
     return name.endswith(("_proj.weight", "_with_mqa.weight", "wq_b.weight", "wk.weight")) and not name.endswith(
         ("weights_proj.weight", "eh_proj.weight")
     )

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shoal.kernels.ops import Ops
+from shoal.parallel.dispatcher import LocalTokenDispatcher
 from shoal.parallel.groups import single_process_groups
+from shoal.parallel.placement import default_placement
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.engine.model_runner import ModelRunner, prompt_slices
 from shoal.runtime.kv_cache.cache import KVCache
-from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.models.deepseek import DeepseekModel, record_specs
+from shoal.runtime.models.families import FAMILIES, read_config
 from shoal.runtime.scheduling.batch import Batch, ScheduledSequence
 
 
@@ -26,16 +28,21 @@ def make_runner(
     block_size: int = 16,
 ) -> ModelRunner:
     """A runner with an empty cache of `num_blocks` blocks, in `dtype` unless records have one of their own."""
-    config = ModelConfig.from_pretrained(model_dir)
+    config = read_config(model_dir)
     groups = single_process_groups()
-    checkpoint = Checkpoint(model_dir)
-    try:
-        model = DeepseekModel(
-            config, checkpoint, groups, dtype=dtype, max_model_len=min(config.max_position_embeddings, 4096)
-        )
-    finally:
-        checkpoint.close()
-    specs = record_specs(config, records_dtype or dtype)
+    placement = default_placement(config.n_routed_experts, groups)
+    model = FAMILIES[config.model_type].build(
+        config,
+        Ops("cpu"),
+        groups,
+        placement=placement,
+        dispatcher=LocalTokenDispatcher(placement, groups.device),
+        dtype=dtype,
+        max_model_len=min(config.max_position_embeddings, 4096),
+    )
+    with Checkpoint(model_dir) as checkpoint:
+        model.load(checkpoint)
+    specs = model.cache_specs(records_dtype or dtype)
     cache = KVCache(specs, num_blocks=num_blocks, block_size=block_size, device=groups.device)
     return ModelRunner(model, cache, groups.device)
 
@@ -61,7 +68,7 @@ def logits_in_chunks(
             token_ids=token_ids[start:end],
             block_table=table[: -(-end // block_size)],
             num_prompt_tokens=len(token_ids),
-            sample=False,
+            num_logits=0,
             num_prompt_logits=size,
         )
         batch = Batch([scheduled])

@@ -13,6 +13,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import ParallelGroups, init_groups
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.types import GeneratedTokens, Logprob, Request, RequestOutput, SamplingParams
@@ -190,10 +191,10 @@ def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups)
         config = EngineConfig(**{**BASE_ENGINE, **dtypes(dtype), **point.engine})
         merged: dict[int, tuple[Any, ...]] = {}
         for replica in range(point.replicas):
-            engine = Engine(model_dir, config, groups)
+            engine = build_engine(model_dir, config, groups)
             mine = [
                 r
-                for r in rows(engine.model_config.vocab_size)
+                for r in rows(engine.limits.vocab_size)
                 if engine.is_leader
                 and r.index % point.replicas == replica
                 and r.index // point.replicas % point.dp == groups.dp_rank
@@ -203,7 +204,7 @@ def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups)
                 done, mine = run_steps(engine, mine, point.resume_after)
                 merged |= done
                 assert any(g.token_ids for r in mine for g in r.generated) or not mine_count, "nothing to go on with"
-                engine = Engine(model_dir, config, groups)
+                engine = build_engine(model_dir, config, groups)
             if point.order == "reversed":
                 mine.reverse()
             if point.warm:

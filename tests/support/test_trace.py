@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from shoal.runtime.models.weights import TensorWeight
 from tests.support.checkpoints import make_checkpoint
 from tests.support.harness import logits_in_chunks, make_runner
 from tests.support.trace import Trace, first_difference
@@ -16,7 +17,9 @@ def test_names_the_first_tensor_that_differs(tmp_path: Path) -> None:
     for chunks, damage in ([17], False), ([5, 5, 7], False), ([17], True):
         runner = make_runner(tmp_path)
         if damage:
-            runner.model.layers[1].post_attention_norm[7] += 0.5
+            norm = dict(runner.model.named_weights())["layers.1.post_attention_norm"]
+            assert isinstance(norm, TensorWeight)
+            norm.data[7] += 0.5
         trace = Trace()
         runner.tap = trace.tap
         logits_in_chunks(runner, token_ids, chunks)

@@ -4,6 +4,7 @@ import pytest
 
 from shoal.cluster.bench.roofline import Ceilings, decode_cost, measure_ceilings, prefill_cost, workload_limit
 from shoal.runtime.models.config import ModelConfig
+from shoal.runtime.models.families import parse_config
 from tests.support.checkpoints import tiny_config
 
 SIZES = {
@@ -24,7 +25,7 @@ SIZES = {
 
 
 def config(model_type: str = "deepseek_v3", **overrides: object) -> ModelConfig:
-    return ModelConfig.from_dict(tiny_config(model_type, SIZES | overrides) | {"torch_dtype": "bfloat16"})
+    return parse_config(tiny_config(model_type, SIZES | overrides) | {"torch_dtype": "bfloat16"})
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,7 @@ def start() -> Iterator[Start]:
             collective_timeout_s=collective_timeout_s,
         )
         (spec,) = args.replica_specs
-        layout = Layout(
-            replicas=(spec.parallel,), spares=0, num_cpus_per_worker=1, num_gpus_per_worker=0, weight_bytes=0
-        )
+        layout = Layout(replicas=(spec.parallel,), spares=0, num_cpus_per_worker=1, num_gpus_per_worker=0)
         (placement,) = place(layout, nodes(), timeout_s=DEADLINE_S)
         placements.append(placement)
         seats = [Seat(placement, rank, CoreShare(3, dedicated=False)) for rank in range(args.num_workers)]

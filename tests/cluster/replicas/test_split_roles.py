@@ -12,7 +12,7 @@ from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.routing.request_router import Effect, RequestRouter
 from shoal.cluster.workers import kv_transports
 from shoal.cluster.workers.kv_transports import choose_transport
-from shoal.parallel.nixl_transport import is_installed
+from shoal.parallel.nixl_agent import is_installed
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import PromptLoaded, RequestOutput
 from tests.support.checkpoints import make_checkpoint
@@ -105,12 +105,23 @@ def test_streams_go_on_across_the_hand_over(model: str) -> None:
     assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(split))
 
 
-def test_auto_takes_nixl_on_one_node_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_nixl_on_one_node_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
     auto, nixl, ray = (EngineArgs(model="m", kv_transport=name) for name in ("auto", "nixl", "ray"))
     monkeypatch.setattr(kv_transports, "is_installed", lambda: True)
-    assert [choose_transport(args, 1) for args in (auto, nixl, ray)] == ["nixl", "nixl", "ray"]
-    assert [choose_transport(args, 2) for args in (auto, nixl, ray)] == ["ray", "nixl", "ray"]
+    monkeypatch.setattr(kv_transports, "trial_failure", lambda: None)
+    assert [choose_transport(args, 1).name for args in (auto, nixl, ray)] == ["nixl", "nixl", "ray"]
+    assert [choose_transport(args, 2).name for args in (auto, nixl, ray)] == ["ray", "nixl", "ray"]
     monkeypatch.setattr(kv_transports, "is_installed", lambda: False)
-    assert [choose_transport(args, 1) for args in (auto, ray)] == ["ray", "ray"]
+    assert [choose_transport(args, 1).name for args in (auto, ray)] == ["ray", "ray"]
     with pytest.raises(ValueError, match=r"needs the package nixl-cu13; .*pip install 'shoal\[nixl\]'"):
+        choose_transport(nixl, 1)
+
+
+def test_auto_says_why_it_passes_over_a_nixl_that_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto, nixl = (EngineArgs(model="m", kv_transport=name) for name in ("auto", "nixl"))
+    monkeypatch.setattr(kv_transports, "is_installed", lambda: True)
+    reason = "NIXL does not work on this node: it was killed by SIGSEGV when it was tried"
+    monkeypatch.setattr(kv_transports, "trial_failure", lambda: reason)
+    assert str(choose_transport(auto, 1)) == f"KV cache entries travel through ray ({reason})"
+    with pytest.raises(ValueError, match=r"kv_transport nixl: NIXL does not work on this node: .* set kv_transport to"):
         choose_transport(nixl, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import ray
 
 from shoal.cluster.engine_args import EngineArgs, read_model_config
 from shoal.cluster.replicas import start as start_module
-from shoal.cluster.replicas.start import start_engines
+from shoal.cluster.replicas.start import announced, start_engines
 from shoal.cluster.workers.ray_cluster import LayoutDoesNotFit, Node
 from shoal.cluster.workers.spec import Phase
 from shoal.runtime.types import Request, SamplingParams
@@ -50,15 +51,6 @@ def test_a_bad_model_is_refused_before_ray_starts(tmp_path: Path) -> None:
     assert not ray.is_initialized()
 
 
-def test_weights_are_counted_in_the_computing_dtype(tmp_path: Path) -> None:
-    model = write_config(tmp_path, torch_dtype="bfloat16")
-    (tmp_path / "a.safetensors").write_bytes(b"x" * 100)
-    (tmp_path / "b.safetensors").write_bytes(b"x" * 20)
-    config = read_model_config(EngineArgs(model=model))
-    assert start_module._weight_bytes(EngineArgs(model=model), config) == 120
-    assert start_module._weight_bytes(EngineArgs(model=model, dtype="float32"), config) == 240
-
-
 @pytest.mark.ray
 def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
     phases: list[Phase] = []
@@ -95,3 +87,16 @@ def test_a_cluster_that_is_too_small_is_refused_and_left(tmp_path: Path, monkeyp
     with pytest.raises(LayoutDoesNotFit, match=r"needs 4 workers .*\(2 CPUs missing\)"):
         start_engines(EngineArgs(model=write_config(tmp_path), data_parallel_size=4), engine_factory=STUB)
     assert closed == [True]
+
+
+def test_a_long_wait_says_what_it_waits_for() -> None:
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with announced("room for 2 workers", said.put, after_s=0.0):
+        assert said.get(timeout=60) == "waiting for room for 2 workers"
+
+
+def test_a_short_wait_says_nothing() -> None:
+    said: list[str] = []
+    with announced("room for 2 workers", said.append, after_s=60.0):
+        pass
+    assert said == []

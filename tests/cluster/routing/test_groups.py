@@ -70,7 +70,7 @@ def test_all_that_a_group_has_room_for_runs_at_once(
             )
     batch = scheduler.schedule()
     assert len(batch.sequences) == min(num_seqs, max_num_seqs)
-    assert all(part.sample for part in batch.sequences)
+    assert all(part.num_logits == 1 for part in batch.sequences)
     assert num_seqs <= group.max_admitted_seqs or len(group.requests) == 1
 
 

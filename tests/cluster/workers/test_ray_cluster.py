@@ -26,6 +26,7 @@ from shoal.cluster.workers.ray_cluster import (
     place,
     placement_strategies,
 )
+from shoal.cluster.workers.ray_environment import check_answers
 from shoal.parallel.config import ParallelConfig
 
 GIB = 1 << 30
@@ -44,15 +45,12 @@ def node(
     )
 
 
-def layout(
-    tp: int = 1, dp: int = 1, replicas: int = 1, *, spares: int = 0, cpus: int = 1, gpus: int = 0, weights: int = 0
-) -> Layout:
+def layout(tp: int = 1, dp: int = 1, replicas: int = 1, *, spares: int = 0, cpus: int = 1, gpus: int = 0) -> Layout:
     return Layout(
         replicas=(ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp),) * replicas,
         spares=spares,
         num_cpus_per_worker=cpus,
         num_gpus_per_worker=gpus,
-        weight_bytes=weights,
     )
 
 
@@ -60,7 +58,6 @@ def test_a_layout_that_just_fits_is_taken() -> None:
     check_fits(layout(2, 4), [node(cpus=8)])
     check_fits(layout(2, 2, 2, cpus=3), [node("a", cpus=11), node("b", cpus=15)])  # 3 + 5 workers
     check_fits(layout(8, gpus=1), [node(cpus=8, gpus=8)])
-    check_fits(layout(2, weights=100 * GIB), [node(memory=100 * GIB)])
 
 
 def test_missing_resources_are_given_in_numbers_with_what_would_fit() -> None:
@@ -82,17 +79,6 @@ def test_pieces_too_small_and_missing_gpus_are_told_apart() -> None:
         check_fits(layout(tp=2, gpus=1), [node(gpus=1)])
     with pytest.raises(LayoutDoesNotFit, match="No layout of this model fits"):
         check_fits(layout(gpus=1), [node()])
-
-
-def test_weights_that_exceed_the_memory_are_refused_before_they_are_read() -> None:
-    with pytest.raises(
-        LayoutDoesNotFit, match=r"need 32.2 GB of memory \(3 replica\(s\) of 10.7 GB\).*replicas=2 would fit"
-    ):
-        check_fits(layout(replicas=3, weights=10 * GIB), [node(memory=25 * GIB)])
-    eight = node(cpus=64, gpus=8, gpu_memory=80 * GIB)
-    with pytest.raises(LayoutDoesNotFit, match=r"need 690 GB of GPU memory .*has 687 GB, 2.81 GB are missing"):
-        check_fits(layout(8, gpus=1, weights=690_000_000_000), [eight])
-    check_fits(layout(8, gpus=1, weights=690_000_000_000), [node(cpus=64, gpus=8)])  # unknown GPU
 
 
 def test_replicas_are_packed_on_one_node_while_one_has_room() -> None:
@@ -118,12 +104,16 @@ def test_workers_share_the_cores_of_a_node(monkeypatch: pytest.MonkeyPatch) -> N
         found = core_shares(given, available, embedded=embedded, num_threads=num_threads)
         return [[(share.num_threads, share.dedicated) for share in replica] for replica in found]
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     placements: Any = [FakePlacement("a", "a"), FakePlacement("a", "b")]
     assert shares(placements, 8) == [[(2, True), (2, True)], [(2, True), (8, True)]]
     assert shares(placements, 2) == [[(1, False), (1, False)], [(1, False), (8, True)]]
     assert shares(placements, 8, num_threads=3) == [[(3, False), (3, False)], [(3, False), (3, True)]]
     monkeypatch.setattr(ray_cluster, "num_cores", lambda: 4)
     assert shares(placements[:1], 99, embedded=True) == [[(2, True), (2, True)]]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
+    assert shares(placements, 8) == [[(2, True), (2, True)], [(2, True), (3, True)]]
+    assert shares(placements, 8, num_threads=8)[1][1] == (8, True)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +133,11 @@ def test_the_embedded_ray_has_a_cpu_for_every_worker(embedded: ray_cluster.RayCl
     assert only.memory_bytes > 0
     assert ray_cluster.authentication_enabled()
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+@pytest.mark.ray
+def test_a_running_cluster_answers(embedded: ray_cluster.RayCluster) -> None:
+    check_answers(ray.get_runtime_context().gcs_address)
 
 
 @pytest.mark.ray
@@ -186,11 +181,22 @@ def test_a_ray_job_joins_its_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: seen.append(options))
     monkeypatch.setattr(ray_cluster, "nodes", list)
+    monkeypatch.setattr(ray_cluster, "check_answers", lambda address: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert connect(None, num_cpus=8) == ray_cluster.RayCluster(embedded=False, owned=True)
     assert connect("10.0.0.2:6379", num_cpus=8).owned
-    assert [options["address"] for options in seen] == ["auto", "10.0.0.2:6379"]
+    assert [options["address"] for options in seen] == ["10.0.0.1:6379", "10.0.0.2:6379"]
     assert all("num_cpus" not in options for options in seen)
+
+
+def test_what_ray_says_of_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at auto: Could not find any .*RAY_ADDRESS"):
+        connect("auto", num_cpus=1)
 
 
 def test_a_signal_during_the_connection_is_delivered_after_it() -> None:

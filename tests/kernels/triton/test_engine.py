@@ -11,8 +11,8 @@ import torch
 
 from shoal.kernels.registry import use_backend
 from shoal.parallel.groups import single_process_groups
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
-from shoal.runtime.engine.engine import Engine
 from shoal.runtime.engine.model_loading import choose_backend
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.kernels.triton.interpreter import DEVICE
@@ -29,7 +29,7 @@ def answers(model: Path, prompts: list[list[int]], **settings: Any) -> list[Requ
     backend = settings["kernel_backend"]
     with use_backend(backend):  # as the engine chooses it for the whole process
         device = torch.device(DEVICE if backend == "triton" else "cpu")
-        engine = Engine(model, config, single_process_groups(device))
+        engine = build_engine(model, config, single_process_groups(device))
         for i, prompt in enumerate(prompts):
             params = SamplingParams(temperature=0.0, max_tokens=2, logprobs=0, ignore_eos=True)
             engine.add_request(Request(request_id=str(i), index=i, prompt_token_ids=tuple(prompt), params=params))

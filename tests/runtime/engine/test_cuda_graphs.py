@@ -16,12 +16,13 @@ def test_sizes_of_graphs() -> None:
 
 
 def test_a_decode_step_has_one_generated_token_of_each_sequence() -> None:
-    token = ScheduledSequence(seq_id=1, start=7, token_ids=[5], block_table=[0, 1], num_prompt_tokens=7, sample=True)
+    token = ScheduledSequence(seq_id=1, start=7, token_ids=[5], block_table=[0, 1], num_prompt_tokens=7, num_logits=1)
     assert is_decode(Batch([token, replace(token, start=9)]))
     assert not is_decode(Batch([]))
     for other in (
         replace(token, start=6),  # the last one of the prompt
         replace(token, token_ids=[5, 6]),  # computed again after a preemption
-        replace(token, sample=False),
+        replace(token, num_logits=0),
+        replace(token, token_ids=[5, 6], num_logits=2),  # a draft token follows
     ):
         assert not is_decode(Batch([token, other]))

@@ -16,13 +16,17 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from shoal.parallel.collectives import Communicator
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
+from shoal.parallel.placement import default_placement
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.engine import model_loading
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.kv_cache.cache import bytes_per_block
-from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.models.deepseek import DeepseekModel, default_placement, record_specs
+from shoal.runtime.memory_estimate import declare_model
+from shoal.runtime.models.deepseek import cache_specs
+from shoal.runtime.models.families import read_config
+from shoal.runtime.models.weights import TensorWeight
 from shoal.runtime.scheduling.batch import Batch
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
@@ -44,7 +48,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_engine(model_dir: Path, **settings: Any) -> Engine:
     defaults: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 64, "max_model_len": 128, "max_num_seqs": 8}
-    return Engine(model_dir, EngineConfig(**{**defaults, **settings}), single_process_groups())
+    return build_engine(model_dir, EngineConfig(**{**defaults, **settings}), single_process_groups())
 
 
 def request(name: str, prompt: list[int], stream: bool = False, **params: Any) -> Request:
@@ -130,7 +134,7 @@ def test_stop_ids_stop_strings_and_minimum_length(model_dir: Path) -> None:
 
 def test_end_of_sequence_ends_and_is_kept(model_dir: Path) -> None:
     engine = make_engine(model_dir)
-    eos = engine.eos_token_ids[0]
+    eos = engine.processor.eos_token_ids[0]
     forced = run(engine, request("a", PROMPT, logit_bias={eos: 100.0}))["a"].outputs[0]
     assert (forced.token_ids, forced.finish_reason, forced.stop_reason) == ([eos], "stop", None)
     ignored = run(engine, request("b", PROMPT, logit_bias={eos: 100.0}, ignore_eos=True))["b"].outputs[0]
@@ -171,7 +175,9 @@ def test_a_row_of_broken_logits_fails_alone_and_is_not_cached(model_dir: Path) -
     expected = run(make_engine(model_dir), request("good", PROMPT, logprobs=1))["good"].outputs[0]
     engine = make_engine(model_dir)
     bad_token = 200
-    engine.runner.model.embed_tokens[bad_token] = math.nan
+    embedding = dict(engine.runner.model.named_weights())["embed_tokens"]
+    assert isinstance(embedding, TensorWeight)
+    embedding.data[bad_token] = math.nan
     outputs = run(engine, request("bad", [bad_token] * 9), request("good", PROMPT, logprobs=1))
     bad, good = outputs["bad"].outputs[0], outputs["good"].outputs[0]
     assert (bad.finish_reason, bad.token_ids) == ("error", [])
@@ -209,7 +215,7 @@ def test_output_ends_where_the_context_does(model_dir: Path) -> None:
 
 
 def test_the_cache_takes_its_share_of_the_memory(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = record_specs(ModelConfig.from_pretrained(model_dir), torch.float32)
+    specs = cache_specs(read_config(model_dir), torch.float32)
     monkeypatch.setattr(model_loading, "available_memory", lambda _: 12 * bytes_per_block(specs, 4))
 
     def blocks(device: str = "cpu", ranks_on_node: int = 1, **settings: Any) -> int:
@@ -226,7 +232,7 @@ def test_the_cache_takes_its_share_of_the_memory(model_dir: Path, monkeypatch: p
 def test_settings_that_cannot_work_are_refused(model_dir: Path) -> None:
     with pytest.raises(ValueError, match="less than max_model_len = 128"):
         make_engine(model_dir, num_kv_blocks=8)
-    limit = ModelConfig.from_pretrained(model_dir).max_position_embeddings
+    limit = read_config(model_dir).max_position_embeddings
     with pytest.raises(ValueError, match=f"max_position_embeddings \\({limit}\\)"):
         make_engine(model_dir, max_model_len=limit + 1)
 
@@ -258,7 +264,7 @@ def test_fp8_weights_give_what_their_dequantised_copy_gives(tmp_path: Path) -> N
 def test_a_rank_holds_its_shard_and_at_most_one_more_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read but not yet packed never exceeds the largest tensor (gate and up of one module count as one)."""
     make_checkpoint(tmp_path, "deepseek_v3", seed=1, dtype=torch.bfloat16, overrides={"num_attention_heads": 4})
-    config = ModelConfig.from_pretrained(tmp_path)
+    config = read_config(tmp_path)
     sizes: list[int] = []
     read = Checkpoint.read
 
@@ -272,17 +278,9 @@ def test_a_rank_holds_its_shard_and_at_most_one_more_tensor(tmp_path: Path, monk
     totals = {}
     for tp, dp, ranks_on_node in [(1, 1, 1), (2, 1, 2), (1, 4, 1), (1, 4, 4)]:
         sizes.clear()
-        world = tp * dp
-        groups = ParallelGroups(
-            ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp),
-            0,
-            torch.device("cpu"),
-            Communicator(0, world),
-            Communicator(0, tp),
-            ranks_on_node,
-        )
+        layout = ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp)
         with Checkpoint(tmp_path) as checkpoint:
-            DeepseekModel(config, checkpoint, groups, dtype=torch.bfloat16, max_model_len=64)
+            declare_model(config, layout, ranks_on_node=ranks_on_node).load(checkpoint)
         totals[tp, dp, ranks_on_node] = sum(sizes)
     experts = (config.num_hidden_layers - config.first_k_dense_replace) * config.n_routed_experts
     of_experts = experts * 3 * config.hidden_size * config.moe_intermediate_size
@@ -296,7 +294,7 @@ def test_a_rank_holds_its_shard_and_at_most_one_more_tensor(tmp_path: Path, monk
 def start_together(rank: int, store: Store, model_dir: Path) -> list[tuple[bool, bool, int]]:
     """(woke, idle, tokens computed) of the first steps; rank 1 hears of its request only after rank 0 has begun."""
     groups = init_groups(ParallelConfig(data_parallel_size=2), rank, store, timeout_s=60.0)
-    engine = Engine(model_dir, EngineConfig(num_kv_blocks=8, block_size=8, max_model_len=32), groups)
+    engine = build_engine(model_dir, EngineConfig(num_kv_blocks=8, block_size=8, max_model_len=32), groups)
     request = Request(request_id="r", prompt_token_ids=(3, 4, 5), params=SamplingParams(max_tokens=1), index=0)
     computed: list[int] = []
     run = engine.runner.run
@@ -323,15 +321,12 @@ def test_ranks_that_were_idle_start_together(tmp_path: Path) -> None:
     assert run_ranks(start_together, 2, tmp_path, timeout_s=120) == [expected, expected]
 
 
-def test_experts_are_spread_on_one_node_and_kept_together_over_several(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, "deepseek_v3")  # 16 experts
-    config = ModelConfig.from_pretrained(tmp_path)
-
+def test_experts_are_spread_on_one_node_and_kept_together_over_several() -> None:
     def of_rank_1(ranks_on_node: int) -> list[int]:
         comm = Communicator(1, 2)
         layout = ParallelConfig(data_parallel_size=2)
         groups = ParallelGroups(layout, 1, torch.device("cpu"), comm, Communicator(), ranks_on_node)
-        return default_placement(config, groups).local_experts(1)
+        return default_placement(16, groups).local_experts(1)
 
     assert of_rank_1(2) == list(range(1, 16, 2))
     assert of_rank_1(1) == list(range(8, 16))

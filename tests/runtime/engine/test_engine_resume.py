@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shoal.parallel.groups import single_process_groups
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
@@ -32,7 +33,7 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def make_engine(model_dir: Path, **settings: Any) -> Engine:
     defaults: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 128, "max_model_len": 96, "max_num_seqs": 8}
-    return Engine(model_dir, EngineConfig(**{**defaults, **settings}), single_process_groups())
+    return build_engine(model_dir, EngineConfig(**{**defaults, **settings}), single_process_groups())
 
 
 def requests() -> list[Request]:

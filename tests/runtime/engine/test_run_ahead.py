@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.parallel.groups import single_process_groups
+from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.sampling.device_sampler import DeviceSampler
@@ -35,9 +36,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_engine(model_dir: Path, *, ahead: bool, **config: Any) -> Engine:
     defaults: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 64, "max_model_len": 64, "max_num_seqs": 4}
-    engine = Engine(model_dir, EngineConfig(**{**defaults, **config}), single_process_groups())
+    engine = build_engine(model_dir, EngineConfig(**{**defaults, **config}), single_process_groups())
     engine.sampler = DeviceSampler(VOCAB, CPU)
-    engine._runs_ahead = ahead
+    engine.overlap = ahead
     return engine
 
 

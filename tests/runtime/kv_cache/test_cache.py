@@ -11,7 +11,8 @@ from torch import Tensor
 from shoal.kernels.kv_format import FP8_RECORDS
 from shoal.runtime.kv_cache.cache import KVCache, RecordSpec, bytes_per_block
 from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.models.deepseek import record_specs
+from shoal.runtime.models.deepseek import cache_specs
+from shoal.runtime.models.families import read_config
 from tests.support.checkpoints import make_checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, FP8_RECORDS)
@@ -24,7 +25,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     cache = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
     layers = {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "full", "shared"]}
     make_checkpoint(path, "glm_moe_dsa", seed=0, overrides=cache | layers)
-    return ModelConfig.from_pretrained(path)
+    return read_config(path)
 
 
 def make_cache(specs: list[RecordSpec]) -> KVCache:
@@ -33,7 +34,7 @@ def make_cache(specs: list[RecordSpec]) -> KVCache:
 
 @pytest.mark.parametrize(("dtype", "latent", "key"), [*zip(DTYPES, (2304, 1152, 656), (512, 256, 132), strict=True)])
 def test_bytes_of_a_token(config: ModelConfig, dtype: torch.dtype, latent: int, key: int) -> None:
-    specs = record_specs(config, dtype)
+    specs = cache_specs(config, dtype)
     cache = make_cache(specs)
     assert [[layer.shape[0], layer.shape[1] * dtype.itemsize] for layer in cache.records] == [[12, latent]] * 4
     pages = [keys if keys is None else [keys.shape[0], keys.shape[1] * dtype.itemsize] for keys in cache.index_keys]
@@ -53,15 +54,15 @@ def test_rows_of_records_are_aligned_where_memory_is_not_the_hosts() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_records_travel_as_bytes(config: ModelConfig, dtype: torch.dtype) -> None:
-    source, target = make_cache(record_specs(config, dtype)), make_cache(record_specs(config, dtype))
+    source, target = make_cache(cache_specs(config, dtype)), make_cache(cache_specs(config, dtype))
     generator = torch.Generator().manual_seed(0)
     for cache, high in ((source, 100), (target, 1)):
         for layer in (*cache.records, *cache.index_keys):
             if layer is not None:
                 layer.copy_(torch.randint(0, high, layer.shape, generator=generator))
-    payload = source.read_records(torch.tensor([9, 2, 5]))
+    payload = source.read_kv(torch.tensor([9, 2, 5]))
     assert payload.numel() == 3 * source.bytes_per_token
-    target.write_records(torch.tensor([0, 11]), payload)
+    target.write_kv(torch.tensor([0, 11]), payload)
     for a, b in zip(_rows(source), _rows(target), strict=True):
         assert torch.equal(a[[2, 5]], b[[0, 11]])
         assert not b[1:11].any()

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from shoal.parallel.groups import single_process_groups
 from shoal.parallel.kv_transport import KVChunk
+from shoal.runtime.engine.build import TRANSFER_TIMEOUT_S, build_engine
 from shoal.runtime.engine.config import EngineConfig
-from shoal.runtime.engine.engine import TRANSFER_TIMEOUT_S, Engine
+from shoal.runtime.engine.engine import Engine
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
 from tests.support.checkpoints import make_checkpoint
 from tests.support.invariance import bits
 from tests.support.split import MemoryTransport, Published, Split, flip_a_byte, generated_by
 
-BLOCK_SIZES = (4, 8)
+OTHER_MODEL = "KV cache fingerprint mismatch: the sender runs another model, dtype or kernel backend"
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -47,7 +48,7 @@ def make_engine(
 ) -> Engine:
     defaults: dict[str, Any] = {"num_kv_blocks": 64, "max_model_len": 96, "max_num_seqs": 8, "block_size": 8}
     config = EngineConfig(**{**defaults, **settings})
-    return Engine(model_dir, config, single_process_groups(), transport=transport, clock=clock or Clock())
+    return build_engine(model_dir, config, single_process_groups(), transport=transport, clock=clock or Clock())
 
 
 def make_split(
@@ -116,7 +117,7 @@ def test_the_same_bits_as_one_engine(
     assert not published, "records that nobody will read"
     assert all(one.error is None for one in split.loaded), split.loaded
     assert len(split.loaded) == len(requests()) - 1, "the one that ends with its first token needs no decode"
-    assert split.prefill.scheduler.num_export_tokens == 0
+    assert split.prefill.scheduler.transfer_buffer.num_tokens == 0
 
 
 def test_fp8_records_travel(model_dir: Path) -> None:
@@ -126,7 +127,7 @@ def test_fp8_records_travel(model_dir: Path) -> None:
     assert {i: bits(o) for i, o in outputs.items()} == expected(model_dir, requests(), **settings)
     assert expected(model_dir, requests(), **settings) != expected(model_dir, requests())
     assert all(one.error is None for one in split.loaded), split.loaded
-    config = split.decode.model_config
+    config = split.decode.runner.model.config
     latent, rope = config.kv_lora_rank + 4, 2 * config.qk_rope_head_dim  # one scale: at most 128 columns
     per_token = config.num_hidden_layers * (latent + rope + config.index_head_dim + 4)
     assert {c.num_bytes for c in receiver.fetched} == {per_token * (c.end - c.start) for c in receiver.fetched}
@@ -137,7 +138,7 @@ def test_records_in_another_format_are_refused(model_dir: Path, formats: tuple[s
     source, target = ({"kv_cache_dtype": name} for name in formats)
     split, _, receiver = make_split(model_dir, prefill=source, decode=target)
     outputs = split.run(requests()[:1])
-    assert split.loaded[0].error == "the records were computed by another model, dtype or kernel backend"
+    assert split.loaded[0].error == OTHER_MODEL
     assert not receiver.fetched
     (_, tokens, *_), *_ = bits(outputs["greedy"])
     assert len(tokens) == 10
@@ -233,7 +234,7 @@ def test_a_prefill_that_fails_leaves_what_was_loaded(model_dir: Path, num_chunks
     assert finished == expected(model_dir, [request])
     assert split.decode.scheduler.prefix_cache_hits == 0
     split.prefill.abort(request.request_id)
-    assert split.prefill.scheduler.num_export_tokens == 0
+    assert split.prefill.scheduler.transfer_buffer.num_tokens == 0
 
 
 @pytest.mark.parametrize("ends", ["the prefill failed", "no news"])
@@ -281,7 +282,7 @@ def test_a_lease_ends(model_dir: Path) -> None:
     clock.now += 10_000
     split.prefill.step()
     assert not published
-    assert split.prefill.scheduler.num_export_tokens == 0
+    assert split.prefill.scheduler.transfer_buffer.num_tokens == 0
 
 
 def test_aborted_in_every_state(model_dir: Path) -> None:
@@ -301,7 +302,7 @@ def test_aborted_in_every_state(model_dir: Path) -> None:
             engine.block_manager.check_integrity()
             assert engine.step().idle
         assert not published
-        assert split.prefill.scheduler.num_export_tokens == 0
+        assert split.prefill.scheduler.transfer_buffer.num_tokens == 0
 
 
 def test_preempted_while_it_loads(model_dir: Path) -> None:
@@ -330,7 +331,7 @@ def test_records_of_another_model_are_refused(model_dir: Path, tmp_path: Path) -
     split.step_prefill()
     split.step_decode()
     split.step_decode()
-    assert split.loaded[0].error == "the records were computed by another model, dtype or kernel backend"
+    assert split.loaded[0].error == OTHER_MODEL
 
 
 def test_the_first_tokens_are_those_of_one_engine(model_dir: Path) -> None:

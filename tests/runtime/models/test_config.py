@@ -9,6 +9,7 @@ import torch
 
 from shoal.kernels.rope import YarnConfig
 from shoal.runtime.models.config import ModelConfig
+from shoal.runtime.models.families import FAMILIES, parse_config, read_config
 from tests.support.checkpoints import make_checkpoint, tiny_config
 
 # The published numbers of DeepSeek-V3 and R1.
@@ -71,8 +72,11 @@ V3_YARN = YarnConfig(
 )
 
 
+INDEXER = {"index_n_heads": 2, "index_head_dim": 64, "index_topk": 8}
+
+
 def changed(**changes: Any) -> ModelConfig:
-    return ModelConfig.from_dict({**DEEPSEEK_V3, **changes})
+    return parse_config({**DEEPSEEK_V3, **changes})
 
 
 def without(*names: str) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def without(*names: str) -> dict[str, Any]:
 
 
 def test_deepseek_v3() -> None:
-    config = ModelConfig.from_dict(DEEPSEEK_V3)
+    config = parse_config(DEEPSEEK_V3)
     assert config.yarn == V3_YARN
     assert config.qk_head_dim == 192
     assert config.softmax_scale == pytest.approx(0.1352337789, rel=1e-8)
@@ -118,15 +122,15 @@ def test_rope_spellings_are_equal() -> None:
     yarn = {name: value for name, value in DEEPSEEK_V3["rope_scaling"].items() if name != "type"} | {
         "rope_type": "yarn"
     }
-    old = ModelConfig.from_dict(DEEPSEEK_V3)
+    old = parse_config(DEEPSEEK_V3)
     assert changed(rope_scaling=yarn) == old
     merged = without("rope_scaling", "rope_theta") | {"rope_parameters": yarn | {"rope_theta": 10000.0}}
-    assert ModelConfig.from_dict(merged) == old
+    assert parse_config(merged) == old
 
 
 def test_theta_in_rope_parameters_wins() -> None:
     rope = {"rope_theta": 8000000.0, "rope_type": "default"}
-    config = ModelConfig.from_dict(without("rope_scaling") | {"rope_parameters": rope})
+    config = parse_config(without("rope_scaling") | {"rope_parameters": rope})
     assert (config.rope_theta, config.yarn) == (8000000.0, None)
 
 
@@ -150,15 +154,13 @@ def test_deepseek_v32_has_an_indexer_in_every_layer() -> None:
 def test_glm_indexer_types(fields: dict[str, Any], shared: list[int]) -> None:
     # By hand for frequency 4, offset 3: max(i - 2, 0) = 0 0 0 1 2 3 4 5 for layers 0 to 7; multiples of 4 are full.
     base = tiny_config("glm_moe_dsa", {"num_hidden_layers": 8, "index_topk_freq": None, "index_skip_topk_offset": None})
-    config = ModelConfig.from_dict(base | fields)
+    config = parse_config(base | fields)
     assert [layer for layer, kind in enumerate(config.indexer_types) if kind == "shared"] == shared
     assert [layer for layer in range(8) if not config.has_indexer(layer)] == shared
 
 
 def test_glm_defaults() -> None:
-    config = ModelConfig.from_dict(
-        tiny_config("glm_moe_dsa", {"indexer_rope_interleave": None, "eos_token_id": [7, 8, 9]})
-    )
+    config = parse_config(tiny_config("glm_moe_dsa", {"indexer_rope_interleave": None, "eos_token_id": [7, 8, 9]}))
     assert config.indexer_rope_interleave
     assert config.rms_norm_eps == 1e-5
     assert config.rope_theta == 1000000.0
@@ -181,7 +183,7 @@ def test_null_values() -> None:
 def test_fields_of_transformers_5() -> None:
     values = without("torch_dtype", "num_nextn_predict_layers", "first_k_dense_replace", "scoring_func", "topk_method")
     layer_types = ["dense"] * 2 + ["sparse"] * 59
-    config = ModelConfig.from_dict(values | {"dtype": "float32", "num_mtp_layers": 2, "mlp_layer_types": layer_types})
+    config = parse_config(values | {"dtype": "float32", "num_mtp_layers": 2, "mlp_layer_types": layer_types})
     assert (config.torch_dtype, config.num_nextn_predict_layers, config.first_k_dense_replace) == (torch.float32, 2, 2)
 
 
@@ -194,12 +196,16 @@ def test_moe_layer_freq() -> None:
     ("changes", "message"),
     [
         (
-            {"model_type": "llama"},
-            "model_type 'llama' is not supported; supported model types are deepseek_v3, deepseek_v32, kimi",
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            "model_type 'llama' with architecture 'LlamaForCausalLM' is not supported; supported .* deepseek_v3, deep",
         ),
-        ({"model_type": "deepseek_v2"}, "softmax"),
-        ({"model_type": None}, "model_type is missing"),
-        ({"q_lora_rank": None}, "q_lora_rank null"),
+        ({"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}, "'deepseek_v2'.* is not supported"),
+        ({"model_type": None, "architectures": []}, "model_type and architectures are missing"),
+        ({"model_type": ["deepseek_v3"], "architectures": "DeepseekV3ForCausalLM"}, "is not supported"),
+        (
+            {"model_type": "deepseek_v32", "q_lora_rank": None} | INDEXER,
+            "q_lora_rank null is not supported with an indexer",
+        ),
         ({"hidden_size": 0}, "hidden_size must be a whole number from 1 to 2147483647, got 0"),
         ({"hidden_size": True}, "hidden_size must be a whole number"),
         ({"hidden_size": "7168"}, "hidden_size must be a whole number"),
@@ -216,7 +222,14 @@ def test_moe_layer_freq() -> None:
         ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 4096}}, "factor is missing"),
         ({"rope_theta": -1}, "rope_theta must be a finite number above 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": True}, "attention_bias True is not supported: .* biases of attention projections"),
+        ({"post_mlp_layernorm": True}, "post_mlp_layernorm True is not supported: .* a norm after the MLP"),
+        ({"llama_4_scaling": {"beta": 0.1}}, "llama_4_scaling .* queries scaled by position"),
+        ({"zero_expert_num": 256}, "zero_expert_num 256 .* experts that return their input"),
+        ({"hc_mult": 4}, "hc_mult 4 .* hyper-connections"),
+        ({"compress_ratios": [0, 4, 128]}, "compress_ratios .* compressed attention"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types .*'linear_attention'"),
+        ({"text_config": {"hidden_size": 7168}}, "text_config .* a decoder inside a multimodal model"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_key_value_heads": 8}, "num_key_value_heads must equal"),
         ({"qk_rope_head_dim": 63}, "must be even"),
@@ -248,31 +261,48 @@ def test_refused_values(changes: dict[str, Any], message: str) -> None:
 )
 def test_missing_fields_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"the field {name} is missing"):
-        ModelConfig.from_dict(without(name))
+        parse_config(without(name))
+
+
+def test_a_derivative_is_found_by_its_architecture() -> None:
+    assert changed(model_type="some_derivative") == changed()
+    assert changed(model_type=None) == changed()
+    assert changed(model_type="kimi_k2").model_type == "kimi_k2"
+
+
+def test_fields_that_change_the_model_may_be_there_unused() -> None:
+    unused: dict[str, Any] = {"attention_bias": None, "hc_mult": 0, "compress_ratios": [], "zero_expert_num": None}
+    assert changed(**unused, layer_types=["full_attention"] * 61) == changed()
+
+
+def test_queries_without_a_latent() -> None:
+    assert changed(q_lora_rank=None).q_lora_rank is None
+    with pytest.raises(ValueError, match="q_lora_rank is missing"):
+        parse_config(without("q_lora_rank"))
 
 
 @pytest.mark.parametrize("types", [["shared", "full", "full"], ["full", "full"], ["full", "full", "half"], "FSX", 3])
 def test_refused_indexer_types(types: object) -> None:
     with pytest.raises(ValueError, match="indexer_types"):
-        ModelConfig.from_dict(tiny_config("glm_moe_dsa", {"indexer_types": types}))
+        parse_config(tiny_config("glm_moe_dsa", {"indexer_types": types}))
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v3", "deepseek_v32", "kimi_k2", "glm_moe_dsa"])
-def test_from_pretrained(tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize("model_type", list(FAMILIES))
+def test_read_config(tmp_path: Path, model_type: str) -> None:
     values = make_checkpoint(tmp_path, model_type)
-    assert ModelConfig.from_pretrained(tmp_path) == ModelConfig.from_dict(values)
+    assert read_config(tmp_path) == parse_config(values)
 
 
-def test_from_pretrained_names_the_file(tmp_path: Path) -> None:
+def test_read_config_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.json does not exist; give the directory"):
-        ModelConfig.from_pretrained(tmp_path)
+        read_config(tmp_path)
     for text in ("{", "[" * 100_000, "\udcff"):
         (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
-            ModelConfig.from_pretrained(tmp_path)
+            read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config.json: the model configuration must be a JSON object"):
-        ModelConfig.from_pretrained(tmp_path)
+        read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(without("hidden_size")))
     with pytest.raises(ValueError, match=r"config.json: the field hidden_size is missing"):
-        ModelConfig.from_pretrained(tmp_path)
+        read_config(tmp_path)

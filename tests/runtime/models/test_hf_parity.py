@@ -34,6 +34,7 @@ HF_CLASS = {
     "kimi_k2": "DeepseekV3ForCausalLM",
     "deepseek_v32": "DeepseekV32ForCausalLM",
     "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
 }
 
 
@@ -68,6 +69,11 @@ CASES = [
         {"index_topk": 16, "indexer_types": ["full", "shared", "full", "shared"], "num_hidden_layers": 4},
     ),
     Case("glm_moe_dsa", 1, {"index_topk": 4}),
+    # Moonlight, GigaChat3-10B and Kanana-2: queries without a latent
+    Case("deepseek_v3", 60, {"q_lora_rank": None, "rms_norm_eps": 1e-5, "rope_theta": 50000}),
+    Case("deepseek_v3", 34, {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}),
+    Case("glm4_moe_lite", 66),
+    Case("glm4_moe_lite", 35, {"q_lora_rank": None, "num_attention_heads": 5, "num_key_value_heads": 5}),
 ]
 
 
@@ -114,7 +120,7 @@ def test_logits_and_selections_agree_with_transformers(case: Case, tmp_path: Pat
     }
     for name, chunks in schedules.items():
         seen: dict[int, list[Tensor]] = {}
-        runner.tap = record_tap("indexer.selected", seen)
+        runner.tap = record_tap("indexer.topk_indices", seen)
         logits = logits_in_chunks(runner, token_ids, chunks)
         difference = (logits - expected).abs().max().item()
         assert difference <= 2e-4, f"{name}: logits differ by {difference}"

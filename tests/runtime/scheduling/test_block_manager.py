@@ -6,7 +6,8 @@ import struct
 import pytest
 
 from shoal.runtime.scheduling import block_manager as block_manager_module
-from shoal.runtime.scheduling.block_manager import BlockManager, hash_block, root_hash
+from shoal.runtime.scheduling.block_manager import BlockManager
+from shoal.runtime.scheduling.prefix_index import hash_block, root_hash
 from shoal.runtime.scheduling.sequence import Sequence
 
 
@@ -39,7 +40,7 @@ def test_allocate_covers_exactly_the_tokens_and_counts_up_from_block_zero() -> N
     manager.allocate(seq, 9)
     assert seq.block_table == [0, 1, 2]
     assert manager.num_free_blocks == 5
-    assert [manager.ref_count(b) for b in range(4)] == [1, 1, 1, 0]
+    assert [manager.pool.ref_count(b) for b in range(4)] == [1, 1, 1, 0]
     manager.check_integrity()
 
 
@@ -60,9 +61,9 @@ def test_a_hit_stops_at_the_first_different_block_and_shares_what_is_before() ->
     compute(manager, first)
     assert compute(manager, second) == [0]
     assert second.block_table == [0, 4, 5, 6]
-    assert manager.ref_count(0) == 2
+    assert manager.pool.ref_count(0) == 2
     manager.free(first)
-    assert manager.ref_count(0) == 1
+    assert manager.pool.ref_count(0) == 1
     manager.check_integrity()
 
 
@@ -244,18 +245,15 @@ def make_seq_with_hashes(block_hashes: list[bytes]) -> Sequence:
     return seq
 
 
-def test_generations_change_when_a_block_loses_its_last_user_or_its_content() -> None:
-    manager = make_manager(num_blocks=2)
-    seq, sharer = make_seq(0, [1] * 4), make_seq(1, [1] * 5)
+def test_evicted_content_is_returned() -> None:
+    manager = make_manager(num_blocks=3)
+    seq = make_seq(0, [1] * 8)
     compute(manager, seq)
-    assert manager.generation(0) == 0
-    assert compute(manager, sharer) == [0]
     manager.free(seq)
-    assert manager.generation(0) == 0
-    manager.free(sharer)
-    assert [manager.generation(0), manager.generation(1)] == [1, 1]
-    manager.allocate(make_seq(2, [7] * 8), 8)
-    assert [manager.generation(0), manager.generation(1)] == [2, 1]
+    other = make_seq(1, [7] * 9)
+    assert manager.allocate(make_seq(2, [3]), 1) == [], "a block that holds nothing comes first"
+    assert [(e.block_id, e.content.token_ids) for e in manager.allocate(other, 8)] == [(1, [1] * 4), (0, [1] * 4)]
+    assert other.block_table == [1, 0]
 
 
 def test_discard_takes_the_tokens_out_of_the_cache_but_not_from_those_who_share_them() -> None:
@@ -306,16 +304,16 @@ def test_check_integrity_names_the_broken_block() -> None:
     with pytest.raises(AssertionError, match="block 0 has 1 references and is in 2 block tables"):
         manager.check_integrity()
     seq.block_table.pop()
-    manager._free.append(2)
+    manager.pool._free.append(2)
     with pytest.raises(AssertionError, match="block 2 is in 2 of the states free, cached idle and in use"):
         manager.check_integrity()
-    manager._free.pop()
-    manager._free.popleft()
+    manager.pool._free.pop()
+    manager.pool._free.popleft()
     with pytest.raises(AssertionError, match="block 3 is in 0 of the states"):
         manager.check_integrity()
-    manager._free.appendleft(3)
+    manager.pool._free.appendleft(3)
     manager.check_integrity()
-    manager._nodes[1] = None
+    manager.prefixes._nodes[1] = None
     with pytest.raises(AssertionError, match="a hash finds block 1, which holds nothing"):
         manager.check_integrity()
 

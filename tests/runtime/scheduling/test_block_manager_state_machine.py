@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.runtime.scheduling.block_manager import BlockManager
+from shoal.runtime.scheduling.prefix_index import PrefixNode
 from shoal.runtime.scheduling.sequence import Sequence
 
 pytestmark = pytest.mark.slow
@@ -83,11 +84,7 @@ class BlockMachine(RuleBasedStateMachine):
             self.users[block] -= 1
             if not self.users[block] and block in self.cached.values():
                 self.released.append(block)
-        generations = [self.manager.generation(block) for block in seq.block_table]
-        table = list(seq.block_table)
         self.manager.free(seq, discard=discard)
-        for block, generation in zip(table, generations, strict=True):
-            assert (self.manager.generation(block) != generation) == (not self.users[block])
 
     @precondition(lambda self: not self.sequences)
     @rule()
@@ -97,14 +94,17 @@ class BlockMachine(RuleBasedStateMachine):
 
     def allocate(self, seq: Sequence, num_tokens: int, found: list[int] | None) -> None:
         before = len(found) if found else len(seq.block_table)
-        self.manager.allocate(seq, num_tokens, found)
+        evictions = {e.block_id: e.content for e in self.manager.allocate(seq, num_tokens, found)}
+        assert list(evictions) == [b for b in seq.block_table[before:] if b in self.cached.values()]
         for block in seq.block_table[before:]:
             assert not self.users[block], "it has a user"
             self.users[block] = 1
             if block in self.cached.values():
                 assert block == self.released.pop(0), "another one was released earlier"
                 assert self.num_unused == len(self.released), "there were blocks that hold nothing"
-                self.cached = {prefix: b for prefix, b in self.cached.items() if b != block}
+                (lost,) = [prefix for prefix, b in self.cached.items() if b == block]
+                assert lost == content_of(evictions[block])
+                del self.cached[lost]
 
     def compute(self, seq: Sequence, num_tokens: int) -> None:
         first = seq.num_computed_tokens // self.manager.block_size
@@ -133,11 +133,23 @@ class BlockMachine(RuleBasedStateMachine):
     @invariant()
     def it_is_as_in_the_model(self) -> None:
         self.manager.check_integrity()
-        assert [self.manager.ref_count(block) for block in range(self.manager.num_blocks)] == self.users
+        assert [self.manager.pool.ref_count(block) for block in range(self.manager.num_blocks)] == self.users
         assert self.manager.num_free_blocks == self.num_unused
         assert self.manager.num_cached_blocks == len(self.cached)
         for seq in self.sequences:
             assert self.manager.match_prefix(seq) == self.expected_match(seq)
+
+
+def content_of(node: PrefixNode) -> Prefix:
+    """What a chain of blocks holds, as the model writes it."""
+    tokens: tuple[int, ...] = ()
+    num_prompt_tokens = 0
+    block: PrefixNode | None = node
+    while block is not None:
+        tokens = (*block.token_ids, *tokens)
+        num_prompt_tokens += block.role
+        block = block.parent
+    return node.salt, tokens, num_prompt_tokens
 
 
 TestBlockMachine = BlockMachine.TestCase

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from shoal.runtime.scheduling.batch import EMPTY_BATCH, Batch
@@ -48,12 +50,12 @@ def make_seq(
 
 def shape(batch: Batch) -> list[tuple[int, int, int, int]]:
     """(sequence, start, number of tokens, number of logits) of every part."""
-    return [(s.seq_id, s.start, len(s.token_ids), s.num_prompt_logits or int(s.sample)) for s in batch.sequences]
+    return [(s.seq_id, s.start, len(s.token_ids), s.num_prompt_logits or s.num_logits) for s in batch.sequences]
 
 
 def step(scheduler: Scheduler, token: int = 7) -> list[tuple[int, int, int, int]]:
     batch = scheduler.schedule()
-    scheduler.update(batch, {s.seq_id: token for s in batch.sequences})
+    scheduler.update(batch, {s.seq_id: [token] for s in batch.sequences})
     scheduler.block_manager.check_integrity()
     return shape(batch)
 
@@ -109,7 +111,7 @@ def test_batches_carry_tokens_and_exactly_the_blocks_they_need() -> None:
     for token in (21, 22, 23, 24):
         batch = scheduler.schedule()
         tokens_and_blocks.append((batch.sequences[0].token_ids, batch.sequences[0].block_table))
-        scheduler.update(batch, {5: token})
+        scheduler.update(batch, {5: [token]})
     assert tokens_and_blocks == [
         ([1, 2, 3, 4, 5, 6], [0, 1]),
         ([7, 8], [0, 1]),
@@ -298,9 +300,49 @@ def test_what_is_finished_or_preempted_during_a_step_does_not_count() -> None:
     batch = scheduler.schedule()
     scheduler.finish(0, discard=True)
     scheduler.preempt(1)
-    scheduler.update(batch, {1: 7, 2: 7})
+    scheduler.update(batch, {1: [7], 2: [7]})
     assert [seq.output_token_ids for seq in seqs] == [[], [], [7]]
     assert step(scheduler) == [(2, 5, 1, 1), (1, 0, 5, 1)]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "num_computed", "cached"),
+    [
+        ([21], 7, 1),  # both drafts are wrong: of position 7 nothing is known, so block 1 is not full
+        ([11, 21], 8, 2),
+        ([11, 12, 21], 9, 2),  # both are right
+    ],
+)
+def test_accepted_drafts_are_computed_and_rejected_ones_are_not(
+    accepted: list[int], num_computed: int, cached: int
+) -> None:
+    scheduler = make_scheduler()
+    seq = Sequence(seq_id=0, prompt_token_ids=[1, 2, 3, 4, 5, 6], max_tokens=5)
+    scheduler.add(seq)
+    step(scheduler)
+    (part,) = scheduler.schedule().sequences
+    assert (part.start, part.token_ids, part.num_logits) == (6, [7], 1)
+    scheduler.block_manager.allocate(seq, 9)
+    batch = Batch([replace(part, token_ids=[7, 11, 12], num_logits=3)])
+    scheduler.update(batch, {0: accepted})
+    scheduler.block_manager.check_integrity()
+    assert seq.output_token_ids == [7, *accepted]
+    assert seq.num_computed_tokens == num_computed
+    assert scheduler.block_manager.num_cached_blocks == cached
+    assert step(scheduler) == [(0, num_computed, 1, 1)], "the last token is computed next, over the rejected draft"
+    assert seq.block_table == [0, 1, 2]
+
+
+def test_tokens_beyond_the_drafts_or_max_tokens_are_an_error() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(Sequence(seq_id=0, prompt_token_ids=[1], max_tokens=2))
+    (part,) = scheduler.schedule().sequences
+    with pytest.raises(AssertionError, match="sequence 0 gets 2 of 1"):
+        scheduler.update(Batch([part]), {0: [7, 8]})
+    with pytest.raises(AssertionError, match="accepts what was no draft"):
+        scheduler.update(Batch([replace(part, token_ids=[1, 7], num_logits=2)]), {0: [8, 9]})
+    with pytest.raises(AssertionError, match="exceeds max_tokens=2"):
+        scheduler.update(Batch([replace(part, token_ids=[1, 7, 8], num_logits=3)]), {0: [7, 8, 9]})
 
 
 def test_a_missing_token_is_an_error() -> None:

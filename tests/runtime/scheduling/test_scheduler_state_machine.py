@@ -6,17 +6,18 @@ shared too early, too late, too widely or overwritten while in use shows up as a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shoal.runtime.scheduling.batch import Batch
+from shoal.runtime.scheduling.batch import Batch, ScheduledSequence
 from shoal.runtime.scheduling.block_manager import BlockManager
 from shoal.runtime.scheduling.scheduler import Scheduler, SchedulerConfig
 from shoal.runtime.scheduling.sequence import Sequence, SequenceStatus
+from shoal.runtime.scheduling.transfer_buffer import TransferBuffer
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 16),
         chunking=st.one_of(st.none(), st.integers(1, 5), st.just("whole")),
         prefix_caching=st.sampled_from([True, True, False]),
-        max_export_tokens=st.one_of(st.none(), st.integers(1, 20)),
+        max_transfer_tokens=st.one_of(st.none(), st.integers(1, 20)),
     )
     def start(
         self,
@@ -64,19 +65,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         chunking: int | str | None,
         prefix_caching: bool,
-        max_export_tokens: int | None,
+        max_transfer_tokens: int | None,
     ) -> None:
         self.config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             enable_chunked_prefill=chunking != "whole",
             max_chunk_size=chunking if isinstance(chunking, int) else None,
-            max_export_tokens=max_export_tokens,
         )
         self.manager = BlockManager(
             num_blocks, block_size, enable_prefix_caching=prefix_caching, fingerprint=b"state machine"
         )
-        self.scheduler = Scheduler(self.config, self.manager)
+        self.buffer = TransferBuffer(max_transfer_tokens)
+        self.scheduler = Scheduler(self.config, self.manager, self.buffer)
         self.records: dict[int, Record] = {}
         self.lives: dict[int, Life] = {}
         self.exported: list[Sequence] = []
@@ -99,8 +100,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         needs_prompt_logits: bool,
         handoff: str,
     ) -> None:
-        awaits_records = handoff == "load" and self.config.enable_chunked_prefill
-        if awaits_records:
+        remote_prefill_pending = handoff == "load" and self.config.enable_chunked_prefill
+        if remote_prefill_pending:
             num_generated, needs_prompt_logits = 0, False
         seq = Sequence(
             seq_id=self.num_added,
@@ -109,8 +110,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             output_token_ids=[0] * num_generated,
             salt=salt,
             needs_prompt_logits=needs_prompt_logits,
-            awaits_records=awaits_records,
-            exports=handoff == "export",
+            remote_prefill_pending=remote_prefill_pending,
+            remote_decode=handoff == "export",
         )
         self.num_added += 1
         num_positions = len(prompt) + num_generated + max_tokens - 1
@@ -129,6 +130,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         self.update(self.schedule())
 
+    @rule(data=st.data())
+    def step_with_drafts(self, data: st.DataObject) -> None:
+        """As speculative decoding does: guessed tokens follow the last known one, some of them right."""
+        batch = self.schedule()
+        self.update(Batch([self.draft(part, data) for part in batch.sequences]))
+
     @rule(data=st.data(), whole=st.booleans())
     def records_arrive(self, data: st.DataObject, whole: bool) -> None:
         """Of a loading sequence: in part, which leaves its last position out, or all, and then a token follows."""
@@ -141,17 +148,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         end = last + 1 if whole else data.draw(st.integers(min(begin, last), last))
         self.check_records(seq.seq_id, seq.block_table, 0, begin)
         for position in range(begin, end):
-            assert self.manager.ref_count(seq.block_table[position // self.manager.block_size]) == 1
+            assert self.manager.pool.ref_count(seq.block_table[position // self.manager.block_size]) == 1
             self.records[self.slot(seq.block_table, position)] = record(seq, position)
         if end > begin:
-            self.scheduler.loaded(seq.seq_id, end)
+            self.scheduler.mark_received(seq.seq_id, end)
             self.lives[seq.seq_id].num_computed = end
         if whole:
             self.begin(seq, [1])
 
     @rule(data=st.data(), tokens=st.sampled_from([[], [0], [1, 0]]))
     def records_do_not_arrive(self, data: st.DataObject, tokens: list[int]) -> None:
-        awaiting = [i for i, life in self.lives.items() if life.seq.awaits_records]
+        awaiting = [i for i, life in self.lives.items() if life.seq.remote_prefill_pending]
         if awaiting:
             seq = self.lives[data.draw(st.sampled_from(awaiting))].seq
             self.begin(seq, tokens[: seq.max_tokens - 1])
@@ -159,7 +166,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def begin(self, seq: Sequence, tokens: list[int]) -> None:
         """Start it; one whose tokens are all there by then is finished, as nothing is left to compute."""
         loading = seq.status is SequenceStatus.LOADING
-        self.scheduler.start(seq.seq_id, tokens)
+        self.scheduler.resume(seq.seq_id, tokens)
         if seq.num_output_tokens == seq.max_tokens:
             self.scheduler.finish(seq.seq_id)
             self.forget(seq.seq_id)
@@ -169,7 +176,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def exported_records_are_read(self, data: st.DataObject) -> None:
         if self.exported:
-            self.scheduler.release_export(self.exported.pop(data.draw(st.integers(0, len(self.exported) - 1))))
+            self.buffer.release(self.exported.pop(data.draw(st.integers(0, len(self.exported) - 1))))
 
     @precondition(lambda self: self.lives)
     @rule(data=st.data(), action=st.sampled_from(["abort", "discard", "preempt"]))
@@ -197,7 +204,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def forget(self, seq_id: int) -> None:
         seq = self.lives.pop(seq_id).seq
-        if seq.exports:
+        if seq.remote_decode:
             self.exported.append(seq)
 
     @invariant()
@@ -206,10 +213,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         statuses = [life.seq.status for life in self.lives.values()]
         admitted = statuses.count(SequenceStatus.RUNNING) + statuses.count(SequenceStatus.LOADING)
         assert self.scheduler.num_running == admitted <= self.config.max_num_seqs
-        exporting = [s for s in [life.seq for life in self.lives.values()] + self.exported if s.has_export_room]
-        assert self.scheduler.num_export_tokens == sum(s.num_prompt_tokens for s in exporting)
-        limit = self.config.max_export_tokens
-        assert limit is None or self.scheduler.num_export_tokens <= limit or len(exporting) == 1
+        admitted_or_sent = [life.seq for life in self.lives.values()] + self.exported
+        exporting = [s for s in admitted_or_sent if self.buffer.holds(s.seq_id)]
+        assert self.buffer.num_tokens == sum(s.num_prompt_tokens for s in exporting)
+        limit = self.buffer.max_tokens
+        assert limit is None or self.buffer.num_tokens <= limit or len(exporting) == 1
         assert self.scheduler.num_waiting == statuses.count(SequenceStatus.WAITING)
         assert self.scheduler.has_unfinished == bool(self.lives)
         assert self.scheduler.prefix_cache_hits <= self.scheduler.prefix_cache_queries
@@ -218,16 +226,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for seq in self.exported:
-            self.scheduler.release_export(seq)
+            self.buffer.release(seq)
         self.exported.clear()
-        for life in [life for life in self.lives.values() if life.seq.awaits_records]:
+        for life in [life for life in self.lives.values() if life.seq.remote_prefill_pending]:
             self.begin(life.seq, [])
         # Without interruptions the oldest running sequence is never preempted and computes a position or more a step.
         num_steps = sum(life.seq.max_positions for life in self.lives.values())
         for _ in range(num_steps):
             self.step()
             for seq in self.exported:
-                self.scheduler.release_export(seq)
+                self.buffer.release(seq)
             self.exported.clear()
             self.blocks_and_counts_agree()
         assert not self.lives, f"{len(self.lives)} sequences did not finish in {num_steps} steps"
@@ -245,9 +253,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 life.num_computed = life.seq.num_computed_tokens
                 self.check_begin(life, life.num_computed)
                 self.check_records(life.seq.seq_id, life.seq.block_table, 0, life.num_computed)
-        held_up = self.exported or any(life.seq.awaits_records for life in self.lives.values())
+        held_up = self.exported or any(life.seq.remote_prefill_pending for life in self.lives.values())
         assert bool(batch.sequences) == bool(self.lives) or (held_up and not batch.sequences)
-        assert not any(self.lives[part.seq_id].seq.awaits_records for part in batch.sequences)
+        assert not any(self.lives[part.seq_id].seq.remote_prefill_pending for part in batch.sequences)
         assert batch.num_tokens <= self.config.max_num_batched_tokens
         order = [part.seq_id for part in batch.sequences]
         assert len(set(order)) == len(order)
@@ -262,17 +270,37 @@ class SchedulerMachine(RuleBasedStateMachine):
         for part in batch.sequences:
             seq = self.lives[part.seq_id].seq
             end = part.start + len(part.token_ids)
-            self.check_chunk(self.lives[part.seq_id], part.start, end, part.num_prompt_logits or int(part.sample))
+            self.check_chunk(self.lives[part.seq_id], part.start, end, part.num_prompt_logits or part.num_logits)
             assert part.token_ids == seq.token_ids[part.start : end]
             assert part.block_table == seq.block_table
             reserved = self.lives[part.seq_id].num_reserved
             assert len(part.block_table) == self.manager.num_blocks_for(max(end, reserved))
             for position in range(part.start, end):
-                assert self.manager.ref_count(part.block_table[position // self.manager.block_size]) == 1
+                assert self.manager.pool.ref_count(part.block_table[position // self.manager.block_size]) == 1
                 self.records[self.slot(part.block_table, position)] = record(seq, position)
         for part in batch.sequences:
             self.check_records(part.seq_id, part.block_table, 0, part.start + len(part.token_ids))
         return batch
+
+    def draft(self, part: ScheduledSequence, data: st.DataObject) -> ScheduledSequence:
+        """The same part with drafts, where blocks are free; their records are those of the guessed history."""
+        seq = self.lives[part.seq_id].seq
+        end = part.start + len(part.token_ids)
+        most = min(3, seq.max_positions - end) if part.num_logits else 0
+        drafts = data.draw(st.lists(st.integers(0, 1), max_size=most))
+        num_blocks = self.manager.num_blocks_for(end + len(drafts)) - len(seq.block_table)
+        if not drafts or num_blocks > self.manager.num_free_blocks:
+            return part
+        self.manager.allocate(seq, end + len(drafts))
+        self.lives[part.seq_id].num_reserved = max(self.lives[part.seq_id].num_reserved, end + len(drafts))
+        guessed = seq.token_ids + drafts
+        for position in range(end, end + len(drafts)):
+            self.records[self.slot(seq.block_table, position)] = (
+                seq.salt,
+                tuple(guessed[: position + 1]),
+                seq.num_prompt_tokens,
+            )
+        return replace(part, token_ids=part.token_ids + drafts, num_logits=1 + len(drafts))
 
     def check_chunk(self, life: Life, start: int, end: int, num_logits: int) -> None:
         """The chunk goes on where the last one of this life ended, and asks for the logits that are missing."""
@@ -297,20 +325,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert start == 0 or (self.manager.enable_prefix_caching and not life.prompt_logits_missing)
 
     def update(self, batch: Batch) -> None:
-        sampled = {}
+        sampled: dict[int, list[int]] = {}
         for part in batch.sequences:
             life = self.lives.get(part.seq_id)
             if life is None or life.seq.status is SequenceStatus.WAITING:
                 continue
             end = part.start + len(part.token_ids)
+            if part.num_logits:
+                drafts = part.token_ids[len(part.token_ids) - part.num_logits + 1 :]
+                sampled[part.seq_id] = accepted(life.seq.token_ids, drafts)
+                end -= part.num_logits - len(sampled[part.seq_id])
             life.num_computed = end
             life.num_prompt_logits = max(life.num_prompt_logits, min(end, life.seq.num_prompt_tokens))
-            if end == life.seq.num_tokens:
-                sampled[part.seq_id] = sum(life.seq.token_ids) % 3 % 2
         num_tokens = {i: life.seq.num_tokens for i, life in self.lives.items()}
         self.scheduler.update(batch, sampled)
         for seq_id, life in list(self.lives.items()):
-            assert life.seq.num_tokens == num_tokens[seq_id] + (seq_id in sampled)
+            assert life.seq.num_tokens == num_tokens[seq_id] + len(sampled.get(seq_id, []))
             assert life.seq.num_computed_tokens == (life.num_computed or 0)
             if life.seq.num_output_tokens == life.seq.max_tokens:
                 self.scheduler.finish(seq_id)
@@ -325,6 +355,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def slot(self, block_table: list[int], position: int) -> int:
         size = self.manager.block_size
         return block_table[position // size] * size + position % size
+
+
+def accepted(tokens: list[int], drafts: list[int]) -> list[int]:
+    """The tokens that follow, up to the first one that is not the draft in its place."""
+    new: list[int] = []
+    while len(new) <= len(drafts) and new == drafts[: len(new)]:
+        new.append(sum(tokens + new) % 3 % 2)
+    return new
 
 
 def record(seq: Sequence, position: int) -> Record:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from shoal.runtime.tokenization.tokenizer import (
     ASSISTANT,
@@ -174,6 +175,99 @@ def test_end_of_sequence_ids(tmp_path: Path) -> None:
     write("generation_config.json", {"eos_token_id": "1"})
     with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id"):
         ids()
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": USER, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {USER: {"id": USER, "ids": [261], "tokens": [USER]}},
+}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+
+
+@pytest.mark.parametrize("post_processor", [TEMPLATE, {"type": "Sequence", "processors": [BYTE_LEVEL, TEMPLATE]}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"add_bos_token": True, "bos_token": BOS},
+        {"add_bos_token": False, "bos_token": BOS},
+        {"add_eos_token": True, "bos_token": BOS, "eos_token": EOS},
+    ],
+)
+def test_a_template_of_tokenizer_json_is_used_as_in_transformers(
+    tmp_path: Path, settings: dict[str, Any], post_processor: dict[str, Any]
+) -> None:
+    spec = byte_spec(tmp_path) | {"post_processor": post_processor}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer is not None
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hi", ""):
+        assert tokenizer.encode_prompt(text) == reference(text)["input_ids"]
+    assert tokenizer.encode_prompt(USER) == [261, *(3 + b for b in USER.encode())]
+
+
+@pytest.mark.parametrize("post_processor", [None, BYTE_LEVEL])
+@pytest.mark.parametrize(
+    ("settings", "before", "after"),
+    [
+        ({}, [0], []),
+        ({"add_bos_token": None, "bos_token": USER}, [0], []),
+        ({"add_bos_token": True}, [], []),
+        ({"add_bos_token": True, "bos_token": USER}, [261], []),
+        ({"add_bos_token": True, "bos_token": {"__type": "AddedToken", "content": USER}}, [261], []),
+        ({"add_bos_token": True, "bos_token": "a"}, [100], []),
+        ({"add_bos_token": False, "bos_token": BOS}, [], []),
+        ({"add_eos_token": True, "bos_token": BOS, "eos_token": EOS}, [], [1]),
+        ({"add_bos_token": True, "add_eos_token": True, "bos_token": EOS, "eos_token": BOS}, [1], [0]),
+    ],
+)
+def test_a_prompt_starts_and_ends_as_tokenizer_config_says(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    before: list[int],
+    after: list[int],
+    post_processor: dict[str, Any] | None,
+) -> None:
+    tokenizer = Tokenizer(byte_spec(tmp_path) | {"post_processor": post_processor}, settings=settings)
+    assert tokenizer.encode_prompt("ab") == [*before, 100, 101, *after]
+    assert tokenizer.encode("ab") == [100, 101]
+
+
+def test_a_prompt_starts_with_deepseeks_token_where_no_file_says_anything(tmp_path: Path) -> None:
+    assert Tokenizer(byte_spec(tmp_path)).encode_prompt("a") == [0, 100]
+    assert Tokenizer(word_spec()).encode_prompt("t3") == [3]
+
+
+def test_sentence_tokens_of_special_tokens_map(tmp_path: Path) -> None:
+    def write(name: str, content: dict[str, Any]) -> None:
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+
+    write_byte_tokenizer(tmp_path / "tokenizer.json")
+    write("special_tokens_map.json", {"eos_token": {"content": USER}, "bos_token": EOS})
+    write("tokenizer_config.json", {"add_bos_token": True, "bos_token": BOS})
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer is not None
+    assert (tokenizer.eos_token_ids, tokenizer.encode_prompt("a")) == ((261,), [1, 100])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eos_token": "<nope>"}, "tokenizer_config.json has eos_token '<nope>', which tokenizer.json lacks"),
+        ({"bos_token": 5, "add_bos_token": True}, "bos_token 5"),
+        ({"add_bos_token": "yes"}, "add_bos_token of tokenizer_config.json must be true or false"),
+    ],
+)
+def test_sentence_tokens_that_the_tokenizer_lacks_are_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(byte_spec(tmp_path), settings=settings)
 
 
 def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-// Halves of a decoder layer in one call each, so that little is done between the products of a step; kernels/blocks.py
-// mirrors the structures. Every operation is one of ops.h, in the order in which runtime/models puts them together.
+// Halves of a decoder layer in one call each, so that little happens between the GEMMs of a step; kernels/fused.py mirrors
+// the structures. Every operation is one of ops.h, in the order in which runtime/models composes them.
 #include <algorithm>
 
 #include "ops.h"
@@ -19,27 +19,28 @@ struct Weight {
   int64_t format;
 };
 
-// What one layer's attention needs and what stays the same from step to step.
-struct AttentionBlock {
+// Sizes and weights of one layer's attention, the norm before it included.
+struct FusedAttention {
   int64_t dtype, hidden_size, num_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim;
+  // q_lora_rank 0: w_a is kv_a alone, w_q multiplies the hidden states and there is no q_a_norm
   int64_t rope_interleave, rope_rows;
   const float *input_norm, *q_a_norm, *kv_a_norm, *rope_table;
-  Weight w_a, w_q_b, w_uk, w_uk_absorbed, w_uv, w_o;  // w_a: q_a over kv_a; uk and uv are of `dtype`
+  Weight w_a, w_q, w_uk, w_uk_absorbed, w_uv, w_o;  // w_a: q_a over kv_a; uk and uv are of `dtype`
   int64_t index_n_heads, index_head_dim, index_topk, index_rope_interleave;  // no heads: no indexer
   Weight index_wq_b, index_wk;
   const float *index_k_norm, *index_k_norm_bias, *index_weights_proj;
   float index_weight_scale, rms_norm_eps, latent_norm_eps, scale;
 };
 
-// What a step brings. Tokens of the per-head form come first.
+// The arguments that change from step to step. Tokens of the MHA form come first.
 struct StepArgs {
-  int64_t num_tokens, num_per_head_tokens;
+  int64_t num_tokens, num_mha_tokens;
   const int64_t *positions, *slots;
-  LayoutArgs per_head, absorbed;
+  LayoutArgs mha, mqa;
   Threads threads;
 };
 
-struct MoeBlock {
+struct FusedMoE {
   int64_t dtype, hidden_size, moe_intermediate_size, n_routed_experts, num_slots, n_group, topk_group, num_experts_per_tok,
       norm_topk_prob, shared_intermediate_size;  // 0: no shared expert
   const float *post_attention_norm, *gate, *bias;
@@ -85,28 +86,26 @@ void linear_fp32(const T* x, const float* w, float* out, int64_t t, int64_t n, i
 template <typename T>
 class AttentionStep {
  public:
-  AttentionStep(const AttentionBlock& block, const StepArgs& step, const Records& records, const IndexKeys* index_keys)
-      : b_(block), s_(step), per_head_{records, step.per_head}, absorbed_{records, step.absorbed}, index_keys_(index_keys) {}
+  AttentionStep(const FusedAttention& block, const StepArgs& step, const Records& records, const IndexKeys* index_keys)
+      : b_(block), s_(step), mha_{records, step.mha}, mqa_{records, step.mqa}, index_keys_(index_keys) {}
 
-  // hidden, residual (or nullptr), new_residual and out: [T, hidden_size]; selected: [absorbed tokens, index_topk].
+  // hidden, residual (or nullptr), new_residual and out: [T, hidden_size]; topk_indices: [MQA tokens, index_topk].
   // new_residual may be residual, out may be hidden.
-  Status run(const T* hidden, const T* residual, T* new_residual, int32_t* selected, T* out) {
-    const int64_t t = s_.num_tokens, h = b_.hidden_size, first = s_.num_per_head_tokens;
+  Status run(const T* hidden, const T* residual, T* new_residual, int32_t* topk_indices, T* out) {
+    const int64_t t = s_.num_tokens, h = b_.hidden_size, first = s_.num_mha_tokens;
     const T* x = normalise(hidden, residual, new_residual);
     const int64_t width = b_.q_lora_rank + b_.kv_lora_rank + b_.qk_rope_head_dim;
     T* a = reserve<T>(memory_.a, t * width);
     linear(x, h, b_.w_a, a, t, width, h);
-    T* q_latent = reserve<T>(memory_.q_latent, t * b_.q_lora_rank);
-    shoal_rms_norm(b_.dtype, a, width, t, b_.q_lora_rank, b_.q_a_norm, b_.latent_norm_eps, q_latent,
-                   s_.threads(t * b_.q_lora_rank));
+    const T* q_latent = b_.q_lora_rank > 0 ? query_latents(a, width) : x;
     if (!write_records(x, a + b_.q_lora_rank, width)) return kOutOfRange;
     const T* q = queries(q_latent);
     T* heads = reserve<T>(memory_.large[1], t * b_.num_heads * b_.v_head_dim);
-    if (first > 0 && !attend_per_head(q, heads)) return kOutOfRange;
+    if (first > 0 && !attend_mha(q, heads)) return kOutOfRange;
     if (first < t) {
-      if (b_.index_n_heads > 0 && !select(x + first * h, q_latent + first * b_.q_lora_rank, selected)) return kOutOfRange;
+      if (b_.index_n_heads > 0 && !select(x + first * h, q_latent + first * b_.q_lora_rank, topk_indices)) return kOutOfRange;
       const int64_t head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim;
-      if (!attend_absorbed(q + first * b_.num_heads * head_dim, selected, heads + first * b_.num_heads * b_.v_head_dim))
+      if (!attend_mqa(q + first * b_.num_heads * head_dim, topk_indices, heads + first * b_.num_heads * b_.v_head_dim))
         return kOutOfRange;
     }
     linear(heads, b_.num_heads * b_.v_head_dim, b_.w_o, out, t, h, b_.num_heads * b_.v_head_dim);
@@ -150,7 +149,7 @@ class AttentionStep {
     int64_t status = kOk;
     const int64_t t = s_.num_tokens, dim = b_.index_head_dim;
     shoal_write_latents(b_.dtype, kv, stride, t, b_.kv_lora_rank, b_.qk_rope_head_dim, b_.kv_a_norm, b_.latent_norm_eps,
-                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, &absorbed_.records, s_.slots,
+                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, &mqa_.records, s_.slots,
                         s_.threads(t * b_.kv_lora_rank), &status);
     if (b_.index_n_heads == 0 || status != kOk) return status == kOk;
     T* k = reserve<T>(memory_.index_k, t * dim);
@@ -161,61 +160,71 @@ class AttentionStep {
     return status == kOk;
   }
 
+  // a: [T, width], q_lora_rank columns first.
+  const T* query_latents(const T* a, int64_t width) {
+    const int64_t t = s_.num_tokens, rank = b_.q_lora_rank;
+    T* q_latent = reserve<T>(memory_.q_latent, t * rank);
+    shoal_rms_norm(b_.dtype, a, width, t, rank, b_.q_a_norm, b_.latent_norm_eps, q_latent, s_.threads(t * rank));
+    return q_latent;
+  }
+
+  // q_latent: [T, q_lora_rank], or the hidden states [T, hidden_size] where that is 0.
   const T* queries(const T* q_latent) {
+    const int64_t in = b_.q_lora_rank > 0 ? b_.q_lora_rank : b_.hidden_size;
     const int64_t t = s_.num_tokens, head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim, n = b_.num_heads * head_dim;
     T* q = reserve<T>(memory_.large[0], t * n);
-    linear(q_latent, b_.q_lora_rank, b_.w_q_b, q, t, n, b_.q_lora_rank);
+    linear(q_latent, in, b_.w_q, q, t, n, in);
     rotate(q + b_.qk_nope_head_dim, t, s_.positions, b_.num_heads, head_dim, b_.rope_interleave);
     return q;
   }
 
-  bool attend_per_head(const T* q, T* heads) const {
+  bool attend_mha(const T* q, T* heads) const {
     int64_t status = kOk;
-    const int64_t head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim, tokens = s_.num_per_head_tokens;
-    shoal_mha_attention(b_.dtype, q, b_.num_heads * head_dim, head_dim, &per_head_, b_.w_uk.data, b_.w_uv.data, b_.num_heads,
+    const int64_t head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim, tokens = s_.num_mha_tokens;
+    shoal_mha_attention(b_.dtype, q, b_.num_heads * head_dim, head_dim, &mha_, b_.w_uk.data, b_.w_uv.data, b_.num_heads,
                         b_.kv_lora_rank, b_.qk_nope_head_dim, b_.qk_rope_head_dim, b_.v_head_dim, b_.scale, heads,
                         s_.threads(64 * tokens * b_.num_heads * head_dim), &status);
     return status == kOk;
   }
 
-  bool attend_absorbed(const T* q, const int32_t* selected, T* heads) {
+  bool attend_mqa(const T* q, const int32_t* topk_indices, T* heads) {
     int64_t status = kOk;
-    const int64_t tokens = s_.num_tokens - s_.num_per_head_tokens, latent = b_.kv_lora_rank, n = b_.num_heads;
+    const int64_t tokens = s_.num_tokens - s_.num_mha_tokens, latent = b_.kv_lora_rank, n = b_.num_heads;
     const int64_t head_dim = b_.qk_nope_head_dim + b_.qk_rope_head_dim;
     T* q_latent = reserve<T>(memory_.absorbed, tokens * n * latent);
     T* attended = reserve<T>(memory_.attended, tokens * n * latent);
     batched_linear(q, head_dim, b_.w_uk_absorbed, q_latent, tokens, latent, b_.qk_nope_head_dim);
-    shoal_mla_attention(b_.dtype, q_latent, n * latent, latent, q + b_.qk_nope_head_dim, n * head_dim, head_dim, &absorbed_,
-                        n, latent, b_.qk_rope_head_dim, b_.scale, b_.index_topk > 0 ? selected : nullptr, b_.index_topk,
+    shoal_mla_attention(b_.dtype, q_latent, n * latent, latent, q + b_.qk_nope_head_dim, n * head_dim, head_dim, &mqa_,
+                        n, latent, b_.qk_rope_head_dim, b_.scale, b_.index_topk > 0 ? topk_indices : nullptr, b_.index_topk,
                         attended, s_.threads(64 * tokens * n * latent), &status);
     batched_linear(attended, latent, b_.w_uv, heads, tokens, b_.v_head_dim, latent);
     return status == kOk;
   }
 
-  bool select(const T* x, const T* q_latent, int32_t* selected) {
+  bool select(const T* x, const T* q_latent, int32_t* topk_indices) {
     int64_t status = kOk;
-    const int64_t tokens = s_.num_tokens - s_.num_per_head_tokens, heads = b_.index_n_heads, dim = b_.index_head_dim;
+    const int64_t tokens = s_.num_tokens - s_.num_mha_tokens, heads = b_.index_n_heads, dim = b_.index_head_dim;
     T* q = reserve<T>(memory_.index_q, tokens * heads * dim);
     linear(q_latent, b_.q_lora_rank, b_.index_wq_b, q, tokens, heads * dim, b_.q_lora_rank);
-    rotate(q, tokens, s_.absorbed.positions, heads, dim, b_.index_rope_interleave);
+    rotate(q, tokens, s_.mqa.positions, heads, dim, b_.index_rope_interleave);
     float* weights = memory_.weights.reserve(tokens * heads);
     linear_fp32(x, b_.index_weights_proj, weights, tokens, heads, b_.hidden_size, s_.threads, memory_.wide);
     for (int64_t i = 0; i < tokens * heads; ++i) weights[i] *= b_.index_weight_scale;
-    shoal_index_topk(b_.dtype, q, heads * dim, dim, weights, tokens, heads, dim, &s_.absorbed, index_keys_,
-                     b_.index_topk, selected, s_.threads(tokens * heads * dim * b_.index_topk), &status);
+    shoal_index_topk(b_.dtype, q, heads * dim, dim, weights, tokens, heads, dim, &s_.mqa, index_keys_,
+                     b_.index_topk, topk_indices, s_.threads(tokens * heads * dim * b_.index_topk), &status);
     return status == kOk;
   }
 
-  const AttentionBlock& b_;
+  const FusedAttention& b_;
   const StepArgs& s_;
-  const PagedArgs per_head_, absorbed_;
+  const PagedArgs mha_, mqa_;
   const IndexKeys* index_keys_;
   Scratch& memory_ = scratch();
 };
 
 // attended, residual, new_residual and x: [T, hidden_size], the third may be the second; topk_idx and topk_weights: [T, num_experts_per_tok].
 template <typename T>
-void moe_route(const MoeBlock& b, const Threads& threads, int64_t t, const T* attended, const T* residual, T* new_residual,
+void fused_moe_route(const FusedMoE& b, const Threads& threads, int64_t t, const T* attended, const T* residual, T* new_residual,
                T* x, int64_t* topk_idx, float* topk_weights) {
   Scratch& memory = scratch();
   const int64_t h = b.hidden_size, experts = b.n_routed_experts;
@@ -230,7 +239,7 @@ void moe_route(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
 // All experts are on this rank. attended, residual, new_residual and out: [T, hidden_size]; new_residual may be residual,
 // out may be attended.
 template <typename T>
-void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* attended, const T* residual, T* new_residual,
+void fused_moe(const FusedMoE& b, const Threads& threads, int64_t t, const T* attended, const T* residual, T* new_residual,
                T* out) {
   Scratch& memory = scratch();
   const int64_t h = b.hidden_size, top_k = b.num_experts_per_tok, inner = b.moe_intermediate_size;
@@ -239,7 +248,7 @@ void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
   int64_t *token_of = memory.token_of.reserve(pairs), *counts = memory.counts.reserve(b.num_slots);
   float* weights = memory.weights.reserve(pairs);
   T* x = reserve<T>(memory.x, t * h);
-  moe_route(b, threads, t, attended, residual, new_residual, x, topk_idx, weights);
+  fused_moe_route(b, threads, t, attended, residual, new_residual, x, topk_idx, weights);
   T* y = reserve<T>(memory.large[0], pairs * h);
   T* hidden = reserve<T>(memory.large[1], std::max(pairs * inner, t * b.shared_intermediate_size));
   shoal_group_pairs(topk_idx, t, top_k, b.slot_of, b.num_slots, counts, row_of, token_of);
@@ -260,36 +269,36 @@ void moe_block(const MoeBlock& b, const Threads& threads, int64_t t, const T* at
 
 // hidden, residual (or nullptr), new_residual, out: [T, hidden_size] contiguous. index_keys: nullptr without an indexer.
 // Writes a shoal::Status.
-extern "C" void shoal_attention_block(const shoal::AttentionBlock* block, const shoal::StepArgs* step, const void* hidden,
+extern "C" void shoal_fused_attention(const shoal::FusedAttention* block, const shoal::StepArgs* step, const void* hidden,
                                       const void* residual, const shoal::Records* records,
-                                      const shoal::IndexKeys* index_keys, void* new_residual, int32_t* selected,
+                                      const shoal::IndexKeys* index_keys, void* new_residual, int32_t* topk_indices,
                                       void* out, int64_t* status) {
   using namespace shoal;
   with_dtype(block->dtype, [&](auto element) {
     using T = decltype(element);
     *status = AttentionStep<T>(*block, *step, *records, index_keys)
                   .run(static_cast<const T*>(hidden), static_cast<const T*>(residual), static_cast<T*>(new_residual),
-                       selected, static_cast<T*>(out));
+                       topk_indices, static_cast<T*>(out));
   });
 }
 
-extern "C" void shoal_moe_route(const shoal::MoeBlock* block, const shoal::Threads* threads, int64_t num_tokens,
+extern "C" void shoal_fused_moe_route(const shoal::FusedMoE* block, const shoal::Threads* threads, int64_t num_tokens,
                                 const void* attended, const void* residual, void* new_residual, void* x,
                                 int64_t* topk_idx, float* topk_weights) {
   using namespace shoal;
   with_dtype(block->dtype, [&](auto element) {
     using T = decltype(element);
-    moe_route(*block, *threads, num_tokens, static_cast<const T*>(attended), static_cast<const T*>(residual),
+    fused_moe_route(*block, *threads, num_tokens, static_cast<const T*>(attended), static_cast<const T*>(residual),
               static_cast<T*>(new_residual), static_cast<T*>(x), topk_idx, topk_weights);
   });
 }
 
-extern "C" void shoal_moe_block(const shoal::MoeBlock* block, const shoal::Threads* threads, int64_t num_tokens,
+extern "C" void shoal_fused_moe(const shoal::FusedMoE* block, const shoal::Threads* threads, int64_t num_tokens,
                                 const void* attended, const void* residual, void* new_residual, void* out) {
   using namespace shoal;
   with_dtype(block->dtype, [&](auto element) {
     using T = decltype(element);
-    moe_block(*block, *threads, num_tokens, static_cast<const T*>(attended), static_cast<const T*>(residual),
+    fused_moe(*block, *threads, num_tokens, static_cast<const T*>(attended), static_cast<const T*>(residual),
               static_cast<T*>(new_residual), static_cast<T*>(out));
   });
 }
