@@ -1,4 +1,4 @@
-"""What ships inside the package: a small trained model, and questions that it has not seen."""
+"""The model inside the package, shoal-tiny, and questions that were held out of its training."""
 
 from __future__ import annotations
 

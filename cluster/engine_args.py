@@ -1,4 +1,4 @@
-"""Everything a user says about engines: the model, its layout over workers, and how each engine runs."""
+"""Settings of engines: the model, its layout over workers, and how each engine runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands have in common: directories and reports that they write, progress lines, failing engines."""
+"""Helpers that commands share: output directories, JSON reports, progress lines, failed engines."""
 
 from __future__ import annotations
 

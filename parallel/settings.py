@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What an annotation says about a field beyond its type."""
+    """Metadata of a settings field: help text, range, and command line details."""
 
     help: str
     """One to three sentences, shown by `--help` and in docs/settings.md."""
@@ -40,12 +40,12 @@ class Setting:
     is_path: bool = False
     """The text is a path: it is not blank, and no NUL is in it."""
     derived: str | None = None
-    """What None, the default, stands for."""
+    """Meaning of None where it is the default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """A field of a settings class: its name, its type without `Annotated`, what is said about it, and its default."""
+    """A field of a settings class: name, type without `Annotated`, metadata, default."""
 
     name: str
     kind: Any

@@ -23,7 +23,7 @@ MAX_STOP_TOKEN_IDS = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How the tokens of one request are chosen; validated when built, so that a bad value is a ValueError naming it.
+    """Sampling parameters of one request; a bad value is a ValueError that names it.
 
     Names and meanings are vLLM's.
     """

@@ -38,7 +38,7 @@ _TOKENIZER_FILES = (
 def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: TextIO) -> int:
     """Run or resume a job and report it: the summary and the digest on stdout, everything else on stderr.
 
-    `command` is what the user typed, for the hint that says how to resume. ValueError for what the user must mend.
+    `command` is the command line, repeated in the hint that says how to resume. ValueError for a bad setting or file.
     """
     spec = job_spec(config)
     failpoints = Failpoints(os.environ.get(VARIABLE, ""), DRIVER)
@@ -59,7 +59,7 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
 
 
 def report(result: JobResult, output: str, command: Sequence[str], stdout: TextIO, stderr: TextIO) -> None:
-    """Say how a job ended; of a finished one the digest is the last line of stdout."""
+    """Print how a job ended; if it finished, the digest is the last line of stdout."""
     total = "unknown" if result.num_rows is None else result.num_rows
     print(f"{output}: {total} rows, {result.completed} completed, {result.failed} failed", file=stdout)
     if result.digest is not None:
@@ -70,7 +70,7 @@ def report(result: JobResult, output: str, command: Sequence[str], stdout: TextI
 
 
 def resume_command(command: Sequence[str]) -> str:
-    """The command that continues a job: the same, without starting over."""
+    """The command that resumes a job: the same one without --overwrite."""
     return shlex.join(part for part in command if part != "--overwrite")
 
 
@@ -132,7 +132,7 @@ def _check_defaults(rules: RowRules) -> None:
 
 
 def model_fingerprint(model_dir: Path) -> str:
-    """`sha256:<hex>` of what tells models apart: `Checkpoint.compute_fingerprint` and the tokenizer's files."""
+    """Fingerprint of a model, `sha256:<hex>`: the checkpoint's own and the tokenizer's files."""
     with Checkpoint(model_dir) as checkpoint:
         checkpoint.check_names(tensor_shapes(declare_model(read_config(model_dir)).named_weights()))
         hashed = hashlib.sha256(checkpoint.compute_fingerprint().encode())

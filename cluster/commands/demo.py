@@ -100,7 +100,7 @@ def _document() -> tuple[str, str, str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How the answers of two jobs with the same input differ."""
+    """Differences between the answers of two jobs with the same input."""
 
     num_rows: int
     num_tokens: int

@@ -1,4 +1,4 @@
-"""`shoal validate`, and the rules that it shares with a job; nothing here needs Ray."""
+"""`shoal validate`, and the row rules that it shares with `shoal batch`; needs no Ray."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def validate(
 
 
 def row_rules(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool) -> RowRules:
-    """What the rows of a job are checked against; ValueError for a model that cannot be run as asked."""
+    """Rules for checking the rows of a job; ValueError for a model that cannot be run as asked."""
     model = read_model_config(engine)
     limits = RequestLimits(
         vocab_size=model.vocab_size, max_model_len=engine.max_model_len or model.max_position_embeddings

@@ -1,4 +1,4 @@
-"""What a user can say about a batch job, checked into a frozen `JobConfig`."""
+"""Settings of a batch job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OnError = Literal["continue", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class ErrorLimit:
-    """How many rows may fail before a job counts as failed: a number, or a share of all rows."""
+    """Number or share of rows that may fail before the job counts as failed."""
 
     count: int = 0
     percent: float | None = None
@@ -43,7 +43,7 @@ class ErrorLimit:
         return limit
 
     def allows(self, num_failed: int, num_rows: int) -> bool:
-        """Whether that many failed rows are still fine."""
+        """Whether `num_failed` rows of `num_rows` are within the limit."""
         if self.percent is not None:
             return num_failed * 100.0 <= self.percent * num_rows
         return num_failed <= self.count

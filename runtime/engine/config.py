@@ -1,4 +1,4 @@
-"""How one replica runs a model: every setting that is neither the model nor the layout."""
+"""Settings of an engine: all that are neither the model nor the layout."""
 
 from __future__ import annotations
 

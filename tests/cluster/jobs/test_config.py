@@ -50,8 +50,9 @@ def test_a_file_holds_everything(tmp_path: Path) -> None:
     assert config.error_limit == ErrorLimit(percent=2.0)
 
 
-def test_the_example_of_the_readme(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[3] / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md"])
+def test_the_example_of_the_documents(tmp_path: Path, page: str) -> None:
+    text = (Path(__file__).parents[3] / page).read_text()
     config = load_job_config(write(tmp_path, text.split("```yaml\n")[1].split("```")[0]), {})
     specs = config.engine.replica_specs
     assert [(s.role, s.tensor_parallel_size, s.data_parallel_size) for s in specs] == [
