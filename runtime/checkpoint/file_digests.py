@@ -5,7 +5,7 @@ differ by accident or by editing; it is no defence against a file that was made 
 
 Cost. Reading from the page cache and hashing takes 0.19 s per GiB and core, which is 4 % of the time that loading an
 FP8 checkpoint on that core takes, and 6 % for bfloat16 (AMD EPYC with AVX2: loading takes 4.4 and 3.0 s per GiB). It
-is spent once: a digest is kept with the version of its file (inode, size, mtime, ctime), and as long as that stays,
+is spent once: a digest is kept with the version of its file (size, mtime, ctime), and as long as that stays,
 asking again costs an `fstat`. Processes of a node that ask at the same time, such as the ranks of a replica, share the
 files among them through locks.
 
@@ -49,7 +49,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class DigestCache:
-    """The digests kept on this node, each in one entry of `folder`, which is locked while its file is hashed."""
+    """Digests kept on this node: one entry per file in `folder`, locked while a process hashes the file."""
 
     folder: Path
     min_kept_bytes: int = MIN_KEPT_BYTES
@@ -121,7 +121,7 @@ def file_digests(
 
 
 def _entry_name(path: Path) -> str:
-    """One entry per file on the node, whichever link leads to it; a new version of the file replaces the old one."""
+    """Name of the entry of a file, the same for every link to it; a new version of the file replaces its digest."""
     return f"digest-{hashlib.sha256(bytes(path.resolve())).hexdigest()[:32]}.json"
 
 

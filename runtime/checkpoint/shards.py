@@ -1,7 +1,7 @@
 """Finds the tensors of a model directory: in one file, or in the shards of a set, with or without their index.
 
-The headers of the files say what is there. An index chooses the files to read, and between two files with a tensor of
-the same name. What it lists besides may be missing, as long as the model does not need it.
+The headers of the files are the authority. An index chooses the files to read, and decides between two files that hold
+a tensor of the same name. Anything else that it lists may be missing as long as the model does not need it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FoundTensors(NamedTuple):
 
     entries: dict[str, TensorEntry]
     remarks: list[str]
-    """What is not as it should be: notices where all tensors that are needed are there, else reasons."""
+    """Irregularities: notices where no tensor that is needed is missing, else explanations."""
 
 
 class _Choice(NamedTuple):
@@ -51,13 +51,14 @@ class _Choice(NamedTuple):
 
 
 class ShardSet(NamedTuple):
-    """Names such as model-00001-of-00003.safetensors are numbers of a set: (model, 00003)."""
+    """Set of shards: that of model-00001-of-00003.safetensors is ("model", "00003")."""
 
     stem: str
     total: str
 
     @classmethod
     def of(cls, file: str) -> ShardSet | None:
+        """The set that a file name belongs to; None if its name does not say."""
         match = _SHARD.fullmatch(file)
         return cls(match[1].lower(), match[3]) if match and int(match[3]) <= _MAX_SHARDS else None
 
@@ -98,11 +99,17 @@ def find_tensors(model_dir: Path) -> FoundTensors:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The weight_map of an index file: tensor name to file, a plain name in the same directory."""
-    content = read_json(index, MAX_HEADER_BYTES, object_pairs_hook=reject_duplicate_names)
+    """Read the weight_map of an index: from tensor name to file, which is a plain name in the same directory."""
+    try:
+        content = read_json(index, MAX_HEADER_BYTES, object_pairs_hook=reject_duplicate_names)
+    except ValueError as error:
+        raise ValueError(f"{error}, or remove it if all weights are there") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map from tensor names to files; download it again, or remove it")
+        raise ValueError(
+            f"{index} has no weight_map from tensor names to files; download it again, or remove it if all weights are "
+            "there"
+        )
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_basename(file):
             raise ValueError(f"{index}: {name} is in {file!r}; files must be plain names in the same directory")
@@ -157,7 +164,7 @@ def _choose_set(model_dir: Path, weights: list[str]) -> list[str]:
 
 
 def _listed_for(file: str, places: Mapping[str, str]) -> str:
-    """Why a file that is missing was looked for."""
+    """Reason for which a missing file was looked for, as a clause."""
     held = next((name for name, place in places.items() if place == file), None)
     return "; download it" if held is None else f"; {INDEX_FILE} says it holds {held}: download it"
 

@@ -140,7 +140,7 @@ def test_a_kept_digest_is_that_of_one_version_of_the_file(tmp_path: Path) -> Non
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"version": [1, 2, 3, 4], "digest": "00"}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"version": [1, 2, 3], "digest": "00"}'])
 def test_a_damaged_entry_is_computed_anew(tmp_path: Path, content: bytes) -> None:
     file, cache = write(tmp_path / "weights"), tmp_path / "cache"
     right = file_digests([file], keeping(cache))

@@ -1,4 +1,4 @@
-"""Model directories as they lie about: read if nothing that is needed is missing, else refused with what to do."""
+"""Incomplete, damaged and mixed model directories: read if nothing needed is missing, else refused with what to do."""
 
 from __future__ import annotations
 
@@ -157,6 +157,8 @@ def test_a_missing_shard_is_named(model: Path, has_index: bool) -> None:
     message = refusal(model)
     assert re.search(rf"lacks \d+ of \d+ tensors of the model: .*{SHARDS[1]} does not exist", message)
     assert "download it" in message
+    (model / f"{SHARDS[1]}.incomplete").touch()
+    assert f"does not exist (the download of {SHARDS[1]}.incomplete did not finish)" in refusal(model)
 
 
 @pytest.mark.parametrize("has_index", [True, False])
