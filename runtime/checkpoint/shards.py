@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .file_kinds import read_json
-from .model_directory import (
-    WEIGHT_SUFFIX,
-    describe_directory,
-    describe_missing,
-    find_file,
-    list_names,
-    shorten,
-)
+from .model_directory import WEIGHT_SUFFIX, describe_directory, describe_missing, find_file, list_names, shorten
 from .safetensors_file import MAX_HEADER_BYTES, SafetensorsHeader, TensorEntry, read_header, reject_duplicate_names
 
 SINGLE_FILE = "model.safetensors"
@@ -151,6 +144,7 @@ def _choose_unlisted(model_dir: Path, weights: list[str]) -> list[str]:
 
 
 def _choose_set(model_dir: Path, weights: list[str]) -> list[str]:
+    """All files of the only set of shards that is complete, or of the only one; all weights if there are no sets."""
     sets = sorted({found for name in weights if (found := ShardSet.of(name))})
     if not sets:
         return weights
@@ -175,16 +169,25 @@ def _merge(headers: Mapping[str, SafetensorsHeader], places: Mapping[str, str]) 
     for file, header in headers.items():
         for name, entry in header.tensors.items():
             found[name][file] = entry
-    unsupported = {name: dtype for header in headers.values() for name, dtype in header.unsupported.items()}
-    remarks = [f"{name} is stored as {dtype}, which is not supported" for name, dtype in unsupported.items()]
     entries = {}
+    repeated = []
     for name, files in found.items():
         if len(files) == 1:
             (entries[name],) = files.values()
         elif places.get(name) in files:
             entries[name] = files[places[name]]
         else:
-            remarks.append(f"{name} is in {' and in '.join(files)}: remove the one that does not belong there")
+            repeated.append(name)
+    remarks = []
+    if repeated:
+        where = " and in ".join(found[repeated[0]])
+        remarks.append(
+            f"{len(repeated)} tensors are in several files, such as {repeated[0]} in {where}: remove those that do not "
+            "belong there"
+        )
+    unsupported = {name: dtype for header in headers.values() for name, dtype in header.unsupported.items()}
+    for name, dtype in list(unsupported.items())[:1]:
+        remarks.append(f"{len(unsupported)} tensors have dtypes that are not supported, such as {name} ({dtype})")
     misplaced = [name for name, file in places.items() if file in headers and file not in found.get(name, {})]
     if moved := [name for name in misplaced if name in found]:
         remarks.append(f"{len(moved)} tensors are not in the files that {INDEX_FILE} says, such as {moved[0]}")
