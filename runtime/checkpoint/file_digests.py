@@ -6,8 +6,8 @@ differ by accident or by editing; it is no defence against a file that was made 
 Cost. Reading from the page cache and hashing takes 0.19 s per GiB and core, which is 4 % of the time that loading an
 FP8 checkpoint on that core takes, and 6 % for bfloat16 (AMD EPYC with AVX2: loading takes 4.4 and 3.0 s per GiB). It
 is spent once: a digest is kept with the version of its file (size, mtime, ctime), and as long as that stays, asking
-again takes less than 0.1 % of loading. Processes of a node that ask at the same time, such as the ranks of a replica,
-share the files among them through locks.
+again takes milliseconds (0.1 % of loading). Processes of a node that ask at the same time, such as the ranks of a
+replica, share the files among them through locks.
 
 A file whose bytes change without a write, on a failing disk for instance, keeps its version and so its digest.
 """
