@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def notices(self) -> list[str]:
-        """What the user should know although no tensor of the model is missing."""
+        """Irregularities that do not matter if `check_names` passes, for the user to know."""
         return list(self._remarks)
 
     @property
@@ -168,7 +168,7 @@ class Checkpoint:
         return [name for name in self.names if name not in known and not name.endswith("rotary_emb.inv_freq")]
 
     def _explain_missing(self, expected: Mapping[str, tuple[int, ...]]) -> str:
-        """Why tensors may be missing, to end a sentence with."""
+        """Possible reasons for missing tensors, as clauses of an error message."""
         explanation = _clauses(self._remarks) + find_quantization(self._entries)
         others = self._unexpected(expected)
         if others and not explanation:

@@ -23,9 +23,9 @@ _MAGIC = (
 
 
 def describe_file(path: Path) -> str | None:
-    """What a file is that cannot be used, and what to do, to follow its name in a sentence; None if that is unknown.
+    """Describe a file that cannot be used and what to do, as a phrase to follow its name; None if it looks right.
 
-    Git LFS and git-annex pointers, downloads that did not finish, answers of a server, and files of other formats.
+    Recognises Git LFS and git-annex pointers, unfinished downloads, answers of a server and files of other formats.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -58,10 +58,14 @@ def describe_file(path: Path) -> str | None:
 def read_json(
     path: Path, max_bytes: int, *, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """The value of a JSON file in UTF-8, with or without a byte order mark; a ValueError says what is wrong with it."""
-    if path.stat().st_size > max_bytes:
-        raise ValueError(f"{path} is larger than {max_bytes} bytes, which no such file is")
+    """Read a JSON file in UTF-8, with or without a byte order mark; a ValueError says what is wrong with it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=object_pairs_hook)
+        if path.stat().st_size > max_bytes:
+            raise ValueError(f"{path} is larger than {max_bytes} bytes, which no such file is")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=object_pairs_hook)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} {describe_file(path) or f'is not valid JSON ({error}); {_AGAIN}'}") from error

@@ -1,4 +1,4 @@
-"""The files of a model directory by name, and what a directory may be that is none."""
+"""Finds files of a model directory, and describes directories and files that are not what they should be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNFINISHED_SUFFIXES = (".incomplete", ".part", ".partial", ".aria2", ".crdownlo
 
 
 def find_file(directory: Path, name: str) -> Path | None:
-    """The file of that name, else the only one whose name differs in case; None if there is none.
+    """Path of the file of that name, else of the only one whose name differs in case; None if there is none.
 
     Some file systems and archives change the case of names. The file may be a link that leads nowhere.
     """
@@ -31,16 +31,18 @@ def list_names(directory: Path) -> list[str]:
 
 
 def describe_missing(path: Path) -> str:
-    """Say that a file is missing, or that it is a link that leads nowhere."""
+    """Say why there is no file at a path: a link that leads nowhere, a directory, an unfinished download, nothing."""
     if path.is_symlink():
         return f"{path} is a link to {os.readlink(path)}, which does not exist; download it again"
     if path.is_dir():
         return f"{path} is a directory, expected a file"
-    return f"{path} does not exist"
+    parts = [name for name in list_names(path.parent) if name.startswith(path.name) and _is_unfinished(name)]
+    unfinished = f" (the download of {parts[0]} did not finish)" if parts else ""
+    return f"{path} does not exist{unfinished}"
 
 
 def describe_directory(directory: Path) -> str:
-    """What a path may be that was given as a model directory and has not what one has, to end a sentence with."""
+    """Describe a path that was given as a model directory and lacks its files, as a last clause of an error."""
     if not directory.exists():
         return f"; {directory} does not exist"
     if not directory.is_dir():
@@ -67,15 +69,19 @@ def shorten(items: list[str]) -> str:
 
 
 def _find_snapshot(directory: Path) -> Path | None:
-    """In a folder such as models--deepseek-ai--DeepSeek-V3, the revision that was downloaded."""
+    """Path of a downloaded revision in a folder such as models--deepseek-ai--DeepSeek-V3."""
     snapshots = directory / "snapshots"
     found = [snapshots / name for name in list_names(snapshots) if find_file(snapshots / name, CONFIG_FILE)]
     return found[0] if found else None
 
 
+def _is_unfinished(name: str) -> bool:
+    return name.lower().endswith(_UNFINISHED_SUFFIXES)
+
+
 def _find_unfinished(directory: Path) -> str | None:
     for folder in (directory, directory / ".cache" / "huggingface" / "download"):
         for name in list_names(folder):
-            if name.lower().endswith(_UNFINISHED_SUFFIXES):
+            if _is_unfinished(name):
                 return name
     return None

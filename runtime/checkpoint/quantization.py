@@ -42,7 +42,7 @@ _SUFFIXES = {
     "_blocks": "MXFP4",
     ".weight_scale": "compressed-tensors, ModelOpt or FBGEMM",
 }
-"""Ends of tensor names that only one kind of quantisation has; the last ones are the least specific."""
+"""Suffixes of tensor names that tell a quantisation, the most specific first."""
 _ADVICE = (
     "use the model's original checkpoint, in bfloat16 or in FP8 with scales per block of 128 x 128 "
     "(quant_method fp8, weight_block_size [128, 128])"
@@ -50,7 +50,7 @@ _ADVICE = (
 
 
 def check_quantization(config: Mapping[str, Any]) -> None:
-    """ValueError for a config.json that says how weights are quantised, unless in blocks of FP8 or not at all."""
+    """Refuse a config.json that names a quantisation other than fp8; ValueError with its name and what to do."""
     for field in _FIELDS:
         values = config.get(field)
         if not isinstance(values, Mapping) or values.get("quant_method") == "fp8":
@@ -61,7 +61,7 @@ def check_quantization(config: Mapping[str, Any]) -> None:
 
 
 def find_quantization(names: Iterable[str]) -> str:
-    """What the names of a checkpoint's tensors say about its quantisation, to end a sentence with; empty if nothing."""
+    """Describe the quantisation that tensor names show, as a last clause of an error; empty if they show none."""
     names = list(names)
     for suffix, kind in _SUFFIXES.items():
         if example := next((name for name in names if name.endswith(suffix)), None):

@@ -1,4 +1,4 @@
-"""The header of one safetensors file: parsed, and checked against the file's size.
+"""Parses the header of a safetensors file and checks it against the file's size.
 
     | 8 bytes: n, little endian | n bytes: JSON {name: {dtype, shape, data_offsets}} | tensor data |
 
@@ -51,11 +51,11 @@ _NUM_BITS = {name: dtype.itemsize * 8 for name, dtype in _DTYPES.items()} | _PAC
 class FileVersion(NamedTuple):
     """State of a file on disk, equal only while its content is unchanged.
 
-    Writing to a file sets its ctime, which no program can set back as it can the mtime. Two writes within the clock's
-    granularity (milliseconds) cannot be told apart.
+    Writing to a file, or putting another in its place, sets the ctime, which programs cannot set back as they can the
+    mtime. Two writes within the clock's granularity (milliseconds) cannot be told apart. The inode is left out: some
+    network file systems number a file anew while it is in use.
     """
 
-    inode: int
     size: int
     mtime_ns: int
     ctime_ns: int
@@ -64,7 +64,7 @@ class FileVersion(NamedTuple):
     def of(cls, descriptor: int) -> FileVersion:
         """The version of an open file."""
         status = os.fstat(descriptor)
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,11 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """What one file holds."""
+    """Contents of one file."""
 
     tensors: dict[str, TensorEntry]
     unsupported: dict[str, str]
-    """Tensors that cannot be read: name to dtype."""
+    """Dtypes of the tensors that cannot be read, by name."""
 
 
 def read_header(path: Path) -> SafetensorsHeader:

@@ -1,7 +1,7 @@
 """Finds the tensors of a model directory: in one file, or in the shards of a set, with or without their index.
 
-The headers of the files say what is there. An index chooses the files to read, and between two files with a tensor of
-the same name. What it lists besides may be missing, as long as the model does not need it.
+The headers of the files are the authority. An index chooses the files to read, and decides between two files that hold
+a tensor of the same name. Anything else that it lists may be missing as long as the model does not need it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .file_kinds import read_json
-from .model_directory import (
-    WEIGHT_SUFFIX,
-    describe_directory,
-    describe_missing,
-    find_file,
-    list_names,
-    shorten,
-)
+from .model_directory import WEIGHT_SUFFIX, describe_directory, describe_missing, find_file, list_names, shorten
 from .safetensors_file import MAX_HEADER_BYTES, SafetensorsHeader, TensorEntry, read_header, reject_duplicate_names
 
 SINGLE_FILE = "model.safetensors"
@@ -38,7 +31,7 @@ class FoundTensors(NamedTuple):
 
     entries: dict[str, TensorEntry]
     remarks: list[str]
-    """What is not as it should be: notices where all tensors that are needed are there, else reasons."""
+    """Irregularities: notices where no tensor that is needed is missing, else explanations."""
 
 
 class _Choice(NamedTuple):
@@ -51,13 +44,14 @@ class _Choice(NamedTuple):
 
 
 class ShardSet(NamedTuple):
-    """Names such as model-00001-of-00003.safetensors are numbers of a set: (model, 00003)."""
+    """Set of shards: that of model-00001-of-00003.safetensors is ("model", "00003")."""
 
     stem: str
     total: str
 
     @classmethod
     def of(cls, file: str) -> ShardSet | None:
+        """The set that a file name belongs to; None if its name does not say."""
         match = _SHARD.fullmatch(file)
         return cls(match[1].lower(), match[3]) if match and int(match[3]) <= _MAX_SHARDS else None
 
@@ -98,11 +92,17 @@ def find_tensors(model_dir: Path) -> FoundTensors:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The weight_map of an index file: tensor name to file, a plain name in the same directory."""
-    content = read_json(index, MAX_HEADER_BYTES, object_pairs_hook=reject_duplicate_names)
+    """Read the weight_map of an index: from tensor name to file, which is a plain name in the same directory."""
+    try:
+        content = read_json(index, MAX_HEADER_BYTES, object_pairs_hook=reject_duplicate_names)
+    except ValueError as error:
+        raise ValueError(f"{error}, or remove it if all weights are there") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map from tensor names to files; download it again, or remove it")
+        raise ValueError(
+            f"{index} has no weight_map from tensor names to files; download it again, or remove it if all weights are "
+            "there"
+        )
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_basename(file):
             raise ValueError(f"{index}: {name} is in {file!r}; files must be plain names in the same directory")
@@ -144,6 +144,7 @@ def _choose_unlisted(model_dir: Path, weights: list[str]) -> list[str]:
 
 
 def _choose_set(model_dir: Path, weights: list[str]) -> list[str]:
+    """All files of the only set of shards that is complete, or of the only one; all weights if there are no sets."""
     sets = sorted({found for name in weights if (found := ShardSet.of(name))})
     if not sets:
         return weights
@@ -157,7 +158,7 @@ def _choose_set(model_dir: Path, weights: list[str]) -> list[str]:
 
 
 def _listed_for(file: str, places: Mapping[str, str]) -> str:
-    """Why a file that is missing was looked for."""
+    """Reason for which a missing file was looked for, as a clause."""
     held = next((name for name, place in places.items() if place == file), None)
     return "; download it" if held is None else f"; {INDEX_FILE} says it holds {held}: download it"
 
@@ -168,16 +169,25 @@ def _merge(headers: Mapping[str, SafetensorsHeader], places: Mapping[str, str]) 
     for file, header in headers.items():
         for name, entry in header.tensors.items():
             found[name][file] = entry
-    unsupported = {name: dtype for header in headers.values() for name, dtype in header.unsupported.items()}
-    remarks = [f"{name} is stored as {dtype}, which is not supported" for name, dtype in unsupported.items()]
     entries = {}
+    repeated = []
     for name, files in found.items():
         if len(files) == 1:
             (entries[name],) = files.values()
         elif places.get(name) in files:
             entries[name] = files[places[name]]
         else:
-            remarks.append(f"{name} is in {' and in '.join(files)}: remove the one that does not belong there")
+            repeated.append(name)
+    remarks = []
+    if repeated:
+        where = " and in ".join(found[repeated[0]])
+        remarks.append(
+            f"{len(repeated)} tensors are in several files, such as {repeated[0]} in {where}: remove those that do not "
+            "belong there"
+        )
+    unsupported = {name: dtype for header in headers.values() for name, dtype in header.unsupported.items()}
+    for name, dtype in list(unsupported.items())[:1]:
+        remarks.append(f"{len(unsupported)} tensors have dtypes that are not supported, such as {name} ({dtype})")
     misplaced = [name for name, file in places.items() if file in headers and file not in found.get(name, {})]
     if moved := [name for name in misplaced if name in found]:
         remarks.append(f"{len(moved)} tensors are not in the files that {INDEX_FILE} says, such as {moved[0]}")

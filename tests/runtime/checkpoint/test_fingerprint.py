@@ -104,6 +104,17 @@ def test_a_file_that_changed_after_opening_has_no_fingerprint(tmp_path: Path) ->
         checkpoint.read("model.norm.weight")
 
 
+def test_a_file_that_changed_after_opening_has_no_kept_digest(tmp_path: Path) -> None:
+    file = write(tmp_path / "weights")
+    file_digests([file], keeping(tmp_path / "cache"))
+    flip(file.path, 3)
+    with pytest.raises(ValueError, match="weights changed since the checkpoint was opened; start again"):
+        file_digests([file], keeping(tmp_path / "cache"))
+    file.path.unlink()
+    with pytest.raises(ValueError, match=r"weights cannot be read \(.*; download the file again"):
+        file_digests([file], keeping(tmp_path / "cache"))
+
+
 def test_digest_by_hand(tmp_path: Path) -> None:
     piece = 64 << 20
     path = tmp_path / "weights"
@@ -137,10 +148,9 @@ def test_a_kept_digest_is_that_of_one_version_of_the_file(tmp_path: Path) -> Non
     assert changed[path] not in (right[path], "0" * 64)
     flip(path, 6)
     assert file_digests([opened(path)], keeping(cache)) == right
-    assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"version": [1, 2, 3, 4], "digest": "00"}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"digest": "00"}', b'{"digest": 3}'])
 def test_a_damaged_entry_is_computed_anew(tmp_path: Path, content: bytes) -> None:
     file, cache = write(tmp_path / "weights"), tmp_path / "cache"
     right = file_digests([file], keeping(cache))

@@ -1,4 +1,4 @@
-"""Model directories as they lie about: read if nothing that is needed is missing, else refused with what to do."""
+"""Incomplete, damaged and mixed model directories: read if nothing needed is missing, else refused with what to do."""
 
 from __future__ import annotations
 
@@ -157,6 +157,8 @@ def test_a_missing_shard_is_named(model: Path, has_index: bool) -> None:
     message = refusal(model)
     assert re.search(rf"lacks \d+ of \d+ tensors of the model: .*{SHARDS[1]} does not exist", message)
     assert "download it" in message
+    (model / f"{SHARDS[1]}.incomplete").touch()
+    assert f"does not exist (the download of {SHARDS[1]}.incomplete did not finish)" in refusal(model)
 
 
 @pytest.mark.parametrize("has_index", [True, False])
@@ -196,7 +198,7 @@ def test_shards_of_two_checkpoints_are_refused(model: Path) -> None:
         rf"{SHARDS[0]} does not hold model.embed_tokens.weight, as {INDEX} says; are files of two", message
     )
     (model / INDEX).unlink()
-    assert f"is in {SHARDS[0]} and in {SHARDS[1]}: remove the one that does not belong there" in refusal(model)
+    assert f" in {SHARDS[0]} and in {SHARDS[1]}: remove those that do not belong there" in refusal(model)
 
 
 def test_an_index_with_too_few_entries_does_not_matter(model: Path) -> None:
@@ -265,6 +267,25 @@ def test_a_number_of_shards_that_no_model_has_is_a_name_like_others(tmp_path: Pa
     make_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-1-of-999999999999.safetensors")
     assert load(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "file", ["../model.safetensors", "/etc/passwd", "a/b", "..", "", "c:x", "a\\b", "a\0", 3, None]
+)
+def test_index_names_files_of_its_directory_only(tmp_path: Path, file: object) -> None:
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": file}}))
+    with pytest.raises(ValueError, match="plain names in the same directory"):
+        Checkpoint(model_dir)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+def test_broken_index(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"index.json (is not valid JSON|has no weight_map)"):
+        Checkpoint(tmp_path)
 
 
 # -- directories that are something else -------------------------------------------------------------------------------
@@ -391,6 +412,8 @@ def test_tensors_in_dtypes_of_less_than_a_byte_matter_only_if_they_are_needed(tm
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(8))
     checkpoint = Checkpoint(tmp_path)
     assert checkpoint.check_names({"w": (1,)}) == []
-    assert checkpoint.notices == ["packed is stored as F4, which is not supported"]
-    with pytest.raises(ValueError, match="lacks 1 of 1 tensors of the model: packed; packed is stored as F4"):
+    assert checkpoint.notices == ["1 tensors have dtypes that are not supported, such as packed (F4)"]
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of 1 tensors of the model: packed; .* not supported, such as packed .F4.$"
+    ):
         checkpoint.check_names({"packed": (2, 4)})
