@@ -73,6 +73,10 @@ class Engines(Protocol):
         """What requests that report their progress have generated since the last call, as far as `poll` has seen it."""
         ...
 
+    def take_losses(self) -> Mapping[str, int]:
+        """Requests during which a worker was lost since the last call, and how often that happened to each in all."""
+        ...
+
     def close(self) -> None:
         """Stop the engines and let go of their machines."""
         ...
@@ -291,6 +295,9 @@ class _Run:
             for progress in engines.take_progress():
                 if (row := self.in_flight.get(progress.request_id)) is not None:
                     self.output.add_progress(row.line.index, progress)
+            for request_id, num_losses in engines.take_losses().items():
+                if (row := self.in_flight.get(request_id)) is not None:
+                    self.output.add_losses(row.line.index, num_losses)
             self.output.commit_if_due()
             self.faults.update(engines.faults)
             self.save_counts()
@@ -312,8 +319,10 @@ class _Run:
         return len(new) < room
 
     def begun(self, row: BatchRow) -> Request:
-        """The row's request, with what earlier runs have generated of its answer."""
-        return replace(row.request, report_progress=True, generated=self.output.take_generated(row.line.index))
+        """The row's request, with what earlier runs have generated of its answer and how often they lost its worker."""
+        index = row.line.index
+        generated, num_losses = self.output.take_generated(index), self.output.num_losses(index)
+        return replace(row.request, report_progress=True, generated=generated, num_losses=num_losses)
 
     def open_rows(self) -> Iterator[BatchRow]:
         """The rows without a line, in input order."""

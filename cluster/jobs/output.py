@@ -27,7 +27,7 @@ from typing import Any, Literal
 from shoal.parallel.failpoints import Failpoints
 from shoal.runtime.types import GeneratedTokens, RequestProgress
 
-from .journal import MAGIC, Journal, ProgressRecord, Record, RowRecord, write_fully
+from .journal import MAGIC, Journal, LossRecord, ProgressRecord, Record, RowRecord, write_fully
 from .row_output import FinishedRow
 
 State = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelled"]
@@ -80,8 +80,9 @@ class BatchOutput:
         self._clock, self._failpoints = clock, failpoints or Failpoints()
         self._pending: list[FinishedRow] = []
         self._pending_bytes = 0
-        self._pending_progress: list[ProgressRecord] = []
+        self._pending_progress: list[ProgressRecord | LossRecord] = []
         self._generated: dict[int, dict[int, GeneratedTokens]] = {}
+        self._losses: dict[int, int] = {}
         self._last_commit = clock()
         directory.mkdir(0o755, parents=True, exist_ok=True)
         self._resources = ExitStack()
@@ -136,6 +137,15 @@ class BatchOutput:
         """Take what an unfinished row has generated; it is durable after the next commit."""
         self._pending_progress.append(ProgressRecord(index, progress.index, progress.start, progress.new))
 
+    def add_losses(self, index: int, num_losses: int) -> None:
+        """Note how often a worker was lost while it answered this row; durable after the next commit."""
+        self._losses[index] = num_losses
+        self._pending_progress.append(LossRecord(index, num_losses))
+
+    def num_losses(self, index: int) -> int:
+        """How often a worker was lost while it answered this unfinished row, in all runs."""
+        return self._losses.get(index, 0)
+
     @property
     def num_begun(self) -> tuple[int, int]:
         """Unfinished rows of which earlier runs left tokens, and how many tokens."""
@@ -178,6 +188,7 @@ class BatchOutput:
         self._journal.append([*records, *progress])
         for record in records:
             self._count(record)
+            self._losses.pop(record.index, None)
         self._pending, self._pending_progress = [], []
         self._pending_bytes = 0
 
@@ -214,8 +225,11 @@ class BatchOutput:
     def _replay(self, record: Record) -> None:
         if isinstance(record, ProgressRecord):
             self._add_generated(record)
+        elif isinstance(record, LossRecord):
+            self._losses[record.index] = record.num_losses
         else:
             self._generated.pop(record.index, None)
+            self._losses.pop(record.index, None)
             self._count(record)
             self._write_slot(record.index, record.failed, record.digest)
 
