@@ -23,6 +23,7 @@ from shoal.runtime.types import Request, RequestOutput, RequestProgress
 
 from ..supervision.fault import Fault, FaultJournal
 from .input import BadRow, CustomIdIndex, InputLine, read_lines
+from .input_format import has_byte_order_mark
 from .output import CUSTOM_ID_FILE, FAULT_FILE, BatchOutput, RowCounts, State, write_json
 from .progress import JobProgress, ProgressReporter
 from .row_output import FinishedRow, answered_row
@@ -245,6 +246,8 @@ class _Run:
                 JobProgress(phase="checking", num_rows=None, completed=good, failed=summary.num_bad_rows)
             )
 
+        if has_byte_order_mark(spec.input):
+            self.progress.message(f"skipped the byte order mark at the start of {spec.input}")
         custom_ids = CustomIdIndex(output.directory / CUSTOM_ID_FILE)
         try:
             summary = validate_input(spec.input, spec.rules, custom_ids, on_bad_row, on_row)

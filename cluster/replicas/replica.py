@@ -285,7 +285,8 @@ class Replica:
                 continue
             del self._running[rank]
             try:
-                failure: Any = ray.get(worker.ended)
+                ended: Any = worker.ended
+                failure: Any = ray.get(ended)
             except RayError:
                 continue
             reason = "it ended although nobody asked" if failure is None else failure.message

@@ -21,12 +21,12 @@ def test_those_that_share_two_losses_run_by_eights() -> None:
     for _ in range(2):
         quarantine.lose(names)
     first = quarantine.allowed()
-    assert first == set(names[:8])
+    assert first == frozenset(names[:8])
     for name in names[:7]:
         quarantine.forget(name)
-    assert quarantine.allowed() == {"07"}
+    assert quarantine.allowed() == frozenset({"07"})
     quarantine.forget("07")
-    assert quarantine.allowed() == set(names[8:16])
+    assert quarantine.allowed() == frozenset(names[8:16])
 
 
 def test_a_third_loss_isolates_and_the_innocent_run_first() -> None:
@@ -34,13 +34,13 @@ def test_a_third_loss_isolates_and_the_innocent_run_first() -> None:
     quarantine.add("a", 2)
     quarantine.add("b", 2)
     quarantine.add("c", 2)
-    assert quarantine.allowed() == {"a", "b", "c"}
+    assert quarantine.allowed() == frozenset({"a", "b", "c"})
     assert quarantine.lose(["a", "b"]) == []
-    assert quarantine.allowed() == {"c"}
+    assert quarantine.allowed() == frozenset({"c"})
     quarantine.forget("c")
-    assert quarantine.allowed() == {"a"}
+    assert quarantine.allowed() == frozenset({"a"})
     quarantine.forget("a")
-    assert quarantine.allowed() == {"b"}
+    assert quarantine.allowed() == frozenset({"b"})
     quarantine.forget("b")
     assert quarantine.allowed() is None
 
