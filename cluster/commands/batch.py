@@ -71,8 +71,9 @@ def job_spec(config: JobConfig) -> JobSpec:
     input_path = Path(config.input)
     if not input_path.is_file():
         raise ValueError(f"the input {input_path} is not a file; give a .jsonl or .jsonl.gz file")
+    input_bytes = input_path.stat().st_size  # lines that are added after this are not part of the job
     identity = {
-        "input": file_sha256(input_path),
+        "input": file_sha256(input_path, input_bytes),
         "model": model_fingerprint(Path(engine.model)),
         "dtype": engine.dtype,
         "kv_cache_dtype": engine.kv_cache_dtype,
@@ -90,6 +91,7 @@ def job_spec(config: JobConfig) -> JobSpec:
     }
     return JobSpec(
         input=input_path,
+        input_bytes=input_bytes,
         output=Path(config.output),
         identity=identity,
         rules=rules,

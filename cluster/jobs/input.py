@@ -56,8 +56,12 @@ class InputLine:
     """Empty when the line is longer than the limit: it is skipped without being held in memory."""
 
 
-def read_lines(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[InputLine]:
+def read_lines(
+    path: Path, *, max_line_bytes: int = MAX_LINE_BYTES, num_bytes: int | None = None
+) -> Iterator[InputLine]:
     """Yield the rows of a JSON lines file, plain or compressed with gzip, in order, holding one line at a time.
+
+    Only the first `num_bytes` of the file are read (None: all).
 
     A byte order mark at the start is skipped. LF and CRLF both end a line, the last one needs no ending, and lines of
     white space only are skipped.
@@ -65,7 +69,7 @@ def read_lines(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[
     """
     index, number, offset = 0, 0, 0
     try:
-        with open_input(path) as file:
+        with open_input(path, num_bytes) as file:
             while piece := file.readline(max_line_bytes + 2):
                 num_read = len(piece)
                 if number == 0 and piece.startswith(BYTE_ORDER_MARK):
@@ -73,15 +77,15 @@ def read_lines(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[
                     offset = len(BYTE_ORDER_MARK)
                     num_read -= offset
                 data = piece.rstrip(b"\r\n") if piece.endswith(b"\n") else piece
-                num_bytes = len(data)
-                if num_bytes > max_line_bytes:
+                line_bytes = len(data)
+                if line_bytes > max_line_bytes:
                     data = b""
                     while not piece.endswith(b"\n") and (piece := file.readline(1 << 20)):
                         num_read += len(piece)
-                        num_bytes += len(piece.rstrip(b"\r\n"))
+                        line_bytes += len(piece.rstrip(b"\r\n"))
                 number += 1
-                if num_bytes > max_line_bytes or data.strip():
-                    yield InputLine(index, number, offset, num_bytes, data)
+                if line_bytes > max_line_bytes or data.strip():
+                    yield InputLine(index, number, offset, line_bytes, data)
                     index += 1
                 offset += num_read
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -132,10 +136,15 @@ def clipped(text: str, max_chars: int) -> str:
     return text if len(text) <= max_chars else text[:max_chars] + "..."
 
 
-def file_sha256(path: Path) -> str:
-    """`sha256:<hex>` of a file's bytes, as they lie on disk."""
+def file_sha256(path: Path, num_bytes: int | None = None) -> str:
+    """`sha256:<hex>` of a file's first `num_bytes` (None: all), as they lie on disk."""
+    hashed = hashlib.sha256()
     with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        left = os.fstat(file.fileno()).st_size if num_bytes is None else num_bytes
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            hashed.update(piece)
+            left -= len(piece)
+    return f"sha256:{hashed.hexdigest()}"
 
 
 class CustomIdIndex:

@@ -6,7 +6,7 @@ import gzip
 import io
 import re
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -43,10 +43,35 @@ _MIN_TEXT_LINES = 10
 """In a shorter file, lines that are no JSON objects are bad rows, each with an error of its own."""
 
 
-def open_input(path: Path) -> BinaryIO:
-    """The uncompressed bytes after a byte order mark; ValueError for what cannot be read or is not JSON lines."""
+class _Bounded(io.RawIOBase):
+    """The first bytes of a file."""
+
+    def __init__(self, path: Path, num_bytes: int | None) -> None:
+        self._file = path.open("rb", buffering=0)
+        self._left = num_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        view = memoryview(buffer)
+        count = self._file.readinto(view if self._left is None else view[: self._left])
+        if self._left is not None:
+            self._left -= count or 0
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_input(path: Path, num_bytes: int | None = None) -> BinaryIO:
+    """The uncompressed content of the first `num_bytes` of a file (None: all), to be read from its beginning.
+
+    ValueError for what cannot be read or is not JSON lines.
+    """
     try:
-        raw = path.open("rb", buffering=_HEAD_BYTES)
+        raw = io.BufferedReader(_Bounded(path, num_bytes), _HEAD_BYTES)
     except OSError as error:
         raise ValueError(f"cannot read the input {path}: {error.strerror}") from error
     compressed = path.suffix == ".gz" or raw.peek(2).startswith(_GZIP_MAGIC)
