@@ -116,7 +116,7 @@ def test_an_index_that_cannot_be_created_is_an_oserror(tmp_path: Path, monkeypat
     connect = sqlite3.connect
 
     def without_room(*args: Any, **options: Any) -> sqlite3.Connection:
-        db = connect(*args, **options)
+        db: sqlite3.Connection = connect(*args, **options)
         db.execute("PRAGMA max_page_count=1")
         return db
 

@@ -238,7 +238,7 @@ LINES = st.one_of(
 
 @given(parts=st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r\n", b"\n\n"])), max_size=5), cut=st.integers(0, 4))
 @settings(max_examples=200, deadline=None)
-def test_any_file_that_begins_with_a_row_is_rows_and_errors(
+def test_any_file_is_rows_and_errors(
     tmp_path_factory: pytest.TempPathFactory,
     rules: RowRules,
     parts: list[tuple[bytes, bytes]],
