@@ -147,6 +147,8 @@ class Request:
     """Let `Engine.take_progress` tell what was generated before the request is finished."""
     generated: tuple[GeneratedTokens, ...] = ()
     """Per continuation, what an earlier run generated: it counts as if this run had. Empty: nothing."""
+    num_losses: int = 0
+    """How often a worker was lost, in earlier runs, while it answered this request."""
     do_remote_decode: bool = False
     """Publish the prompt's cache records, generate the first token of every continuation, and leave the rest to
     another replica: the output is then handed over unfinished."""

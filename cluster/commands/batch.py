@@ -82,8 +82,9 @@ def job_spec(config: JobConfig) -> JobSpec:
     input_path = Path(config.input)
     output = Path(config.output)
     _check_paths(input_path, output)
+    input_bytes = input_path.stat().st_size  # lines that are added after this are not part of the job
     identity = {
-        "input": file_sha256(input_path),
+        "input": file_sha256(input_path, input_bytes),
         "model": model_fingerprint(Path(engine.model)),
         "dtype": engine.dtype,
         "kv_cache_dtype": engine.kv_cache_dtype,
@@ -101,6 +102,7 @@ def job_spec(config: JobConfig) -> JobSpec:
     }
     return JobSpec(
         input=input_path,
+        input_bytes=input_bytes,
         output=output,
         identity=identity,
         rules=rules,

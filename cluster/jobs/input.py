@@ -12,10 +12,13 @@ import sqlite3
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EIO, ENOSPC
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
+
+from .input_format import BYTE_ORDER_MARK, open_input
 
 MAX_LINE_BYTES = 8 << 20
 MAX_DEPTH = 64
@@ -53,27 +56,36 @@ class InputLine:
     """Empty when the line is longer than the limit: it is skipped without being held in memory."""
 
 
-def read_lines(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[InputLine]:
-    """Yield the rows of a .jsonl or .jsonl.gz file in order, holding one line at a time.
+def read_lines(
+    path: Path, *, max_line_bytes: int = MAX_LINE_BYTES, num_bytes: int | None = None
+) -> Iterator[InputLine]:
+    """Yield the rows of a JSON lines file, plain or compressed with gzip, in order, holding one line at a time.
 
-    LF and CRLF both end a line, the last one needs no ending, and lines of white space only are skipped.
-    ValueError if the file cannot be read to its end.
+    Only the first `num_bytes` of the file are read (None: all).
+
+    A byte order mark at the start is skipped. LF and CRLF both end a line, the last one needs no ending, and lines of
+    white space only are skipped.
+    ValueError if the file is of another kind or cannot be read to its end.
     """
     index, number, offset = 0, 0, 0
     try:
-        with _open(path) as file:
+        with open_input(path, num_bytes) as file:
             while piece := file.readline(max_line_bytes + 2):
                 num_read = len(piece)
+                if number == 0 and piece.startswith(BYTE_ORDER_MARK):
+                    piece = piece.removeprefix(BYTE_ORDER_MARK)
+                    offset = len(BYTE_ORDER_MARK)
+                    num_read -= offset
                 data = piece.rstrip(b"\r\n") if piece.endswith(b"\n") else piece
-                num_bytes = len(data)
-                if num_bytes > max_line_bytes:
+                line_bytes = len(data)
+                if line_bytes > max_line_bytes:
                     data = b""
                     while not piece.endswith(b"\n") and (piece := file.readline(1 << 20)):
                         num_read += len(piece)
-                        num_bytes += len(piece.rstrip(b"\r\n"))
+                        line_bytes += len(piece.rstrip(b"\r\n"))
                 number += 1
-                if num_bytes > max_line_bytes or data.strip():
-                    yield InputLine(index, number, offset, num_bytes, data)
+                if line_bytes > max_line_bytes or data.strip():
+                    yield InputLine(index, number, offset, line_bytes, data)
                     index += 1
                 offset += num_read
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -124,10 +136,15 @@ def clipped(text: str, max_chars: int) -> str:
     return text if len(text) <= max_chars else text[:max_chars] + "..."
 
 
-def file_sha256(path: Path) -> str:
-    """`sha256:<hex>` of a file's bytes, as they lie on disk."""
+def file_sha256(path: Path, num_bytes: int | None = None) -> str:
+    """`sha256:<hex>` of a file's first `num_bytes` (None: all), as they lie on disk."""
+    hashed = hashlib.sha256()
     with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        left = os.fstat(file.fileno()).st_size if num_bytes is None else num_bytes
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            hashed.update(piece)
+            left -= len(piece)
+    return f"sha256:{hashed.hexdigest()}"
 
 
 class CustomIdIndex:
@@ -137,36 +154,40 @@ class CustomIdIndex:
     """
 
     def __init__(self, path: Path) -> None:
+        """OSError when there is no room for the file."""
         path.unlink(missing_ok=True)
         self._path = path
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644))  # fails with the system's own error
         self._db = sqlite3.connect(path, isolation_level=None)
-        for setting in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-2048", "temp_store=FILE"):
-            self._db.execute(f"PRAGMA {setting}")
-        self._db.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
-        self._db.execute("BEGIN")
+        with self._disk_errors():
+            for setting in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-2048", "temp_store=FILE"):
+                self._db.execute(f"PRAGMA {setting}")
+            self._db.execute("CREATE TABLE ids (digest BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID")
+            self._db.execute("BEGIN")
 
     def add(self, custom_id: str, line: int) -> int | None:
         """Remember that `line` has this id; the line that had it first, or None. OSError when the disk is full."""
         digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
-        try:
+        with self._disk_errors():
             added = self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (digest, line)).rowcount
             if added:
                 return None
             return cast(int, self._db.execute("SELECT line FROM ids WHERE digest = ?", (digest,)).fetchone()[0])
+
+    def close(self) -> None:
+        try:
+            with self._disk_errors():
+                self._db.close()
+        finally:
+            self._path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.OperationalError as error:
             number = ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else EIO
             raise OSError(number, os.strerror(number), str(self._path)) from error
-
-    def close(self) -> None:
-        self._db.close()
-        self._path.unlink(missing_ok=True)
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
-    except OSError as error:
-        raise ValueError(f"cannot read the input {path}: {error.strerror}") from error
 
 
 def _too_deep(data: bytes) -> bool:

@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +23,10 @@ from shoal.runtime.types import Request, RequestOutput, RequestProgress
 
 from ..exit_codes import ExitCode
 from ..supervision.fault import Fault, FaultJournal
-from .input import BadRow, CustomIdIndex, InputLine, read_lines
-from .output import CUSTOM_ID_FILE, FAULT_FILE, BatchOutput, RowCounts, State, write_json
+from .input import BadRow, CustomIdIndex, InputLine, file_sha256, read_lines
+from .input_format import has_byte_order_mark
+from .input_guard import LineDigests
+from .output import CUSTOM_ID_FILE, FAULT_FILE, LINES_FILE, BatchOutput, RowCounts, State, write_json
 from .progress import JobProgress, ProgressReporter
 from .row_output import FinishedRow, answered_row
 from .rows import BatchRow, RowRules, read_row
@@ -72,6 +74,10 @@ class Engines(Protocol):
         """What requests that report their progress have generated since the last call, as far as `poll` has seen it."""
         ...
 
+    def take_losses(self) -> Mapping[str, int]:
+        """Requests during which a worker was lost since the last call, and how often that happened to each in all."""
+        ...
+
     def close(self) -> None:
         """Stop the engines and let go of their machines."""
         ...
@@ -93,6 +99,8 @@ class JobSpec:
 
     input: Path
     output: Path
+    input_bytes: int | None = None
+    """The first bytes of `input` are the job, whatever is added later; None: all."""
     identity: Mapping[str, Any]
     """Everything that decides about the answers; a job is resumed only under the same."""
     rules: RowRules
@@ -139,6 +147,7 @@ def run_job(
     except OSError as error:
         return _disk_failed(spec, error)
     try:
+        spec = _resumed(output.run, spec, progress.message)
         _check_same_job(output.run, spec)
         if output.run.get("state") == "completed":
             return _finished(spec, output)
@@ -226,7 +235,8 @@ class _Run:
     def validate(self) -> None:
         """First pass: every bad row gets its error line, and run.json the summary."""
         spec, output = self.spec, self.output
-        output.save_run(state="validating", job=dict(spec.identity), started_at=_now(), **spec.facts)
+        job = {"job": dict(spec.identity), "input_bytes": spec.input_bytes}
+        output.save_run(state="validating", started_at=_now(), **job, **spec.facts)
 
         def on_bad_row(row: FinishedRow, _error: BadRow, _line: InputLine) -> None:
             if not output.is_finished(row.index):
@@ -240,11 +250,20 @@ class _Run:
                 JobProgress(phase="checking", num_rows=None, completed=good, failed=summary.num_bad_rows)
             )
 
+        if has_byte_order_mark(spec.input):
+            self.progress.message(f"skipped the byte order mark at the start of {spec.input}")
         custom_ids = CustomIdIndex(output.directory / CUSTOM_ID_FILE)
-        try:
-            summary = validate_input(spec.input, spec.rules, custom_ids, on_bad_row, on_row)
-        finally:
-            custom_ids.close()
+        with closing(custom_ids), closing(LineDigests(output.directory / LINES_FILE)) as lines:
+            summary = validate_input(
+                spec.input,
+                spec.rules,
+                custom_ids,
+                on_bad_row,
+                on_row,
+                on_line=lines.add,
+                num_bytes=spec.input_bytes,
+            )
+            lines.flush()
         output.commit()
         output.save_run(input=summary.to_dict())
         self.progress.message(
@@ -290,6 +309,9 @@ class _Run:
             for progress in engines.take_progress():
                 if (row := self.in_flight.get(progress.request_id)) is not None:
                     self.output.add_progress(row.line.index, progress)
+            for request_id, num_losses in engines.take_losses().items():
+                if (row := self.in_flight.get(request_id)) is not None:
+                    self.output.add_losses(row.line.index, num_losses)
             self.output.commit_if_due()
             self.faults.update(engines.faults)
             self.save_counts()
@@ -311,20 +333,25 @@ class _Run:
         return len(new) < room
 
     def begun(self, row: BatchRow) -> Request:
-        """The row's request, with what earlier runs have generated of its answer."""
-        return replace(row.request, report_progress=True, generated=self.output.take_generated(row.line.index))
+        """The row's request, with what earlier runs have generated of its answer and how often they lost its worker."""
+        index = row.line.index
+        generated, num_losses = self.output.take_generated(index), self.output.num_losses(index)
+        return replace(row.request, report_progress=True, generated=generated, num_losses=num_losses)
 
     def open_rows(self) -> Iterator[BatchRow]:
         """The rows without a line, in input order."""
-        for line in read_lines(self.spec.input):
-            if not self.output.is_finished(line.index):
-                try:
+        num_lines = 0
+        with closing(LineDigests(self.output.directory / LINES_FILE)) as lines:
+            for line in itertools.islice(read_lines(self.spec.input, num_bytes=self.spec.input_bytes), self.num_rows):
+                if not self.output.is_finished(line.index):
+                    lines.check(line)
                     yield read_row(line, self.spec.rules)
-                except BadRow as error:
-                    raise ValueError(
-                        f"{self.spec.input} changed while the job ran: line {line.number} was good before "
-                        f"({error.message})"
-                    ) from error
+                num_lines = line.index + 1
+        if num_lines != self.num_rows:
+            raise ValueError(
+                f"{self.spec.input} has {num_lines} rows now, and had {self.num_rows} when they were checked: restore "
+                f"it, or start over with --overwrite"
+            )
 
     def too_many_errors(self) -> bool:
         counts = self.output.counts
@@ -363,6 +390,18 @@ def _engine_errors(what: str, *, passing: tuple[type[Exception], ...] = ()) -> I
         raise
     except Exception as error:
         raise EngineFailure(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def _resumed(run: Mapping[str, Any], spec: JobSpec, say: Callable[[str], None]) -> JobSpec:
+    """The spec of a job whose input has grown since it was started: the lines that were added are not part of it."""
+    num_bytes = run.get("input_bytes")
+    if num_bytes is None or spec.input_bytes is None or num_bytes >= spec.input_bytes:
+        return spec
+    digest = file_sha256(spec.input, num_bytes)
+    if digest != run["job"].get("input"):
+        return spec
+    say(f"{spec.input} has grown by {spec.input_bytes - num_bytes} bytes since the job was started: they are not read")
+    return replace(spec, input_bytes=num_bytes, identity={**spec.identity, "input": digest})
 
 
 def _check_same_job(run: Mapping[str, Any], spec: JobSpec) -> None:

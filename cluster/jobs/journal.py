@@ -56,9 +56,18 @@ class ProgressRecord:
     new: GeneratedTokens
 
 
-Record = RowRecord | ProgressRecord
+@dataclass(frozen=True, slots=True)
+class LossRecord:
+    """An unfinished row whose worker was lost while it answered it."""
 
-_ROW, _PROGRESS = 1, 2
+    index: int
+    num_losses: int
+    """In all runs so far."""
+
+
+Record = RowRecord | ProgressRecord | LossRecord
+
+_ROW, _PROGRESS, _LOSS = 1, 2, 3
 _ROW_FIELDS = tuple(field.name for field in fields(RowRecord))
 
 
@@ -124,6 +133,8 @@ def write_fully(fd: int, data: bytes, offset: int) -> None:
 def _encode(record: Record) -> bytes:
     if isinstance(record, RowRecord):
         row = [_ROW, *(getattr(record, name) for name in _ROW_FIELDS)]
+    elif isinstance(record, LossRecord):
+        row = [_LOSS, record.index, record.num_losses]
     else:
         row = [_PROGRESS, record.index, record.continuation, record.start, pack_tokens(record.new)]
     payload: bytes = msgpack.packb(row)
@@ -154,6 +165,8 @@ def _decode(payload: bytes) -> Record:
     kind, *values = msgpack.unpackb(payload)
     if kind == _ROW:
         return RowRecord(*values)
+    if kind == _LOSS:
+        return LossRecord(*values)
     if kind != _PROGRESS:
         raise ValueError(f"kind {kind!r}")
     index, continuation, start, new = values

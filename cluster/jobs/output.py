@@ -5,6 +5,7 @@
     errors.jsonl      rows that could not be answered
     journal.log       which rows are finished, how much of the two files above is theirs, and tokens of unfinished rows
     faults.json       workers that were lost, and how each loss was mended; absent while there was none
+    lines.bin         per input row: digest of its line (8 bytes), to notice that the input was rewritten
     digests.bin       per input row: state (1 byte: 0 open, 1 answered, 2 failed), digest of its content (32 bytes)
 
 A group of rows is committed in this order: lines, fsync, journal records, fsync. After a crash, lines that no record
@@ -27,7 +28,7 @@ from typing import Any, Literal
 from shoal.parallel.failpoints import Failpoints
 from shoal.runtime.types import GeneratedTokens, RequestProgress
 
-from .journal import MAGIC, Journal, ProgressRecord, Record, RowRecord, write_fully
+from .journal import MAGIC, Journal, LossRecord, ProgressRecord, Record, RowRecord, write_fully
 from .row_output import FinishedRow
 
 State = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelled"]
@@ -35,7 +36,7 @@ State = Literal["validating", "in_progress", "finalizing", "completed", "failed"
 
 RUN_FILE, PART_FILE, ERROR_FILE = "run.json", "part-00000.jsonl", "errors.jsonl"
 JOURNAL_FILE, DIGEST_FILE, LOCK_FILE, CUSTOM_ID_FILE = "journal.log", "digests.bin", "job.lock", "custom_ids.sqlite"
-FAULT_FILE = "faults.json"
+FAULT_FILE, LINES_FILE = "faults.json", "lines.bin"
 
 _SLOT_BYTES = 33
 _DIGEST_CHUNK_ROWS = 4096
@@ -80,8 +81,9 @@ class BatchOutput:
         self._clock, self._failpoints = clock, failpoints or Failpoints()
         self._pending: list[FinishedRow] = []
         self._pending_bytes = 0
-        self._pending_progress: list[ProgressRecord] = []
+        self._pending_progress: list[ProgressRecord | LossRecord] = []
         self._generated: dict[int, dict[int, GeneratedTokens]] = {}
+        self._losses: dict[int, int] = {}
         self._last_commit = clock()
         directory.mkdir(0o755, parents=True, exist_ok=True)
         self._resources = ExitStack()
@@ -136,6 +138,15 @@ class BatchOutput:
         """Take what an unfinished row has generated; it is durable after the next commit."""
         self._pending_progress.append(ProgressRecord(index, progress.index, progress.start, progress.new))
 
+    def add_losses(self, index: int, num_losses: int) -> None:
+        """Note how often a worker was lost while it answered this row; durable after the next commit."""
+        self._losses[index] = num_losses
+        self._pending_progress.append(LossRecord(index, num_losses))
+
+    def num_losses(self, index: int) -> int:
+        """How often a worker was lost while it answered this unfinished row, in all runs."""
+        return self._losses.get(index, 0)
+
     @property
     def num_begun(self) -> tuple[int, int]:
         """Unfinished rows of which earlier runs left tokens, and how many tokens."""
@@ -178,6 +189,7 @@ class BatchOutput:
         self._journal.append([*records, *progress])
         for record in records:
             self._count(record)
+            self._losses.pop(record.index, None)
         self._pending, self._pending_progress = [], []
         self._pending_bytes = 0
 
@@ -214,8 +226,11 @@ class BatchOutput:
     def _replay(self, record: Record) -> None:
         if isinstance(record, ProgressRecord):
             self._add_generated(record)
+        elif isinstance(record, LossRecord):
+            self._losses[record.index] = record.num_losses
         else:
             self._generated.pop(record.index, None)
+            self._losses.pop(record.index, None)
             self._count(record)
             self._write_slot(record.index, record.failed, record.digest)
 
@@ -275,7 +290,7 @@ def _lock(directory: Path) -> int:
 
 def _remove_job(directory: Path) -> None:
     # run.json goes first: without it the rest is not taken for a job that can be resumed.
-    for name in (RUN_FILE, JOURNAL_FILE, PART_FILE, ERROR_FILE, DIGEST_FILE, CUSTOM_ID_FILE, FAULT_FILE):
+    for name in (RUN_FILE, JOURNAL_FILE, PART_FILE, ERROR_FILE, DIGEST_FILE, CUSTOM_ID_FILE, FAULT_FILE, LINES_FILE):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -53,10 +53,17 @@ def validate_input(
     custom_ids: CustomIdIndex,
     on_bad_row: Callable[[FinishedRow, BadRow, InputLine], None],
     on_row: Callable[[InputSummary], None],
+    *,
+    on_line: Callable[[InputLine], None] = lambda _: None,
+    num_bytes: int | None = None,
 ) -> InputSummary:
-    """Check every row of an input; `on_bad_row` gets each bad one, `on_row` is called after every row."""
+    """Check every row of an input; `on_bad_row` gets each bad one, `on_row` is called after every row.
+
+    `on_line` gets every row before it is checked. Only the first `num_bytes` of the input are read (None: all).
+    """
     summary = InputSummary()
-    for line in read_lines(path):
+    for line in read_lines(path, num_bytes=num_bytes):
+        on_line(line)
         try:
             summary.count_prompt(_num_prompt_tokens(line, rules, custom_ids))
         except BadRow as error:

@@ -94,6 +94,10 @@ class InProcessEngine:
         """What requests that report their progress have generated since the last call."""
         return self._engine.take_progress()
 
+    def take_losses(self) -> dict[str, int]:
+        """Nothing: there are no workers to lose."""
+        return {}
+
     def step_profiles(self) -> list[StepProfile]:
         """Of the one rank; the engine must measure its steps."""
         return [step_profile(self._engine)]

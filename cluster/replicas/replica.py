@@ -19,7 +19,7 @@ from shoal.runtime.request_limits import RequestLimits
 from ..replica_spec import ReplicaSpec
 from ..workers.actors import INBOX_THREAD, Launch, ObjectRef, Seat, WorkerProcess, end_worker, start_worker
 from ..workers.assignment import Assignment
-from ..workers.spec import StartReport, WorkerFailure
+from ..workers.spec import StartReport
 from ..workers.wire import Command, Event, pack_command, unpack_event
 from ..workers.worker import AUDIT_TIMEOUT_S
 
@@ -27,8 +27,6 @@ POLL_WAIT_S = 1.0
 """How long a worker holds a poll that has nothing to say."""
 STOP_TIMEOUT_S = 5.0
 PROFILE_TIMEOUT_S = 10.0
-BLAME_WAIT_S = 0.5
-"""How long a failure waits for those of other ranks, so that the cause is named and not the rank that missed it."""
 
 
 class EngineFailed(RuntimeError):  # noqa: N818
@@ -72,7 +70,7 @@ def listen(host: str) -> TCPStore:
 class Replica:
     """Workers of one copy. Built at once, in use after `wait_ready`; one thread at a time may use it.
 
-    A worker that dies is `lose`d and its rank `fill`ed, as the supervisor says; one whose loop fails ends the replica.
+    A worker that dies, or whose loop fails, is `lose`d and its rank `fill`ed, as the supervisor says.
     """
 
     def __init__(
@@ -88,7 +86,7 @@ class Replica:
         self._num_kv_tokens: dict[int, int] = {}
         self._failure: EngineFailed | None = None
         self.unreachable: list[tuple[str, str]] = []
-        """Workers that did not answer, and why, for the supervisor: what they had told is lost."""
+        """Workers that did not answer or whose loop failed, and why, for the supervisor; their requests are lost."""
         self.assignments = [
             Assignment(
                 epoch=0,
@@ -206,7 +204,7 @@ class Replica:
     def collect(self, ready: set[ObjectRef]) -> list[tuple[int, Event]]:
         """What the leaders told in the polls that are `ready`, each with the leader's rank.
 
-        EngineFailed when a loop failed; only when the leaders told nothing, so that nothing gets lost.
+        Loops that failed are looked at only when the leaders told nothing, so that nothing gets lost.
         """
         events: list[tuple[int, Event]] = []
         for leader in self._leaders:
@@ -236,7 +234,7 @@ class Replica:
 
     def _miss(self, leader: _Leader, error: RayError) -> None:
         if leader.worker is not None:
-            self.unreachable.append((leader.worker.name, str(error)))
+            self.unreachable.append((leader.worker.name, f"a call to it failed: {error}"))
         leader.worker, leader.poll, leader.tells = None, None, []
 
     def stop(self) -> None:
@@ -281,34 +279,18 @@ class Replica:
         raise self._failure
 
     def _check_ends(self, ready: set[ObjectRef]) -> None:
-        """A loop that ended by itself ends the replica; of a process that died the supervisor knows."""
-        if not self._ends(ready):
-            return
-        # The rank to blame may be another one, which is about to end.
-        everyone = [worker.ended for worker in self._running.values()]
-        done, _ = ray.wait(everyone, num_returns=len(everyone), timeout=BLAME_WAIT_S)
-        self._fail(*cause_of_end(self._ends(set(done))))
-
-    def _ends(self, refs: set[ObjectRef]) -> list[WorkerFailure]:
-        """How loops ended; forgets those whose processes died."""
-        failures = []
-        ended: dict[int, ObjectRef] = {rank: worker.ended for rank, worker in self._running.items()}
-        for rank, ref in [(rank, ref) for rank, ref in ended.items() if ref in refs]:
-            try:
-                failure: Any = ray.get(ref)
-            except RayError:
-                del self._running[rank]
+        """Report loops that ended by themselves; of a process that died the supervisor knows."""
+        for rank, worker in list(self._running.items()):
+            if worker.ended not in ready:
                 continue
-            failures.append(failure or WorkerFailure(rank, "error", "its loop ended although nobody asked", ""))
-        return failures
-
-
-def cause_of_end(failures: Sequence[WorkerFailure]) -> tuple[int, str]:
-    """Rank and reason to blame: one rank's end makes others fail in collectives, so an error counts before those;
-    among equals the lowest rank.
-    """
-    cause = min(failures, key=lambda f: (f.kind == "collective", f.rank))
-    return cause.rank, f"{cause.message}\n{cause.traceback}".rstrip()
+            del self._running[rank]
+            try:
+                ended: Any = worker.ended
+                failure: Any = ray.get(ended)
+            except RayError:
+                continue
+            reason = "it ended although nobody asked" if failure is None else failure.message
+            self.unreachable.append((worker.name, f"its loop failed: {reason}"))
 
 
 def _tightest(reports: Iterable[StartReport]) -> RequestLimits:

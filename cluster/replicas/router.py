@@ -13,6 +13,7 @@ from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 
 from ..routing.groups import GroupSpec
+from ..routing.quarantine import Quarantine
 from ..routing.request_router import Deliver, Effect, RequestRouter, Send
 from ..supervision.fault import Fault
 from ..supervision.supervisor import RankFilled, RankLost, Supervisor
@@ -22,7 +23,9 @@ from .replica import EngineFailed, Replica
 LOOK_S = 0.1
 """How often to look for lost workers while nothing else happens."""
 MAX_LOSSES = 10
-"""Of workers of one replica without anything new of a request: it is not bad luck then."""
+"""Workers of one replica that may be lost without anything new of a request: it is not bad luck then."""
+MAX_GIVEN_UP = 10
+"""Requests that may be given up one after another without an answer in between: they are not the cause then."""
 
 
 class Router:
@@ -56,6 +59,13 @@ class Router:
         self.capacity = 2 * max_num_seqs * len(specs)
         """Requests in flight that keep every replica busy."""
         self._routing = RequestRouter(specs, max_model_len=self.limits.max_model_len, block_size=block_size)
+        self._quarantine = Quarantine()
+        self._allowed: frozenset[str] | None = None
+        """The requests that `_routing` may send."""
+        self._num_given_up = 0
+        """Since a request was last answered."""
+        self._losses: dict[str, int] = {}
+        """Requests that were interrupted since `take_losses`, and how often each was in all."""
         self._outputs: list[RequestOutput] = []
         self._progress: list[RequestProgress] = []
         self._interrupted: list[tuple[Fault, frozenset[str]]] = []
@@ -67,12 +77,20 @@ class Router:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Take requests; ValueError, before any is taken, for an id that is in use."""
+        suspects = [request for request in requests if request.num_losses]
+        if suspects:
+            self._restrict(frozenset())  # none is sent before it is decided which may run together
         self._carry_out(self._routing.submit(requests))
+        for request in suspects:
+            self._quarantine.add(request.request_id, request.num_losses)
+        self._follow_quarantine()
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
         for request_id in request_ids:
             self._carry_out(self._routing.abort(request_id))
+            self._quarantine.forget(request_id)
+        self._follow_quarantine()
         dropped = set(request_ids)
         self._outputs = [output for output in self._outputs if output.request_id not in dropped]
         self._progress = [progress for progress in self._progress if progress.request_id not in dropped]
@@ -80,7 +98,8 @@ class Router:
     def poll(self, timeout_s: float) -> list[RequestOutput]:
         """Outputs, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight.
 
-        EngineFailed when a loop failed, or a rank was lost that nobody can take over, or too often.
+        EngineFailed when a rank was lost that nobody can take over, or too often. A request whose workers are lost
+        again and again while it runs alone is answered with an error.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -93,9 +112,12 @@ class Router:
             for number, replica in enumerate(self._replicas):
                 for rank, event in replica.collect(set(ready)):
                     self._num_losses[number] = 0
+                    if isinstance(event, RequestOutput):
+                        self._num_given_up = 0
                     self._carry_out(self._routing.handle(self._groups[number, rank], event))
                 while replica.unreachable:
                     self._supervisor.suspect(*replica.unreachable.pop())
+            self._follow_quarantine()
             if self._outputs or not self.num_in_flight or time.monotonic() >= deadline:
                 outputs, self._outputs = self._outputs, []
                 return outputs
@@ -104,6 +126,11 @@ class Router:
         """What requests that report their progress have generated, as far as `poll` has seen it."""
         progress, self._progress = self._progress, []
         return progress
+
+    def take_losses(self) -> dict[str, int]:
+        """Requests that were interrupted since the last call, and how often each was in all."""
+        losses, self._losses = self._losses, {}
+        return losses
 
     def audit(self) -> list[str]:
         """With nothing in flight, what workers still hold; [] when every block of every rank is given back."""
@@ -146,7 +173,9 @@ class Router:
                     reason = f"{MAX_LOSSES} workers were lost without progress: {event.fault.reason}"
                     raise EngineFailed(event.rank, reason)
                 self._note_interrupted(event.fault, self._groups[event.replica, replica.leader_of(event.rank)])
-                if replica.lose(event.rank):
+                was_leader = replica.lose(event.rank)
+                self._suspect_requests(event.replica, event.fault)
+                if was_leader:
                     assert group is not None
                     self._carry_out(self._routing.lose(group))
             elif isinstance(event, RankFilled):
@@ -161,6 +190,34 @@ class Router:
         fault.num_replayed_requests, fault.num_replayed_tokens = len(num_tokens), sum(num_tokens.values())
         if num_tokens:
             self._interrupted.append((fault, frozenset(num_tokens)))
+
+    def _suspect_requests(self, replica: int, fault: Fault) -> None:
+        """Count a loss for every request of the replica: the one to blame may be with another of its groups."""
+        groups = [group for group, (number, _) in enumerate(self._ranks) if number == replica]
+        interrupted = {request_id for group in groups for request_id in self._routing.generated_in(group)}
+        given_up = self._quarantine.lose(interrupted)
+        self._losses |= {request_id: self._quarantine.num_losses(request_id) for request_id in interrupted}
+        for request_id in given_up:
+            self._num_given_up += 1
+            if self._num_given_up > MAX_GIVEN_UP:
+                reason = f"{MAX_GIVEN_UP} requests were given up one after another: {fault.reason}"
+                raise EngineFailed(fault.rank or 0, reason)
+            self._num_losses[replica] = 0
+            message = (
+                f"its worker was lost {self._quarantine.num_losses(request_id)} times while it was answered, at last "
+                f"with no other request: {fault.reason}"
+            )
+            self._carry_out(self._routing.fail(request_id, message))
+        self._follow_quarantine()
+
+    def _follow_quarantine(self) -> None:
+        allowed = self._quarantine.allowed()
+        if allowed != self._allowed:
+            self._restrict(allowed)
+
+    def _restrict(self, allowed: frozenset[str] | None) -> None:
+        self._allowed = allowed
+        self._carry_out(self._routing.restrict(allowed))
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         sent: list[Send] = []
@@ -181,5 +238,7 @@ class Router:
             self._interrupted.remove(entry)
         if isinstance(effect.event, RequestOutput):
             self._outputs.append(effect.event)
+            if effect.event.finished:
+                self._quarantine.forget(effect.event.request_id)
         else:
             self._progress.append(effect.event)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
 
+from ..workers.engine_factory import error_output
 from ..workers.wire import Abort, Command, EndPrefill, Event
 from .groups import Group, GroupSpec
 from .placement import Place, Placement
@@ -69,6 +70,9 @@ class RequestRouter:
         self._tracked: dict[str, TrackedRequest] = {}
         self._queue: deque[tuple[int, str]] = deque()
         """By arrival; an aborted request stays until its turn."""
+        self._allowed: frozenset[str] | None = None
+        self._held: list[tuple[int, str]] = []
+        """Queued requests that are not allowed to be sent, in any order."""
         self._num_submitted = 0
         self.num_failed_transfers = 0
         self.num_replays = 0
@@ -95,13 +99,33 @@ class RequestRouter:
             )
         self._num_submitted += len(new)
         self._tracked |= new
-        self._queue.extend((tracked.arrival, request_id) for request_id, tracked in new.items())
+        for request_id, tracked in new.items():
+            (self._queue if self._may_send(request_id) else self._held).append((tracked.arrival, request_id))
         return self._dispatch()
 
     def abort(self, request_id: str) -> list[Effect]:
         """Nobody wants the answer; unknown ids are ignored."""
         tracked = self._tracked.get(request_id)
         return [] if tracked is None else [*self._finish(tracked), *self._dispatch()]
+
+    def fail(self, request_id: str, message: str) -> list[Effect]:
+        """Answer a request with an error; unknown ids are ignored."""
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return []
+        answer = error_output(request_id, list(tracked.request.prompt_token_ids), message)
+        return [Deliver(answer), *self._finish(tracked), *self._dispatch()]
+
+    def restrict(self, allowed: frozenset[str] | None) -> list[Effect]:
+        """Send only these requests to groups from now on, and move none between groups; None: send all."""
+        self._allowed = allowed
+        waiting = sorted([*self._queue, *self._held])
+        self._queue = deque(entry for entry in waiting if self._may_send(entry[1]))
+        self._held = [entry for entry in waiting if not self._may_send(entry[1]) and entry[1] in self._tracked]
+        return self._dispatch()
+
+    def _may_send(self, request_id: str) -> bool:
+        return self._allowed is None or request_id in self._allowed
 
     def handle(self, group: int, event: Event) -> list[Effect]:
         """What a group told; ignored when the request is not with it, or under another attempt."""
@@ -147,7 +171,7 @@ class RequestRouter:
     def check_integrity(self) -> None:
         """Raise AssertionError, with a sentence, unless every request is where the tables say, and nowhere else."""
         self._placement.check_integrity(self._tracked)
-        queued = set(self._queue)
+        queued = {*self._queue, *self._held}
         for request_id, tracked in self._tracked.items():
             is_queued = (tracked.arrival, request_id) in queued
             assert is_queued == (tracked.decode is None), f"{request_id} is queued and with a group, or neither"
@@ -197,6 +221,8 @@ class RequestRouter:
     def _spread(self) -> list[Effect]:
         """Let groups that are ready for it take over requests, one each in turn."""
         effects: list[Effect] = []
+        if self._allowed is not None:
+            return effects
         ready = self._placement.ready
         while ready and not self._queue:
             target = next(iter(ready))
@@ -355,6 +381,9 @@ class RequestRouter:
     def _give_back(self, tracked: TrackedRequest, *, except_group: int | None) -> list[Effect]:
         """To the queue, in front of all that arrived later, for another attempt."""
         effects = self._withdraw(tracked, except_group=except_group)
+        if not self._may_send(tracked.request_id):
+            self._held.append((tracked.arrival, tracked.request_id))
+            return effects
         place = 0
         while place < len(self._queue) and self._queue[place][0] < tracked.arrival:
             place += 1

@@ -184,7 +184,7 @@ class Supervisor:
             raise RuntimeError("the thread that watches the workers failed") from self._liveness.failure
 
     def suspect(self, name: str, reason: str) -> None:
-        """A worker did not answer a call. Any thread may call."""
+        """A worker is of no use any more: it did not answer a call, or its loop failed. Any thread may call."""
         self._suspects.put((name, reason))
 
     # -- on the thread that watches ----------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class Supervisor:
         while not self._suspects.empty():
             name, reason = self._suspects.get()
             if name in self._heard:
-                self._give_up_on(name, f"a call to it failed: {reason}")
+                self._give_up_on(name, reason)
         now = self._clock()
         for number, replica in enumerate(self._replicas):
             if replica.left_at is not None and now - replica.left_at >= LEFT_GRACE_S:

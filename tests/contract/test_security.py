@@ -342,7 +342,7 @@ HOSTILE_IDS = [
     "$(id)",
     "é\u202e",
 ]
-JOB_FILES = {"run.json", "part-00000.jsonl", "errors.jsonl", "journal.log", "digests.bin", "job.lock"}
+JOB_FILES = {"run.json", "part-00000.jsonl", "errors.jsonl", "journal.log", "digests.bin", "lines.bin", "job.lock"}
 
 
 class Silent:

@@ -92,6 +92,7 @@ class Job:
                 assert record.digest == digest_of(self.rows[name]), f"{name}: a wrong answer is in the journal"
                 finished.append(name)
                 return
+            assert isinstance(record, ProgressRecord), "this driver loses no workers"
             before = generated.get((name, record.continuation), GeneratedTokens())
             assert record.start == len(before.token_ids), f"{name}: the journal has a gap"
             generated[name, record.continuation] = before.extended(record.new)

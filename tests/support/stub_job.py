@@ -99,6 +99,11 @@ class StubEngines:
         self.capacity, self.limits = capacity, limits
         self.closed = False
         self.lost: list[Fault] = []
+        self.losses: dict[str, int] = {}
+        """What `take_losses` returns next."""
+        self.told_losses = False
+        self.num_losses: dict[str, int] = {}
+        """With how many losses the requests were submitted."""
         self.most_in_flight = 0
         self.submitted: list[str] = []
         self._per_poll, self._poll_s, self._reply, self._on_poll = per_poll, poll_s, reply, on_poll
@@ -119,6 +124,8 @@ class StubEngines:
     def submit(self, requests: list[Request]) -> None:
         self._waiting += requests
         for request in requests:
+            if request.num_losses:
+                self.num_losses[request.request_id] = request.num_losses
             if request.generated:
                 self.generated[request.request_id] = request.generated
             for output, generated in zip(answer(request).outputs, request.generated, strict=False):
@@ -136,6 +143,10 @@ class StubEngines:
         random.shuffle(self._waiting)
         done, self._waiting = self._waiting[: self._per_poll], self._waiting[self._per_poll :]
         return [self._reply(request) for request in done]
+
+    def take_losses(self) -> dict[str, int]:
+        losses, self.losses = self.losses, {}
+        return losses
 
     def take_progress(self) -> list[RequestProgress]:
         progress = []

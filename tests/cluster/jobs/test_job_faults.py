@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def write_input(path: Path) -> Path:
 
 def run_process(source: Path, output: Path, faults: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(Path(stub_job.__file__)), str(source), str(output), "0.05"]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / '.src'}", VARIABLE: faults}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / ".src"), VARIABLE: faults}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
@@ -58,10 +59,44 @@ def test_a_job_killed_at_a_failpoint_goes_on(tmp_path: Path, point: str) -> None
 def test_no_room_to_begin_with_is_no_end_either(tmp_path: Path) -> None:
     source = write_input(tmp_path / "in.jsonl")
     command = [sys.executable, str(Path(stub_job.__file__)), str(source), str(tmp_path / "out"), "0", "4"]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / '.src'}"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / ".src")}
     full = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert full.returncode == 75, full.stderr
     assert run_process(source, tmp_path / "out").returncode == 0
+
+
+def test_losses_of_a_row_count_over_all_runs(tmp_path: Path) -> None:
+    """A row that loses its workers must not begin anew with every resume."""
+    source = write_input(tmp_path / "in.jsonl")
+
+    def run(on_poll: Callable[[StubEngines], None]) -> tuple[int, StubEngines]:
+        engines = StubEngines(per_poll=0, capacity=4)
+
+        def poll(count: int) -> None:
+            on_poll(engines)
+
+        engines._on_poll = poll
+        with StopSignal() as stop:
+            result = run_job(
+                make_spec(source, tmp_path / "out"),
+                lambda: engines,
+                stop=stop,
+                progress=ProgressReporter(io.StringIO()),
+            )
+        return result.exit_code, engines
+
+    def lose_then_fail(engines: StubEngines) -> None:
+        if engines.told_losses:
+            raise RuntimeError("the cluster is gone")
+        engines.told_losses = True
+        engines.losses = {engines.submitted[2]: engines.num_losses.get(engines.submitted[2], 0) + 1}
+
+    first, engines = run(lose_then_fail)
+    assert (first, engines.num_losses) == (5, {})
+    second, engines = run(lose_then_fail)
+    assert (second, engines.num_losses) == (5, {engines.submitted[2]: 1})
+    third, engines = run(lose_then_fail)
+    assert (third, engines.num_losses) == (5, {engines.submitted[2]: 2})
 
 
 def fault(worker: str, **fields: Any) -> Fault:

@@ -205,7 +205,7 @@ def test_damaged_lines_are_errors_and_their_neighbours_rows(tmp_path: Path, rule
     num_good = 0
     for seed in range(NUM_FILES):
         rng = random.Random(seed)
-        lines, intact = [], []
+        lines, intact = [valid_line(2, "the first")], [True]  # which says that the file is one of JSON lines
         for number in range(NUM_LINES):
             line = valid_line(rng.randrange(10), f"row number {number}")
             damaged = mutated(rng, line) if rng.random() < 0.6 else line
@@ -244,5 +244,5 @@ def test_any_file_is_rows_and_errors(
     parts: list[tuple[bytes, bytes]],
     cut: int,
 ) -> None:
-    data = b"".join(line + ending for line, ending in parts)
+    data = valid_line(2, "the first") + b"\n" + b"".join(line + ending for line, ending in parts)
     check_file(tmp_path_factory.getbasetemp() / "any.jsonl", data[: len(data) - cut], rules)

@@ -11,10 +11,9 @@ import pytest
 import ray
 
 from shoal.cluster.engine_args import EngineArgs
-from shoal.cluster.replicas.replica import EngineFailed, Replica, cause_of_end
+from shoal.cluster.replicas.replica import EngineFailed, Replica
 from shoal.cluster.workers.actors import Launch, Seat
 from shoal.cluster.workers.ray_cluster import CoreShare, Layout, Placement, connect, node_address, nodes, place
-from shoal.cluster.workers.spec import WorkerFailure
 from shoal.cluster.workers.wire import Abort, Event
 from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, RequestProgress, SamplingParams
 from tests.support import stub_engine
@@ -97,12 +96,6 @@ def outputs_of(replica: Replica, count: int) -> dict[str, list[tuple[int, Reques
     return found
 
 
-def wait_for_failure(replica: Replica) -> EngineFailed:
-    with pytest.raises(EngineFailed) as failed:
-        events_of(replica, lambda _: False)
-    return failed.value
-
-
 def test_progress_arrives_while_a_request_runs(start: Start) -> None:
     replica = start()
     replica.wait_ready(DEADLINE_S)
@@ -173,21 +166,13 @@ def test_a_worker_that_does_not_answer_is_told_of_and_what_it_is_told_is_lost(st
     assert replica.lose(0)
 
 
-def test_an_error_is_blamed_before_a_collective() -> None:
-    waited = WorkerFailure(0, "collective", "CollectiveTimeout: rank 3", "trace 0")
-    broke, late = (WorkerFailure(rank, "error", f"KeyError: {rank}", f"trace {rank}\n") for rank in (2, 3))
-    assert cause_of_end([waited, late, broke]) == (2, "KeyError: 2\ntrace 2")
-    assert cause_of_end([waited]) == (0, "CollectiveTimeout: rank 3\ntrace 0")
-
-
-def test_the_rank_that_broke_is_named(start: Start) -> None:
+def test_a_rank_whose_loop_failed_is_told_of(start: Start) -> None:
     replica = start(dp=2)
     replica.wait_ready(DEADLINE_S)
     replica.tell(0, [request("a", max_tokens=100)])
     replica.tell(1, [request("break", RAISES)])
-    failed = wait_for_failure(replica)
-    assert failed.rank == 1
-    assert failed.reason.startswith("RuntimeError: the stub broke\nTraceback")
+    events_of(replica, lambda _: bool(replica.unreachable))
+    assert replica.unreachable == [(replica.workers[1].name, "its loop failed: RuntimeError: the stub broke")]
 
 
 def test_what_a_user_can_mend_ends_the_start_as_a_value_error(start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from shoal.cluster.replicas import start as start_module
 from shoal.cluster.replicas.start import announced, start_engines
 from shoal.cluster.workers.ray_cluster import LayoutDoesNotFit, Node
 from shoal.cluster.workers.spec import Phase
-from shoal.runtime.types import Request, SamplingParams
+from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.support.checkpoints import tiny_config
-from tests.support.stub_engine import STUB
+from tests.support.stub_engine import RAISES, STUB
 
 
 def request(request_id: str, num_prompt: int, max_tokens: int | None, n: int = 1) -> Request:
@@ -69,6 +70,34 @@ def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
         router.close()
     assert not ray.is_initialized()
     router.close()
+
+
+@pytest.mark.ray
+def test_a_request_that_ends_its_worker_is_given_up_and_the_others_are_answered(tmp_path: Path) -> None:
+    args = EngineArgs(model=write_config(tmp_path), max_num_seqs=4, spares=1)
+    router = start_engines(args, engine_factory=STUB)
+    try:
+        bad = Request(request_id="bad", prompt_token_ids=(RAISES, 1), params=SamplingParams(max_tokens=3))
+        router.submit([request("a", 2, 3), bad, *(request(f"{number}", 3, 2) for number in range(6))])
+        answers: dict[str, RequestOutput] = {}
+        losses: dict[str, int] = {}
+        while router.num_in_flight:
+            answers |= {output.request_id: output for output in router.poll(60.0)}
+            losses |= router.take_losses()
+        assert answers.pop("a").outputs[0].token_ids == [2, 3, 4]
+        error = answers.pop("bad").outputs[0].error or ""
+        assert re.fullmatch(
+            r"its worker was lost [45] times while it was answered, at last with no other request: "
+            r"its loop failed: RuntimeError: the stub broke",
+            error,
+        )
+        assert [output.outputs[0].token_ids for output in answers.values()] == [[3, 4]] * 6
+        assert losses["bad"] in (4, 5)
+        router.submit([request("after", 2, 3)])
+        (after,) = router.poll(60.0)
+        assert after.outputs[0].token_ids == [2, 3, 4]
+    finally:
+        router.close()
 
 
 @pytest.mark.ray

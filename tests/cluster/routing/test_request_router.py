@@ -445,3 +445,39 @@ def test_an_id_in_use_is_refused_and_nothing_taken() -> None:
         with pytest.raises(ValueError, match="is already in flight"):
             r.submit(asked)
     assert r.num_in_flight == 1
+
+
+def test_only_allowed_requests_are_sent_and_the_others_keep_their_order() -> None:
+    r = router(spec("mixed", max_num_seqs=2))
+    r.submit([ask("a")])
+    assert r.restrict(frozenset({"c"})) == []
+    assert r.submit([ask("b")]) == []
+    assert sent(r.submit([ask("c")])) == [(0, "whole c#0")]
+    r.check_integrity()
+    assert r.abort("b") == []
+    assert r.submit([ask("d"), ask("e")]) == []
+    assert sent(r.handle(0, output("c#0", 1, finished=True))) == []
+    assert sent(r.restrict(None)) == [(0, "whole d#0"), (0, "whole e#0")]
+    r.check_integrity()
+
+
+def test_a_lost_request_that_is_not_allowed_waits() -> None:
+    r = router(spec("mixed"), spec("mixed"))
+    r.submit([ask("a"), ask("b")])
+    r.restrict(frozenset({"b"}))
+    assert sent(r.lose(0)) == []
+    r.check_integrity()
+    assert sent(r.restrict(frozenset({"a", "b"}))) == [(1, "whole a#1")]
+
+
+def test_a_request_that_fails_is_answered_with_an_error_and_its_groups_forget_it() -> None:
+    r = router(spec("mixed"))
+    r.submit([ask("a")])
+    effects = r.fail("a", "its worker was lost 4 times")
+    (answer,) = [effect.event for effect in effects if isinstance(effect, Deliver)]
+    assert isinstance(answer, RequestOutput)
+    assert (answer.request_id, answer.finished) == ("a", True)
+    assert (answer.outputs[0].finish_reason, answer.outputs[0].error) == ("error", "its worker was lost 4 times")
+    assert sent(effects) == [(0, "Abort a#0")]
+    assert r.num_in_flight == 0
+    assert r.fail("a", "again") == []
