@@ -11,12 +11,14 @@ from typing import Any, Literal
 from shoal.parallel.config import ParallelConfig
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.model_loading import check_layout
+from shoal.runtime.generation_config import read_sampling_defaults
 from shoal.runtime.models.config import ModelConfig
 
 from .replica_spec import ReplicaSpec, parse_replicas
 
 Device = Literal["cpu", "cuda"]
 KVTransportName = Literal["auto", "nixl", "ray"]
+GenerationConfig = Literal["auto", "none", "vllm"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,8 @@ class EngineArgs(EngineConfig):
     startup_timeout_s: float = 600.0
     collective_timeout_s: float = 120.0
     """The longest that a rank waits for another one inside a step, and that the driver waits for a step."""
+    generation_config: GenerationConfig = "auto"
+    """auto takes the sampling defaults of the model's generation_config.json; none, or vLLM's word vllm, does not."""
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
@@ -70,6 +74,8 @@ class EngineArgs(EngineConfig):
                 or not (math.isfinite(value) and value > 0)
             ):
                 raise ValueError(f"{name} must be a number of seconds above 0, got {value!r}")
+        if self.generation_config not in ("auto", "none", "vllm"):
+            raise ValueError(f"generation_config must be one of auto, none, vllm, got {self.generation_config!r}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device must be one of cpu, cuda, got {self.device!r}")
 
@@ -98,6 +104,11 @@ class EngineArgs(EngineConfig):
         if isinstance(self.replicas, int):
             return {name: getattr(self, name) for name in ("tensor_parallel_size", "data_parallel_size", "replicas")}
         return {"replicas": [asdict(spec) for spec in self.replica_specs]}
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Sampling fields for requests that leave them out; reads the model directory."""
+        return read_sampling_defaults(self.model) if self.generation_config == "auto" else {}
 
     def to_engine_config(self) -> EngineConfig:
         """The part that an engine sees."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from .plain_numbers import plain_number, whole_number
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_N = 1024
@@ -51,9 +53,13 @@ class SamplingParams:
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] | None = None
     include_stop_str_in_output: bool = False
+    """Whether the text keeps the stop string, or the text of the stop token, that ended it."""
     skip_special_tokens: bool = True
+    stop_in_reasoning: bool = False
+    """Whether stop strings also apply to the reasoning before an answer."""
 
     def __post_init__(self) -> None:
+        _use_plain_numbers(self)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if any(not isinstance(s, str) or not s for s in stop):
             raise ValueError("stop must be a non-empty string or a list of non-empty strings")
@@ -89,7 +95,7 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
         if self.repetition_penalty == 0.0:
             raise ValueError("repetition_penalty must be above 0")
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "stop_in_reasoning"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.logit_bias is not None:
@@ -154,6 +160,9 @@ class Request:
     """Position in the run; with the run's seed it replaces a missing `params.seed`."""
     stream: bool = False
     """Emit an output after every step instead of only the finished one."""
+    reasoning_end_token_id: int | None = None
+    """The prompt ends inside the model's reasoning, which this token ends; None: the output is an answer from its first
+    token. Stop strings apply to what follows the reasoning unless `params.stop_in_reasoning`."""
     report_progress: bool = False
     """Let `Engine.take_progress` tell what was generated before the request is finished."""
     generated: tuple[GeneratedTokens, ...] = ()
@@ -226,6 +235,23 @@ class RowError:
     code: str
     message: str
     details: dict[str, int | str] = field(default_factory=dict)
+
+
+_WHOLE_NUMBERS = ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+def _use_plain_numbers(params: SamplingParams) -> None:
+    """Replace 16.0 and numpy's numbers, which mean the same, by plain ones; what is no number stays."""
+    for name in _WHOLE_NUMBERS:
+        value = getattr(params, name)
+        if type(value) is not int and (number := whole_number(value)) is not None:
+            object.__setattr__(params, name, number)
+    for name in _NUMBERS:
+        object.__setattr__(params, name, plain_number(getattr(params, name)))
+    if params.stop_token_ids is not None:
+        ids = [i if (number := whole_number(i)) is None else number for i in params.stop_token_ids]
+        object.__setattr__(params, "stop_token_ids", tuple(ids))
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from shoal.parallel.failpoints import DRIVER, VARIABLE, Failpoints
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
+from shoal.runtime.generation_config import sampling_notice
 
 from ..environment import versions
 from ..jobs.config import JobConfig
@@ -18,10 +19,10 @@ from ..jobs.input import file_sha256
 from ..jobs.job import Engines, JobResult, JobSpec, run_job
 from ..jobs.progress import ProgressReporter
 from ..jobs.stop_signal import StopSignal
+from ..prompts import ModelPrompts
 from ..replicas.start import start_engines
 from .validate import row_rules
 
-CHAT_FORMAT = "deepseek-v3.1"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,6 +39,8 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
     spec = job_spec(config)
     failpoints = Failpoints(os.environ.get(VARIABLE, ""), DRIVER)
     progress = ProgressReporter(stderr)
+    if defaults := config.engine.sampling_defaults:
+        progress.message(sampling_notice(defaults))
 
     def start() -> Engines:
         return start_engines(config.engine, on_phase=lambda phase: progress.message(str(phase)))
@@ -74,6 +77,7 @@ def job_spec(config: JobConfig) -> JobSpec:
     input_path = Path(config.input)
     if not input_path.is_file():
         raise ValueError(f"the input {input_path} is not a file; give a .jsonl or .jsonl.gz file")
+    chat_format = rules.encoder.chat_format if isinstance(rules.encoder, ModelPrompts) else None
     identity = {
         "input": file_sha256(input_path),
         "model": model_fingerprint(Path(engine.model)),
@@ -83,8 +87,8 @@ def job_spec(config: JobConfig) -> JobSpec:
         "seed": engine.seed,
         "kernel_backend": engine.kernel_backend,
         "invariance": engine.invariance,
-        "sampling": dict(config.sampling),
-        "chat_template": {"format": CHAT_FORMAT, "thinking": rules.thinking},
+        "sampling": dict(rules.sampling),
+        "chat_template": {"format": chat_format, "thinking": rules.thinking},
     }
     facts = {
         "model_name": Path(engine.model).name,

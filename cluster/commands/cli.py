@@ -52,6 +52,11 @@ _ENGINE_OPTIONS: tuple[Callable[[_Command], _Command], ...] = (
     click.option(
         "--kv-cache-dtype", type=click.Choice(["auto", "fp8"]), help="Of the cache; auto: as the computation."
     ),
+    click.option(
+        "--generation-config",
+        type=click.Choice(["auto", "none", "vllm"]),
+        help="auto: sampling defaults of the model's generation_config.json; none (vLLM's word: vllm): ours.",
+    ),
     click.option("--seed", type=int, metavar="N", help="For rows that bring no seed of their own."),
     click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="Reuse equal prompt starts."),
     click.option(

@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,12 +21,14 @@ from shoal.parallel.failpoints import Failpoints
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 
+from ..openai.requests import RequestDefaults
 from ..supervision.fault import Fault, FaultJournal
-from .input import BadRow, CustomIdIndex, InputLine, read_lines
-from .output import CUSTOM_ID_FILE, FAULT_FILE, BatchOutput, RowCounts, State, write_json
+from .input import BadRow, CustomIdIndex, InputLine
+from .output import CUSTOM_ID_FILE, FAULT_FILE, SPOOL_FILE, BatchOutput, RowCounts, State, write_json
 from .progress import JobProgress, ProgressReporter
 from .row_output import FinishedRow, answered_row
-from .rows import BatchRow, RowRules, read_row
+from .rows import BatchRow
+from .spool import RowSpoolWriter, read_spool
 from .stop_signal import EXIT_DRAINED, EXIT_INTERRUPTED, JobStopped, StopSignal
 from .validation import InputSummary, validate_input
 
@@ -96,7 +98,7 @@ class JobSpec:
     output: Path
     identity: Mapping[str, Any]
     """Everything that decides about the answers; a job is resumed only under the same."""
-    rules: RowRules
+    rules: RequestDefaults
     model_name: str
     stop_at_error_limit: bool
     error_limit: ErrorRule
@@ -168,6 +170,7 @@ class _Run:
         self.failpoints = failpoints
         self.faults = FaultJournal(spec.output / FAULT_FILE, write_json, progress.message)
         self.num_rows: int | None = None
+        self.spool = output.directory / SPOOL_FILE
         self.in_flight: dict[str, BatchRow] = {}
         self.last_saved = clock()
 
@@ -192,7 +195,7 @@ class _Run:
 
     def run_to_end(self, start_engines: Callable[[], Engines]) -> JobResult:
         output = self.output
-        if "input" not in output.run:
+        if not self.is_checked():
             self.validate()
         self.num_rows = output.run["input"]["num_rows"]
         if self.too_many_errors():
@@ -221,11 +224,19 @@ class _Run:
         self.failpoints.reach("job.finish")
         _save_state(output, "finalizing")
         output.save_run(digest=output.digest(self.num_rows), finished_at=_now())
+        self.spool.unlink(missing_ok=True)
         _save_state(output, "completed")
         return _finished(self.spec, output)
 
+    def is_checked(self) -> bool:
+        """Whether an earlier run checked the input and left the rows that are still to be answered."""
+        summary = self.output.run.get("input")
+        if summary is None:
+            return False
+        return self.spool.exists() or self.output.counts.finished == summary["num_rows"]
+
     def validate(self) -> None:
-        """First pass: every bad row gets its error line, and run.json the summary."""
+        """First pass: every bad row gets its error line, every good one a place in the spool, run.json the summary."""
         spec, output = self.spec, self.output
         output.save_run(state="validating", job=dict(spec.identity), started_at=_now(), **spec.facts)
 
@@ -241,12 +252,16 @@ class _Run:
                 JobProgress(phase="checking", num_rows=None, completed=good, failed=summary.num_bad_rows)
             )
 
-        custom_ids = CustomIdIndex(output.directory / CUSTOM_ID_FILE)
-        try:
-            summary = validate_input(spec.input, spec.rules, custom_ids, on_bad_row, on_row)
-        finally:
-            custom_ids.close()
-        output.commit()
+        with ExitStack() as cleanup:
+            custom_ids = CustomIdIndex(output.directory / CUSTOM_ID_FILE)
+            cleanup.callback(custom_ids.close)
+            spool = RowSpoolWriter(self.spool)
+            cleanup.callback(spool.discard)
+            summary = validate_input(
+                spec.input, spec.rules, custom_ids, on_good_row=spool.add, on_bad_row=on_bad_row, on_row=on_row
+            )
+            output.commit()
+            spool.finish()
         output.save_run(input=summary.to_dict())
         self.progress.message(
             f"{summary.num_rows} rows checked: {summary.num_bad_rows} bad, {summary.num_prompt_tokens} prompt tokens, "
@@ -287,10 +302,10 @@ class _Run:
                     raise EngineFailure(
                         f"the engines answered {finished.request_id!r}, which was not asked or is answered"
                     )
-                self.output.add(answered_row(row, finished, self.spec.model_name))
+                self.output.add(answered_row(row, finished, self.spec.model_name, self.spec.rules.tokenizer))
             for progress in engines.take_progress():
                 if (row := self.in_flight.get(progress.request_id)) is not None:
-                    self.output.add_progress(row.line.index, progress)
+                    self.output.add_progress(row.index, progress)
             self.output.commit_if_due()
             self.faults.update(engines.faults)
             self.save_counts()
@@ -306,26 +321,18 @@ class _Run:
         new = list(itertools.islice(rows, room))
         if new:
             self.failpoints.reach("job.submit")
-            self.in_flight |= {row.request.request_id: row for row in new}
+            self.in_flight |= {row.request_id: row for row in new}
             with _engine_errors("the engines failed"):
                 engines.submit([self.begun(row) for row in new])
         return len(new) < room
 
     def begun(self, row: BatchRow) -> Request:
         """The row's request, with what earlier runs have generated of its answer."""
-        return replace(row.request, report_progress=True, generated=self.output.take_generated(row.line.index))
+        return replace(row.request, report_progress=True, generated=self.output.take_generated(row.index))
 
     def open_rows(self) -> Iterator[BatchRow]:
-        """The rows without a line, in input order."""
-        for line in read_lines(self.spec.input):
-            if not self.output.is_finished(line.index):
-                try:
-                    yield read_row(line, self.spec.rules)
-                except BadRow as error:
-                    raise ValueError(
-                        f"{self.spec.input} changed while the job ran: line {line.number} was good before "
-                        f"({error.message})"
-                    ) from error
+        """The rows without a line, in input order, as the first pass has checked them."""
+        return read_spool(self.spool, skip=self.output.is_finished)
 
     def too_many_errors(self) -> bool:
         counts = self.output.counts

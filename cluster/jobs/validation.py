@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..openai.requests import RequestDefaults
 from .input import BadRow, CustomIdIndex, InputLine, parse_line, read_lines
 from .row_output import FinishedRow, failed_row
-from .rows import RowRules, parse_row, row_custom_id
+from .rows import BatchRow, parse_row, row_custom_id
 
 
 @dataclass(slots=True)
@@ -49,32 +50,36 @@ class InputSummary:
 
 def validate_input(
     path: Path,
-    rules: RowRules,
+    defaults: RequestDefaults,
     custom_ids: CustomIdIndex,
+    *,
+    on_good_row: Callable[[BatchRow], None],
     on_bad_row: Callable[[FinishedRow, BadRow, InputLine], None],
     on_row: Callable[[InputSummary], None],
 ) -> InputSummary:
-    """Check every row of an input; `on_bad_row` gets each bad one, `on_row` is called after every row."""
+    """Check and tokenise every row of an input; `on_row` is called after every row, good or bad."""
     summary = InputSummary()
     for line in read_lines(path):
         try:
-            summary.count_prompt(_num_prompt_tokens(line, rules, custom_ids))
+            summary.count_prompt(_take_row(line, defaults, custom_ids, on_good_row))
         except BadRow as error:
             summary.count_bad(error.code)
-            bad = failed_row(
-                line.index, error.custom_id, error.code, error.message, line=line.number, byte_offset=line.byte_offset
-            )
+            bad = failed_row(line.index, error.custom_id, error, line=line.number, byte_offset=line.byte_offset)
             on_bad_row(bad, error, line)
         summary.num_rows += 1
         on_row(summary)
     return summary
 
 
-def _num_prompt_tokens(line: InputLine, rules: RowRules, custom_ids: CustomIdIndex) -> int:
-    """Of a row that can be answered. A function of its own, so that no row is held while the next one is read."""
+def _take_row(
+    line: InputLine, defaults: RequestDefaults, custom_ids: CustomIdIndex, on_good_row: Callable[[BatchRow], None]
+) -> int:
+    """Length of the prompt. A function of its own, so that no row is held while the next one is read."""
     row = parse_line(line)
     custom_id = row_custom_id(line, row)
     if (first := custom_ids.add(custom_id, line.number)) is not None:
         message = f"line {line.number} repeats the custom_id {custom_id!r} of line {first}"
-        raise BadRow("duplicate_custom_id", message, custom_id)
-    return len(parse_row(line, row, custom_id, rules).request.prompt_token_ids)
+        raise BadRow("duplicate_custom_id", message, custom_id=custom_id)
+    good = parse_row(line, row, custom_id, defaults)
+    on_good_row(good)
+    return len(good.parsed.prompt_token_ids)

@@ -21,8 +21,9 @@ from shoal.cluster.jobs.input import read_lines
 from shoal.cluster.jobs.job import EXIT_OK, JobResult, JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.row_output import answered_row
-from shoal.cluster.jobs.rows import BatchRow, RowRules, read_row
+from shoal.cluster.jobs.rows import BatchRow, read_row
 from shoal.cluster.jobs.stop_signal import EXIT_DRAINED, StopSignal
+from shoal.cluster.openai.requests import RequestDefaults
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import CompletionOutput, RequestOutput
 from tests.support.stub_job import AllowedErrors
@@ -34,7 +35,7 @@ from .run import MAX_LIVES, MAX_PROMPT, MAX_TOKENS, random_layout
 from .virtual import DriverKilled, World
 
 NUM_SEEDS = 200
-RULES = RowRules(limits=RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_PROMPT + MAX_TOKENS))
+RULES = RequestDefaults(limits=RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_PROMPT + MAX_TOKENS))
 PARAMS = ("n", "max_tokens", "seed", "ignore_eos")
 
 
@@ -143,7 +144,7 @@ def digest_of(rows: list[BatchRow]) -> str:
             outputs=outputs,
             finished=True,
         )
-        hashed.update(answered_row(row, answered, "simulated").digest)
+        hashed.update(answered_row(row, answered, "simulated", None).digest)
     return f"sha256:{hashed.hexdigest()}"
 
 

@@ -21,7 +21,7 @@ ALLOWED_PER_LINE_BYTE = 32
 def peak_kib(source: Path, *, exit_code: int = 0) -> int:
     """Peak memory of a job with this input."""
     command = [sys.executable, str(STUB_JOB), str(source), str(source.with_suffix("")), "0"]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / '.src'}"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT / ".src")}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == exit_code, result.stderr
     return int(result.stdout.splitlines()[-2])

@@ -1,0 +1,77 @@
+"""Bodies of requests: defaults, limits and the field that an error names. Rows of batch files test the rest."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from shoal.cluster.openai.errors import ApiError
+from shoal.cluster.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, FIELDS_WITHOUT_EFFECT, UNSUPPORTED_FIELDS
+from shoal.cluster.openai.requests import RequestDefaults, parse_chat, parse_completion
+from shoal.runtime.tokenization.chat import ChatPrompt
+from shoal.runtime.types import SamplingParams
+from tests.support.stub_job import RULES
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def test_a_field_stands_in_one_part_of_the_table() -> None:
+    known = CHAT_FIELDS | COMPLETION_FIELDS
+    assert not known & FIELDS_WITHOUT_EFFECT
+    assert not known & UNSUPPORTED_FIELDS.keys()
+    assert not FIELDS_WITHOUT_EFFECT & UNSUPPORTED_FIELDS.keys()
+    assert {f.name for f in fields(SamplingParams)} <= known
+
+
+def test_chat_goes_up_to_the_context_and_completions_to_16_tokens() -> None:
+    assert parse_chat({"messages": MESSAGES}, RULES).params.max_tokens is None
+    assert parse_completion({"prompt": "x"}, RULES).params.max_tokens == 16
+    limited = RequestDefaults(limits=RULES.limits, encoder=RULES.encoder, sampling={"max_tokens": 5})
+    assert parse_chat({"messages": MESSAGES}, limited).params.max_tokens == 5
+    assert parse_chat({"messages": MESSAGES, "max_completion_tokens": 6}, limited).params.max_tokens == 6
+    assert parse_completion({"prompt": "x"}, limited).params.max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ({"messages": MESSAGES, "temprature": 1}, "unknown_field", "temprature"),
+        ({"messages": MESSAGES, "tools": [{}]}, "unsupported_field", "tools"),
+        ({"messages": MESSAGES, "n": True}, "invalid_parameter", None),
+        ({"messages": MESSAGES, "tool_choice": "required"}, "unsupported_field", "tool_choice"),
+        ({"messages": MESSAGES, "best_of": True}, "unsupported_field", "best_of"),
+        ({"messages": "hi"}, "invalid_type", "messages"),
+        ({"messages": MESSAGES, "logprobs": 5}, "invalid_type", "logprobs"),
+        ({"messages": MESSAGES, "chat_template_kwargs": {"model": 1}}, "unknown_field", "chat_template_kwargs.model"),
+    ],
+)
+def test_errors_name_the_field(body: dict[str, Any], code: str, param: str | None) -> None:
+    with pytest.raises(ApiError) as error:
+        parse_chat(body, RULES)
+    assert (error.value.code, error.value.param) == (code, param)
+    assert error.value.body(400)["error"] == {
+        "code": code,
+        "message": error.value.message,
+        "type": "invalid_request_error",
+        "param": param,
+    }
+
+
+class OpenReasoning:
+    """A chat format that leaves the reasoning open where thinking is on, which token 9 ends."""
+
+    def encode_text(self, text: str) -> list[int]:
+        return [1]
+
+    def encode_messages(self, messages: list[dict[str, Any]], thinking: bool) -> ChatPrompt:
+        return ChatPrompt([1], 9 if thinking else None)
+
+
+def test_the_prompt_says_whether_the_answer_starts_with_reasoning() -> None:
+    defaults = RequestDefaults(limits=RULES.limits, encoder=OpenReasoning())
+    parsed = parse_chat({"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": True}}, defaults)
+    assert parsed.to_request("r", 0).reasoning_end_token_id == 9
+    assert parse_chat({"messages": MESSAGES}, defaults).reasoning_end_token_id is None
+    assert parse_completion({"prompt": "x"}, defaults).reasoning_end_token_id is None
