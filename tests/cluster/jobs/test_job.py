@@ -484,13 +484,13 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_file_system_that_fills_up_loses_nothing(tmp_path: Path) -> None:
-    """A real one of 64 KB, in a mount namespace of its own, which is enlarged before the job is run again."""
+    """A real one of 160 KB, in a mount namespace of its own, which is enlarged before the job is run again."""
     source = write_input(tmp_path / "in.jsonl", 600)
     undisturbed = run(make_spec(source, tmp_path / "undisturbed"), StubEngines(per_poll=99))
     (tmp_path / "small").mkdir()
     job = f"{sys.executable} {STUB_JOB} {source} out 0.0"
     script = f"""
-        mount -t tmpfs -o size=64k tmpfs {tmp_path}/small && cd {tmp_path}/small || exit 1
+        mount -t tmpfs -o size=160k tmpfs {tmp_path}/small && cd {tmp_path}/small || exit 1
         {job}; echo "first $?"; wc -l < out/part-00000.jsonl
         mount -o remount,size=16m {tmp_path}/small || exit 1
         {job}; echo "second $?"; sort out/part-00000.jsonl > {tmp_path}/rows
