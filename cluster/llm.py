@@ -38,7 +38,7 @@ logger = logging.getLogger("shoal.llm")
 
 
 class LLM:
-    """A model that answers prompts; what it answers does not depend on the layout it runs in.
+    """A model that answers prompts. Its answers do not depend on the layout.
 
     `LLM(model="dir", tensor_parallel_size=2, ...)` takes every field of `EngineArgs`. The executor "inprocess" runs one
     engine on a thread of this process, "ray" runs workers on a Ray cluster; "auto" is "ray" for more than one worker or
@@ -57,7 +57,7 @@ class LLM:
         """ValueError for an unknown or bad argument, LayoutDoesNotFit for a cluster that is too small.
 
         `model` None is shoal-tiny, the trained model inside this package.
-        `on_phase` is told of every part of the start-up; `engine_factory` puts a stub in the engine's place.
+        `on_phase` is called after every part of the start-up. `engine_factory` replaces the engine, for tests.
         """
         args = EngineArgs.from_dict({"model": str(model or BUNDLED_MODEL), **engine_args})
         if executor not in ("auto", "ray", "inprocess"):
@@ -85,7 +85,7 @@ class LLM:
 
     @property
     def limits(self) -> RequestLimits:
-        """Vocabulary and longest context that a request may use."""
+        """Vocabulary size and longest context of a request."""
         return self._engines.limits
 
     def get_tokenizer(self) -> Tokenizer:
@@ -95,7 +95,7 @@ class LLM:
         return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What prompts without `sampling_params` get: generation_config.json's values, unless that is turned off."""
+        """Sampling parameters of prompts without any: generation_config.json's values, unless that is turned off."""
         return SamplingParams(**self._sampling_defaults)
 
     def generate(
@@ -155,9 +155,9 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Outputs as they grow, each with everything its prompt produced so far; `request_id`s ascend with the prompts.
+        """Outputs as they grow, each with everything generated so far for its prompt; `request_id`s ascend.
 
-        Leaving the loop early aborts what is not finished.
+        Leaving the loop early aborts the requests that are not finished.
         """
         requests = self._requests(prompt_list(prompts), sampling_params, stream=True)
         loop = asyncio.get_running_loop()
@@ -183,11 +183,11 @@ class LLM:
             self._engines.abort(sorted(unfinished))
 
     def step_profiles(self) -> list[StepProfile]:
-        """Where the time of the steps went, on every rank; needs an `engine_factory` of engines that measure it."""
+        """Time per part of a step, for every rank; needs an `engine_factory` whose engines measure it."""
         return self._engines.step_profiles()
 
     def close(self) -> None:
-        """End the engines; requests of other threads fail. Closing twice is allowed."""
+        """Stop the engines; requests of other threads fail. Closing twice is allowed."""
         self._engines.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""How one row is answered in a file: its OpenAI output line, and the digest of its content.
+"""The answer to one row in a file: its OpenAI output line, and the digest of its content.
 
 A line depends on the row and its answer only (no time, no host, no cache statistics), so that the files of two runs can
 be compared byte for byte, up to the order of the lines.

@@ -15,7 +15,7 @@ from .rows import BatchRow, parse_row, row_custom_id
 
 @dataclass(slots=True)
 class InputSummary:
-    """What the check of an input found."""
+    """Counts of the rows, bad rows and prompt tokens of an input."""
 
     num_rows: int = 0
     num_bad_rows: int = 0

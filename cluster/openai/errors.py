@@ -30,6 +30,6 @@ def clipped(text: str, max_chars: int) -> str:
 
 
 def json_type(value: object) -> str:
-    """What a parsed value was in JSON, with its article, for messages."""
+    """The JSON type of a parsed value, with its article, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

@@ -33,7 +33,7 @@ class PromptEncoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RequestDefaults:
-    """What requests are checked against and completed with."""
+    """Limits that requests are checked against, and values for the fields that they leave out."""
 
     limits: RequestLimits
     encoder: PromptEncoder | None = None

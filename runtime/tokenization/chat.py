@@ -47,7 +47,7 @@ _FIELDS_WITHOUT_EFFECT = {"role", "name", "refusal", "annotations", "id", "reaso
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """How a family of models writes a conversation."""
+    """The way in which a family of models writes conversations."""
 
     encode: Callable[..., list[Part]]
     """`encode(messages, thinking=..., tokenizer=...)`: the prompt up to and including the header of the answer."""
