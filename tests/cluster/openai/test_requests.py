@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from shoal.runtime.tokenization.chat import ChatPrompt
 from shoal.runtime.types import SamplingParams
 from tests.support.stub_job import RULES
 
+DOCUMENT = Path(__file__).parents[3] / "docs" / "request-fields.md"
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -23,6 +27,46 @@ def test_a_field_stands_in_one_part_of_the_table() -> None:
     assert not known & UNSUPPORTED_FIELDS.keys()
     assert not FIELDS_WITHOUT_EFFECT & UNSUPPORTED_FIELDS.keys()
     assert {f.name for f in fields(SamplingParams)} <= known
+
+
+@pytest.mark.docs
+def test_the_document_lists_every_field() -> None:
+    sampling = {f.name for f in fields(SamplingParams)}
+
+    def names(values: set[str] | frozenset[str]) -> str:
+        return ", ".join(f"`{name}`" for name in sorted(values))
+
+    lines = [
+        "# Fields of requests",
+        "",
+        "The fields of OpenAI's chat completions and completions, in a batch file's `body` and in plain rows. A field",
+        "that is null counts as not given, and whole numbers may be written as 16 or 16.0. `make docs` writes this page",
+        "from the table that the code reads.",
+        "",
+        f"- Sampling: {names(sampling)}.",
+        f"- Chat only: {names(CHAT_FIELDS - sampling)}.",
+        f"- Completions only: {names(COMPLETION_FIELDS - sampling)}.",
+        f"- Accepted without effect: {names(FIELDS_WITHOUT_EFFECT)}.",
+        "",
+        "Sampling fields that a request leaves out come from the job's `sampling`, then from the model's",
+        "generation_config.json (`generation_config: none` turns that off), then from `SamplingParams`.",
+        "",
+        "With thinking on, stop strings apply to the answer and not to the reasoning before it, unless",
+        "`stop_in_reasoning` is true.",
+        "",
+        "Any other field is an error that names it and the nearest known one. These are refused unless their value",
+        "asks for nothing:",
+        "",
+        "| field | accepted values | otherwise |",
+        "|---|---|---|",
+    ]
+    for name, field in sorted(UNSUPPORTED_FIELDS.items()):
+        accepted = ", ".join(f"`{json.dumps(value)}`" for value in (*field.harmless, None))
+        lines.append(f"| `{name}` | {accepted} | {field.advice} |")
+    text = "\n".join(lines) + "\n"
+    if os.environ.get("SHOAL_WRITE_DOCS"):
+        DOCUMENT.write_text(text, encoding="utf-8")
+    assert DOCUMENT.read_text(encoding="utf-8") == text, "run `make docs`"
 
 
 def test_chat_goes_up_to_the_context_and_completions_to_16_tokens() -> None:
