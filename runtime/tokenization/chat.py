@@ -38,11 +38,11 @@ Message = Mapping[str, Any]
 _FIELDS = {
     "system": {"content"},
     "user": {"content"},
-    "assistant": {"content", "tool_calls", "prefix"},
+    "assistant": {"content", "refusal", "tool_calls", "prefix"},
     "tool": {"content", "tool_call_id"},
 }
 # Clients send these back with the answers that they were given, or for other services; no format shows them.
-_FIELDS_WITHOUT_EFFECT = {"role", "name", "refusal", "annotations", "id", "reasoning_content", "reasoning"}
+_FIELDS_WITHOUT_EFFECT = {"role", "name", "annotations", "id", "reasoning_content", "reasoning"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,8 @@ def encode_deepseek_v31(messages: Sequence[Message], *, thinking: bool, tokenize
     """Render OpenAI-style messages for `Tokenizer.encode_rendered`; all their text stays text, whatever it spells.
 
     Roles: system and developer (all joined by a blank line at the top), user, assistant (`content`, `tool_calls`; its
-    reasoning, up to the first `</think>` of the content, is dropped, as the format has it), tool. Content is a string
+    reasoning, up to the first `</think>` of the content, is dropped, as the format has it; a `refusal` stands in for
+    missing content), tool. Content is a string
     or a list of text parts, which are joined by newlines. A last assistant message with `prefix: true` is continued as
     it stands, inside its reasoning if `thinking`.
     ValueError: a message that the format cannot express, by its index; special tokens the tokenizer lacks, by name.
@@ -156,7 +157,7 @@ def _arguments(value: str | Message) -> str:
 
 
 def _assistant_turn(message: Message, index: int) -> list[Part]:
-    text = _text(message, index) if message.get("content") is not None else ""
+    text = _text(message, index) if message.get("content") is not None else message.get("refusal") or ""
     if message.get("prefix"):
         if THINK_END in text:
             raise ValueError(f"messages[{index}]: a prefix must not contain {THINK_END}; it is continued as it stands")
@@ -227,8 +228,11 @@ def _check_assistant(message: Message, index: int, is_last: bool) -> None:
         raise ValueError(f"messages[{index}]: only the last message can have prefix: true")
     if prefix and (calls or message.get("reasoning_content") or message.get("reasoning")):
         raise ValueError(f"messages[{index}]: a message with prefix: true has content only")
-    if message.get("content") is None and not calls:
+    texts = ("content", "refusal", "reasoning_content", "reasoning")
+    if not calls and all(message.get(name) is None for name in texts):
         raise ValueError(f"messages[{index}]: an assistant message needs content or tool_calls")
+    if not isinstance(message.get("refusal"), str | None):
+        raise ValueError(f"messages[{index}]: refusal must be a string, got {message['refusal']!r}")
     if calls is not None and not isinstance(calls, list):
         raise ValueError(f"messages[{index}]: tool_calls must be a list, got {calls!r}")
     for call in calls or []:

@@ -73,6 +73,14 @@ CALLS = assistant(None, tool_calls=[call("f", '{"x": 1}'), call("g", "{}")])
             False,
             "<｜begin▁of▁sentence｜><｜User｜>q<｜Assistant｜></think>a<｜end▁of▁sentence｜><｜User｜>r<｜Assistant｜></think>",
         ),
+        (  # a refusal, and an answer that was cut off inside its reasoning
+            [user("q"), assistant(None, refusal="No."), user("r"), assistant(None, reasoning_content="hm"), user("s")],
+            False,
+            (
+                "<｜begin▁of▁sentence｜><｜User｜>q<｜Assistant｜></think>No.<｜end▁of▁sentence｜>"
+                "<｜User｜>r<｜Assistant｜></think><｜end▁of▁sentence｜><｜User｜>s<｜Assistant｜></think>"
+            ),
+        ),
         (
             [
                 {"role": "developer", "content": "A", "name": "Ann"},
@@ -181,6 +189,7 @@ def test_text_of_messages_is_never_a_special_token(tokenizer: Tokenizer) -> None
         ([user("q") | {"audio": {"id": 1}}], r"messages\[0\]: the prompt format has no audio for role user"),
         ([user("q") | {"tool_calls": [call("f", "")]}], r"messages\[0\]: the prompt format has no tool_calls"),
         ([user("q"), assistant(None), user("r")], r"messages\[1\]: an assistant message needs content"),
+        ([user("q"), assistant(None, refusal=5), user("r")], r"messages\[1\]: refusal must be a string, got 5"),
         ([user("q"), tool("1")], r"messages\[1\]: a tool message must follow"),
         ([user("q"), assistant("a"), tool("1")], r"messages\[2\]: a tool message must follow"),
         ([system("s")], "system messages only"),
