@@ -19,6 +19,7 @@ Device = Literal["cpu", "cuda"]
 Executor = Literal["auto", "ray", "inprocess"]
 """Where the engines of an `LLM` run."""
 KVTransportName = Literal["auto", "nixl", "ray"]
+GenerationConfig = Literal["auto", "none", "vllm"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +88,14 @@ class EngineArgs(EngineConfig):
         ),
     ] = 120.0
 
+    generation_config: Annotated[
+        GenerationConfig,
+        Setting(
+            "auto takes the sampling defaults of the model's generation_config.json; none, or vLLM's word vllm, does "
+            "not."
+        ),
+    ] = "auto"
+
     def __post_init__(self) -> None:
         check_settings(self)
         _ = self.replica_specs
@@ -116,6 +125,14 @@ class EngineArgs(EngineConfig):
         if isinstance(self.replicas, int):
             return {name: getattr(self, name) for name in ("tensor_parallel_size", "data_parallel_size", "replicas")}
         return {"replicas": [asdict(spec) for spec in self.replica_specs]}
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Sampling fields for requests that leave them out; reads the model directory."""
+        # Not at the top: `--help` must not load torch.
+        from shoal.runtime.generation_config import read_sampling_defaults
+
+        return read_sampling_defaults(self.model) if self.generation_config == "auto" else {}
 
     def to_engine_config(self) -> EngineConfig:
         """The part that an engine sees."""

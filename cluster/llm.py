@@ -6,18 +6,23 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import operator
+import logging
 import queue
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from shoal.runtime.engine.step_profile import StepProfile
+from shoal.runtime.generation_config import sampling_notice
+from shoal.runtime.plain_numbers import whole_number
 from shoal.runtime.request_limits import RequestLimits, check_request
+from shoal.runtime.tokenization.chat import ChatPrompt
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 
 from .bundled import BUNDLED_MODEL
 from .engine_args import EngineArgs, Executor
+from .openai.errors import ApiError
+from .openai.requests import read_thinking
 from .prompts import ModelPrompts
 from .replicas.engine_thread import AbortableEngines, EngineThread
 from .replicas.inprocess import InProcessEngine
@@ -28,9 +33,11 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 Conversation = Sequence[Mapping[str, Any]]
 
+logger = logging.getLogger("shoal.llm")
+
 
 class LLM:
-    """A model that answers prompts; what it answers does not depend on the layout it runs in.
+    """A model that answers prompts. Its answers do not depend on the layout.
 
     `LLM(model="dir", tensor_parallel_size=2, ...)` takes every field of `EngineArgs`. The executor "inprocess" runs one
     engine on a thread of this process, "ray" runs workers on a Ray cluster; "auto" is "ray" for more than one worker or
@@ -49,7 +56,7 @@ class LLM:
         """ValueError for an unknown or bad argument, LayoutDoesNotFit for a cluster that is too small.
 
         `model` None is shoal-tiny, the trained model inside this package.
-        `on_phase` is told of every part of the start-up; `engine_factory` puts a stub in the engine's place.
+        `on_phase` is called after every part of the start-up. `engine_factory` replaces the engine, for tests.
         """
         args = EngineArgs.from_dict({"model": str(BUNDLED_MODEL if model is None else model), **engine_args})
         if executor not in ("auto", "ray", "inprocess"):
@@ -67,25 +74,40 @@ class LLM:
         self.args = args
         self.executor = executor
         """The one that runs: "ray" or "inprocess"."""
-        self.tokenizer = Tokenizer.from_pretrained(args.model)
-        self._prompts = None if self.tokenizer is None else ModelPrompts(self.tokenizer)
+        self._prompts = ModelPrompts.from_pretrained(args.model)
+        self.tokenizer = None if self._prompts is None else self._prompts.tokenizer
+        self._sampling_defaults = args.sampling_defaults
+        if self._sampling_defaults:
+            logger.warning(sampling_notice(self._sampling_defaults))
         self._engines = EngineThread(start)
         self._indices = itertools.count()
 
     @property
     def limits(self) -> RequestLimits:
-        """Vocabulary and longest context that a request may use."""
+        """Vocabulary size and longest context of a request."""
         return self._engines.limits
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; ValueError if the model directory has none."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.args.model} has no tokenizer.json")
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Sampling parameters of prompts without any: generation_config.json's values, unless that is turned off."""
+        return SamplingParams(**self._sampling_defaults)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """One output per prompt, in order. One `sampling_params` serves all prompts; None is `SamplingParams()`.
+        """One output per prompt, in order. One `sampling_params` serves all prompts; None is the model's defaults.
 
         ValueError for a bad prompt, naming its position, before any of them is run. A prompt without a seed gets one
-        from the engine's seed and its number among all prompts that this object was given.
+        from the engine's seed and its number among all prompts that this object was given. `use_tqdm` is vLLM's: there
+        is no progress bar, and so nothing to turn off.
         """
         return self._run(self._requests(prompt_list(prompts), sampling_params, stream=False))
 
@@ -93,18 +115,34 @@ class LLM:
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
         *,
         thinking: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[RequestOutput]:
-        """Like `generate`, for one conversation (a list of {"role", "content"}) or a list of them."""
+        """Like `generate`, for one conversation (a list of {"role", "content"}) or a list of them.
+
+        `chat_template_kwargs` {"thinking": true}, or {"enable_thinking": true}, is the same as `thinking=True`.
+        `continue_final_message=True` with `add_generation_prompt=False` continues a last assistant message.
+        """
+        try:
+            thinking = read_thinking(chat_template_kwargs or {}, thinking)
+        except ApiError as error:
+            raise ValueError(error.message) from error
+        if continue_final_message is add_generation_prompt:
+            raise ValueError("give continue_final_message=True and add_generation_prompt=False together, or neither")
         several: list[Any] = list(messages)
         conversations = [several] if several and isinstance(several[0], Mapping) else several
         if self._prompts is None:
             raise ValueError(
                 f"{self.args.model} has no tokenizer.json, so there is no chat; use generate with prompt_token_ids"
             )
-        prompts: list[Prompt] = []
+        prompts: list[Prompt | ChatPrompt] = []
         for i, conversation in enumerate(conversations):
+            if continue_final_message and conversation:
+                conversation = [*conversation[:-1], {**conversation[-1], "prefix": True}]
             try:
                 prompts.append(self._prompts.encode_messages(conversation, thinking))
             except ValueError as error:
@@ -116,9 +154,9 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Outputs as they grow, each with everything its prompt produced so far; `request_id`s ascend with the prompts.
+        """Outputs as they grow, each with everything generated so far for its prompt; `request_id`s ascend.
 
-        Leaving the loop early aborts what is not finished.
+        Leaving the loop early aborts the requests that are not finished.
         """
         requests = self._requests(prompt_list(prompts), sampling_params, stream=True)
         loop = asyncio.get_running_loop()
@@ -144,11 +182,11 @@ class LLM:
             self._engines.abort(sorted(unfinished))
 
     def step_profiles(self) -> list[StepProfile]:
-        """Where the time of the steps went, on every rank; needs an `engine_factory` of engines that measure it."""
+        """Time per part of a step, for every rank; needs an `engine_factory` whose engines measure it."""
         return self._engines.step_profiles()
 
     def close(self) -> None:
-        """End the engines; requests of other threads fail. Closing twice is allowed."""
+        """Stop the engines; requests of other threads fail. Closing twice is allowed."""
         self._engines.close()
 
     def __enter__(self) -> Self:
@@ -158,17 +196,27 @@ class LLM:
         self.close()
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, *, stream: bool
+        self,
+        prompts: Sequence[Prompt | ChatPrompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        stream: bool,
     ) -> list[tuple[Request, str | None]]:
         """Checked requests with the texts of their prompts, where those were texts."""
-        per_prompt = params_list(params, len(prompts))
+        per_prompt = params_list(self.get_default_sampling_params() if params is None else params, len(prompts))
         requests = []
         for i, (prompt, own) in enumerate(zip(prompts, per_prompt, strict=True)):
             try:
-                text, token_ids = self._tokens(prompt)
+                text, encoded = (None, prompt) if isinstance(prompt, ChatPrompt) else self._encode(prompt)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-            request = Request(request_id="", prompt_token_ids=token_ids, params=own, stream=stream)
+            request = Request(
+                request_id="",
+                prompt_token_ids=tuple(encoded.token_ids),
+                params=own,
+                stream=stream,
+                reasoning_end_token_id=encoded.reasoning_end_token_id,
+            )
             if (refused := check_request(request, self._engines.limits)) is not None:
                 raise ValueError(f"prompt {i}: {refused.message}")
             requests.append((request, text))
@@ -178,7 +226,8 @@ class LLM:
         index = next(self._indices)
         return dataclasses.replace(request, request_id=str(index), index=index)
 
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+    def _encode(self, prompt: Prompt) -> tuple[str | None, ChatPrompt]:
+        """The text, if the prompt is one, and the token ids."""
         if isinstance(prompt, Mapping):
             if set(prompt) not in ({"prompt"}, {"prompt_token_ids"}):
                 raise ValueError(f'must have either "prompt" or "prompt_token_ids", got {sorted(map(str, prompt))}')
@@ -187,10 +236,10 @@ class LLM:
                 raise ValueError(f"{name} must be {'text' if name == 'prompt' else 'a list of token ids'}")
             prompt = value
         if not isinstance(prompt, str):
-            return None, token_id_tuple(prompt)
+            return None, ChatPrompt(list(token_id_tuple(prompt)))
         if self._prompts is None:
             raise ValueError(f"{self.args.model} has no tokenizer.json; give prompt_token_ids instead of text")
-        return prompt, tuple(self._prompts.encode_text(prompt))
+        return prompt, ChatPrompt(self._prompts.encode_text(prompt))
 
     def _run(self, requests: Sequence[tuple[Request, str | None]]) -> list[RequestOutput]:
         arrived: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
@@ -210,19 +259,19 @@ class LLM:
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many, as many: a list that starts with a number is one prompt of token ids."""
+    """The prompts of an argument that is one or many: a list or an array of numbers is one prompt of token ids."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    many: list[Any] = list(prompts)
-    if not many or isinstance(many[0], str | Mapping | Sequence):
-        return many
-    return [token_id_tuple(many)]
+    many: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+    if many and whole_number(many[0]) is not None:
+        return [token_id_tuple(many)]
+    return many
 
 
-def params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def params_list(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
     """One for each of `count` prompts."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
     if len(params) != count:
         raise ValueError(
             f"there are {count} prompts and {len(params)} sampling_params; give one for all or one for each"
@@ -233,10 +282,9 @@ def params_list(params: SamplingParams | Sequence[SamplingParams] | None, count:
 
 
 def token_id_tuple(values: Any) -> tuple[int, ...]:
-    """Token ids as plain integers (numpy's too); ValueError for anything else."""
-    try:
-        if any(isinstance(v, bool | str) for v in values):
-            raise TypeError
-        return tuple(operator.index(v) for v in values)
-    except TypeError as error:
-        raise ValueError("a prompt must be text or a list of token ids (whole numbers)") from error
+    """Token ids as plain integers, from a list or an array; ValueError for anything else."""
+    values = values.tolist() if hasattr(values, "tolist") else values  # numpy's and torch's, in one step
+    token_ids = [whole_number(value) for value in values] if isinstance(values, Iterable) else [None]
+    if any(token_id is None for token_id in token_ids):
+        raise ValueError("a prompt must be text or a list of token ids (whole numbers)")
+    return tuple(token_id for token_id in token_ids if token_id is not None)

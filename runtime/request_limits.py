@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from .types import Request, RowError
 
 MAX_LOGPROB_CELLS = 4_000_000
-"""Upper bound of n x max_tokens x (logprobs + 1) plus the same of the prompt. A log-probability takes about 230 bytes
-of memory, so no row can ask for more than a gigabyte; a context of 128k tokens with 20 alternatives each passes."""
+"""Upper bound of n x max_tokens x (logprobs + 1) plus the same for the prompt. A log-probability takes about 230 bytes
+of memory, so that no request needs more than a gigabyte. A context of 128k tokens with 20 alternatives each passes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestLimits:
-    """What a model and an engine's cache can take."""
+    """Largest request that a model and the KV cache of an engine can take."""
 
     vocab_size: int
     max_model_len: int
 
 
 def check_request(request: Request, limits: RequestLimits) -> RowError | None:
-    """The reason why this request cannot be answered, or None."""
+    """Why a request cannot be answered; None if it can."""
     prompt, params = request.prompt_token_ids, request.params
     if not prompt:
         return RowError(code="empty_prompt", message="the prompt is empty; give it at least one token")
@@ -53,7 +53,7 @@ def check_request(request: Request, limits: RequestLimits) -> RowError | None:
 
 
 def max_output_tokens(request: Request, max_model_len: int) -> int:
-    """`max_tokens`, or less where the context ends before it."""
+    """Longest output of a request: `max_tokens`, cut to the room that the prompt leaves in `max_model_len`."""
     room = max_model_len - len(request.prompt_token_ids)
     return room if request.params.max_tokens is None else min(request.params.max_tokens, room)
 

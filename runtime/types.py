@@ -5,11 +5,13 @@ Field names are vLLM's where the meaning is the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from shoal.parallel.settings import Declaration, Setting, build_settings, check_settings
+
+from .plain_numbers import plain_number, whole_number
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -71,10 +73,15 @@ class SamplingParams:
     logit_bias: Annotated[
         Mapping[int, float] | None, Setting("Token id to a number between -100 and 100 that is added to its logit.")
     ] = None
-    include_stop_str_in_output: Annotated[bool, Setting("Keep the stop string that ended the output.")] = False
+    include_stop_str_in_output: Annotated[
+        bool, Setting("Keep the stop string, or the text of the stop token, that ended the output.")
+    ] = False
     skip_special_tokens: Annotated[bool, Setting("Leave special tokens out of the text.")] = True
 
+    stop_in_reasoning: Annotated[bool, Setting("Apply stop strings to the reasoning before an answer, too.")] = False
+
     def __post_init__(self) -> None:
+        _use_plain_numbers(self)
         check_settings(self)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > MAX_STOP_STRINGS:
@@ -143,6 +150,9 @@ class Request:
     """Position in the run; with the run's seed it replaces a missing `params.seed`."""
     stream: bool = False
     """Emit an output after every step instead of only the finished one."""
+    reasoning_end_token_id: int | None = None
+    """The prompt ends inside the model's reasoning, which this token ends; None: the output is an answer from its first
+    token. Stop strings apply to what follows the reasoning unless `params.stop_in_reasoning`."""
     report_progress: bool = False
     """Let `Engine.take_progress` tell what was generated before the request is finished."""
     generated: tuple[GeneratedTokens, ...] = ()
@@ -228,6 +238,23 @@ def _checked_bias(biases: Mapping[Any, Any]) -> dict[int, float]:
         _BIAS.check(bias)
         checked[token_id] = float(bias)
     return dict(sorted(checked.items()))
+
+
+_WHOLE_NUMBERS = ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+def _use_plain_numbers(params: SamplingParams) -> None:
+    """Replace 16.0 and numpy's numbers, which mean the same, by plain ones; what is no number stays."""
+    for name in _WHOLE_NUMBERS:
+        value = getattr(params, name)
+        if type(value) is not int and (number := whole_number(value)) is not None:
+            object.__setattr__(params, name, number)
+    for name in _NUMBERS:
+        object.__setattr__(params, name, plain_number(getattr(params, name)))
+    if isinstance(params.stop_token_ids, Iterable) and not isinstance(params.stop_token_ids, str):
+        ids = [i if (number := whole_number(i)) is None else number for i in params.stop_token_ids]
+        object.__setattr__(params, "stop_token_ids", tuple(ids))
 
 
 _BIAS_KEY = Declaration("logit_bias key", int, Setting("Token id.", ge=0), None)

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from shoal.parallel.failpoints import DRIVER, VARIABLE, Failpoints
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
+from shoal.runtime.generation_config import sampling_notice
 from shoal.runtime.memory_estimate import declare_model
 from shoal.runtime.models.families import read_config
 from shoal.runtime.models.weights import tensor_shapes
@@ -20,13 +21,14 @@ from ..jobs.config import JobConfig
 from ..jobs.input import BadRow, InputLine, file_sha256
 from ..jobs.job import Engines, JobResult, JobSpec, run_job
 from ..jobs.progress import ProgressReporter
-from ..jobs.rows import RowRules, read_row
+from ..jobs.rows import read_row
 from ..jobs.stop_signal import StopSignal
+from ..openai.requests import RequestDefaults
+from ..prompts import ModelPrompts
 from ..replicas.start import start_engines
 from ..report import check_directory
 from .validate import row_rules
 
-CHAT_FORMAT = "deepseek-v3.1"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,6 +45,8 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
     spec = job_spec(config)
     failpoints = Failpoints(os.environ.get(VARIABLE, ""), DRIVER)
     progress = ProgressReporter(stderr)
+    if defaults := config.engine.sampling_defaults:
+        progress.message(sampling_notice(defaults))
 
     def start() -> Engines:
         return start_engines(
@@ -83,6 +87,7 @@ def job_spec(config: JobConfig) -> JobSpec:
     output = Path(config.output)
     _check_paths(input_path, output)
     input_bytes = input_path.stat().st_size  # lines that are added after this are not part of the job
+    chat_format = rules.encoder.chat_format if isinstance(rules.encoder, ModelPrompts) else None
     identity = {
         "input": file_sha256(input_path, input_bytes),
         "model": model_fingerprint(Path(engine.model)),
@@ -92,8 +97,8 @@ def job_spec(config: JobConfig) -> JobSpec:
         "seed": engine.seed,
         "kernel_backend": engine.kernel_backend,
         "invariance": engine.invariance,
-        "sampling": dict(config.sampling),
-        "chat_template": {"format": CHAT_FORMAT, "thinking": rules.thinking},
+        "sampling": dict(rules.sampling),
+        "chat_template": {"format": chat_format, "thinking": rules.thinking},
     }
     facts = {
         "model_name": Path(engine.model).name,
@@ -124,7 +129,7 @@ def _check_paths(input_path: Path, output: Path) -> None:
         raise ValueError(f"the input {input_path} is inside the output directory {output}; give another directory")
 
 
-def _check_defaults(rules: RowRules) -> None:
+def _check_defaults(rules: RequestDefaults) -> None:
     """ValueError where a row that gives nothing but one token is refused: then the job's own settings are wrong."""
     data = b'{"prompt": [0]}'
     try:

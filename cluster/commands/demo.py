@@ -253,7 +253,7 @@ def questions_and_answers(prompts: Path, output: Path) -> Iterator[tuple[str, st
         body, choice = row.get("body", row), answers[f"batch_req_{index}"]
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         message = choice.get("message", {"content": choice.get("text")})
-        yield question, message.get("reasoning_content", ""), message["content"].removesuffix(EOS)
+        yield question, message.get("reasoning_content", ""), (message["content"] or "").removesuffix(EOS)
 
 
 def shortened(text: str, width: int) -> str:

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from shoal.runtime.generation_config import sampling_notice
 from shoal.runtime.request_limits import RequestLimits
-from shoal.runtime.tokenization.tokenizer import Tokenizer
 
 from ..engine_args import EngineArgs, read_model_config
 from ..exit_codes import ExitCode
 from ..jobs.input import BadRow, CustomIdIndex, InputLine
 from ..jobs.progress import JobProgress, ProgressReporter
 from ..jobs.row_output import FinishedRow
-from ..jobs.rows import RowRules
 from ..jobs.stop_signal import JobStopped, StopSignal
 from ..jobs.validation import InputSummary, validate_input
+from ..openai.requests import RequestDefaults
 from ..prompts import ModelPrompts
 
 MAX_SHOWN_BAD_ROWS = 20
@@ -29,6 +29,8 @@ def validate(
     """Check an input against a model and print what is wrong with it; 3 if a row is bad."""
     rules = row_rules(engine, sampling, thinking)
     progress = ProgressReporter(stderr)
+    if defaults := engine.sampling_defaults:
+        progress.message(sampling_notice(defaults))
     num_shown = 0
 
     def on_bad_row(_row: FinishedRow, error: BadRow, line: InputLine) -> None:
@@ -48,7 +50,14 @@ def validate(
 
             custom_ids = CustomIdIndex(Path(directory) / "custom_ids.sqlite")
             try:
-                summary = validate_input(input_path, rules, custom_ids, on_bad_row, on_row)
+                summary = validate_input(
+                    input_path,
+                    rules,
+                    custom_ids,
+                    on_good_row=lambda row: None,
+                    on_bad_row=on_bad_row,
+                    on_row=on_row,
+                )
             finally:
                 custom_ids.close()
     except JobStopped:
@@ -67,12 +76,17 @@ def validate(
     return ExitCode.ROWS_FAILED if summary.num_bad_rows else ExitCode.OK
 
 
-def row_rules(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool) -> RowRules:
+def row_rules(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool) -> RequestDefaults:
     """Rules for checking the rows of a job; ValueError for a model that cannot be run as asked."""
     model = read_model_config(engine)
     limits = RequestLimits(
         vocab_size=model.vocab_size, max_model_len=engine.max_model_len or model.max_position_embeddings
     )
-    tokenizer = Tokenizer.from_pretrained(engine.model)
-    encoder = None if tokenizer is None else ModelPrompts(tokenizer)
-    return RowRules(limits=limits, encoder=encoder, sampling=sampling, thinking=thinking)
+    prompts = ModelPrompts.from_pretrained(engine.model)
+    return RequestDefaults(
+        limits=limits,
+        encoder=prompts,
+        tokenizer=None if prompts is None else prompts.tokenizer,
+        sampling=engine.sampling_defaults | dict(sampling),
+        thinking=thinking,
+    )

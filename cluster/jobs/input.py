@@ -18,26 +18,22 @@ from errno import EIO, ENOSPC
 from pathlib import Path
 from typing import Any, cast
 
+from ..openai.errors import ApiError, json_type
 from .input_format import BYTE_ORDER_MARK, open_input
 
 MAX_LINE_BYTES = 8 << 20
 MAX_DEPTH = 64
 MAX_INTEGER_DIGITS = 20
-MAX_MESSAGE_CHARS = 600
 
 # A string (to its end or the end of the line) or one bracket; possessive, so that time is linear in the line.
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
-class BadRow(Exception):  # noqa: N818  (a finding about the input, not a fault)
-    """Why one row cannot be answered: `code` is stable and for programs, `message` a sentence for people."""
+class BadRow(ApiError):  # noqa: N818  (a finding about the input, not a fault)
+    """Why one row of a file cannot be answered."""
 
-    def __init__(self, code: str, message: str, custom_id: str | None = None) -> None:
-        """A message that quotes too much of a row is cut."""
-        message = clipped(message, MAX_MESSAGE_CHARS)
-        super().__init__(message)
-        self.code = code
-        self.message = message
+    def __init__(self, code: str, message: str, param: str | None = None, *, custom_id: str | None = None) -> None:
+        super().__init__(code, message, param)
         self.custom_id = custom_id
 
 
@@ -50,7 +46,7 @@ class InputLine:
     number: int
     """Position among the lines, from 1; blank lines count."""
     byte_offset: int
-    """Of the line's first byte, in the uncompressed text."""
+    """Offset of the line's first byte, in the uncompressed text."""
     num_bytes: int
     data: bytes
     """Empty when the line is longer than the limit: it is skipped without being held in memory."""
@@ -123,17 +119,6 @@ def parse_line(line: InputLine, *, max_line_bytes: int = MAX_LINE_BYTES) -> dict
     if "\\u" in text:
         _refuse_lone_surrogates(value)
     return value
-
-
-def json_type(value: object) -> str:
-    """What a parsed value was in JSON, with its article, for messages."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def clipped(text: str, max_chars: int) -> str:
-    """The beginning of a text, for messages."""
-    return text if len(text) <= max_chars else text[:max_chars] + "..."
 
 
 def file_sha256(path: Path, num_bytes: int | None = None) -> str:

@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,14 +22,15 @@ from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import Request, RequestOutput, RequestProgress
 
 from ..exit_codes import ExitCode
+from ..openai.requests import RequestDefaults
 from ..supervision.fault import Fault, FaultJournal
-from .input import BadRow, CustomIdIndex, InputLine, file_sha256, read_lines
+from .input import BadRow, CustomIdIndex, InputLine, file_sha256
 from .input_format import has_byte_order_mark
-from .input_guard import LineDigests
-from .output import CUSTOM_ID_FILE, FAULT_FILE, LINES_FILE, BatchOutput, RowCounts, State, write_json
+from .output import CUSTOM_ID_FILE, FAULT_FILE, SPOOL_FILE, BatchOutput, RowCounts, State, write_json
 from .progress import JobProgress, ProgressReporter
 from .row_output import FinishedRow, answered_row
-from .rows import BatchRow, RowRules, read_row
+from .rows import BatchRow
+from .spool import RowSpoolWriter, read_spool
 from .stop_signal import JobStopped, StopSignal
 from .validation import InputSummary, validate_input
 
@@ -103,7 +104,7 @@ class JobSpec:
     """The first bytes of `input` are the job, whatever is added later; None: all."""
     identity: Mapping[str, Any]
     """Everything that decides about the answers; a job is resumed only under the same."""
-    rules: RowRules
+    rules: RequestDefaults
     model_name: str
     stop_at_error_limit: bool
     error_limit: ErrorRule
@@ -176,6 +177,7 @@ class _Run:
         self.failpoints = failpoints
         self.faults = FaultJournal(spec.output / FAULT_FILE, write_json, progress.message)
         self.num_rows: int | None = None
+        self.spool = output.directory / SPOOL_FILE
         self.in_flight: dict[str, BatchRow] = {}
         self.last_saved = clock()
 
@@ -200,7 +202,7 @@ class _Run:
 
     def run_to_end(self, start_engines: Callable[[], Engines]) -> JobResult:
         output = self.output
-        if "input" not in output.run:
+        if not self.is_checked():
             self.validate()
         self.num_rows = output.run["input"]["num_rows"]
         if self.too_many_errors():
@@ -229,11 +231,19 @@ class _Run:
         self.failpoints.reach("job.finish")
         _save_state(output, "finalizing")
         output.save_run(digest=output.digest(self.num_rows), finished_at=_now())
+        self.spool.unlink(missing_ok=True)
         _save_state(output, "completed")
         return _finished(self.spec, output)
 
+    def is_checked(self) -> bool:
+        """Whether an earlier run checked the input and left the rows that are still to be answered."""
+        summary = self.output.run.get("input")
+        if summary is None:
+            return False
+        return self.spool.exists() or self.output.counts.finished == summary["num_rows"]
+
     def validate(self) -> None:
-        """First pass: every bad row gets its error line, and run.json the summary."""
+        """First pass: every bad row gets its error line, every good one a place in the spool, run.json the summary."""
         spec, output = self.spec, self.output
         job = {"job": dict(spec.identity), "input_bytes": spec.input_bytes}
         output.save_run(state="validating", started_at=_now(), **job, **spec.facts)
@@ -252,19 +262,22 @@ class _Run:
 
         if has_byte_order_mark(spec.input):
             self.progress.message(f"skipped the byte order mark at the start of {spec.input}")
-        custom_ids = CustomIdIndex(output.directory / CUSTOM_ID_FILE)
-        with closing(custom_ids), closing(LineDigests(output.directory / LINES_FILE)) as lines:
+        with ExitStack() as cleanup:
+            custom_ids = CustomIdIndex(output.directory / CUSTOM_ID_FILE)
+            cleanup.callback(custom_ids.close)
+            spool = RowSpoolWriter(self.spool)
+            cleanup.callback(spool.discard)
             summary = validate_input(
                 spec.input,
                 spec.rules,
                 custom_ids,
-                on_bad_row,
-                on_row,
-                on_line=lines.add,
+                on_good_row=spool.add,
+                on_bad_row=on_bad_row,
+                on_row=on_row,
                 num_bytes=spec.input_bytes,
             )
-            lines.flush()
-        output.commit()
+            output.commit()
+            spool.finish()
         output.save_run(input=summary.to_dict())
         self.progress.message(
             f"{summary.num_rows} rows checked: {summary.num_bad_rows} bad, {summary.num_prompt_tokens} prompt tokens, "
@@ -305,13 +318,13 @@ class _Run:
                     raise EngineFailure(
                         f"the engines answered {finished.request_id!r}, which was not asked or is answered"
                     )
-                self.output.add(answered_row(row, finished, self.spec.model_name))
+                self.output.add(answered_row(row, finished, self.spec.model_name, self.spec.rules.tokenizer))
             for progress in engines.take_progress():
                 if (row := self.in_flight.get(progress.request_id)) is not None:
-                    self.output.add_progress(row.line.index, progress)
+                    self.output.add_progress(row.index, progress)
             for request_id, num_losses in engines.take_losses().items():
                 if (row := self.in_flight.get(request_id)) is not None:
-                    self.output.add_losses(row.line.index, num_losses)
+                    self.output.add_losses(row.index, num_losses)
             self.output.commit_if_due()
             self.faults.update(engines.faults)
             self.save_counts()
@@ -327,31 +340,20 @@ class _Run:
         new = list(itertools.islice(rows, room))
         if new:
             self.failpoints.reach("job.submit")
-            self.in_flight |= {row.request.request_id: row for row in new}
+            self.in_flight |= {row.request_id: row for row in new}
             with _engine_errors("the engines failed"):
                 engines.submit([self.begun(row) for row in new])
         return len(new) < room
 
     def begun(self, row: BatchRow) -> Request:
         """The row's request, with what earlier runs have generated of its answer and how often they lost its worker."""
-        index = row.line.index
-        generated, num_losses = self.output.take_generated(index), self.output.num_losses(index)
+        generated = self.output.take_generated(row.index)
+        num_losses = self.output.num_losses(row.index)
         return replace(row.request, report_progress=True, generated=generated, num_losses=num_losses)
 
     def open_rows(self) -> Iterator[BatchRow]:
-        """The rows without a line, in input order."""
-        num_lines = 0
-        with closing(LineDigests(self.output.directory / LINES_FILE)) as lines:
-            for line in itertools.islice(read_lines(self.spec.input, num_bytes=self.spec.input_bytes), self.num_rows):
-                if not self.output.is_finished(line.index):
-                    lines.check(line)
-                    yield read_row(line, self.spec.rules)
-                num_lines = line.index + 1
-        if num_lines != self.num_rows:
-            raise ValueError(
-                f"{self.spec.input} has {num_lines} rows now, and had {self.num_rows} when they were checked: restore "
-                f"it, or start over with --overwrite"
-            )
+        """The rows without a line, in input order, as the first pass has checked them."""
+        return read_spool(self.spool, skip=self.output.is_finished)
 
     def too_many_errors(self) -> bool:
         counts = self.output.counts

@@ -5,7 +5,7 @@
     errors.jsonl      rows that could not be answered
     journal.log       which rows are finished, how much of the two files above is theirs, and tokens of unfinished rows
     faults.json       workers that were lost, and how each loss was mended; absent while there was none
-    lines.bin         per input row: digest of its line (8 bytes), to notice that the input was rewritten
+    rows.spool        rows that passed the check, with their tokens; deleted when the job is finished
     digests.bin       per input row: state (1 byte: 0 open, 1 answered, 2 failed), digest of its content (32 bytes)
 
 A group of rows is committed in this order: lines, fsync, journal records, fsync. After a crash, lines that no record
@@ -36,7 +36,7 @@ State = Literal["validating", "in_progress", "finalizing", "completed", "failed"
 
 RUN_FILE, PART_FILE, ERROR_FILE = "run.json", "part-00000.jsonl", "errors.jsonl"
 JOURNAL_FILE, DIGEST_FILE, LOCK_FILE, CUSTOM_ID_FILE = "journal.log", "digests.bin", "job.lock", "custom_ids.sqlite"
-FAULT_FILE, LINES_FILE = "faults.json", "lines.bin"
+FAULT_FILE, SPOOL_FILE = "faults.json", "rows.spool"
 
 _SLOT_BYTES = 33
 _DIGEST_CHUNK_ROWS = 4096
@@ -290,7 +290,7 @@ def _lock(directory: Path) -> int:
 
 def _remove_job(directory: Path) -> None:
     # run.json goes first: without it the rest is not taken for a job that can be resumed.
-    for name in (RUN_FILE, JOURNAL_FILE, PART_FILE, ERROR_FILE, DIGEST_FILE, CUSTOM_ID_FILE, FAULT_FILE, LINES_FILE):
+    for name in (RUN_FILE, JOURNAL_FILE, PART_FILE, ERROR_FILE, DIGEST_FILE, CUSTOM_ID_FILE, FAULT_FILE, SPOOL_FILE):
         (directory / name).unlink(missing_ok=True)
 
 

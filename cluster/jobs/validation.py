@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..openai.requests import RequestDefaults
 from .input import BadRow, CustomIdIndex, InputLine, parse_line, read_lines
 from .row_output import FinishedRow, failed_row
-from .rows import RowRules, parse_row, row_custom_id
+from .rows import BatchRow, parse_row, row_custom_id
 
 
 @dataclass(slots=True)
 class InputSummary:
-    """What the check of an input found."""
+    """Counts of the rows, bad rows and prompt tokens of an input."""
 
     num_rows: int = 0
     num_bad_rows: int = 0
@@ -49,39 +50,40 @@ class InputSummary:
 
 def validate_input(
     path: Path,
-    rules: RowRules,
+    defaults: RequestDefaults,
     custom_ids: CustomIdIndex,
+    *,
+    on_good_row: Callable[[BatchRow], None],
     on_bad_row: Callable[[FinishedRow, BadRow, InputLine], None],
     on_row: Callable[[InputSummary], None],
-    *,
-    on_line: Callable[[InputLine], None] = lambda _: None,
     num_bytes: int | None = None,
 ) -> InputSummary:
-    """Check every row of an input; `on_bad_row` gets each bad one, `on_row` is called after every row.
+    """Check and tokenise every row of an input; `on_row` is called after every row, good or bad.
 
-    `on_line` gets every row before it is checked. Only the first `num_bytes` of the input are read (None: all).
+    Only the first `num_bytes` of the input are read (None: all).
     """
     summary = InputSummary()
     for line in read_lines(path, num_bytes=num_bytes):
-        on_line(line)
         try:
-            summary.count_prompt(_num_prompt_tokens(line, rules, custom_ids))
+            summary.count_prompt(_take_row(line, defaults, custom_ids, on_good_row))
         except BadRow as error:
             summary.count_bad(error.code)
-            bad = failed_row(
-                line.index, error.custom_id, error.code, error.message, line=line.number, byte_offset=line.byte_offset
-            )
+            bad = failed_row(line.index, error.custom_id, error, line=line.number, byte_offset=line.byte_offset)
             on_bad_row(bad, error, line)
         summary.num_rows += 1
         on_row(summary)
     return summary
 
 
-def _num_prompt_tokens(line: InputLine, rules: RowRules, custom_ids: CustomIdIndex) -> int:
-    """Of a row that can be answered. A function of its own, so that no row is held while the next one is read."""
+def _take_row(
+    line: InputLine, defaults: RequestDefaults, custom_ids: CustomIdIndex, on_good_row: Callable[[BatchRow], None]
+) -> int:
+    """Length of the prompt. A function of its own, so that no row is held while the next one is read."""
     row = parse_line(line)
     custom_id = row_custom_id(line, row)
     if (first := custom_ids.add(custom_id, line.number)) is not None:
         message = f"line {line.number} repeats the custom_id {custom_id!r} of line {first}"
-        raise BadRow("duplicate_custom_id", message, custom_id)
-    return len(parse_row(line, row, custom_id, rules).request.prompt_token_ids)
+        raise BadRow("duplicate_custom_id", message, custom_id=custom_id)
+    good = parse_row(line, row, custom_id, defaults)
+    on_good_row(good)
+    return len(good.parsed.prompt_token_ids)

@@ -82,13 +82,14 @@ def pack_request(request: Request) -> bytes:
         generated,
         request.do_remote_decode,
         request.do_remote_prefill,
+        request.reasoning_end_token_id,
     ]
     return _pack(_REQUEST, row, request.request_id)
 
 
 def unpack_request(message: bytes) -> Request:
     """The inverse of `pack_request`; WireError for anything else."""
-    row = _unpack(_REQUEST, message, 9)
+    row = _unpack(_REQUEST, message, 10)
     request_id, prompt_token_ids, params, index, stream, report_progress, generated, *remote = row
     with _converting(_REQUEST):
         return Request(
@@ -101,6 +102,7 @@ def unpack_request(message: bytes) -> Request:
             generated=tuple(unpack_tokens(tokens) for tokens in generated),
             do_remote_decode=remote[0],
             do_remote_prefill=remote[1],
+            reasoning_end_token_id=remote[2],
         )
 
 

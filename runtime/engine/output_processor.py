@@ -85,6 +85,7 @@ class OutputProcessor:
                 include_stop_str_in_output=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
                 min_tokens=params.min_tokens,
+                stop_after_token_id=None if params.stop_in_reasoning else request.reasoning_end_token_id,
             )
             completions.append(Completion(row, detokenizer, output, max_tokens))
         wants_prompt = params.prompt_logprobs is not None
@@ -116,10 +117,11 @@ class OutputProcessor:
             output.cumulative_logprob += sampled.logprobs[sampled.token_id].logprob
             output.logprobs.append(self.decoded(sampled.logprobs))
         reached_min = len(output.token_ids) >= params.min_tokens
-        if reached_min and sampled.token_id in self.eos_token_ids and not params.ignore_eos:
-            self._finish(completion, "stop", None)
-        elif reached_min and sampled.token_id in (params.stop_token_ids or ()):
-            self._finish(completion, "stop", sampled.token_id)
+        is_eos = sampled.token_id in self.eos_token_ids and not params.ignore_eos
+        if reached_min and (is_eos or sampled.token_id in (params.stop_token_ids or ())):
+            if params.include_stop_str_in_output:
+                completion.detokenizer.append(sampled.token_id)
+            self._finish(completion, "stop", None if is_eos else sampled.token_id)
         else:
             matched = completion.detokenizer.append(sampled.token_id)
             if matched is not None:

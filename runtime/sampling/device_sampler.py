@@ -1,6 +1,6 @@
-"""Sampling where the logits are, for rows whose parameters the kernels know; the others as on a CPU.
+"""Sampling on the device, for rows whose parameters the kernels support; the host samples the others.
 
-Which of the two chooses a row's token follows from its parameters alone: their roundings differ.
+The two round differently, so a row's parameters alone decide which of them samples it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BAD_LOGITS = "the model's logits contain NaN or +Inf, or are all -Inf"
 
 
 class DeviceSampler(Sampler):
-    """A sampler that goes on while the device chooses."""
+    """A sampler that returns before the device has chosen the tokens."""
 
     def __init__(self, vocab_size: int, device: torch.device, ops: Ops) -> None:
         super().__init__(vocab_size)
@@ -29,9 +29,9 @@ class DeviceSampler(Sampler):
         self._ops = ops
 
     def begin(self, logits: Tensor, rows: Sequence[SamplingRow], *, ahead: int = 0) -> Sampling:
-        """Queue the kernels, and the copies of what they choose; the logits are not read after that if tokens suffice.
+        """Queue the kernels and the copies of their results. Rows that need only tokens do not read the logits again.
 
-        `ahead`: of output tokens that come before, but are not known yet.
+        `ahead`: number of output tokens before these that are not known yet.
         """
         on_host = [i for i, row in enumerate(rows) if not _kernels_know(row.params)]
         if len(on_host) == len(rows):

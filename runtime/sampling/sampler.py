@@ -1,6 +1,6 @@
-"""Logits to token ids: every row on its own, every order total, every random number a function of the row.
+"""Logits to token ids: each row by itself, ties broken by token id, every random number a function of the row.
 
-Numpy works on one contiguous row at a time, so that a row's bits cannot depend on its company or on threads.
+Numpy works on one contiguous row at a time, so that a row's bits cannot depend on the batch or on threads.
 Order within a row, as in vLLM: log-probabilities of the raw logits; then logit bias, min_tokens mask, repetition,
 frequency and presence penalties, temperature, min_p, top_k, top_p; then inversion of the cumulative distribution.
 """
@@ -24,22 +24,22 @@ from ..types import Logprob, SamplingParams
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingRow:
-    """Everything that decides the next token of one continuation, besides its logits."""
+    """Everything except the logits that decides the next token of one sample."""
 
     params: SamplingParams
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     seed: int
-    """From `resolve_seed`."""
+    """The result of `resolve_seed`."""
     sample_index: int = 0
-    """Which of the `n` continuations of the request this is."""
+    """Position among the `n` samples of the request."""
     eos_token_ids: Sequence[int] = ()
-    """Masked, like the stop token ids, until `min_tokens` are there; not with `ignore_eos`, where they end nothing."""
+    """Masked, like the stop token ids, before `min_tokens` output tokens; without effect under `ignore_eos`."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """The next token of a row, or why it has none."""
+    """The next token of a row, or the reason why it has none."""
 
     token_id: int
     """-1 where `error` is set."""
@@ -66,22 +66,22 @@ def resolve_seed(params_seed: int | None, run_seed: int, request_index: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The next tokens of some rows, which may still be being chosen."""
+    """The next tokens of some rows, possibly still being computed."""
 
     finish: Callable[[], list[SampledToken]]
-    """Waits for them."""
+    """Wait for the tokens."""
     token_ids: Tensor | None = None
-    """[N] int64 where the logits are, for whom a token is enough; None where `finish` needs the logits."""
+    """[N] int64 on the device of the logits, for a caller that needs no more; None where `finish` reads the logits."""
 
 
 class Sampler:
-    """Chooses tokens; holds nothing but the vocabulary's size."""
+    """Chooses tokens. Its only state is the vocabulary size."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
     def begin(self, logits: torch.Tensor, rows: Sequence[SamplingRow], *, ahead: int = 0) -> Sampling:
-        """`sample` for rows that will have `ahead` more output tokens by then; here it runs in `finish`."""
+        """`sample`, with `ahead` output tokens per row that are not known yet; here it runs in `finish`."""
         assert ahead == 0, "the tokens before these are not known"
         return Sampling(partial(self.sample, logits, rows))
 
@@ -158,7 +158,7 @@ def _score_row(raw: NDArray[np.float32], best: int, token_id: int, k: int) -> Sa
 
 
 def _logits_error(highest: np.float32) -> str | None:
-    """What is wrong with a row of logits, told from its argmax, which is NaN if any logit is."""
+    """Error of a row of logits, read from the value at its argmax, which is NaN if any logit is; None if it is fine."""
     if np.isfinite(highest):
         return None
     if highest == -np.inf:

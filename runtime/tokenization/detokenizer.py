@@ -24,8 +24,13 @@ class IncrementalDetokenizer:
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        stop_after_token_id: int | None = None,
     ) -> None:
-        """Stop strings need a tokenizer (ValueError); they count where they end after the first `min_tokens` tokens."""
+        """Stop strings need a tokenizer (ValueError).
+
+        They count where they end after the first `min_tokens` tokens and, with `stop_after_token_id`, where they begin
+        after the first such token.
+        """
         if stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and the model directory has no tokenizer.json")
         self._tokenizer = tokenizer
@@ -33,6 +38,7 @@ class IncrementalDetokenizer:
         self._include_stop = include_stop_str_in_output
         self._skip_special_tokens = skip_special_tokens
         self._min_tokens = min_tokens
+        self._stop_after_token_id = stop_after_token_id
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._context_length = max(map(len, self._stop), default=1) - 1
         self._num_tokens = 0
@@ -57,6 +63,11 @@ class IncrementalDetokenizer:
         assert not self._closed, "append after the end"
         self._num_tokens += 1
         new = self._decode(token_id)
+        if self._stop_after_token_id is not None:
+            self._released.append(new)
+            if token_id == self._stop_after_token_id:
+                self._stop_after_token_id = None
+            return None
         window = self._context + new
         if self._num_tokens > self._min_tokens and (match := self._find_stop(window)):
             start, stop = match
@@ -87,7 +98,7 @@ class IncrementalDetokenizer:
         return self._decoder.decode(separator + data)
 
     def _find_stop(self, window: str) -> tuple[int, str] | None:
-        """The first stop string of `window` that ends in its new characters."""
+        """Start and text of the first stop string of `window` that ends in its new characters."""
         best: tuple[int, str] | None = None
         for stop in self._stop:
             start = window.find(stop, max(0, len(self._context) - len(stop) + 1))
@@ -96,7 +107,7 @@ class IncrementalDetokenizer:
         return best
 
     def _length_of_possible_stop(self, window: str) -> int:
-        """Length of the longest end of `window` with which a stop string begins."""
+        """Length of the longest suffix of `window` that is a prefix of a stop string."""
         longest = 0
         for stop in self._stop:
             start = window.find(stop[0], max(0, len(window) - len(stop) + 1))
@@ -112,3 +123,25 @@ class IncrementalDetokenizer:
         released = len(self._context) - self._num_held
         assert end is None or end >= released
         self._released.append(window[released:end])
+
+
+def token_offsets(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool = True) -> list[int]:
+    """Per token, the position in `tokenizer.decode(token_ids)` of the character in which the token's bytes begin."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    offsets = []
+    num_chars = 0
+    separator = b""
+    for token_id in token_ids:
+        data = tokenizer.token_bytes(token_id, skip_special_tokens)
+        if data is not None:
+            num_chars += len(decoder.decode(separator))
+            separator = tokenizer.separator
+        if not data:
+            offsets.append(num_chars)
+            continue
+        first = decoder.decode(data[:1])
+        is_pending = decoder.getstate()[0] != b""
+        # The first byte completes a character, is one, or waits for more; before it, broken bytes may become U+FFFD.
+        offsets.append(num_chars + max(0, len(first) - (0 if is_pending else 1)))
+        num_chars += len(first) + len(decoder.decode(data[1:]))
+    return offsets

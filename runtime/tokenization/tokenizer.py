@@ -1,6 +1,6 @@
 """Text to token ids and back, from a model directory's `tokenizer.json`; no code and no template from there is run.
 
-Users cannot write special tokens: their text goes through a second tokenizer that does not know any added token.
+User text can never be tokenised into special tokens: it goes through a second tokenizer without added tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MARKUP_TOKENS = (
 
 @dataclass(frozen=True, slots=True)
 class Special:
-    """One added token of a rendered prompt; plain strings beside it are text, whatever they spell."""
+    """An added token in a rendered prompt. Plain strings beside it are text, whatever they spell."""
 
     text: str
 
@@ -81,7 +81,7 @@ class Tokenizer:
         self.eos_token_ids: tuple[int, ...] = tuple(sorted({*eos_token_ids, *(() if eos is None else (eos[1],))}))
         """Ids that end an answer."""
         self.separator: bytes = b"" if decoder else b" "
-        """What `decode` puts between two tokens."""
+        """Bytes that `decode` puts between two tokens."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer | None:
@@ -144,7 +144,7 @@ class Tokenizer:
         return text
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes | None:
-        """What one token adds to the text, or None for nothing.
+        """Bytes that one token adds to the text, or None for nothing.
 
         `decode(ids)` is the UTF-8 of these joined by `separator`, with U+FFFD for what is no UTF-8.
         """

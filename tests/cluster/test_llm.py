@@ -91,12 +91,14 @@ def test_lists_of_prompts_and_parameters() -> None:
     assert prompt_list([1, 2]) == [(1, 2)]
     assert prompt_list([[1, 2]]) == [[1, 2]]
     assert prompt_list([]) == []
-    assert params_list(None, 2) == [SamplingParams()] * 2
+    assert prompt_list(np.array([1, 2])) == [(1, 2)]  # type: ignore[arg-type]
+    assert prompt_list(torch.tensor([[1, 2], [3, 4]])) == [[1, 2], [3, 4]]  # type: ignore[arg-type]
     assert params_list(three(), 2) == [three(), three()]
     assert params_list([three(1), three(2)], 2) == [three(1), three(2)]
     with pytest.raises(ValueError, match="3 prompts and 2 sampling_params"):
         params_list([three(), three()], 3)
-    for bad in ([1.0], [True], ["1"], [None], 3, [[1]]):
+    assert token_id_tuple([1.0, np.int32(2)]) == (1, 2)
+    for bad in ([1.5], [True], ["1"], [None], 3, [[1]]):
         with pytest.raises(ValueError, match="whole numbers"):
             token_id_tuple(bad)
 
@@ -140,6 +142,54 @@ def test_chat_renders_conversations(llm: LLM) -> None:
     assert [o.prompt_token_ids for o in outputs] == [[BOS, USER, *text_ids(c), ASSISTANT, THINK] for c in "ab"]
     with pytest.raises(ValueError, match=r"conversation 1: .*role"):
         llm.chat([talks[0], [{"role": "robot", "content": "b"}]])
+
+
+def test_names_of_vllm_are_taken(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "a"}]
+    expected = [BOS, USER, *text_ids("a"), ASSISTANT, THINK]
+    for kwargs in ({"thinking": True}, {"enable_thinking": True}, {"thinking": True, "enable_thinking": None}):
+        (output,) = llm.chat(talk, three(), use_tqdm=False, chat_template_kwargs=kwargs)
+        assert output.prompt_token_ids == expected
+    with pytest.raises(ValueError, match=r"chat_template_kwargs\.think is not a known field; did you mean thinking"):
+        llm.chat(talk, chat_template_kwargs={"think": True})
+    started = [*talk, {"role": "assistant", "content": "b"}]
+    (output,) = llm.chat(started, three(), add_generation_prompt=False, continue_final_message=True)
+    assert output.prompt_token_ids == [BOS, USER, *text_ids("a"), ASSISTANT, END_THINK, *text_ids("b")]
+    with pytest.raises(ValueError, match="continue_final_message"):
+        llm.chat(started, continue_final_message=True)
+    outputs = llm.generate([np.array([5, 6]), np.array([7])], three(1), use_tqdm=False)  # type: ignore[arg-type]
+    assert [output.prompt_token_ids for output in outputs] == [[5, 6], [7]]
+    assert llm.get_tokenizer().encode("a") == text_ids("a")
+    params = SamplingParams(max_tokens=np.int64(4), temperature=np.float32(0.5), stop_token_ids=np.array([7]))  # type: ignore[arg-type]
+    assert (params.max_tokens, params.temperature, params.stop_token_ids) == (4, 0.5, (7,))
+    assert [type(x) for x in (params.max_tokens, params.temperature)] == [int, float]
+
+
+def test_prompts_without_parameters_get_those_of_generation_config(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((Path(model) / name).read_bytes())
+    defaults = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 2.0, "eos_token_id": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
+    shape: dict[str, Any] = {"engine_factory": STUB, "num_threads_per_worker": 1}
+    threads = torch.get_num_threads()
+    with LLM(str(tmp_path), **shape) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams(temperature=0.6, top_p=0.95, max_tokens=2)
+        assert [len(ids) for ids in tokens(llm.generate([[5]]))] == [2]
+        assert [len(ids) for ids in tokens(llm.generate([[5]], three()))] == [3]
+    assert "temperature 0.6, top_p 0.95, max_tokens 2; set generation_config to none" in caplog.text
+    caplog.clear()
+    for word in ("none", "vllm"):
+        with LLM(str(tmp_path), generation_config=word, **shape) as llm:
+            assert llm.get_default_sampling_params() == SamplingParams()
+    assert caplog.text == ""
+    torch.set_num_threads(threads)
+    with pytest.raises(ValueError, match="generation_config must be one of auto, none, vllm, got 'off'"):
+        LLM(str(tmp_path), generation_config="off", **shape)
+    (tmp_path / "generation_config.json").write_text('{"top_p": 2}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: top_p must be .*; correct it, or set"):
+        LLM(str(tmp_path), **shape)
 
 
 def test_a_stream_grows_and_ends(llm: LLM) -> None:

@@ -240,10 +240,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(model: Path) -> list[list[int]]:
     tokenizer = Tokenizer.from_pretrained(model)
     assert tokenizer is not None
-    prompts = ModelPrompts(tokenizer)
+    prompts = ModelPrompts(tokenizer, "deepseek_v3")
     encoded = [
         prompts.encode_text("a prompt"),
-        prompts.encode_messages([{"role": "user", "content": "{{ 7 * 7 }}{% for x in y %}"}], False),
+        prompts.encode_messages([{"role": "user", "content": "{{ 7 * 7 }}{% for x in y %}"}], False).token_ids,
     ]
     engine = InProcessEngine(EngineArgs(model=str(model), num_kv_blocks=16, block_size=16, max_model_len=128))
     params = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -342,7 +342,7 @@ HOSTILE_IDS = [
     "$(id)",
     "é\u202e",
 ]
-JOB_FILES = {"run.json", "part-00000.jsonl", "errors.jsonl", "journal.log", "digests.bin", "lines.bin", "job.lock"}
+JOB_FILES = {"run.json", "part-00000.jsonl", "errors.jsonl", "journal.log", "digests.bin", "job.lock"}
 
 
 class Silent:

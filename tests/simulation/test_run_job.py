@@ -22,8 +22,9 @@ from shoal.cluster.jobs.input import read_lines
 from shoal.cluster.jobs.job import JobResult, JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.row_output import answered_row
-from shoal.cluster.jobs.rows import BatchRow, RowRules, read_row
+from shoal.cluster.jobs.rows import BatchRow, read_row
 from shoal.cluster.jobs.stop_signal import StopSignal
+from shoal.cluster.openai.requests import RequestDefaults
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import CompletionOutput, RequestOutput
 from tests.support.stub_job import AllowedErrors
@@ -37,7 +38,7 @@ from .virtual import DriverKilled, World
 pytestmark = pytest.mark.slow
 
 NUM_SEEDS = 200
-RULES = RowRules(limits=RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_PROMPT + MAX_TOKENS))
+RULES = RequestDefaults(limits=RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_PROMPT + MAX_TOKENS))
 PARAMS = ("n", "max_tokens", "seed", "ignore_eos")
 
 
@@ -146,7 +147,7 @@ def digest_of(rows: list[BatchRow]) -> str:
             outputs=outputs,
             finished=True,
         )
-        hashed.update(answered_row(row, answered, "simulated").digest)
+        hashed.update(answered_row(row, answered, "simulated", None).digest)
     return f"sha256:{hashed.hexdigest()}"
 
 

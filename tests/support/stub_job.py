@@ -14,11 +14,12 @@ from typing import Any
 
 from shoal.cluster.jobs.job import Engines, JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
-from shoal.cluster.jobs.rows import RowRules
 from shoal.cluster.jobs.stop_signal import StopSignal
+from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.supervision.fault import Fault
 from shoal.parallel.failpoints import DRIVER, VARIABLE, Failpoints
 from shoal.runtime.request_limits import RequestLimits
+from shoal.runtime.tokenization.chat import ChatPrompt
 from shoal.runtime.types import CompletionOutput, GeneratedTokens, Logprob, Request, RequestOutput, RequestProgress
 
 VOCAB_SIZE = 512
@@ -31,7 +32,7 @@ class ByteEncoder:
     def encode_text(self, text: str) -> list[int]:
         return [0, *(3 + b for b in text.encode())]
 
-    def encode_messages(self, messages: list[dict[str, Any]], thinking: bool) -> list[int]:
+    def encode_messages(self, messages: list[dict[str, Any]], thinking: bool) -> ChatPrompt:
         ids = [0]
         for i, message in enumerate(messages):
             if message["role"] not in ("system", "user", "assistant"):
@@ -39,10 +40,10 @@ class ByteEncoder:
             if not isinstance(message.get("content"), str):
                 raise ValueError(f"messages[{i}]: content must be a string")
             ids += [1, *(3 + b for b in message["content"].encode())]
-        return [*ids, 300 if thinking else 301]
+        return ChatPrompt([*ids, 300 if thinking else 301])
 
 
-RULES = RowRules(limits=RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN), encoder=ByteEncoder())
+RULES = RequestDefaults(limits=RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN), encoder=ByteEncoder())
 
 
 def answer(request: Request) -> RequestOutput:

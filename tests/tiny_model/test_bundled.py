@@ -48,7 +48,8 @@ def test_logits_are_those_of_transformers(task: str, thinking: bool) -> None:
     tokenizer = Tokenizer.from_pretrained(BUNDLED_MODEL)
     assert tokenizer is not None
     row = questions([task], limit=1)[0]
-    prompt = ModelPrompts(tokenizer).encode_messages([{"role": "user", "content": row.question}], thinking)
+    prompts = ModelPrompts(tokenizer, "deepseek_v32")
+    prompt = prompts.encode_messages([{"role": "user", "content": row.question}], thinking).token_ids
     model = transformers.DeepseekV32ForCausalLM.from_pretrained(
         BUNDLED_MODEL, dtype=torch.float32, attn_implementation="eager"
     )

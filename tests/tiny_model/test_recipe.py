@@ -85,13 +85,13 @@ def test_training_rows_are_prompts_as_they_are_served(recipe: Any, tmp_path: Pat
     write_byte_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert tokenizer is not None
-    prompts = ModelPrompts(tokenizer)
+    prompts = ModelPrompts(tokenizer, "deepseek_v32")
     rng = random.Random(3)
     for task, make in recipe.tasks.TASKS.items():
         row = make(rng, 1.0)
         for thinking in (True, False):
             encoded = recipe.data.encode(row, thinking=thinking)
-            prompt = prompts.encode_messages([{"role": "user", "content": row.question}], thinking)
+            prompt = prompts.encode_messages([{"role": "user", "content": row.question}], thinking).token_ids
             assert encoded.tokens[: len(prompt)] == prompt
             answer = f"{row.thinking}</think>{row.answer}" if thinking else row.answer
             assert tokenizer.decode(encoded.tokens[len(prompt) : -1]) == answer

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from shoal.cluster.jobs.input import (
     MAX_LINE_BYTES,
-    MAX_MESSAGE_CHARS,
     BadRow,
     CustomIdIndex,
     InputLine,
@@ -24,8 +23,10 @@ from shoal.cluster.jobs.input import (
     read_lines,
 )
 from shoal.cluster.jobs.row_output import FinishedRow
-from shoal.cluster.jobs.rows import BatchRow, RowRules, parse_row, read_row, row_custom_id
+from shoal.cluster.jobs.rows import BatchRow, parse_row, read_row, row_custom_id
 from shoal.cluster.jobs.validation import InputSummary, validate_input
+from shoal.cluster.openai.errors import MAX_MESSAGE_CHARS
+from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.prompts import ModelPrompts
 from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
 from tests.support.stub_job import RULES
@@ -67,25 +68,25 @@ BAD_ROWS = [
     BadCase("a whole number of 5000 digits", b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "number_too_large", "a whole number has 5000 digits, at most 20 are read", '{"prompt": "x", "seed": 999... 5000 digits}'),
     BadCase("a key given twice", b'{"prompt": "x", "prompt": "y"}', "duplicate_key", "the key 'prompt' appears more than once in one object"),
     BadCase("a misspelt field", b'{"prompt": "x", "temprature": 1}', "unknown_field", "temprature is not a known field; did you mean temperature?"),
-    BadCase("a misspelt field of a body", chat(max_token=1), "unknown_field", "body.max_token is not a known field; did you mean max_tokens?"),
-    BadCase("streaming", chat(stream=True), "unsupported_field", "body.stream = True is not supported; remove it"),
-    BadCase("tools", chat(tools=[{}]), "unsupported_field", "body.tools = a list is not supported; remove it"),
-    BadCase("a response format", chat(response_format={"type": "json_object"}), "unsupported_field", "body.response_format = an object is not supported; remove it"),
+    BadCase("a misspelt field of a body", chat(max_token=1), "unknown_field", "max_token is not a known field; did you mean max_tokens?"),
+    BadCase("streaming", chat(stream=True), "unsupported_field", "stream = True is not supported; remove it: answers come whole"),
+    BadCase("tools", chat(tools=[{}]), "unsupported_field", "tools = a list is not supported; put the tools' descriptions into a system message"),
+    BadCase("a response format", chat(response_format={"type": "json_object"}), "unsupported_field", "response_format = an object is not supported; ask for the format in a message"),
     BadCase("another method", b'{"custom_id": "a", "method": "GET", "url": "/v1/completions", "body": {}}', "unsupported_method", "method must be POST, got 'GET'"),
     BadCase("another endpoint", b'{"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {}}', "unsupported_url", "url must be /v1/chat/completions or /v1/completions, got '/v1/embeddings'"),
     BadCase("no endpoint", b'{"custom_id": "a", "method": "POST", "body": {}}', "unsupported_url", "url must be /v1/chat/completions or /v1/completions, got null"),
     BadCase("no custom_id", b'{"method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}', "missing_custom_id", "the line has no custom_id; give each line a string of its own"),
     BadCase("a custom_id that is no string", b'{"custom_id": 7.5, "prompt": "x"}', "invalid_custom_id", "custom_id must be a string of 1 to 512 characters, got a number"),
     BadCase("a body that is no object", b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": "x"}', "invalid_type", "body must be an object, got a string"),
-    BadCase("no prompt", b'{"custom_id": "a"}', "missing_prompt", "the row has neither prompt nor messages"),
-    BadCase("no messages", chat(messages=None), "missing_prompt", "the row has no messages"),
+    BadCase("no prompt", b'{"custom_id": "a"}', "missing_prompt", "the request has neither prompt nor messages"),
+    BadCase("no messages", chat(messages=None), "missing_prompt", "the request has no messages"),
     BadCase("prompt and messages", b'{"prompt": "x", "messages": []}', "invalid_parameter", "give one of messages and prompt, not both"),
     BadCase("empty prompt", b'{"prompt": ""}', "empty_prompt", "the prompt is empty; give it at least one token"),
     BadCase("empty list of ids", b'{"prompt": []}', "empty_prompt", "the prompt is empty; give it at least one token"),
     BadCase("empty messages", chat(messages=[]), "empty_prompt", "messages is empty; give at least one message"),
-    BadCase("a list of prompts", b'{"prompt": ["x", "y"]}', "unsupported_value", "prompt is a list of prompts; give each one a line of its own"),
+    BadCase("a list of prompts", b'{"prompt": ["x", "y"]}', "unsupported_value", "prompt is a list of prompts; ask for each one by itself"),
     BadCase("a prompt of another type", b'{"prompt": 5}', "invalid_type", "prompt must be a string or a list of token ids, got a number"),
-    BadCase("an id that is no whole number", b'{"prompt": [1, 2.5]}', "invalid_type", "prompt[1] must be a token id, got a number"),
+    BadCase("an id that is no whole number", b'{"prompt": [1, 2.5]}', "invalid_type", "prompt[1] must be a token id, got 2.5"),
     BadCase("an id outside the vocabulary", b'{"prompt": {"prompt_token_ids": [1, 512]}}', "token_out_of_vocabulary", "prompt token id 512 is outside the vocabulary [0, 512)"),
     BadCase("a negative id", b'{"prompt_token_ids": [-1]}', "token_out_of_vocabulary", "prompt token id -1 is outside the vocabulary [0, 512)"),
     BadCase("a prompt that leaves no room for output", b'{"prompt": "' + b"x" * 127 + b'"}', "prompt_too_long", "the prompt has 128 tokens; with at least one token of output it must fit in max_model_len = 128", '{"prompt": "xxx... 127 times"}'),
@@ -94,6 +95,9 @@ BAD_ROWS = [
     BadCase("a role that the prompt format lacks", chat(messages=[{"role": "narrator", "content": "hi"}]), "invalid_messages", "messages[0]: role must be system, user or assistant, got 'narrator'"),
     BadCase("thinking that is no boolean", chat(chat_template_kwargs={"thinking": "yes"}), "invalid_type", "chat_template_kwargs.thinking must be true or false, got a string"),
     BadCase("an unknown template switch", chat(chat_template_kwargs={"think": True}), "unknown_field", "chat_template_kwargs.think is not a known field; did you mean thinking?"),
+    BadCase("a template switch given twice", chat(chat_template_kwargs={"thinking": True, "enable_thinking": False}), "invalid_parameter", "chat_template_kwargs.thinking and chat_template_kwargs.enable_thinking mean the same and contradict each other; give one"),
+    BadCase("no header for the answer", chat(add_generation_prompt=False), "unsupported_field", "add_generation_prompt false is not supported: an answer needs its header; remove it"),
+    BadCase("a part of a token", b'{"prompt": "x", "max_tokens": 16.5}', "invalid_parameter", "max_tokens must be a whole number of at least 1 or null, got 16.5"),
     BadCase("temperature below 0", b'{"prompt": "x", "temperature": -1}', "invalid_parameter", "temperature must be a number between 0 and 100, got -1"),
     BadCase("temperature as text", b'{"prompt": "x", "temperature": "hot"}', "invalid_parameter", "temperature must be a number between 0 and 100, got 'hot'"),
     BadCase("true for a number", b'{"prompt": "x", "max_tokens": true}', "invalid_parameter", "max_tokens must be a whole number of at least 1 or null, got True"),
@@ -116,15 +120,24 @@ BAD_ROWS = [
 ]  # fmt: skip
 
 
-def check_file(path: Path, rules: RowRules = RULES) -> tuple[InputSummary, list[tuple[InputLine, BadRow, FinishedRow]]]:
+def check_file(
+    path: Path, rules: RequestDefaults = RULES
+) -> tuple[InputSummary, list[tuple[InputLine, BadRow, FinishedRow]]]:
     found: list[tuple[InputLine, BadRow, FinishedRow]] = []
     ids = CustomIdIndex(path.with_suffix(".sqlite"))
-    summary = validate_input(path, rules, ids, lambda row, e, line: found.append((line, e, row)), lambda _: None)
+    summary = validate_input(
+        path,
+        rules,
+        ids,
+        on_good_row=lambda row: None,
+        on_bad_row=lambda row, e, line: found.append((line, e, row)),
+        on_row=lambda _: None,
+    )
     ids.close()
     return summary, found
 
 
-def good_row(text: str, rules: RowRules = RULES) -> BatchRow:
+def good_row(text: str, rules: RequestDefaults = RULES) -> BatchRow:
     return read_row(InputLine(0, 1, 0, len(text.encode()), text.encode()), rules)
 
 
@@ -227,7 +240,7 @@ def test_an_openai_chat_row() -> None:
         '"stop": "x", "seed": 3, "logprobs": true, "top_logprobs": 4, "logit_bias": {"5": -1}, "tools": [], '
         '"stream": false, "chat_template_kwargs": {"thinking": true}}}'
     )
-    assert (row.custom_id, row.endpoint, row.num_logprobs) == ("a", "/v1/chat/completions", 4)
+    assert (row.custom_id, row.parsed.endpoint, row.parsed.num_logprobs) == ("a", "/v1/chat/completions", 4)
     assert row.request.prompt_token_ids == (0, 1, 3 + ord("h"), 3 + ord("i"), 300)
     params = row.request.params
     assert (params.max_tokens, params.temperature, params.n, params.stop, params.seed) == (7, 0.5, 2, ("x",), 3)
@@ -238,7 +251,7 @@ def test_an_openai_completion_row() -> None:
     row = good_row(
         '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": [1, 2], "logprobs": 2}}'
     )
-    assert (row.endpoint, row.num_logprobs, row.request.params.max_tokens) == ("/v1/completions", 2, 16)
+    assert (row.parsed.endpoint, row.parsed.num_logprobs, row.request.params.max_tokens) == ("/v1/completions", 2, 16)
     assert row.request.prompt_token_ids == (1, 2)
 
 
@@ -254,7 +267,7 @@ def test_an_openai_completion_row() -> None:
 def test_plain_prompts(text: str) -> None:
     row = good_row(text)
     assert row.request.prompt_token_ids == (0, 100, 101)
-    assert (row.custom_id, row.endpoint, row.num_logprobs, row.request.params.logprobs) == (
+    assert (row.custom_id, row.parsed.endpoint, row.parsed.num_logprobs, row.request.params.logprobs) == (
         "row-0",
         "/v1/completions",
         None,
@@ -264,7 +277,7 @@ def test_plain_prompts(text: str) -> None:
 
 def test_plain_messages_with_nested_sampling() -> None:
     row = good_row('{"id": 9, "messages": [{"role": "user", "content": "a"}], "sampling_params": {"top_k": 3}}')
-    assert (row.custom_id, row.endpoint, row.request.params.top_k) == ("9", "/v1/chat/completions", 3)
+    assert (row.custom_id, row.parsed.endpoint, row.request.params.top_k) == ("9", "/v1/chat/completions", 3)
 
 
 def test_defaults_of_the_job_stand_behind_the_row() -> None:
@@ -276,6 +289,61 @@ def test_defaults_of_the_job_stand_behind_the_row() -> None:
     row = good_row(openai % ', "max_tokens": 9, "temperature": 1', rules)
     assert (row.request.params.temperature, row.request.params.max_tokens) == (1, 9)
     assert good_row(openai % "").request.params.max_tokens is None
+
+
+def test_whole_numbers_may_have_a_point_as_pandas_writes_them() -> None:
+    row = good_row(
+        '{"id": 7.0, "prompt": [1.0, 2], "max_tokens": 16.0, "seed": 7.0, "n": 1.0, "top_k": 5.0, "logprobs": 3.0, '
+        '"min_tokens": 2.0, "stop_token_ids": [4.0], "temperature": 0, "logit_bias": null, "stop": null, '
+        '"sampling_params": {"top_p": null}}'
+    )
+    params = row.request.params
+    assert (row.custom_id, row.request.prompt_token_ids) == ("7", (1, 2))
+    values = (params.max_tokens, params.seed, params.n, params.top_k, params.logprobs, params.min_tokens)
+    assert values == (16, 7, 1, 5, 3, 2)
+    assert {type(value) for value in (*values, *row.request.prompt_token_ids)} == {int}
+    assert params.stop_token_ids == (4,)
+    assert (params.temperature, params.top_p) == (0.0, 1.0)
+    chat_row = good_row(chat(logprobs=True, top_logprobs=2.0, max_completion_tokens=3.0).decode())
+    assert (chat_row.parsed.num_logprobs, chat_row.request.params.max_tokens) == (2, 3)
+
+
+def test_fields_of_other_services_that_ask_for_nothing_are_taken() -> None:
+    harmless: dict[str, Any] = {
+        "model": "m",
+        "user": "u",
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "auto",
+        "safety_identifier": "s",
+        "prompt_cache_key": "k",
+        "parallel_tool_calls": True,
+        "stream": False,
+        "stream_options": None,
+        "tools": [],
+        "tool_choice": "auto",
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "best_of": 1.0,
+        "n": 1,
+        "logprobs": False,
+        "top_logprobs": 0,
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "return_token_ids": True,
+        "reasoning_effort": None,
+    }
+    assert good_row(chat(**harmless).decode()).request == good_row(chat().decode()).request
+
+
+def test_vllms_switches_continue_the_last_message(tmp_path: Path) -> None:
+    rules = replace(RULES, encoder=real_encoder(str(tmp_path)))
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    prefix = [messages[0], messages[1] | {"prefix": True}]
+    expected = good_row(chat(messages=prefix).decode(), rules).request
+    switches = chat(messages=messages, add_generation_prompt=False, continue_final_message=True)
+    assert good_row(switches.decode(), rules).request == expected
+    assert good_row(chat(messages=messages, continue_final_message=True).decode(), rules).request == expected
 
 
 @pytest.mark.parametrize(
@@ -372,7 +440,7 @@ def real_encoder(directory: str) -> ModelPrompts:
     write_byte_tokenizer(Path(directory) / "tokenizer.json")
     tokenizer = Tokenizer.from_pretrained(directory)
     assert tokenizer is not None
-    return ModelPrompts(tokenizer)
+    return ModelPrompts(tokenizer, "deepseek_v3")
 
 
 @given(row=_rows)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.stop_signal import JobStopped, StopSignal
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import Request, RequestOutput
-from tests.support.stub_job import AllowedErrors, StubEngines, answer, make_spec
+from tests.support.stub_job import RULES, AllowedErrors, ByteEncoder, StubEngines, answer, make_spec
 
 ROOT = Path(__file__).parents[3]
 STUB_JOB = ROOT / "tests" / "support" / "stub_job.py"
@@ -114,30 +115,6 @@ def test_a_line_has_the_answer_and_its_tokens(tmp_path: Path) -> None:
     assert [entry["token_id"] for entry in first["top_logprobs"]] == [token]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a plan</think>42", {"reasoning_content": "a plan", "content": "42"}),
-        ("a plan that was cut", {"reasoning_content": "a plan that was cut", "content": ""}),
-        ("</think>x</think>", {"reasoning_content": "", "content": "x</think>"}),
-    ],
-)
-def test_thinking_is_apart_from_the_answer(tmp_path: Path, text: str, message: dict[str, str]) -> None:
-    messages = [{"role": "user", "content": "hi"}]
-    rows = [{"messages": messages, "chat_template_kwargs": {"thinking": on}} for on in (True, False)]
-    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-    def reply(request: Request) -> RequestOutput:
-        output = answer(request)
-        output.outputs[0].text = text
-        return output
-
-    run(make_spec(tmp_path / "in.jsonl", tmp_path / "out"), StubEngines(reply=reply))
-    shown = {line["id"]: line["response"]["body"]["choices"][0]["message"] for line in lines_of(tmp_path / "out")}
-    assert shown["batch_req_0"] == {"role": "assistant", **message}
-    assert shown["batch_req_1"] == {"role": "assistant", "content": text}
-
-
 def test_logprobs_are_always_computed_and_shown_when_asked(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(
         '{"prompt": "x", "max_tokens": 2}\n{"prompt": "x", "max_tokens": 2, "logprobs": 0}'
@@ -155,6 +132,52 @@ def test_logprobs_are_always_computed_and_shown_when_asked(tmp_path: Path) -> No
     }
     assert shown["row-0"] is None
     assert len(shown["row-1"]["token_logprobs"]) == 2
+
+
+class CountingEncoder(ByteEncoder):
+    """Counts how often a prompt is tokenised."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def encode_text(self, text: str) -> list[int]:
+        self.count += 1
+        return super().encode_text(text)
+
+
+def test_prompts_are_tokenised_once_whatever_happens(tmp_path: Path) -> None:
+    encoder = CountingEncoder()
+    source = write_input(tmp_path / "in.jsonl", 20, bad=(7,))
+    spec = make_spec(source, tmp_path / "out", rules=replace(RULES, encoder=encoder))
+
+    def dies(request: Request) -> RequestOutput:
+        if request.index == 9:
+            raise RuntimeError("killed")
+        return answer(request)
+
+    assert run(spec, StubEngines(per_poll=1, reply=dies)).exit_code == 5
+    spool = tmp_path / "out" / "rows.spool"
+    assert spool.exists()
+    source.write_text("nobody reads this any more")
+    result = run(spec)
+    assert (result.exit_code, result.completed, result.failed) == (3, 19, 1)
+    assert encoder.count == 19
+    assert not spool.exists()
+    check_exactly_once(tmp_path / "out", 20)
+
+
+def test_without_the_spool_the_input_is_checked_again(tmp_path: Path) -> None:
+    source = write_input(tmp_path / "in.jsonl", 20, bad=(7,))
+    whole = run(make_spec(source, tmp_path / "whole"))
+    spec = make_spec(source, tmp_path / "out")
+
+    def dies(request: Request) -> RequestOutput:
+        raise RuntimeError("killed")
+
+    assert run(spec, StubEngines(reply=dies)).exit_code == 5
+    (tmp_path / "out" / "rows.spool").unlink()
+    assert run(spec).digest == whole.digest
+    check_exactly_once(tmp_path / "out", 20)
 
 
 def test_the_digest_does_not_depend_on_order_or_capacity(tmp_path: Path) -> None:
@@ -461,13 +484,13 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_file_system_that_fills_up_loses_nothing(tmp_path: Path) -> None:
-    """A real one of 64 KB, in a mount namespace of its own, which is enlarged before the job is run again."""
+    """A real one of 160 KB, in a mount namespace of its own, which is enlarged before the job is run again."""
     source = write_input(tmp_path / "in.jsonl", 600)
     undisturbed = run(make_spec(source, tmp_path / "undisturbed"), StubEngines(per_poll=99))
     (tmp_path / "small").mkdir()
     job = f"{sys.executable} {STUB_JOB} {source} out 0.0"
     script = f"""
-        mount -t tmpfs -o size=64k tmpfs {tmp_path}/small && cd {tmp_path}/small || exit 1
+        mount -t tmpfs -o size=160k tmpfs {tmp_path}/small && cd {tmp_path}/small || exit 1
         {job}; echo "first $?"; wc -l < out/part-00000.jsonl
         mount -o remount,size=16m {tmp_path}/small || exit 1
         {job}; echo "second $?"; sort out/part-00000.jsonl > {tmp_path}/rows

@@ -14,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cluster.jobs.input import MAX_MESSAGE_CHARS, BadRow, CustomIdIndex, InputLine, read_lines
+from shoal.cluster.jobs.input import BadRow, CustomIdIndex, InputLine, read_lines
 from shoal.cluster.jobs.row_output import FinishedRow
-from shoal.cluster.jobs.rows import SAMPLING_FIELDS, RowRules, read_row
+from shoal.cluster.jobs.rows import read_row
 from shoal.cluster.jobs.validation import validate_input
+from shoal.cluster.openai.errors import MAX_MESSAGE_CHARS
+from shoal.cluster.openai.fields import SAMPLING_FIELDS
+from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.prompts import ModelPrompts
 from shoal.cluster.workers import wire
 from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
@@ -29,12 +32,12 @@ NUM_FILES, NUM_LINES = 1500, 12
 
 
 @pytest.fixture(scope="module")
-def rules(tmp_path_factory: pytest.TempPathFactory) -> RowRules:
+def rules(tmp_path_factory: pytest.TempPathFactory) -> RequestDefaults:
     directory = tmp_path_factory.mktemp("tokenizer")
     write_byte_tokenizer(directory / "tokenizer.json")
     tokenizer = Tokenizer.from_pretrained(directory)
     assert tokenizer is not None
-    return replace(RULES, encoder=ModelPrompts(tokenizer))
+    return replace(RULES, encoder=ModelPrompts(tokenizer, "deepseek_v3"))
 
 
 def valid_line(kind: int, custom_id: str) -> bytes:
@@ -163,7 +166,7 @@ def is_plain_object(data: bytes) -> bool:
         return False
 
 
-def check_file(path: Path, data: bytes, rules: RowRules) -> tuple[set[int], list[str]]:
+def check_file(path: Path, data: bytes, rules: RequestDefaults) -> tuple[set[int], list[str]]:
     """Read a file both times that a job does; the rows that can be answered, and the codes of the others."""
     path.write_bytes(data)
     expected = split(data)
@@ -182,7 +185,14 @@ def check_file(path: Path, data: bytes, rules: RowRules) -> tuple[set[int], list
         bad[row.index] = error.code
 
     ids = CustomIdIndex(path.with_suffix(".sqlite"))
-    summary = validate_input(path, rules, ids, on_bad_row, lambda summary: numbers.append(summary.num_rows))
+    summary = validate_input(
+        path,
+        rules,
+        ids,
+        on_good_row=lambda row: None,
+        on_bad_row=on_bad_row,
+        on_row=lambda summary: numbers.append(summary.num_rows),
+    )
     ids.close()
     assert numbers == list(range(1, len(expected) + 1))
     assert (summary.num_rows, summary.num_bad_rows) == (len(expected), len(bad))
@@ -200,7 +210,7 @@ def check_file(path: Path, data: bytes, rules: RowRules) -> tuple[set[int], list
     return good, list(bad.values())
 
 
-def test_damaged_lines_are_errors_and_their_neighbours_rows(tmp_path: Path, rules: RowRules) -> None:
+def test_damaged_lines_are_errors_and_their_neighbours_rows(tmp_path: Path, rules: RequestDefaults) -> None:
     found: set[str] = set()
     num_good = 0
     for seed in range(NUM_FILES):
@@ -240,7 +250,7 @@ LINES = st.one_of(
 @settings(max_examples=200, deadline=None)
 def test_any_file_is_rows_and_errors(
     tmp_path_factory: pytest.TempPathFactory,
-    rules: RowRules,
+    rules: RequestDefaults,
     parts: list[tuple[bytes, bytes]],
     cut: int,
 ) -> None:

@@ -157,7 +157,7 @@ def test_the_bytes_are_a_header_and_msgpack() -> None:
     row = msgpack.unpackb(message[8:])
     assert row[:2] == ["7", [1, 2]]
     assert row[2][[f.name for f in fields(SamplingParams)].index("seed")] == 5
-    assert row[3:] == [3, False, False, [], False, False]
+    assert row[3:] == [3, False, False, [], False, False, None]
 
 
 def message_with(**changes: bytes) -> bytes:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tracemalloc
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.runtime.tokenization.detokenizer import IncrementalDetokenizer
+from shoal.runtime.tokenization.detokenizer import IncrementalDetokenizer, token_offsets
 from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
 from shoal.runtime.types import MAX_STOP_CHARS
 
@@ -181,3 +182,65 @@ def test_a_long_stop_string_takes_its_own_length_of_memory(tokenizer: Tokenizer)
         assert tracemalloc.get_traced_memory()[1] < 100 * MAX_STOP_CHARS
     finally:
         tracemalloc.stop()
+
+
+THINK_END_ID = 260
+
+
+def test_stop_strings_apply_after_a_token(tokenizer: Tokenizer) -> None:
+    def run(token_ids: list[int], stop: str, after: int | None) -> tuple[str | None, str]:
+        detokenizer = IncrementalDetokenizer(tokenizer, stop=[stop], stop_after_token_id=after)
+        for token_id in token_ids:
+            if (matched := detokenizer.append(token_id)) is not None:
+                return matched, detokenizer.text
+        detokenizer.finish()
+        return None, detokenizer.text
+
+    inside = [3 + b for b in b"a\nb"]
+    token_ids = [*inside, THINK_END_ID, *inside]
+    assert run(token_ids, "\n", None) == ("\n", "a")
+    assert run(token_ids, "\n", THINK_END_ID) == ("\n", "a\nb</think>a")
+    assert run(inside, "\n", THINK_END_ID) == (None, "a\nb")
+    # Neither the token's own text nor what is before it is a part of a stop string.
+    assert run(token_ids, "think>a", THINK_END_ID) == (None, "a\nb</think>a\nb")
+    # The same text, from ordinary tokens, does not end the part without stop strings.
+    spelled = [*(3 + b for b in b"</think>\n"), THINK_END_ID, 3 + ord("x")]
+    assert run(spelled, "\n", THINK_END_ID) == (None, "</think>\n</think>x")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ([b"a", b"b"], [0, 1]),
+        ([b"\xc3\xa9", b"x"], [0, 1]),
+        ([b"a", b"\xf0", b"\x9f", b"\x98", b"\x80", b"b"], [0, 1, 1, 1, 1, 2]),
+        ([b"\xf0", b"a"], [0, 1]),  # a broken character is U+FFFD
+        ([b"\xf0\x9f", b"\xf0\x9f\x98\x80", b"a"], [0, 1, 2]),
+        ([b"a\xc3", b"\xa9b", b"c"], [0, 1, 3]),
+        ([b"\xff", b"\xfe", b"a"], [0, 1, 2]),
+    ],
+)
+def test_offsets_of_tokens_in_the_text(tmp_path: Path, pieces: list[bytes], expected: list[int]) -> None:
+    tokenizer = Pieces(pieces)
+    assert token_offsets(cast(Tokenizer, tokenizer), range(len(pieces))) == expected
+
+
+class Pieces:
+    """A tokenizer whose token i is the i-th piece."""
+
+    separator = b""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = pieces
+
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes | None:
+        return self.pieces[token_id]
+
+
+@given(st.lists(BYTES | st.integers(0, 290)), st.booleans())
+def test_every_whole_token_is_found_at_its_offset(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
+    text = tokenizer.decode(ids, skip)
+    for token_id, offset in zip(ids, token_offsets(tokenizer, ids, skip), strict=True):
+        data = tokenizer.token_bytes(token_id, skip)
+        if data is not None and data.isascii():
+            assert text[offset : offset + len(data)] == data.decode()

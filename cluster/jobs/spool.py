@@ -1,0 +1,147 @@
+"""The rows of an input that can be answered, checked and tokenised: written by the first pass, read by the second.
+
+    magic (8 bytes) | record | record | ... | end mark (8 bytes)
+    record: length of the payload (4 bytes) | CRC-32 of index and payload (4 bytes) | row index (8 bytes) | payload
+
+Integers are little endian, the payload is msgpack. The file gets its name once it is whole and durable, and is deleted
+when the job is finished. A token of a prompt takes 4 bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from shoal.runtime.types import SamplingParams
+
+from ..openai.requests import ENDPOINTS, ParsedRequest
+from .rows import BatchRow
+
+_MAGIC, _END = b"SHROWS01", b"SHROWEND"
+_HEADER = struct.Struct("<II")
+_INDEX = struct.Struct("<Q")
+_BUFFER_BYTES = 1 << 20
+_DEFAULT_PARAMS = SamplingParams()
+
+
+class _Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    line_number: int
+    byte_offset: int
+    custom_id: str
+    endpoint: int
+    """Position in `ENDPOINTS`."""
+    prompt_token_ids: bytes
+    """4 bytes each."""
+    params: dict[str, Any]
+    """Those that differ from the defaults of SamplingParams."""
+    num_logprobs: int | None
+    reasoning_end_token_id: int | None
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(_Payload)
+
+
+class RowSpoolWriter:
+    """Writes a spool file; rows cost no memory. Every method raises OSError when the disk is full or broken."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._new = path.with_name(path.name + ".new")
+        self._file = open(self._new, "wb", buffering=_BUFFER_BYTES, opener=_open_private)  # noqa: SIM115
+        self._file.write(_MAGIC)
+
+    def add(self, row: BatchRow) -> None:
+        payload = _ENCODER.encode(_payload(row))
+        index = _INDEX.pack(row.index)
+        self._file.write(_HEADER.pack(len(payload), zlib.crc32(payload, zlib.crc32(index))) + index + payload)
+
+    def finish(self) -> None:
+        """Make the rows durable and give the file its name."""
+        self._file.write(_END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._new.replace(self._path)
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def discard(self) -> None:
+        """Delete what was written, unless `finish` was called."""
+        with suppress(OSError):  # closing writes what is buffered, for which there may be no room
+            self._file.close()
+        self._new.unlink(missing_ok=True)
+
+
+def read_spool(path: Path, skip: Callable[[int], bool]) -> Iterator[BatchRow]:
+    """The rows of a spool file in input order, one at a time, without those whose index `skip` is true for.
+
+    ValueError for a file that was changed.
+    """
+    with path.open("rb", buffering=_BUFFER_BYTES) as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise _damaged(path, 0)
+        while (header := file.read(_HEADER.size + _INDEX.size)) != _END:
+            start = file.tell() - len(header)
+            if len(header) != _HEADER.size + _INDEX.size:
+                raise _damaged(path, start)
+            length, crc = _HEADER.unpack_from(header)
+            (index,) = _INDEX.unpack_from(header, _HEADER.size)
+            payload = file.read(length)
+            if len(payload) != length or zlib.crc32(payload, zlib.crc32(header[_HEADER.size :])) != crc:
+                raise _damaged(path, start)
+            if not skip(index):
+                yield _row(index, _DECODER.decode(payload))
+
+
+def _damaged(path: Path, offset: int) -> ValueError:
+    return ValueError(f"{path} is damaged at byte {offset}; delete it and run again, then the input is checked again")
+
+
+def _payload(row: BatchRow) -> _Payload:
+    parsed = row.parsed
+    params = {f.name: getattr(parsed.params, f.name) for f in fields(SamplingParams)}
+    return _Payload(
+        line_number=row.line_number,
+        byte_offset=row.byte_offset,
+        custom_id=row.custom_id,
+        endpoint=ENDPOINTS.index(parsed.endpoint),
+        prompt_token_ids=np.asarray(parsed.prompt_token_ids, dtype="<u4").tobytes(),
+        params={name: value for name, value in params.items() if value != getattr(_DEFAULT_PARAMS, name)},
+        num_logprobs=parsed.num_logprobs,
+        reasoning_end_token_id=parsed.reasoning_end_token_id,
+    )
+
+
+def _row(index: int, payload: _Payload) -> BatchRow:
+    parsed = ParsedRequest(
+        endpoint=ENDPOINTS[payload.endpoint],
+        prompt_token_ids=tuple(np.frombuffer(payload.prompt_token_ids, dtype="<u4").tolist()),
+        params=SamplingParams(**payload.params),
+        num_logprobs=payload.num_logprobs,
+        reasoning_end_token_id=payload.reasoning_end_token_id,
+    )
+    return BatchRow(
+        index=index,
+        line_number=payload.line_number,
+        byte_offset=payload.byte_offset,
+        custom_id=payload.custom_id,
+        parsed=parsed,
+    )
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Nobody else may write to the file, whatever the umask."""
+    return os.open(path, flags, 0o644)

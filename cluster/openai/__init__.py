@@ -1,0 +1,1 @@
+"""OpenAI's format of completions and chat completions: requests, responses, errors."""

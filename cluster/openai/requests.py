@@ -1,0 +1,258 @@
+"""Reads the bodies of OpenAI's requests: from JSON values to token ids and checked sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from shoal.runtime.plain_numbers import whole_number
+from shoal.runtime.request_limits import RequestLimits, check_request
+from shoal.runtime.tokenization.chat import ChatPrompt
+from shoal.runtime.tokenization.tokenizer import Tokenizer
+from shoal.runtime.types import Request, SamplingParams
+
+from .errors import ApiError, json_type
+from .fields import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_FIELDS, check_fields, shown, without_nulls
+
+Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
+ENDPOINTS: tuple[Endpoint, ...] = ("/v1/chat/completions", "/v1/completions")
+
+
+class PromptEncoder(Protocol):
+    """A model's tokenizer and chat format. Both methods raise ValueError for what they cannot encode."""
+
+    def encode_text(self, text: str) -> list[int]:
+        """The token ids of a completion prompt."""
+        ...
+
+    def encode_messages(self, messages: list[dict[str, Any]], thinking: bool) -> ChatPrompt:
+        """The prompt of a conversation, up to and including the header of the answer."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestDefaults:
+    """Limits that requests are checked against, and values for the fields that they leave out."""
+
+    limits: RequestLimits
+    encoder: PromptEncoder | None = None
+    """None: the model has no tokenizer, and only prompts of token ids can be answered."""
+    tokenizer: Tokenizer | None = None
+    """For the text and the bytes of tokens in answers."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Sampling fields for requests that do not set them."""
+    thinking: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParsedRequest:
+    """A request that can be answered."""
+
+    endpoint: Endpoint
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    num_logprobs: int | None
+    """Alternatives per token that the answer shows; None shows no logprobs (they are computed all the same)."""
+    reasoning_end_token_id: int | None = None
+    """Ends the reasoning with which the answer begins; None: it begins with its content."""
+
+    def to_request(self, request_id: str, index: int) -> Request:
+        """The request for an engine. index: its position in the run."""
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=self.prompt_token_ids,
+            params=self.params,
+            index=index,
+            reasoning_end_token_id=self.reasoning_end_token_id,
+        )
+
+
+def parse_chat(body: Mapping[str, Any], defaults: RequestDefaults) -> ParsedRequest:
+    """Read the body of a /v1/chat/completions request; ApiError names what is wrong."""
+    check_fields(body, CHAT_FIELDS)
+    body = without_nulls(body)
+    values = {name: body[name] for name in SAMPLING_FIELDS & body.keys()}
+    prompt = encode_chat(body, defaults)
+    values.setdefault("max_tokens", None)  # OpenAI's default for chat: up to the context's end
+    if "max_completion_tokens" in body:
+        if "max_tokens" in body:
+            raise ApiError(
+                "invalid_parameter", "give max_tokens or max_completion_tokens, not both", "max_completion_tokens"
+            )
+        values["max_tokens"] = body["max_completion_tokens"]
+    values.pop("logprobs", None)
+    if "logprobs" in body or "top_logprobs" in body:
+        values["logprobs"] = _chat_logprobs(body)
+    if "max_tokens" in defaults.sampling and values["max_tokens"] is None:
+        del values["max_tokens"]
+    return build_request("/v1/chat/completions", prompt, values, defaults)
+
+
+def parse_completion(body: Mapping[str, Any], defaults: RequestDefaults) -> ParsedRequest:
+    """Read the body of a /v1/completions request; ApiError names what is wrong."""
+    check_fields(body, COMPLETION_FIELDS)
+    body = without_nulls(body)
+    values = {name: body[name] for name in SAMPLING_FIELDS & body.keys()}
+    return build_request("/v1/completions", encode_prompt(body, defaults), values, defaults)
+
+
+def build_request(
+    endpoint: Endpoint, prompt: ChatPrompt, values: Mapping[str, Any], defaults: RequestDefaults
+) -> ParsedRequest:
+    """Complete sampling fields with the defaults and check them; ApiError for values that cannot be used."""
+    values = dict(defaults.sampling) | dict(values)
+    _check_shapes(values)
+    if values.get("logit_bias"):
+        values["logit_bias"] = {int(key): bias for key, bias in values["logit_bias"].items()}
+    if values.get("stop") and defaults.encoder is None:
+        message = "stop strings need a tokenizer, and the model directory has none; use stop_token_ids"
+        raise ApiError("no_tokenizer", message, "stop")
+    show_logprobs = values.get("logprobs") is not None
+    try:
+        params = SamplingParams(**(values | {"logprobs": values["logprobs"] if show_logprobs else 0}))
+    except ValueError as error:
+        raise ApiError("invalid_parameter", str(error)) from error
+    parsed = ParsedRequest(
+        endpoint=endpoint,
+        prompt_token_ids=tuple(prompt.token_ids),
+        params=params,
+        num_logprobs=params.logprobs if show_logprobs else None,
+        reasoning_end_token_id=prompt.reasoning_end_token_id,
+    )
+    if (problem := check_request(parsed.to_request("", 0), defaults.limits)) is not None:
+        raise ApiError(problem.code, problem.message)
+    return parsed
+
+
+def encode_chat(body: Mapping[str, Any], defaults: RequestDefaults) -> ChatPrompt:
+    """The prompt of a body that has `messages`."""
+    messages = body.get("messages")
+    if messages is None:
+        raise ApiError("missing_prompt", "the request has no messages", "messages")
+    if not isinstance(messages, list):
+        raise ApiError("invalid_type", f"messages must be a list, got {json_type(messages)}", "messages")
+    if not messages:
+        raise ApiError("empty_prompt", "messages is empty; give at least one message", "messages")
+    thinking = read_thinking(body.get("chat_template_kwargs", {}), defaults.thinking)
+    if defaults.encoder is None:
+        message = "messages need a tokenizer, and the model directory has none; give token ids"
+        raise ApiError("no_tokenizer", message, "messages")
+    checked = [_message(i, m) for i, m in enumerate(messages)]
+    if _continues_final_message(body):
+        checked[-1] = checked[-1] | {"prefix": True}
+    try:
+        return defaults.encoder.encode_messages(checked, thinking)
+    except ValueError as error:
+        raise ApiError("invalid_messages", str(error), "messages") from error
+
+
+def encode_prompt(body: Mapping[str, Any], defaults: RequestDefaults) -> ChatPrompt:
+    """The prompt of a body that has `prompt`: text, token ids, or {"prompt_token_ids": ids}."""
+    prompt = body.get("prompt")
+    if prompt is None:
+        raise ApiError("missing_prompt", "the request has neither prompt nor messages", "prompt")
+    if isinstance(prompt, dict):
+        check_fields(prompt, {"prompt_token_ids"}, "prompt.")
+        prompt = prompt.get("prompt_token_ids")
+        if not isinstance(prompt, list):
+            message = f"prompt.prompt_token_ids must be a list, got {json_type(prompt)}"
+            raise ApiError("invalid_type", message, "prompt.prompt_token_ids")
+    if isinstance(prompt, list):
+        return ChatPrompt(_token_ids(prompt))
+    if not isinstance(prompt, str):
+        message = f"prompt must be a string or a list of token ids, got {json_type(prompt)}"
+        raise ApiError("invalid_type", message, "prompt")
+    if not prompt:
+        raise ApiError("empty_prompt", "the prompt is empty; give it at least one token", "prompt")
+    if defaults.encoder is None:
+        message = "a text prompt needs a tokenizer, and the model directory has none; give token ids"
+        raise ApiError("no_tokenizer", message, "prompt")
+    return ChatPrompt(defaults.encoder.encode_text(prompt))
+
+
+def _token_ids(values: Sequence[object]) -> list[int]:
+    if values and isinstance(values[0], str | list):
+        raise ApiError("unsupported_value", "prompt is a list of prompts; ask for each one by itself", "prompt")
+    token_ids: list[int] = []
+    for i, value in enumerate(values):
+        token_id = whole_number(value)
+        if token_id is None:
+            got = shown(value) if isinstance(value, float) else json_type(value)
+            raise ApiError("invalid_type", f"prompt[{i}] must be a token id, got {got}", "prompt")
+        token_ids.append(token_id)
+    return token_ids
+
+
+def _message(position: int, message: object) -> dict[str, Any]:
+    """Check what every prompt format takes for granted; the encoder checks the rest."""
+    if not isinstance(message, dict):
+        raise ApiError("invalid_type", f"messages[{position}] must be an object, got {json_type(message)}", "messages")
+    if not isinstance(message.get("role"), str):
+        got = json_type(message.get("role"))
+        raise ApiError("invalid_type", f"messages[{position}].role must be a string, got {got}", "messages")
+    return message
+
+
+def read_thinking(kwargs: object, default: bool) -> bool:
+    """`thinking` of chat_template_kwargs, or `enable_thinking`, which means the same; ApiError for anything else."""
+    path = "chat_template_kwargs"
+    if not isinstance(kwargs, Mapping):
+        raise ApiError("invalid_type", f"{path} must be an object, got {json_type(kwargs)}", path)
+    check_fields(kwargs, ("thinking", "enable_thinking"), f"{path}.")
+    given = without_nulls(kwargs)
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            message = f"{path}.{name} must be true or false, got {json_type(value)}"
+            raise ApiError("invalid_type", message, f"{path}.{name}")
+    if len(set(given.values())) > 1:
+        message = f"{path}.thinking and {path}.enable_thinking mean the same and contradict each other; give one"
+        raise ApiError("invalid_parameter", message, path)
+    return next(iter(given.values()), default)
+
+
+def _continues_final_message(body: Mapping[str, Any]) -> bool:
+    """Whether vLLM's pair of switches asks to continue the last message; one switch alone may stand for both."""
+    continues = body.get("continue_final_message", False)
+    adds_header = body.get("add_generation_prompt", not continues)
+    for name, value in (("continue_final_message", continues), ("add_generation_prompt", adds_header)):
+        if not isinstance(value, bool):
+            raise ApiError("invalid_type", f"{name} must be true or false, got {json_type(value)}", name)
+    if continues and adds_header:
+        message = "continue_final_message and add_generation_prompt exclude each other"
+        raise ApiError("invalid_parameter", message, "continue_final_message")
+    if not continues and not adds_header:
+        message = "add_generation_prompt false is not supported: an answer needs its header; remove it"
+        raise ApiError("unsupported_field", message, "add_generation_prompt")
+    return bool(continues)
+
+
+def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
+    """Alternatives per token; chat asks with `logprobs: true` and `top_logprobs: k`."""
+    asked = body.get("logprobs", False)
+    top = whole_number(body.get("top_logprobs", 0))
+    if not isinstance(asked, bool):
+        message = f"logprobs must be true or false for chat, got {json_type(asked)}"
+        raise ApiError("invalid_type", message, "logprobs")
+    if top is None:
+        message = f"top_logprobs must be a whole number, got {json_type(body['top_logprobs'])}"
+        raise ApiError("invalid_type", message, "top_logprobs")
+    if top and not asked:
+        raise ApiError("invalid_parameter", "top_logprobs needs logprobs: true", "top_logprobs")
+    return top if asked else None
+
+
+def _check_shapes(values: Mapping[str, Any]) -> None:
+    """Check what SamplingParams takes for granted: that lists are lists and biases are objects."""
+    if not isinstance(values.get("stop"), str | list | tuple | None):
+        message = f"stop must be a string or a list of strings, got {json_type(values['stop'])}"
+        raise ApiError("invalid_type", message, "stop")
+    if not isinstance(values.get("stop_token_ids"), list | tuple | None):
+        message = f"stop_token_ids must be a list, got {json_type(values['stop_token_ids'])}"
+        raise ApiError("invalid_type", message, "stop_token_ids")
+    bias = values.get("logit_bias")
+    if not isinstance(bias, dict | None):
+        raise ApiError("invalid_type", f"logit_bias must be an object, got {json_type(bias)}", "logit_bias")
+    for key in bias or {}:
+        if not (str(key).isascii() and str(key).isdecimal() and len(str(key)) <= 9):
+            raise ApiError("invalid_type", f"logit_bias keys must be token ids, got {shown(key)}", "logit_bias")
