@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.runtime.models.families import FAMILIES
 from shoal.runtime.tokenization.chat import CHAT_FORMATS, ChatPrompt, render_chat
 from shoal.runtime.tokenization.tokenizer import Tokenizer, read_json
-
-MODEL_CHAT_FORMATS = {"deepseek_v3": "deepseek-v3.1", "deepseek_v32": "deepseek-v3.1"}
-"""Name of the chat format per `model_type`; the other types have none yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class ModelPrompts:
     @property
     def chat_format(self) -> str | None:
         """Name of the model's chat format; None if chat is not supported for it."""
-        return MODEL_CHAT_FORMATS.get(self.model_type)
+        return FAMILIES[self.model_type].chat_format if self.model_type in FAMILIES else None
 
     def encode_text(self, text: str) -> list[int]:
         """The token ids of a completion prompt: plain text with the tokens that the tokenizer adds to a prompt."""
