@@ -31,9 +31,9 @@ from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.models.families import parse_config
+from shoal.runtime.random_checkpoint import YARN, is_quantized, tensor_shapes, tiny_config
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, SamplingParams
-from tests.support.checkpoints import YARN, is_quantized, tensor_shapes, tiny_config
 
 DEVICE = torch.device("cuda")
 V32: dict[str, Any] = {

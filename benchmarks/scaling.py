@@ -178,7 +178,7 @@ class Steps:
 
 def checkpoint(models: Path, kind: str) -> Path:
     """A model of that kind, made once."""
-    from tests.support.checkpoints import make_checkpoint
+    from shoal.runtime.random_checkpoint import make_checkpoint
 
     folder = models / kind
     if not (folder / "tokenizer.json").exists():  # written last

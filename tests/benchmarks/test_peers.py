@@ -15,7 +15,7 @@ import pytest
 
 import shoal.cluster.bench.roofline
 from shoal.cluster.bench.roofline import Ceilings
-from tests.support.checkpoints import make_checkpoint
+from shoal.runtime.random_checkpoint import make_checkpoint
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 MODULES = ("plots", "peers", "scaling")

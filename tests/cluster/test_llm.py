@@ -23,9 +23,9 @@ from shoal.cluster.llm import LLM, params_list, prompt_list, token_id_tuple
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.cluster.workers.engine_factory import BUILD_PROFILED_ENGINE
 from shoal.cluster.workers.wire import pack_output
+from shoal.runtime.random_checkpoint import make_checkpoint, tiny_config
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import RequestOutput, SamplingParams
-from tests.support.checkpoints import make_checkpoint, tiny_config
 from tests.support.stub_engine import RAISES, REFUSED, STUB
 
 BOS, THINK, END_THINK, USER, ASSISTANT = 0, 259, 260, 261, 262

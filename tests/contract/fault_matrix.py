@@ -29,8 +29,8 @@ from typing import Any
 from shoal.cluster.supervision.fault import Fault
 from shoal.cluster.workers.local_cluster import local_cluster
 from shoal.parallel.failpoints import VARIABLE
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
-from tests.support.checkpoints import make_checkpoint
 from tests.support.faults import Bits, Rig, Target, answers_of_one_process, make_model, rig
 
 ROOT = Path(__file__).parents[2]

@@ -32,9 +32,9 @@ from shoal.kernels import build
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import create_groups
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
 from shoal.runtime.types import Request, SamplingParams
-from tests.support.checkpoints import make_checkpoint
 from tests.support.stub_job import StubEngines, make_spec
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ import torch
 from shoal.parallel.groups import single_process_groups
 from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import Request, SamplingParams
-from tests.support.checkpoints import make_checkpoint
 from tests.support.invariance import (
     BASE_ENGINE,
     SCHEDULES,

@@ -12,9 +12,9 @@ from shoal.kernels.linear import packed_num_bytes
 from shoal.parallel.config import ParallelConfig
 from shoal.runtime.memory_estimate import StorageFormat, fitting_layouts, kv_bytes_per_token, rank_weight_bytes
 from shoal.runtime.models.families import parse_config
+from shoal.runtime.random_checkpoint import make_checkpoint, tiny_config
 from tests.runtime.models.test_config import DEEPSEEK_V3
 from tests.runtime.models.test_weights import stored_tensors
-from tests.support.checkpoints import make_checkpoint, tiny_config
 from tests.support.harness import make_runner
 
 V32 = parse_config(

@@ -21,8 +21,8 @@ from shoal.cluster.replicas.router import Router
 from shoal.cluster.replicas.start import start_engines
 from shoal.cluster.supervision.fault import Fault
 from shoal.cluster.workers.actors import WorkerProcess
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import Request, SamplingParams
-from tests.support.checkpoints import make_checkpoint
 from tests.support.invariance import bits, rows
 
 DEADLINE_S = 120.0

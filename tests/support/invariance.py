@@ -16,8 +16,8 @@ from shoal.parallel.groups import ParallelGroups, init_groups
 from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import GeneratedTokens, Logprob, Request, RequestOutput, SamplingParams
-from tests.support.checkpoints import make_checkpoint
 
 
 @dataclass(frozen=True)

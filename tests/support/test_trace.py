@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from shoal.runtime.models.weights import TensorWeight
-from tests.support.checkpoints import make_checkpoint
+from shoal.runtime.random_checkpoint import make_checkpoint
 from tests.support.harness import logits_in_chunks, make_runner
 from tests.support.trace import Trace, first_difference
 

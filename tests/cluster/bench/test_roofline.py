@@ -5,7 +5,7 @@ import pytest
 from shoal.cluster.bench.roofline import Ceilings, decode_cost, measure_ceilings, prefill_cost, workload_limit
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.models.families import parse_config
-from tests.support.checkpoints import tiny_config
+from shoal.runtime.random_checkpoint import tiny_config
 
 SIZES = {
     "vocab_size": 32000,

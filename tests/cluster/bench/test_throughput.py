@@ -20,8 +20,8 @@ from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.environment import peak_rss_mib
 from shoal.cluster.llm import LLM
 from shoal.runtime.engine.step_profile import PHASES, StepProfile
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import SamplingParams
-from tests.support.checkpoints import make_checkpoint
 
 SMALL: dict[str, Any] = {"max_model_len": 64, "num_kv_blocks": 8, "block_size": 16, "num_threads_per_worker": 1}
 WORKLOAD = Workload(num_prompts=5, input_len=6, output_len=4, runs=2, seed=3)

@@ -20,8 +20,8 @@ from shoal.cluster.commands.options import exits, options
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.jobs.job import JobResult
 from shoal.cluster.workers.ray_cluster import LayoutDoesNotFit
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.request_limits import RequestLimits
-from tests.support.checkpoints import make_checkpoint
 from tests.support.stub_job import StubEngines
 
 ROOT = Path(__file__).parents[3]

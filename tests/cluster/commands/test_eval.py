@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from shoal.cluster.bundled import TASKS, questions
 from shoal.cluster.commands.cli import main
 from shoal.cluster.commands.eval import final_answer, score, table, wilson_interval
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import CompletionOutput, FinishReason, RequestOutput
-from tests.support.checkpoints import make_checkpoint
 
 RECIPE = Path(__file__).parents[3] / "examples" / "tiny_model"
 

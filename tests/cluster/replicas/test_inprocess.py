@@ -9,8 +9,8 @@ import torch
 
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replicas.inprocess import InProcessEngine
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import Request, SamplingParams
-from tests.support.checkpoints import make_checkpoint
 
 
 def token_ids(engine: InProcessEngine) -> list[int]:

@@ -13,9 +13,9 @@ from shoal.cluster.routing.request_router import Effect, RequestRouter
 from shoal.cluster.workers import kv_transports
 from shoal.cluster.workers.kv_transports import choose_transport
 from shoal.parallel.nixl_agent import is_installed
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import PromptLoaded, RequestOutput
-from tests.support.checkpoints import make_checkpoint
 from tests.support.invariance import bits, rows
 
 needs_nixl = pytest.mark.skipif(not is_installed(), reason="nixl-cu13 is not installed")

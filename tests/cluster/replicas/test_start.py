@@ -16,8 +16,8 @@ from shoal.cluster.replicas import start as start_module
 from shoal.cluster.replicas.start import announced, start_engines
 from shoal.cluster.workers.ray_cluster import LayoutDoesNotFit, Node
 from shoal.cluster.workers.spec import Phase
+from shoal.runtime.random_checkpoint import tiny_config
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
-from tests.support.checkpoints import tiny_config
 from tests.support.stub_engine import RAISES, STUB
 
 

@@ -17,7 +17,7 @@ from ray._private.worker import global_worker
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replicas.start import start_engines
 from shoal.cluster.workers.ray_cluster import connect, node_address
-from tests.support.checkpoints import tiny_config
+from shoal.runtime.random_checkpoint import tiny_config
 from tests.support.sockets import listening
 from tests.support.stub_engine import STUB
 

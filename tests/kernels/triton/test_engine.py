@@ -13,9 +13,9 @@ from shoal.parallel.groups import single_process_groups
 from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.kernels.triton.interpreter import DEVICE
-from tests.support.checkpoints import make_checkpoint
 from tests.support.fakes.install import install
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.models.families import read_config
-from tests.support.checkpoints import make_checkpoint, random_tensor, tensor_shapes
+from shoal.runtime.random_checkpoint import make_checkpoint, random_tensor, tensor_shapes
 
 PROJECTION = "model.layers.0.mlp.gate_proj.weight"
 

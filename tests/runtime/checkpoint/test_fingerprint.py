@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.checkpoint.file_digests import DigestCache, file_digests
 from shoal.runtime.checkpoint.safetensors_file import FileVersion, SafetensorsFile
-from tests.support.checkpoints import make_checkpoint
+from shoal.runtime.random_checkpoint import make_checkpoint
 
 
 def write(path: Path, content: bytes = b"some weights") -> SafetensorsFile:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.checkpoint.file_kinds import describe_file
 from shoal.runtime.models.families import read_config
+from shoal.runtime.random_checkpoint import make_checkpoint, tensor_shapes
 from shoal.runtime.tokenization.tokenizer import Tokenizer
-from tests.support.checkpoints import make_checkpoint, tensor_shapes
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 5234139343\n"
 INDEX = "model.safetensors.index.json"

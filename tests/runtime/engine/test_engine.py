@@ -27,10 +27,10 @@ from shoal.runtime.memory_estimate import declare_model
 from shoal.runtime.models.deepseek import cache_specs
 from shoal.runtime.models.families import read_config
 from shoal.runtime.models.weights import TensorWeight
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.scheduling.batch import Batch
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
-from tests.support.checkpoints import make_checkpoint
 from tests.support.harness import logits_in_chunks, make_runner
 from tests.support.spawn import run_ranks
 

@@ -13,9 +13,9 @@ from shoal.parallel.groups import single_process_groups
 from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import GeneratedTokens, Logprob, Request, RequestOutput, RequestProgress, SamplingParams
-from tests.support.checkpoints import make_checkpoint
 
 MAX_TOKENS = 12
 Generated = dict[str, dict[int, GeneratedTokens]]

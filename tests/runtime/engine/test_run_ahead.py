@@ -17,10 +17,10 @@ from shoal.parallel.groups import single_process_groups
 from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.sampling.device_sampler import DeviceSampler
 from shoal.runtime.sampling.sampler import Sampler, SamplingRow
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
-from tests.support.checkpoints import make_checkpoint
 from tests.support.invariance import bits
 from tests.support.ops import CPU_OPS
 

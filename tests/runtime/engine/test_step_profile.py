@@ -17,8 +17,8 @@ from shoal.runtime.engine.step_profile import (
     add_phase_timer,
     profile_of,
 )
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import Request, SamplingParams
-from tests.support.checkpoints import make_checkpoint
 
 
 class Work:

@@ -13,7 +13,7 @@ from shoal.runtime.kv_cache.cache import KVCache, RecordSpec, bytes_per_block
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.models.deepseek import cache_specs
 from shoal.runtime.models.families import read_config
-from tests.support.checkpoints import make_checkpoint
+from shoal.runtime.random_checkpoint import make_checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, FP8_RECORDS)
 

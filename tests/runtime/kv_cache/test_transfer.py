@@ -16,9 +16,9 @@ from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.engine.build import TRANSFER_TIMEOUT_S, build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
+from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
-from tests.support.checkpoints import make_checkpoint
 from tests.support.invariance import bits
 from tests.support.split import MemoryTransport, Published, Split, flip_a_byte, generated_by
 

@@ -10,7 +10,7 @@ import torch
 from shoal.kernels.rope import YarnConfig
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.models.families import FAMILIES, parse_config, read_config
-from tests.support.checkpoints import make_checkpoint, tiny_config
+from shoal.runtime.random_checkpoint import make_checkpoint, tiny_config
 
 # The published numbers of DeepSeek-V3 and R1.
 DEEPSEEK_V3: dict[str, Any] = {

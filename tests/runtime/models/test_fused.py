@@ -10,7 +10,7 @@ import torch
 
 from shoal.runtime.models.deepseek import DeepseekModel
 from shoal.runtime.models.fused import FusedDecoderLayer
-from tests.support.checkpoints import make_checkpoint
+from shoal.runtime.random_checkpoint import make_checkpoint
 from tests.support.harness import logits_in_chunks, make_runner
 
 CASES: list[tuple[str, dict[str, Any], bool]] = [

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.support.checkpoints import make_checkpoint
+from shoal.runtime.random_checkpoint import make_checkpoint
 from tests.support.harness import logits_in_chunks, make_runner, record_tap
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from shoal.runtime.memory_estimate import declare_model
 from shoal.runtime.models.families import parse_config
 from shoal.runtime.models.model import Model
 from shoal.runtime.models.weights import tensor_shapes
-from tests.support.checkpoints import make_checkpoint, tiny_config
+from shoal.runtime.random_checkpoint import make_checkpoint, tiny_config
 from tests.support.harness import logits_in_chunks, make_runner
 
 TOKENS = list(range(3, 33))

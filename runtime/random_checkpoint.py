@@ -1,4 +1,4 @@
-"""Small models with random weights in the Hugging Face layout, for tests and benchmarks."""
+"""Small models with random weights in the Hugging Face layout, for trying things out, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shoal.kernels.quant import quantize_block_fp8
-from shoal.runtime.memory_estimate import declare_model
-from shoal.runtime.models.config import ModelConfig
-from shoal.runtime.models.families import parse_config
-from shoal.runtime.models.weights import tensor_shapes as declared_shapes
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+
+from .memory_estimate import declare_model
+from .models.config import ModelConfig
+from .models.families import parse_config
+from .models.weights import tensor_shapes as declared_shapes
+from .tokenization.tokenizer import write_byte_tokenizer
 
 YARN = {
     "type": "yarn",

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from shoal.runtime.models.families import parse_config
-from tests.support.checkpoints import YARN, make_checkpoint
+from shoal.runtime.random_checkpoint import YARN, make_checkpoint
 
 HF_CLASSES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
