@@ -16,7 +16,7 @@ PACKAGES = ("shoal", "torch", "ray", "numpy", "safetensors", "tokenizers")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that take part in an answer."""
+    """Versions of Python and of the packages that take part in an answer."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 

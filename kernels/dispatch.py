@@ -22,7 +22,7 @@ _PACK = ("shoal_pack_segments", *[c_void_p, c_int64, c_int64] * 2, *[c_void_p] *
 _UNPACK = ("shoal_unpack_segments", c_void_p, *[c_int64] * 3, *[c_void_p] * 5)
 _HEAD = struct.Struct("=ii")  # number of rows, number of pairs
 _ALIGNMENT = 8
-"""Of a segment in its buffer, in bytes."""
+"""Alignment of a send buffer's segments, in bytes."""
 
 
 def group_pairs(kernel: Kernel, topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ _DEQUANTIZE = ("shoal_dequantize_rows", c_int64, *[c_void_p] * 2, *[c_int64] * 2
 
 
 def fp8_row_bytes(columns: int) -> int:
-    """Of a stored row: the numbers, then the scales."""
+    """Bytes of a stored row: the values, then their scales."""
     return columns + 4 * -(-columns // BLOCK)
 
 

@@ -81,7 +81,7 @@ def index_scores(kernel: Kernel, q: Tensor, weights: Tensor, keys: Tensor) -> Te
 
 
 def topk_positions(kernel: Kernel, scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
-    """Of each row's first lengths[t] scores the best `topk` -> [T, topk] int32: ascending positions, then -1.
+    """Positions of the `topk` best of each row's first lengths[t] scores, [T, topk] int32: ascending, then -1.
 
     scores: [T, S] fp32, lengths: [T] int64, checked on the CPU only. Best is (score descending, position ascending),
     -0 equal to 0, NaN below -infinity, so the selection is one definite set.

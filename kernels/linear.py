@@ -50,14 +50,14 @@ class PackedWeight:
     out_features: int
     in_features: int
     dtype: torch.dtype
-    """Of the inputs it is multiplied with."""
+    """Dtype of the GEMM's inputs."""
     backend: Backend
     is_fp8: bool = False
     scale_inv: Tensor | None = None
-    """Of FP8 products: [num_matrices, ceil(N / 128), ceil(K / 128)] float32, a scale for each 128 x 128 block, or
+    """FP8 GEMMs only: [num_matrices, ceil(N / 128), ceil(K / 128)] float32, a scale per 128 x 128 block, or
     [num_matrices, N + 128, ceil(K / 128)] one for each row, for rows that were cut or put together between blocks."""
     ue8m0: bool = False
-    """Of FP8 products: whether the scales of what it multiplies are rounded up to powers of two."""
+    """FP8 GEMMs only: whether the scales of the inputs are rounded up to powers of two."""
 
     @property
     def has_row_scales(self) -> bool:

@@ -90,7 +90,7 @@ class Communicator:
         spans: Spans | None = None,
         store_ranks: Sequence[int] | None = None,
     ) -> None:
-        """Of more than one rank, it is in use after `connect`.
+        """With more than one rank it is ready after `connect`.
 
         After a failure ranks tell each other through the store where they were, each under its `store_ranks` entry.
         """
@@ -105,7 +105,7 @@ class Communicator:
         self._nccl: NcclBackend | None = None
         self._closed: str | None = "it was never formed" if size > 1 else None
         self._lock = threading.Lock()
-        """Of the change from one epoch to the next, which an abort of the former must not reach across."""
+        """Serialises connect() with abort(): a late abort of the old epoch must not close the new one."""
 
     def connect(
         self, epoch: int, mesh: SocketMesh | None = None, nccl: NcclBackend | None = None, store: Store | None = None

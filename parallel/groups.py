@@ -36,12 +36,12 @@ class ParallelGroups:
     hostname: str = "127.0.0.1"
     """The address that this rank listens on and that its peers reach."""
     timeout_s: float = 60.0
-    """Of one collective, and of forming the groups where it is above MIN_CREATION_TIMEOUT_S."""
+    """Timeout of a collective, and of forming the groups where it is above MIN_CREATION_TIMEOUT_S."""
     busy_wait_s: float = 0.0
     """How long to watch for a message before sleeping, for ranks that have their cores to themselves."""
     spans: Spans = field(default_factory=Spans)
     secret: bytes = field(default=b"", repr=False)
-    """That the ranks share and nobody else has; it opens their connections."""
+    """Shared secret that authenticates connections between the ranks."""
 
     @property
     def dp_rank(self) -> int:

@@ -33,9 +33,9 @@ class KVChunk:
     start: int
     end: int
     fingerprint: bytes
-    """Of model, dtype and kernels: records of another one are other numbers."""
+    """Fingerprint of model, dtype and kernels; KV of another one has other values."""
     epoch: int
-    """Of the publishing replica."""
+    """Epoch of the publishing replica."""
     generation: int
     """Number of the chunk in the publishing process; never used twice."""
     num_bytes: int

@@ -28,7 +28,7 @@ PEER_IDLE_S = 600.0
 """A publisher that nothing was read from for so long is forgotten when another one appears."""
 
 _ALIGNMENT = 64
-"""Of slices, so that a payload can be viewed in any dtype."""
+"""Alignment of slices in bytes, so that a payload can be viewed in any dtype."""
 _ADDRESS_BYTES = 8
 
 
@@ -80,7 +80,7 @@ class NixlTransport:
 
     @property
     def num_quarantined_bytes(self) -> int:
-        """Of reads that were given up and have not ended."""
+        """Bytes still pinned by cancelled reads that have not completed."""
         return sum(read.memory.num_bytes for read in self._reads if read.given_up)
 
     def state(self, read: _Read) -> ReadState:
@@ -160,7 +160,7 @@ class _Peer:
     regions: set[bytes] = field(default_factory=set)
     """Metadata of its memory."""
     num_reads: int = 0
-    """That have not ended."""
+    """Reads that have not completed."""
     lost: bool = False
     """A read failed: its connection is of no use any more."""
 

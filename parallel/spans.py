@@ -76,7 +76,7 @@ class Spans:
         return self._watched.get(name, _UNWATCHED)
 
     def listeners(self, name: SpanName) -> tuple[SpanListener, ...]:
-        """Who watches the spans of this name, the outermost first."""
+        """Listeners to the spans of this name, the outermost first."""
         return self._watched[name].listeners if name in self._watched else ()
 
     def add(self, listener: SpanListener, names: Iterable[SpanName] = SPAN_NAMES) -> None:

@@ -158,7 +158,7 @@ class _Address:
     host: str
     port: int
     unix_name: str
-    """Of a socket in Linux's abstract namespace; "" where there is none."""
+    """Name of a socket in Linux's abstract namespace; "" where there is none."""
     machine: str
     """Equal for two processes exactly when they reach each other's abstract sockets."""
 
@@ -265,7 +265,7 @@ class _Arrivals:
     """Accepts connections and reads what they open with, from all of them at a time."""
 
     def __init__(self, listeners: Sequence[socket.socket], key: bytes, *, max_waiting: int) -> None:
-        """Of more than `max_waiting` strangers the oldest is turned away."""
+        """The oldest of more than `max_waiting` unauthenticated peers is turned away."""
         self._key, self._max_waiting = key, max_waiting
         self._listeners = {listener.fileno(): listener for listener in listeners}
         self._strangers: dict[int, _Stranger] = {}

@@ -205,7 +205,7 @@ class RequestProgress:
 
     request_id: str
     index: int
-    """Of the continuation."""
+    """Index of the continuation, below `n`."""
     start: int
     """Tokens that it had before."""
     new: GeneratedTokens

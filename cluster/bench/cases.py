@@ -48,7 +48,7 @@ def index_keys(r: Inputs, sequences: int, context: int, dim: int) -> Tensor:
 
 
 def rotation(r: Inputs, dim: int, tokens: int, *, interleaved: bool) -> Rotation:
-    """Of tokens at any of 4096 positions."""
+    """Rotary tables and positions of tokens, drawn from 4096 positions."""
     return Rotation(cos_sin_table(inv_freq(dim, 10000.0), 4096), r.positions(tokens, 4096), interleaved)
 
 

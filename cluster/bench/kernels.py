@@ -37,7 +37,7 @@ MAX_SECONDS = 10.0
 OPS_THAT_WAIT = ("mha_attention", "pack_segments", "unpack_segments")
 """For the device, to learn sizes, and so cannot be in a graph."""
 TOLERANCES = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-14}
-"""Of outputs, against the largest one; everything else must be equal."""
+"""Tolerances of float outputs, relative to the largest one; all other outputs must be equal."""
 
 
 def kernels(
@@ -205,7 +205,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _worst_difference(ours: Sequence[Tensor], reference: Sequence[Tensor], tolerance: float | None) -> dict[str, Any]:
-    """Of the output that is furthest from its reference, as a multiple of its tolerance."""
+    """Difference of the output that is furthest from its reference, as a multiple of its tolerance."""
     compared = []
     for x, y in zip(ours, reference, strict=True):
         allowed = TOLERANCES.get(y.dtype, 0.0) if tolerance is None else tolerance

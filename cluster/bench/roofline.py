@@ -11,7 +11,7 @@ import torch
 from shoal.runtime.models.config import ModelConfig
 
 BYTES_PER_VALUE = 2
-"""Of activations and cache records in bfloat16."""
+"""Bytes of an activation or KV cache value in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +19,9 @@ class Ceilings:
     """Rates that nothing on this machine exceeds."""
 
     flops_per_s: float
-    """Of a bfloat16 matrix product."""
+    """Peak rate of a bfloat16 GEMM."""
     bytes_per_s: float
-    """Of a memory read."""
+    """Peak rate of a memory read."""
 
     def seconds(self, flops: float, num_bytes: float) -> float:
         """The least time for so many operations on so many bytes of memory."""
@@ -37,7 +37,7 @@ class Ceilings:
 
 
 def measure_device_ceilings(device: torch.device, *, matrix_size: int = 8192, num_bytes: int = 1 << 31) -> Ceilings:
-    """Of a GPU: the best of some products of two square matrices and of some copies, which read and write."""
+    """Measured peaks of a GPU: the best of several square GEMMs and of several copies, which read and write."""
     x, y = (torch.randn(matrix_size, matrix_size, dtype=torch.bfloat16, device=device) for _ in range(2))
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
@@ -117,7 +117,7 @@ def scored_tokens(config: ModelConfig, context: int) -> int:
 
 
 def _attention_flops(config: ModelConfig, pairs: int, width: int) -> float:
-    """Of score and weighted sum: `width` multiply-adds for each head and (query, key) pair of a layer."""
+    """FLOPs of scores and weighted sums: `width` multiply-adds per head and (query, key) pair of a layer."""
     return 2.0 * config.num_hidden_layers * config.num_attention_heads * pairs * width
 
 
@@ -132,7 +132,7 @@ def _num_indexers(config: ModelConfig) -> int:
 
 
 def _token_cost(config: ModelConfig, tokens: int, logits: int) -> tuple[float, float]:
-    """Of everything that is not attention over a context; each weight that some token needs is read once."""
+    """(FLOPs, bytes) of everything but attention over a context; each weight that some token needs is read once."""
     c = config
     hidden, heads, num_layers = c.hidden_size, c.num_attention_heads, c.num_hidden_layers
     q_rank = c.q_lora_rank or 0

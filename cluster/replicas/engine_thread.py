@@ -29,7 +29,7 @@ class AbortableEngines(Engines, Protocol):
         ...
 
     def step_profiles(self) -> list[StepProfile]:
-        """Of every rank; the engines must measure their steps."""
+        """Step profiles of every rank; the engines must measure their steps."""
         ...
 
 

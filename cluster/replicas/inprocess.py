@@ -99,7 +99,7 @@ class InProcessEngine:
         return {}
 
     def step_profiles(self) -> list[StepProfile]:
-        """Of the one rank; the engine must measure its steps."""
+        """Step profile of the one rank; the engine must measure its steps."""
         return [step_profile(self._engine)]
 
     def close(self) -> None:

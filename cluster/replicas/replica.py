@@ -98,17 +98,17 @@ class Replica:
             )
             for rank in range(spec.parallel.world_size)
         ]
-        """By rank; once it is ready, with what the ranks found out."""
+        """Assignments by rank; complete once the replica is ready."""
         self.workers = [
             start_worker(launch, seat, assignment, title=f"{spec.role}:{first_number + assignment.rank}")
             for seat, assignment in zip(seats, self.assignments, strict=True)
         ]
-        """By rank, the first ones."""
+        """First worker of each rank."""
         tp = spec.tensor_parallel_size
         self._leaders = [_Leader(rank, self.workers[rank]) for rank in range(0, len(self.workers), tp)]
         self._starts: dict[ObjectRef, int] = {w.started: rank for rank, w in enumerate(self.workers)}
         self._running: dict[int, WorkerProcess] = {}
-        """By rank, those that are there now."""
+        """Current workers by rank."""
 
     def wait_ready(self, timeout_s: float) -> list[StartReport]:
         """Per rank, once all can serve. EngineFailed, or ValueError for what a user can mend, when one cannot."""
@@ -256,7 +256,7 @@ class Replica:
         ]
 
     def step_profiles(self) -> list[StepProfile]:
-        """Of every rank; the engines must measure their steps."""
+        """Step profiles of every rank; the engines must measure their steps."""
         asked = [self._running[rank].actor.step_profile.remote() for rank in sorted(self._running)]
         profiles: list[StepProfile] = ray.get(asked, timeout=PROFILE_TIMEOUT_S)
         return profiles

@@ -48,7 +48,7 @@ class Router:
         self._num_losses = [0] * len(replicas)
         """Since the replica last told something new of a request."""
         self._ranks = [(number, rank) for number, replica in enumerate(replicas) for rank in replica.leaders]
-        """Of every attention group, the replica and its leader there."""
+        """(replica, rank of the leader) of every attention group."""
         self._groups = {place: group for group, place in enumerate(self._ranks)}
         self.limits: RequestLimits = min((r.limits for r in replicas), key=lambda x: x.max_model_len)
         """What every replica can take."""
@@ -138,7 +138,7 @@ class Router:
         return [problem for replica in self._replicas for problem in replica.audit()]
 
     def step_profiles(self) -> list[StepProfile]:
-        """Of every rank of every replica; the engines must measure their steps."""
+        """Step profiles of every rank of every replica; the engines must measure their steps."""
         return [profile for replica in self._replicas for profile in replica.step_profiles()]
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class Router:
 
     @property
     def supervisor(self) -> Supervisor:
-        """Who watches the workers."""
+        """Supervisor of the workers."""
         return self._supervisor
 
     @property

@@ -69,7 +69,7 @@ class RequestRouter:
         self._max_model_len, self._block_size = max_model_len, block_size
         self._tracked: dict[str, TrackedRequest] = {}
         self._queue: deque[tuple[int, str]] = deque()
-        """By arrival; an aborted request stays until its turn."""
+        """Requests in order of arrival; an aborted one stays until its turn."""
         self._allowed: frozenset[str] | None = None
         self._held: list[tuple[int, str]] = []
         """Queued requests that are not allowed to be sent, in any order."""
@@ -186,7 +186,7 @@ class RequestRouter:
         placement, queue = self._placement, self._queue
         num_blocked = 0
         smallest: TrackedRequest | None = None
-        """Of those for which no place was found."""
+        """Smallest of the requests for which no place was found."""
         while num_blocked < min(MAX_BLOCKED, len(queue)):
             if not placement.has_place and (num_blocked > 0 or not placement.keeps):
                 break

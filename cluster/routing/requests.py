@@ -27,9 +27,9 @@ class TrackedRequest:
     num_prompt_tokens: int
     arrival: int
     block_size: int
-    """Of the caches: a sequence takes whole blocks."""
+    """Tokens per KV cache block; a sequence takes whole blocks."""
     max_output_tokens: int
-    """Of every continuation."""
+    """Longest output of each continuation, in tokens."""
     prefixes: list[int]
     generated: list[GeneratedTokens]
     num_kv_tokens: int

@@ -23,11 +23,11 @@ class Fault:
     rank: int | None
     reason: str
     noticed_at: float
-    """By the clock of the supervisor."""
+    """Time of detection, by the supervisor's clock."""
     silent_s: float
     """How long it was not heard when its loss was noticed: at most what it took to notice."""
     point: str | None = None
-    """Of the failpoint that caused it."""
+    """Name of the failpoint that caused it."""
     detection_s: float | None = None
     """From the failpoint until it was noticed, on one machine."""
     filled_s: float | None = None

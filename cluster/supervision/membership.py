@@ -79,7 +79,7 @@ class Membership:
 
     @property
     def missing(self) -> list[str]:
-        """Whom the others wait for: workers that were told to join and have not begun to.
+        """Workers that the others wait for: told to join, but not joining yet.
 
         When all have begun and do not find each other, all that have not joined.
         """

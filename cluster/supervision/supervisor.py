@@ -67,9 +67,9 @@ class ReplicaPlan:
     """One replica, as the supervisor takes it over."""
 
     workers: list[WorkerProcess]
-    """By rank."""
+    """Workers by rank."""
     assignments: list[Assignment]
-    """By rank, with what the first epoch found out."""
+    """Assignments by rank, complete after the first epoch."""
 
 
 @dataclass(slots=True)
@@ -122,9 +122,9 @@ class Supervisor:
         self._replicas: list[_Replica] = []
         self._processes: dict[str, WorkerProcess] = {}
         self._heard: dict[str, _Heard] = {}
-        """By name, those that are connected."""
+        """Connected workers by name."""
         self._num_spares = 0
-        """That were started, for their titles."""
+        """Number of spares started so far, for their titles."""
         self._waiting: list[str] = []
         """Connected workers without a rank, the longest waiting first."""
         self._wanted: list[_Wanted] = []
@@ -162,7 +162,7 @@ class Supervisor:
         self._processes = {}
 
     def worker(self, replica: int, rank: int) -> WorkerProcess | None:
-        """That has this rank now."""
+        """Worker that holds this rank now."""
         name = self._replicas[replica].members.workers[rank]
         return None if name is None else self._processes[name]
 

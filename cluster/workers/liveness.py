@@ -76,7 +76,7 @@ class _Peer:
     process: Process | None = None
     received: bytearray = field(default_factory=bytearray)
     heard_at: float = field(default_factory=time.monotonic)
-    """Of a stranger: when it connected."""
+    """Time of the last message, or of the connection while the peer is unauthenticated."""
 
 
 class Liveness:
@@ -112,7 +112,7 @@ class Liveness:
                 peer.connection.sendall(pack(message))
 
     def process(self, name: str) -> Process:
-        """Of a connected worker."""
+        """Process of a connected worker."""
         process = self._peers[name].process
         assert process is not None
         return process

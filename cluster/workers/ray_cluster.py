@@ -37,7 +37,7 @@ GPU_MEMORY_BYTES = {
     "L4": 24 << 30,
     "L40S": 48 << 30,
 }
-"""By the names that Ray gives accelerators; a type not listed here is not checked for memory."""
+"""Memory by Ray's accelerator type; a type that is not listed is not checked for memory."""
 
 
 class LayoutDoesNotFit(ValueError):  # noqa: N818
@@ -73,7 +73,7 @@ class Node:
     num_gpus: float
     memory_bytes: int
     gpu_memory_bytes: int | None
-    """Of one GPU; None: unknown."""
+    """Memory of one GPU; None if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

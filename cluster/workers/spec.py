@@ -20,7 +20,7 @@ class WorkerSpec:
 
     args: EngineArgs
     name: str
-    """Of the actor, under which other workers of this cluster find it."""
+    """Name of the actor, by which other workers of this cluster find it."""
     assignment: Assignment | None
     """Its first rank; None: a spare, which waits for one."""
     num_threads: int

@@ -108,7 +108,7 @@ class Worker:
         self._groups: ParallelGroups | None = None
         self._link: LivenessLink | None = None
         self._place: Assignment | None = None
-        """Of a spare: the rank that it takes, in an epoch to come."""
+        """Rank that a spare takes in a coming epoch."""
         self._assignment = spec.assignment
         """The newest one."""
         self._epoch = -1
@@ -187,7 +187,7 @@ class Worker:
                 assignment = following
 
     def _take_place(self) -> bool:
-        """Of a spare: wait for a rank, for as long as the supervisor lives, and load its weights; False to stop."""
+        """As a spare, wait for a rank while the supervisor lives, and load its weights; False to stop."""
         with self._changed:
             self._changed.wait_for(lambda: self._place is not None or self._stop_requested)
         if self._place is None:
@@ -234,7 +234,7 @@ class Worker:
         self._epoch = assignment.epoch
 
     def _create_groups(self, place: Assignment) -> ParallelGroups:
-        """Of a rank that joins those that are there."""
+        """Create the groups of a rank that joins the existing ones."""
         args = self._spec.args
         if _is_alone(place, args):
             return single_process_groups(spans=self._spans)
@@ -380,7 +380,7 @@ class Worker:
             return self._audit if done and self._audit is not None else ["no step ended in time to ask"]
 
     def step_profile(self) -> StepProfile:
-        """Of an engine that measures its steps."""
+        """Step profile of an engine that measures its steps."""
         assert self._engine is not None
         return step_profile(self._engine)
 

@@ -25,7 +25,7 @@ SPLIT_KEYS = 2048
 BLOCK_HEADS = 64
 """Always one shape of matrix instruction on a device, whatever share of the heads is here."""
 MAX_PARTIAL_BYTES = 256 << 20
-"""Of the splits' partial results: tokens go in parts where there would be more."""
+"""Most bytes of the splits' partial results; more tokens are computed in parts."""
 FP8_LATENT_DIM, FP8_ROPE_DIM = 512, 64
 _LOG2_E = 1.4426950408889634
 

@@ -108,7 +108,7 @@ def _group_pairs(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Ten
 
 @triton.jit
 def _ranks_of(topk_idx, rank_of, num_tokens, num_ranks, TOP_K: tl.constexpr, TOKENS: tl.constexpr, SLOTS: tl.constexpr):
-    """Of a chunk: pairs, experts, ranks, and whether a pair is the first of its token for its rank [TOKENS * SLOTS].
+    """Pairs of a chunk, their experts and ranks, and whether each is its token's first for its rank [TOKENS * SLOTS].
 
     SLOTS is TOP_K or more; pairs that do not exist have rank num_ranks + 1, those without an expert num_ranks.
     """

@@ -19,7 +19,7 @@ from .launch import has_fp8, num_sms, round_to, shared_memory
 from .quant import quantize_token_groups_triton
 
 ALIGNMENT = 16
-"""Of rows, in bytes, for tensor descriptors."""
+"""Alignment of rows in bytes, for tensor descriptors."""
 
 
 @triton.jit

@@ -19,7 +19,7 @@ BLOCK_TOKENS = 128
 """Always one shape of matrix instruction, however short a chunk is."""
 BLOCK_KEYS = 64
 MAX_KEY_BYTES = 512 << 20
-"""Of keys and values that are made at a time; which heads are made together changes no bit."""
+"""Most bytes of keys and values that are expanded at a time; which heads go together changes no bit."""
 _LOG2_E = 1.4426950408889634
 
 

@@ -14,7 +14,7 @@ from .norm import rms_norm_rows
 from .quant import group_maximum, group_scale, to_e4m3
 
 TOKENS_PER_PROGRAM = 4
-"""Of the kernels that write records."""
+"""Tokens per program of the kernels that write the KV cache."""
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def _exact_weights(x, best, temperature, min_p):
 
 @triton.jit
 def _reached(logits, best, temperature, min_p, low, step, vocab_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Of ranks of at least low + step, + 2 step, + 3 step: how many there are with COUNT, or what they weigh."""
+    """Number (with COUNT) or weight of the ranks of at least low + step, low + 2 step and low + 3 step."""
     lanes = tl.arange(0, BLOCK)
     first = tl.zeros((BLOCK,), dtype=tl.int64)
     second = tl.zeros((BLOCK,), dtype=tl.int64)
@@ -133,7 +133,7 @@ def _reached(logits, best, temperature, min_p, low, step, vocab_size, COUNT: tl.
 
 @triton.jit
 def _above(logits, best, temperature, min_p, threshold, vocab_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Of ranks above the threshold, likewise."""
+    """Number (with COUNT) or weight of the ranks above the threshold."""
     above, _second, _third = _reached(
         logits, best, temperature, min_p, threshold, tl.full([], 1, tl.uint32), vocab_size, COUNT, BLOCK
     )
@@ -204,7 +204,7 @@ def _truncate_kernel(logits, out, highest, temperatures, top_k, top_p, min_p, st
 def _logprob_parts_kernel(
     logits, token_ids, highest, sums, earlier, stride, vocab_size, num_chunks, num_tokens, CHUNK: tl.constexpr
 ):
-    """Of one chunk of a row: the sum of exp(logit - highest), and how many tokens come before the row's first token."""
+    """Sum of exp(logit - highest) over one chunk of a row, and how many of its tokens rank before the first token."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     token = tl.load(token_ids + row * num_tokens)
@@ -332,7 +332,7 @@ def _token_logprobs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the highest logit, NaN if it cannot be sampled, and the first token that has it, or -1."""
+    """Highest logit of each row, NaN if it cannot be sampled, and the first token that has it, or -1."""
     highest, tokens = logits.new_empty(len(logits)), torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     if len(logits):
         _highest_kernel[(len(logits),)](

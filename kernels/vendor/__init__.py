@@ -16,7 +16,7 @@ class Library:
     module: Vendor
     source: str
     functions: tuple[str, ...]
-    """Of the module, that are called."""
+    """Functions of the module that the adaptor calls."""
 
     def load(self) -> ModuleType:
         """ValueError when the library is missing, cannot be imported or is of another time."""

@@ -21,9 +21,9 @@ from . import LIBRARIES
 LATENT_DIM, ROPE_DIM = 512, 64
 HEADS = (64, 128)
 LIST_MULTIPLE = 128
-"""Of the kernels' tiles of keys."""
+"""Multiple that lists of keys are padded to: the size of the kernels' tiles."""
 PAGE_SIZE = 64
-"""That the dense kernel reads."""
+"""Page size that the dense kernel reads, in tokens."""
 FP8_RECORD_BYTES = 656
 
 

@@ -109,7 +109,7 @@ FAMILIES: dict[str, Family] = {
         chat_format=None,
     ),
 }
-"""By `model_type`."""
+"""Supported families by `model_type`."""
 
 
 def find_family(values: Mapping[str, Any]) -> Family:

@@ -44,7 +44,7 @@ class StepContext:
     cache: KVCache
     metadata: AttentionMetadata
     spans: Spans = field(default_factory=Spans)
-    """Who watches what the layers spend their time on."""
+    """Spans of the layers, for those who measure."""
     tap: Tap | None = None
     """Receives intermediate results; used by the mismatch reporter and by tests of the selection."""
     _shared: dict[Callable[[StepContext], Any], Any] = field(default_factory=dict)

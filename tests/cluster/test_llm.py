@@ -36,7 +36,7 @@ def three(max_tokens: int = 3) -> SamplingParams:
 
 
 def text_ids(text: str) -> list[int]:
-    """Of the tokenizer of single bytes."""
+    """Token ids of a text under the tokenizer of single bytes."""
     return [3 + byte for byte in text.encode()]
 
 

@@ -69,7 +69,7 @@ class Row:
 
     @classmethod
     def of(cls, role: str, what: str, faults: Sequence[Fault]) -> Row:
-        """Of the last loss of a rank, which is the one that everything waited for."""
+        """Row of the last loss of a rank, which is the one that everything waited for."""
         assert faults, f"{role}, {what}: the fault did not happen"
         last = [fault for fault in faults if fault.rank is not None][-1]
         return cls(role, what, "same bits, once each", last.detection_s, last.formed_s, last.first_token_s)
@@ -112,7 +112,7 @@ def _single(cluster: Rig, roles: Sequence[str]) -> Iterator[Row]:
 
 
 def _median(faults: Sequence[Fault]) -> dict[str, Any]:
-    """Of kills of a decode worker while a spare waits."""
+    """Median times of kills of a decode worker while a spare waits."""
     values = {
         name: [v for f in faults if (v := getattr(f, name)) is not None]
         for name in ("detection_s", "formed_s", "first_token_s")

@@ -21,7 +21,7 @@ from shoal.parallel.nixl_transport import NixlTransport, Slice
 from tests.support.sockets import listening
 
 DEADLINE_S = 30.0
-"""Of what must happen at once."""
+"""Deadline of what must happen at once."""
 
 
 class End:
@@ -203,5 +203,5 @@ def _serve(end: Connection, name: str, output: Path, buffer_bytes: int, environm
 
 
 def _state(task: Path) -> str:
-    """Of a thread, as in R for running or T for stopped."""
+    """State of a thread, such as R for running or T for stopped."""
     return (task / "stat").read_text().rpartition(")")[2].split()[0]

@@ -1,4 +1,4 @@
-"""Who sees which spans, in which order."""
+"""Listeners see the spans of their names, in order."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class Cluster:
         self.processes: dict[str, Process] = {}
         self.liveness = Liveness(world)
         self._told: dict[tuple[int, int], list[Event]] = {}
-        """By replica and rank."""
+        """Events by replica and rank."""
         self._epochs: dict[tuple[int, int], Epoch] = {}
         self._num_stores = 0
         self._num_steps = self._num_calls = 0
@@ -140,7 +140,7 @@ class Cluster:
 
     @property
     def members(self) -> list[Process]:
-        """That have a rank, or are about to."""
+        """Processes that have a rank, or are about to."""
         return [p for p in self.processes.values() if p.alive and p.place is not None and p.is_connected]
 
     def settings_of(self, place: Assignment) -> EngineSettings:

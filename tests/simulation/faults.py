@@ -23,7 +23,7 @@ class Fault:
     kind: Kind
     """cut: its peers do not hear it any more, although it is there; preempt: a sequence of its engine."""
     seconds: float
-    """That one is frozen."""
+    """Seconds for which a process is frozen."""
 
     def strike(self, process: Process) -> None:
         if self.kind == "kill":

@@ -42,7 +42,7 @@ class Interned(Generic[P]):
         self._steps: dict[tuple[Any, ...], tuple[int, Any]] = {}
         self._views: dict[tuple[int, Hashable], Any] = {}
         self.num_steps = 0
-        """That were taken and not remembered."""
+        """Steps that were taken and not remembered."""
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -83,7 +83,7 @@ class Interned(Generic[P]):
 
 _constants: list[Any] = []
 _numbers: dict[int, int] = {}
-"""By identity."""
+"""Numbers of objects by identity."""
 
 
 def _constant(value: Any) -> tuple[Any, ...]:

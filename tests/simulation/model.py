@@ -47,7 +47,7 @@ class Answer:
     """One continuation of a row, from beginning to end."""
 
     token_ids: list[int]
-    """Of the prompt and the continuation."""
+    """Token ids of the prompt and the continuation."""
     num_prompt_tokens: int
     records: list[int]
     finish_reason: FinishReason
@@ -57,7 +57,7 @@ class Answer:
         return self.token_ids[self.num_prompt_tokens :]
 
     def logprobs(self) -> list[dict[int, Logprob]]:
-        """Of the output tokens."""
+        """Log-probabilities of the output tokens."""
         first = self.num_prompt_tokens
         return [logprob_of(self.records[p - 1], self.token_ids[p]) for p in range(first, len(self.token_ids))]
 

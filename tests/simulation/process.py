@@ -52,7 +52,7 @@ class Process:
         self._outbox: list[Event] = []
         self._poll: Ref | None = None
         self._calls: list[Ref] = []
-        """That have no answer yet."""
+        """Calls that have no answer yet."""
         self._deferred: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         """What happens to it once it is no longer frozen."""
         self.supervised_at = self._heard_at = self._told_at = 0.0

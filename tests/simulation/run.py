@@ -22,7 +22,7 @@ from .virtual import DriverKilled, World
 MAX_LIVES = 4
 MAX_PROMPT, MAX_TOKENS = 8, 6
 SETTLE_S = 40.0
-"""Of a world in which nobody wants anything any more: longer than the lease of records, and than a restart."""
+"""Settling time of a world without requests: longer than the lease of published KV, and than a restart."""
 
 LAYOUTS: list[list[tuple[Role, int, int]]] = [
     [("mixed", 1, 1)],

@@ -33,11 +33,11 @@ class Scope:
 
     rows: Mapping[str, Row]
     settings: tuple[EngineSettings, EngineSettings]
-    """Of the prefill and of the decode engine."""
+    """Settings of the prefill and of the decode engine."""
     faults: tuple[str, ...] = FAULTS
     """Each kind may happen once."""
     max_faults: int
-    """Of all kinds together."""
+    """Most faults of all kinds together."""
 
 
 class State(NamedTuple):
@@ -51,7 +51,7 @@ class State(NamedTuple):
     """On its way from each side, step by step."""
     known_dead: tuple[bool, ...]
     faults: frozenset[str]
-    """That happened."""
+    """Faults that happened."""
 
 
 @dataclass

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 NUM_WALKS = int(os.environ.get("SHOAL_WALKS", "2000"))
 MAX_FAULTS = int(os.environ.get("SHOAL_MAX_FAULTS", "2"))
-"""Of one request's hand-off: with 3 it takes 20 s and 750 MB."""
+"""Most faults in one request's hand-off; 3 take 20 s and 750 MB."""
 
 
 @pytest.fixture(autouse=True)

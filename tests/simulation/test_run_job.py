@@ -131,7 +131,7 @@ def write_input(path: Path, rng: Random) -> list[BatchRow]:
 
 
 def digest_of(rows: list[BatchRow]) -> str:
-    """Of the answers, which nobody needs an engine to know."""
+    """Digest of the answers, which are known without an engine."""
     hashed = hashlib.sha256()
     for row in rows:
         outputs = []

@@ -37,7 +37,7 @@ class World:
         heapq.heappush(self._events, (self.now + delay, self._num_planned, act, arguments))
 
     def latency(self, longest: float = 0.005) -> float:
-        """Of something that takes a while, seldom a long one."""
+        """Random latency, seldom a long one."""
         return longest * self.rng.random() ** 2
 
     def advance(self, until: float) -> bool:
@@ -67,7 +67,7 @@ class Ref:
 
     __slots__ = ("done", "error", "value")
     num_settled = 0
-    """Of all calls."""
+    """Number of settled calls."""
 
     def __init__(self) -> None:
         self.done = False

@@ -64,7 +64,7 @@ def requests(name: str = "") -> list[Request]:
 
 
 def answers_of_one_process(model: str) -> list[Bits]:
-    """By index of the request."""
+    """Answers of one undisturbed process, by index of the request."""
     engine = InProcessEngine(arguments(model))
     engine.submit(requests())
     answers: dict[str, Bits] = {}
@@ -92,7 +92,7 @@ class Rig:
     expected: list[Bits]
     num_spares: int
     pids: set[int] = field(default_factory=set)
-    """Of all workers that ever were."""
+    """Process ids of all workers that were ever started."""
     num_cases: int = 0
 
     def run(self, strike: Callable[[], None], *, then: Callable[[], None] = lambda: None) -> list[Fault]:

@@ -212,7 +212,7 @@ def main() -> int:
 
 
 def peak_memory_kib() -> int:
-    """Of this program alone: ru_maxrss would start at the size of the process that forked it."""
+    """Peak memory of this program alone: ru_maxrss would start at the size of the process that forked it."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 

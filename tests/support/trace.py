@@ -15,7 +15,7 @@ class Difference:
     layer: int
     op: str
     index: tuple[int, ...]
-    """Of the first differing element; its first entry is the token's position."""
+    """Index of the first differing element; its first entry is the token's position."""
     max_difference: float
     """Over the whole tensor; infinity where the shapes differ."""
 

@@ -37,7 +37,7 @@ class RouterMachine(RuleBasedStateMachine):
         specs = [GroupSpec(role=role, max_num_seqs=MAX_NUM_SEQS, num_kv_tokens=NUM_KV_TOKENS) for role in roles]
         self.router = RequestRouter(specs, max_model_len=NUM_KV_TOKENS, block_size=BLOCK_SIZE)
         self.times = times
-        """That every command arrives."""
+        """Number of times that every command arrives."""
         self.engines: list[ModelEngine | None] = [ModelEngine() for _ in roles]
         self.known_dead = [False] * len(roles)
         self.told: list[tuple[int, Event]] = []

@@ -166,7 +166,7 @@ class Batch:
         """Seconds until everything is answered."""
         num_rows, now = len(self.todo), 0.0
         steps: dict[int, tuple[float, list[Event]]] = {}
-        """By group: when it ends, and what it tells then."""
+        """Per group, the time at which its step ends and the events it emits then."""
         told_at = [0.0] * len(self.engines)
         while len(self.answered) < num_rows:
             while self.todo and self.router.num_in_flight < 32 * len(self.engines):

@@ -1,4 +1,4 @@
-"""Who is told what when workers are lost, found and join; and any order of such events ends with all ranks formed."""
+"""Commands to workers when others are lost, found and join; any order of such events ends with all ranks formed."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def worker_pids() -> list[int]:
 
 
 def command_lines() -> str:
-    """Of every process, as `ps` shows them."""
+    """Command lines of every process, as `ps` shows them."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

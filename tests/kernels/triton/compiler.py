@@ -18,7 +18,7 @@ Case = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]
 """A kernel, types of its parameters that are no constexprs, values of those that are, options of the compiler."""
 TARGETS = (80, 86, 90, 100, 120)
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""That one program can have; of sm_89 as of sm_86."""
+"""Shared memory that one program can have; sm_89 has that of sm_86."""
 
 
 def compile_kernel(

@@ -70,7 +70,7 @@ def test_records_travel_as_bytes(config: ModelConfig, dtype: torch.dtype) -> Non
 
 
 def _rows(cache: KVCache) -> Iterator[Tensor]:
-    """Of each layer the records [12, width], then the index keys [12, 128], in FP8 with the bytes of a scale behind."""
+    """Per layer, the KV rows [12, width] and then the index keys [12, 128], in FP8 followed by the bytes of a scale."""
     for records, pages in zip(cache.records, cache.index_keys, strict=True):
         yield records
         if pages is not None and pages.dtype == FP8_RECORDS:

@@ -138,7 +138,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), whole=st.booleans())
     def records_arrive(self, data: st.DataObject, whole: bool) -> None:
-        """Of a loading sequence: in part, which leaves its last position out, or all, and then a token follows."""
+        """Receive part of a loading sequence's KV, without its last position, or all of it, then a token."""
         loading = [i for i, life in self.lives.items() if life.seq.status is SequenceStatus.LOADING]
         if not loading:
             return
