@@ -26,6 +26,31 @@ ONLY_IN = {
     "click": "cluster",
     "rich": "cluster",
 }
+ROOMS = {
+    "runtime": [
+        "plain_numbers cgroup",
+        "memory types checkpoint",
+        "request_limits tokenization",
+        "scheduling sampling generation_config",
+        "kv_cache",
+        "models",
+        "engine",
+        "memory_estimate",
+        "random_checkpoint",
+    ],
+    "cluster": [
+        "exit_codes report bundled environment replica_spec",
+        "openai engine_args",
+        "prompts workers",
+        "routing supervision",
+        "jobs",
+        "replicas",
+        "llm",
+        "bench",
+        "commands",
+    ],
+}
+"""Folders and files of a layer from the lowest floor to the highest; a floor imports lower ones."""
 NEVER = {"pickle", "cloudpickle", "transformers", "dill", "marshal"}
 
 
@@ -67,6 +92,52 @@ def sources() -> list[Path]:
 
 def test_imports_go_one_way() -> None:
     assert [problem for path in sources() for problem in problems(path)] == []
+
+
+def room_of(dotted: list[str]) -> str:
+    """The folder or file of a layer that a module `shoal.layer.room...` belongs to."""
+    return dotted[2]
+
+
+def room_problems(path: Path) -> list[str]:
+    """Imports of a file that stay in its layer and do not go to a lower floor, or leave `ROOMS` incomplete."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    layer = parts[0]
+    if layer not in ROOMS or len(parts) < 2 or parts[1] == "__init__":
+        return []
+    floors = {room: floor for floor, rooms in enumerate(ROOMS[layer]) for room in rooms.split()}
+    own = room_of(["shoal", *parts])
+    if own not in floors:
+        return [f"{layer}/{own} has no floor in ROOMS"]
+    found = []
+    for level, name in imports(path):
+        package = ["shoal", *parts[:-1]]
+        target = package[: len(package) - level + 1] + name.split(".") if level else name.split(".")
+        if target[:2] != ["shoal", layer] or len(target) < 3 or (room := room_of(target)) == own:
+            continue
+        if floors.get(room, len(floors)) >= floors[own] and (room in floors or (ROOT / layer / room).exists()):
+            found.append(f"{'/'.join(parts)} imports {room}, which is not on a lower floor")
+    return found
+
+
+def test_folders_import_lower_floors_only() -> None:
+    assert [problem for path in sources() for problem in room_problems(path)] == []
+
+
+def test_the_floor_check_catches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    folder = tmp_path / "runtime" / "scheduling"
+    folder.mkdir(parents=True)
+    for line, wrong in [
+        ("from ..engine.engine import Engine", True),
+        ("from shoal.runtime.models import families", True),
+        ("from ..sampling.sampler import Sampler", True),
+        ("from ..types import Request", False),
+        ("from .batch import Batch", False),
+        ("from shoal.parallel.spans import Spans", False),
+    ]:
+        (folder / "bad.py").write_text(line)
+        assert bool(room_problems(folder / "bad.py")) == wrong, line
 
 
 @pytest.mark.parametrize(
