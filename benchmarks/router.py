@@ -98,15 +98,15 @@ class Bench:
         for effect in effects:
             if not isinstance(effect, Send):
                 continue
-            command, engine_id = effect.command, effect.command.request_id
+            command, attempt_id = effect.command, effect.command.request_id
             if isinstance(command, Request) and not command.do_remote_prefill:
-                (self.prefilling if command.do_remote_decode else self.answering)[engine_id] = effect.group
+                (self.prefilling if command.do_remote_decode else self.answering)[attempt_id] = effect.group
             elif isinstance(command, Request):
-                self.answering[engine_id] = effect.group
-            elif isinstance(command, Abort) and self.answering.get(engine_id) == effect.group:
-                del self.answering[engine_id]
-            elif isinstance(command, Abort) and self.prefilling.get(engine_id) == effect.group:
-                del self.prefilling[engine_id]
+                self.answering[attempt_id] = effect.group
+            elif isinstance(command, Abort) and self.answering.get(attempt_id) == effect.group:
+                del self.answering[attempt_id]
+            elif isinstance(command, Abort) and self.prefilling.get(attempt_id) == effect.group:
+                del self.prefilling[attempt_id]
 
     def submit(self, what: str | None = None) -> None:
         self.call(what, self.router.submit, [self.ask()])
@@ -116,37 +116,37 @@ class Bench:
 
     def prefill(self, *, measured: bool) -> None:
         """Every prompt that is being computed is handed over."""
-        for engine_id, group in list(self.prefilling.items()):
+        for attempt_id, group in list(self.prefilling.items()):
             for what, start in (("chunk, the first", 0), ("chunk, another", 500)):
-                self.handle(what if measured else None, group, chunk(engine_id, start))
-            self.handle("prefilled" if measured else None, group, output(engine_id, 1, finished=False))
-            del self.prefilling[engine_id]
-            self.num_known[engine_id] = 1
-            self.handle("loaded" if measured else None, self.answering[engine_id], PromptLoaded(request_id=engine_id))
+                self.handle(what if measured else None, group, chunk(attempt_id, start))
+            self.handle("prefilled" if measured else None, group, output(attempt_id, 1, finished=False))
+            del self.prefilling[attempt_id]
+            self.num_known[attempt_id] = 1
+            self.handle("loaded" if measured else None, self.answering[attempt_id], PromptLoaded(request_id=attempt_id))
 
     def run(self, num_calls: int) -> None:
         """Requests come, go on and end, so that there are always as many."""
         for number in range(num_calls):
             if number % 500 == 0:
                 some = self.rng.choices(list(self.answering), k=1000)
-            for engine_id in some[number % 500 * 2 :][:2]:
-                self.go_on(engine_id)
-            engine_id, group = next(iter(self.answering.items()))
-            del self.answering[engine_id]
-            self.handle("answered", group, output(engine_id, 1000, finished=True))
+            for attempt_id in some[number % 500 * 2 :][:2]:
+                self.go_on(attempt_id)
+            attempt_id, group = next(iter(self.answering.items()))
+            del self.answering[attempt_id]
+            self.handle("answered", group, output(attempt_id, 1000, finished=True))
             self.submit("submit")
             if number % 5 == 0:
                 self.call("abort", self.router.abort, self.rng.choice(some).split("#")[0])
                 self.submit()
             self.prefill(measured=True)
 
-    def go_on(self, engine_id: str) -> None:
+    def go_on(self, attempt_id: str) -> None:
         """A request tells 16 new tokens."""
-        if (group := self.answering.get(engine_id)) is not None:
-            start = self.num_known.get(engine_id, 0)
-            self.num_known[engine_id] = start + 16
+        if (group := self.answering.get(attempt_id)) is not None:
+            start = self.num_known.get(attempt_id, 0)
+            self.num_known[attempt_id] = start + 16
             new = GeneratedTokens(tuple(range(16)))
-            self.handle("progress", group, RequestProgress(request_id=engine_id, index=0, start=start, new=new))
+            self.handle("progress", group, RequestProgress(request_id=attempt_id, index=0, start=start, new=new))
 
     def lose_and_restore(self, num_calls: int) -> None:
         """Per request that is given back, and per request that is sent to the new group."""
@@ -155,8 +155,8 @@ class Bench:
             count = len(self.router._groups[group].requests)
             if count:
                 for known in (self.answering, self.prefilling):
-                    for engine_id in [i for i, g in known.items() if g == group]:
-                        del known[engine_id]
+                    for attempt_id in [i for i, g in known.items() if g == group]:
+                        del known[attempt_id]
                 self.call("lose, per request", self.router.lose, group, count=count)
                 begin = time.perf_counter_ns()
                 self.call(None, self.router.restore, group)
@@ -165,16 +165,16 @@ class Bench:
         self.router.check_integrity()
 
 
-def chunk(engine_id: str, start: int) -> KVChunk:
+def chunk(attempt_id: str, start: int) -> KVChunk:
     values = {"fingerprint": b"", "epoch": 0, "generation": 0, "num_bytes": 1, "checksum": 0, "address": b""}
-    return KVChunk(request_id=engine_id, start=start, end=start + 500, **values)  # type: ignore[arg-type]
+    return KVChunk(request_id=attempt_id, start=start, end=start + 500, **values)  # type: ignore[arg-type]
 
 
-def output(engine_id: str, num_tokens: int, *, finished: bool) -> RequestOutput:
+def output(attempt_id: str, num_tokens: int, *, finished: bool) -> RequestOutput:
     completion = CompletionOutput(
         index=0, text="", token_ids=[5] * num_tokens, finish_reason="length" if finished else None
     )
-    return RequestOutput(request_id=engine_id, prompt_token_ids=[], outputs=[completion], finished=finished)
+    return RequestOutput(request_id=attempt_id, prompt_token_ids=[], outputs=[completion], finished=finished)
 
 
 def per_1000_tokens(rounds: int = 200) -> dict[str, float]:

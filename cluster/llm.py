@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import operator
 import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
+from msgspec.structs import replace
+
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits, check_request
+from shoal.runtime.response import ResponseAssembler
 from shoal.runtime.tokenization.tokenizer import Tokenizer
-from shoal.runtime.types import Request, RequestOutput, SamplingParams
+from shoal.runtime.types import EngineOutput, Request, RequestOutput, SamplingParams
 
 from .bundled import BUNDLED_MODEL
 from .engine_args import EngineArgs
@@ -27,6 +29,7 @@ from .workers.spec import OnPhase
 Executor = Literal["auto", "ray", "inprocess"]
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+Updates = list[EngineOutput | RequestOutput]
 Conversation = Sequence[Mapping[str, Any]]
 
 
@@ -88,7 +91,7 @@ class LLM:
         ValueError for a bad prompt, naming its position, before any of them is run. A prompt without a seed gets one
         from the engine's seed and its number among all prompts that this object was given.
         """
-        return self._run(self._requests(prompt_list(prompts), sampling_params, stream=False))
+        return self._run(self._requests(prompt_list(prompts), sampling_params, report="interval"))
 
     def chat(
         self,
@@ -110,7 +113,7 @@ class LLM:
                 prompts.append(self._prompts.encode_messages(conversation, thinking))
             except ValueError as error:
                 raise ValueError(f"conversation {i}: {error}") from error
-        return self._run(self._requests(prompts, sampling_params, stream=False))
+        return self._run(self._requests(prompts, sampling_params, report="interval"))
 
     async def stream(
         self,
@@ -121,28 +124,29 @@ class LLM:
 
         Leaving the loop early aborts what is not finished.
         """
-        requests = self._requests(prompt_list(prompts), sampling_params, stream=True)
+        requests = self._requests(prompt_list(prompts), sampling_params, report="step")
         loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
+        arrived: asyncio.Queue[Updates | BaseException] = asyncio.Queue()
 
-        def deliver(item: RequestOutput | BaseException) -> None:
+        def deliver(item: Updates | BaseException) -> None:
             with contextlib.suppress(RuntimeError):  # the loop may have been closed before its last outputs came
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         texts = {request.request_id: text for request, text in requests}
-        unfinished = set(texts)
+        responses = {request.request_id: ResponseAssembler(request) for request, _ in requests}
         self._engines.submit([request for request, _ in requests], deliver)
         try:
-            while unfinished:
+            while responses:
                 item = await arrived.get()
                 if isinstance(item, BaseException):
                     raise item
-                if item.finished:
-                    unfinished.discard(item.request_id)
-                item.prompt = texts[item.request_id]
-                yield item
+                for output in _snapshots(item, responses):
+                    if output.finished:
+                        del responses[output.request_id]
+                    output.prompt = texts[output.request_id]
+                    yield output
         finally:
-            self._engines.abort(sorted(unfinished))
+            self._engines.abort(sorted(responses))
 
     def step_profiles(self) -> list[StepProfile]:
         """Where the time of the steps went, on every rank; needs an `engine_factory` of engines that measure it."""
@@ -159,7 +163,11 @@ class LLM:
         self.close()
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, *, stream: bool
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        report: Literal["interval", "step"],
     ) -> list[tuple[Request, str | None]]:
         """Checked requests with the texts of their prompts, where those were texts."""
         per_prompt = params_list(params, len(prompts))
@@ -169,7 +177,7 @@ class LLM:
                 text, token_ids = self._tokens(prompt)
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-            request = Request(request_id="", prompt_token_ids=token_ids, params=own, stream=stream)
+            request = Request(request_id="", prompt_token_ids=token_ids, params=own, report=report)
             if (refused := check_request(request, self._engines.limits)) is not None:
                 raise ValueError(f"prompt {i}: {refused.message}")
             requests.append((request, text))
@@ -177,7 +185,7 @@ class LLM:
 
     def _numbered(self, request: Request) -> Request:
         index = next(self._indices)
-        return dataclasses.replace(request, request_id=str(index), index=index)
+        return replace(request, request_id=str(index), index=index)
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, Mapping):
@@ -194,7 +202,7 @@ class LLM:
         return prompt, tuple(self._prompts.encode_text(prompt))
 
     def _run(self, requests: Sequence[tuple[Request, str | None]]) -> list[RequestOutput]:
-        arrived: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[Updates | BaseException] = queue.SimpleQueue()
         outputs: dict[str, RequestOutput] = {}
         self._engines.submit([request for request, _ in requests], arrived.put)
         try:
@@ -202,12 +210,24 @@ class LLM:
                 item = arrived.get()
                 if isinstance(item, BaseException):
                     raise item
-                outputs[item.request_id] = item
+                outputs |= {output.request_id: output for output in item if isinstance(output, RequestOutput)}
         finally:
             self._engines.abort([r.request_id for r, _ in requests if r.request_id not in outputs])
         for request, text in requests:
             outputs[request.request_id].prompt = text
         return [outputs[request.request_id] for request, _ in requests]
+
+
+def _snapshots(updates: Updates, responses: Mapping[str, ResponseAssembler]) -> list[RequestOutput]:
+    """Everything that each request in `updates` has produced so far, in the order in which they first appear."""
+    latest: dict[str, RequestOutput | None] = {}
+    for update in updates:
+        if isinstance(update, RequestOutput):
+            latest[update.request_id] = update
+        else:
+            responses[update.request_id].add(update)
+            latest.setdefault(update.request_id, None)
+    return [responses[request_id].output() if output is None else output for request_id, output in latest.items()]
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

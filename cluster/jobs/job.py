@@ -12,14 +12,16 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from msgspec.structs import replace
+
 from shoal.parallel.failpoints import Failpoints
 from shoal.runtime.request_limits import RequestLimits
-from shoal.runtime.types import Request, RequestOutput, RequestProgress
+from shoal.runtime.types import EngineOutput, Request, RequestOutput, Tokens
 
 from ..supervision.fault import Fault, FaultJournal
 from .input import BadRow, CustomIdIndex, InputLine, read_lines
@@ -65,12 +67,8 @@ class Engines(Protocol):
         """Take requests; returns at once."""
         ...
 
-    def poll(self, timeout_s: float) -> list[RequestOutput]:
-        """Finished requests, each once; waits at most `timeout_s` for the first."""
-        ...
-
-    def take_progress(self) -> list[RequestProgress]:
-        """What requests that report their progress have generated since the last call, as far as `poll` has seen it."""
+    def poll(self, timeout_s: float) -> list[EngineOutput | RequestOutput]:
+        """New parts of answers, and the whole answer of every finished request; waits at most `timeout_s`."""
         ...
 
     def close(self) -> None:
@@ -281,22 +279,25 @@ class _Run:
                 outputs = engines.poll(POLL_TIMEOUT_S)
             if outputs:
                 self.failpoints.reach("job.answer")
-            for finished in outputs:
-                row = self.in_flight.pop(finished.request_id, None)
-                if row is None:
-                    raise EngineFailure(
-                        f"the engines answered {finished.request_id!r}, which was not asked or is answered"
-                    )
-                self.output.add(answered_row(row, finished, self.spec.model_name))
-            for progress in engines.take_progress():
-                if (row := self.in_flight.get(progress.request_id)) is not None:
-                    self.output.add_progress(row.line.index, progress)
+            for output in outputs:
+                self.take(output)
             self.output.commit_if_due()
             self.faults.update(engines.faults)
             self.save_counts()
             self.show()
         self.output.commit()
         self.show(force=True)
+
+    def take(self, output: EngineOutput | RequestOutput) -> None:
+        """Write the answer of a finished row, and new tokens of an unfinished one."""
+        row = self.in_flight.get(output.request_id)
+        if row is None:
+            raise EngineFailure(f"the engines answered {output.request_id!r}, which is unknown or already finished")
+        if isinstance(output, RequestOutput):
+            del self.in_flight[output.request_id]
+            self.output.add(answered_row(row, output, self.spec.model_name))
+        elif isinstance(output, Tokens):
+            self.output.add_progress(row.line.index, output)
 
     def admit(self, rows: Iterator[BatchRow], engines: Engines) -> bool:
         """Submit rows up to the engines' capacity; whether the rows are exhausted."""
@@ -313,7 +314,7 @@ class _Run:
 
     def begun(self, row: BatchRow) -> Request:
         """The row's request, with what earlier runs have generated of its answer."""
-        return replace(row.request, report_progress=True, generated=self.output.take_generated(row.line.index))
+        return replace(row.request, generated=self.output.take_generated(row.line.index))
 
     def open_rows(self) -> Iterator[BatchRow]:
         """The rows without a line, in input order."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.parallel.request_id import RequestId
 
 from ..kv_cache.transfer import Clock, KVExporter, KVLoader, PlannedWrite
 from ..request_limits import RequestLimits, check_request, max_output_tokens
@@ -22,7 +23,7 @@ from ..scheduling.block_manager import BlockManager
 from ..scheduling.scheduler import Scheduler, SchedulerConfig
 from ..scheduling.sequence import Sequence
 from ..tokenization.tokenizer import Tokenizer, read_eos_token_ids
-from ..types import GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
+from ..types import EngineOutput, GeneratedTokens, PromptLoaded, Request
 from .config import EngineConfig
 from .model_loading import OnPhase, load_model
 from .model_runner import prompt_slices
@@ -103,9 +104,9 @@ class Engine:
         self.processor = OutputProcessor(tokenizer, self.eos_token_ids)
         self.limits = RequestLimits(vocab_size=self.model_config.vocab_size, max_model_len=self.max_model_len)
         self.seed = config.seed
-        self._requests: dict[str, RequestState] = {}
+        self._requests: dict[RequestId, RequestState] = {}
         self._running: dict[int, Running] = {}
-        self._awaiting: dict[str, int] = {}
+        self._awaiting: dict[RequestId, int] = {}
         """Requests whose prompts are computed elsewhere, with the sequence that waits for them."""
         self._loaded: list[PromptLoaded] = []
         """Not told yet: a step that fails tells nothing."""
@@ -124,40 +125,39 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._requests)
 
-    def has_request(self, request_id: str) -> bool:
+    def has_request(self, request_id: RequestId) -> bool:
         """Whether it was added and is not finished."""
         return request_id in self._requests
 
     def add_request(self, request: Request) -> None:
         """Queue a request (leaders only); ValueError when it cannot be answered or its id is in use."""
         assert self.is_leader, "requests go to the leader of an attention group"
-        if request.request_id in self._requests:
+        if request.id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is already running")
         if (error := check_request(request, self.limits)) is not None:
             raise ValueError(error.message)
         seed = resolve_seed(request.params.seed, self.seed, request.index)
         max_tokens = max_output_tokens(request, self.max_model_len)
         state = self.processor.start(request, seed=seed, max_tokens=max_tokens)
-        assert not state.finished, "a request that is finished is not asked again"
-        self._requests[request.request_id] = state
+        self._requests[request.id] = state
         first, *others = [c for c in state.completions if not c.finished]
         seq = self._sequence(state, first)
         seq.needs_prompt_logits = state.prompt_logprobs is not None  # of one continuation: that is enough
         if request.do_remote_prefill:
             assert self.loader is not None, "there is no transport that could bring records"
             seq.awaits_records = True
-            self.loader.expect(request.request_id, seq)
-            self._awaiting[request.request_id] = seq.seq_id
+            self.loader.expect(request.id, seq)
+            self._awaiting[request.id] = seq.seq_id
             others = []  # until the prompt is there: they find it in the prefix cache
         if request.do_remote_decode:
             assert self.exporter is not None, "there is no transport that could take records away"
             seq.exports = True
-            self.exporter.begin(request.request_id, seq)
+            self.exporter.begin(request.id, seq)
         self._schedule_sequence(seq, state, first)
         for completion in others:
             self._schedule_sequence(self._sequence(state, completion), state, completion)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: RequestId) -> None:
         """Drop a request and free its blocks; unknown ids are ignored, as it may just have finished.
 
         This is also how to let go of the records that it published, once they were read.
@@ -171,11 +171,11 @@ class Engine:
 
     def add_chunk(self, chunk: KVChunk) -> None:
         """Records of a request that waits for them were published; ignored when it waits no longer."""
-        seq_id = self._awaiting.get(chunk.request_id)
+        seq_id = self._awaiting.get(chunk.id)
         if seq_id is not None and self.loader is not None:
             self.loader.add_chunk(seq_id, chunk)
 
-    def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None:
+    def end_prefill(self, request_id: RequestId, generated: tuple[GeneratedTokens, ...] | None) -> None:
         """What another replica generated of a request that waits for it, per continuation; None: it failed.
 
         Then, and when records are missing, the prompt is computed here. Ignored when the request waits no longer.
@@ -185,7 +185,7 @@ class Engine:
             return
         if generated is not None:
             self.processor.extend(self._requests[request_id], generated)
-        tokens = list(self._running[seq_id].completion.output.token_ids)
+        tokens = list(self._running[seq_id].completion.token_ids)
         self.loader.end_prefill(seq_id, None if generated is None else tokens)
 
     def _sequence(self, state: RequestState, completion: Completion) -> Sequence:
@@ -193,7 +193,7 @@ class Engine:
             seq_id=self._next_seq_id,
             prompt_token_ids=list(state.request.prompt_token_ids),
             max_tokens=1 if state.request.do_remote_decode else completion.max_tokens,
-            output_token_ids=list(completion.output.token_ids),
+            output_token_ids=list(completion.token_ids),
         )
         self._next_seq_id += 1
         return seq
@@ -208,14 +208,9 @@ class Engine:
         if self.loader is not None:
             self.loader.drop(seq_id)
 
-    def take_progress(self) -> list[RequestProgress]:
-        """What unfinished requests that report their progress have generated since the last call."""
-        return [
-            progress
-            for state in self._requests.values()
-            if state.request.report_progress
-            for progress in self.processor.take_progress(state)
-        ]
+    def take_outputs(self) -> list[EngineOutput]:
+        """What unfinished requests have produced since it was last reported."""
+        return [output for state in self._requests.values() for output in self.processor.take_outputs(state)]
 
     def request_stop(self) -> None:
         """Make every rank of the replica leave its loop at the next step."""
@@ -289,7 +284,7 @@ class Engine:
             return
         loaded = self.loader.advance()
         for one in loaded:
-            seq_id = self._awaiting.pop(one.request_id)
+            seq_id = self._awaiting.pop(one.id)
             first, state = self._running[seq_id].completion, self._running[seq_id].state
             if first.finished:
                 self._drop_sequence(seq_id)
@@ -306,7 +301,7 @@ class Engine:
         arrived = self.loader.plan()
         if self.loader.is_reading:
             self.groups.failpoints.reach("kv.fetch")
-        return replace(batch, writes=[planned.write for planned in arrived]), arrived
+        return msgspec.structs.replace(batch, writes=[planned.write for planned in arrived]), arrived
 
     def _write_records(self, batch: Batch, arrived: list[PlannedWrite]) -> None:
         """Write what arrived into the caches of all ranks of the attention group."""
@@ -354,7 +349,7 @@ class Engine:
         rows = [self._running[i].completion.row for i in seq_ids]
         return InFlight(batch, seq_ids, self.sampler.begin(logits, rows, ahead=ahead))
 
-    def _complete(self, step: InFlight) -> tuple[list[RequestOutput], list[KVChunk]]:
+    def _complete(self, step: InFlight) -> tuple[list[EngineOutput], list[KVChunk]]:
         """Start the step after it where that is clear, then wait for its tokens; outputs and published chunks."""
         self._in_flight = self._run_ahead(step)
         reach = self.groups.failpoints.reach
@@ -400,43 +395,41 @@ class Engine:
             return []
         exporting = [r for s in batch.sequences if (r := self._running[s.seq_id]).seq.exports]
         epoch = self.groups.world.epoch
-        chunks = [c for r in exporting for c in self.exporter.publish(r.state.request.request_id, epoch=epoch)]
+        chunks = [c for r in exporting for c in self.exporter.publish(r.state.request.id, epoch=epoch)]
         if chunks:
             self.groups.failpoints.reach("kv.publish")
         return chunks
 
-    def _update(self, tokens: dict[int, SampledToken]) -> list[RequestOutput]:
-        """Append the tokens, let go of what is finished, and collect what there is to show."""
-        touched: dict[str, RequestState] = {}
+    def _update(self, tokens: dict[int, SampledToken]) -> list[EngineOutput]:
+        """Append the tokens, drop what is finished or handed over, and collect what there is to report."""
+        touched: dict[RequestId, RequestState] = {}
         for seq_id, token in tokens.items():
             running = self._running[seq_id]
             state, completion = running.state, running.completion
             self.processor.append(completion, token)
-            touched[state.request.request_id] = state
-            if completion.output.index == 0:
+            touched[state.request.id] = state
+            if state.num_cached_tokens is None:
                 state.num_cached_tokens = running.seq.num_cached_tokens
             if completion.finished or state.request.do_remote_decode:
                 if token.error is None:
                     self.scheduler.finish(seq_id)
                 del self._running[seq_id]
-        outputs = []
-        for request_id, state in touched.items():
-            handed_over = state.request.do_remote_decode and all(
-                c.output.token_ids or c.finished for c in state.completions
-            )
-            if state.finished or handed_over:
-                self._let_go(request_id, state)
-            if state.finished or handed_over or state.request.stream:
-                outputs.append(self.processor.output(state))
+        outputs: list[EngineOutput] = []
+        for state in touched.values():
+            has_ended = state.finished or state.handed_over
+            if has_ended:
+                self._remove_request(state)
+            if has_ended or state.request.report == "step":
+                outputs += self.processor.take_outputs(state)
         return outputs
 
-    def _let_go(self, request_id: str, state: RequestState) -> None:
-        del self._requests[request_id]
+    def _remove_request(self, state: RequestState) -> None:
+        del self._requests[state.request.id]
         if self.exporter is not None and state.request.do_remote_decode:
             if state.finished:
-                self.exporter.release(request_id)
+                self.exporter.release(state.request.id)
             else:
-                self.exporter.end(request_id)
+                self.exporter.end(state.request.id)
 
     def _take_prompt_logits(self, seq: ScheduledSequence, position: int, logits: Tensor) -> None:
         """Logits of prompt positions `position..` give the log-probabilities of the tokens after them."""

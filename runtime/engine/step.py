@@ -9,7 +9,7 @@ from shoal.parallel.kv_transport import KVChunk
 from ..sampling.sampler import SampledToken, Sampling
 from ..scheduling.batch import Batch
 from ..scheduling.sequence import Sequence
-from ..types import PromptLoaded, RequestOutput
+from ..types import EngineOutput, PromptLoaded
 from .output_processor import Completion, RequestState
 
 
@@ -39,8 +39,8 @@ class InFlight:
 class StepResult:
     """What a step produced on this rank."""
 
-    outputs: list[RequestOutput]
-    """Finished requests, and streaming ones that have new tokens."""
+    outputs: list[EngineOutput]
+    """Reports of requests that ended, and of those that report every step."""
     idle: bool
     """Nobody in the replica had work: nothing was computed."""
     stopped: bool

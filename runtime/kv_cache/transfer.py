@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from shoal.parallel.kv_transport import Fetch, KVChunk, KVTransport, TransferError, checksum_of
+from shoal.parallel.request_id import RequestId
 
 from ..scheduling.batch import RecordWrite
 from ..scheduling.scheduler import Scheduler
@@ -57,7 +58,7 @@ class KVExporter:
         """`chunk_tokens`: most tokens of a chunk."""
         self._transport, self._cache, self._scheduler = transport, cache, scheduler
         self._fingerprint, self._chunk_tokens, self._lease_s, self._clock = fingerprint, chunk_tokens, lease_s, clock
-        self._exports: dict[str, _Export] = {}
+        self._exports: dict[RequestId, _Export] = {}
         self._num_chunks = 0
 
     @property
@@ -65,10 +66,10 @@ class KVExporter:
         """Requests whose records are published, or will be."""
         return len(self._exports)
 
-    def begin(self, request_id: str, seq: Sequence) -> None:
+    def begin(self, request_id: RequestId, seq: Sequence) -> None:
         self._exports[request_id] = _Export(seq)
 
-    def publish(self, request_id: str, *, epoch: int) -> list[KVChunk]:
+    def publish(self, request_id: RequestId, *, epoch: int) -> list[KVChunk]:
         """The prompt records that were computed since the last call, published; call it before the blocks are freed."""
         export = self._exports[request_id]
         seq = export.seq
@@ -83,7 +84,7 @@ class KVExporter:
             export.num_published = end
             chunks.append(
                 KVChunk(
-                    request_id=request_id,
+                    id=request_id,
                     start=start,
                     end=end,
                     fingerprint=self._fingerprint,
@@ -96,11 +97,11 @@ class KVExporter:
             )
         return chunks
 
-    def end(self, request_id: str) -> None:
+    def end(self, request_id: RequestId) -> None:
         """The prompt is complete and its sequence finished: the lease begins."""
         self._exports[request_id].lease_ends = self._clock() + self._lease_s
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: RequestId) -> None:
         """Forget what was published of a request whose sequence is finished; unknown ones are ignored."""
         export = self._exports.pop(request_id, None)
         if export is not None:
@@ -119,7 +120,7 @@ class KVExporter:
 class _Load:
     """A sequence that waits for its prompt's records."""
 
-    request_id: str
+    request_id: RequestId
     seq: Sequence
     deadline: float
     """Of the next news."""
@@ -187,7 +188,7 @@ class KVLoader:
         """Requests that wait for records."""
         return len(self._loads)
 
-    def expect(self, request_id: str, seq: Sequence) -> None:
+    def expect(self, request_id: RequestId, seq: Sequence) -> None:
         """Chunks of the prompt of `seq`, which awaits records, will be announced. What it has generated is put aside
         until it starts."""
         assert seq.awaits_records
@@ -241,7 +242,7 @@ class KVLoader:
                 self._scheduler.loaded(seq.seq_id, seq.num_prompt_tokens)
             self._scheduler.start(seq.seq_id, load.output_token_ids)
             self.drop(seq.seq_id)
-            done.append(PromptLoaded(request_id=load.request_id, error=load.error))
+            done.append(PromptLoaded(id=load.request_id, error=load.error))
         return done
 
     def plan(self) -> list[PlannedWrite]:

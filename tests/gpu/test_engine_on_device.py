@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import replace as replace_params
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from shoal.parallel.groups import single_process_groups
+from shoal.parallel.request_id import RequestId
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.types import Request, SamplingParams
+from tests.support.answers import Answers
 from tests.support.checkpoints import make_checkpoint
 from tests.support.invariance import (
     BASE_ENGINE,
@@ -80,7 +83,7 @@ def test_an_fp8_cache_of_other_widths_is_refused(tmp_path: Path) -> None:
 def sampled_on_device(vocab_size: int) -> list[Request]:
     """Rows whose tokens the device chooses, so that steps run ahead; they end at different times."""
     kept = [r for r in rows(vocab_size) if r.index < 5]
-    return [replace(r, params=replace(r.params, max_tokens=10 + 3 * r.index)) for r in kept]
+    return [replace(r, params=replace_params(r.params, max_tokens=10 + 3 * r.index)) for r in kept]
 
 
 def test_steps_that_run_ahead_change_nothing(tmp_path: Path) -> None:
@@ -111,19 +114,21 @@ def test_a_request_that_is_aborted_while_its_step_runs(tmp_path: Path) -> None:
     config = EngineConfig(**{**BASE_ENGINE, **dtypes("bfloat16")})
     engine = Engine(model_dir, config, single_process_groups(torch.device("cuda")))
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    answers: dict[str, tuple[int, ...]] = {}
+    collected = Answers()
     for attempt in range(2):
         for name in ("a", "b"):
             prompt = (5, 7, 9) if name == "a" else (11, 13)
             request_id = f"{name}{attempt}"
-            engine.add_request(Request(request_id=request_id, prompt_token_ids=prompt, params=params, index=0))
+            request = Request(request_id=request_id, prompt_token_ids=prompt, params=params, index=0)
+            collected.expect(request)
+            engine.add_request(request)
         steps = 0
         while engine.has_unfinished:
             steps += 1
             if attempt and steps == 4:
-                engine.abort("b1")
-            for output in engine.step().outputs:
-                answers[output.request_id] = tuple(output.outputs[0].token_ids)
+                engine.abort(RequestId("b1"))
+            collected.take(engine.step().outputs)
         assert engine.audit() == []
+    answers = {name: output.outputs[0].token_ids for name, output in collected.finished.items()}
     assert answers["a0"] == answers["a1"]
     assert set(answers) == {"a0", "b0", "a1"}

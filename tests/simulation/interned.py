@@ -12,7 +12,7 @@ from shoal.parallel.kv_transport import KVChunk
 from shoal.runtime.engine.output_processor import OutputProcessor
 from shoal.runtime.scheduling.block_manager import PrefixNode
 from shoal.runtime.scheduling.scheduler import SchedulerConfig
-from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
+from shoal.runtime.types import Finished, GeneratedTokens, Prefilled, Request, SamplingParams
 
 from .engine import EngineSettings, NoFailpoints
 from .model import Row, Sampler
@@ -99,7 +99,7 @@ def _constant_of(number: int) -> Any:
 
 _CONSTANT = (
     *(Row, EngineSettings, OutputProcessor, Sampler, NoFailpoints, ParallelConfig, SchedulerConfig),
-    *(KVChunk, GeneratedTokens, PrefixNode, Request, SamplingParams),
+    *(KVChunk, GeneratedTokens, PrefixNode, Request, SamplingParams, Prefilled, Finished),
 )
 
 

@@ -16,6 +16,7 @@ from shoal.runtime.engine.engine import Engine
 from shoal.runtime.engine.model_loading import choose_backend
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.kernels.triton.interpreter import DEVICE
+from tests.support.answers import Answers
 from tests.support.checkpoints import make_checkpoint
 from tests.support.fakes.install import install
 
@@ -28,13 +29,15 @@ def answers(model: Path, prompts: list[list[int]], **settings: Any) -> list[Requ
     with use_backend(backend):  # as the engine chooses it for the whole process
         device = torch.device(DEVICE if backend == "triton" else "cpu")
         engine = Engine(model, config, single_process_groups(device))
+        collected = Answers()
         for i, prompt in enumerate(prompts):
             params = SamplingParams(temperature=0.0, max_tokens=2, logprobs=0, ignore_eos=True)
-            engine.add_request(Request(request_id=str(i), index=i, prompt_token_ids=tuple(prompt), params=params))
-        finished: dict[str, RequestOutput] = {}
+            request = Request(request_id=str(i), index=i, prompt_token_ids=tuple(prompt), params=params)
+            collected.expect(request)
+            engine.add_request(request)
         while engine.has_unfinished:
-            finished |= {o.request_id: o for o in engine.step().outputs if o.finished}
-    return [finished[str(i)] for i in range(len(prompts))]
+            collected.take(engine.step().outputs)
+    return [collected.finished[str(i)] for i in range(len(prompts))]
 
 
 def logprobs(output: RequestOutput) -> list[float]:
