@@ -153,7 +153,12 @@ class Desk:
             for role, s in zip(roles, settings, strict=True)
         ]
         self.routing = RequestRouter(specs, max_model_len=settings[0].max_model_len)
-        self.ledger = Ledger(rows)
+        known = {
+            (name, index): len(tokens.token_ids)
+            for name, row in rows.items()
+            for index, tokens in enumerate(row.request.generated)
+        }
+        self.ledger = Ledger(rows, known)
 
     def submit(self) -> list[tuple[int, Command]]:
         return self._carry_out(self.routing.submit([row.request for row in self.ledger.rows.values()]))

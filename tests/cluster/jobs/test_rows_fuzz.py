@@ -19,7 +19,7 @@ from shoal.cluster.jobs.row_output import FinishedRow
 from shoal.cluster.jobs.rows import SAMPLING_FIELDS, RowRules, read_row
 from shoal.cluster.jobs.validation import validate_input
 from shoal.cluster.prompts import ModelPrompts
-from shoal.cluster.workers import wire
+from shoal.cluster.workers.wire import COMMANDS
 from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
 from tests.support.stub_job import RULES
 
@@ -192,7 +192,7 @@ def check_file(path: Path, data: bytes, rules: RowRules) -> tuple[set[int], list
         if line.index not in bad:
             row = read_row(line, rules)
             assert is_plain_object(line.data)
-            assert wire.unpack_request(wire.pack_request(row.request)) == row.request
+            assert COMMANDS.decode(COMMANDS.encode(row.request)) == row.request
             good.add(line.index)
             custom_ids.add(row.custom_id)
     assert good | bad.keys() == set(range(len(expected)))

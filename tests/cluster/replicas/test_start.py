@@ -14,7 +14,7 @@ from shoal.cluster.replicas import start as start_module
 from shoal.cluster.replicas.start import start_engines
 from shoal.cluster.workers.ray_cluster import LayoutDoesNotFit, Node
 from shoal.cluster.workers.spec import Phase
-from shoal.runtime.types import Request, SamplingParams
+from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.support.checkpoints import tiny_config
 from tests.support.stub_engine import STUB
 
@@ -70,7 +70,8 @@ def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
         router.submit([request("a", 2, 3), request("b", 3, 2)])
         outputs: dict[str, list[int]] = {}
         while router.num_in_flight:
-            outputs |= {output.request_id: output.outputs[0].token_ids for output in router.poll(60.0)}
+            answers = [output for output in router.poll(60.0) if isinstance(output, RequestOutput)]
+            outputs |= {answer.request_id: answer.outputs[0].token_ids for answer in answers}
         assert outputs == {"a": [2, 3, 4], "b": [3, 4]}
     finally:
         router.close()
