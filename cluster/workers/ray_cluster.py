@@ -157,6 +157,7 @@ def signals_deferred() -> Iterator[None]:
 def _start_embedded(num_cpus: int) -> RayCluster:
     # Ray reads these variables when it starts its processes; the embedded one reports nothing to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers on a node that does other work too
     ensure_token(os.environ)
     ray.init(
         address="local",

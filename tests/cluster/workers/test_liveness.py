@@ -20,7 +20,7 @@ from shoal.cluster.workers.liveness import MAX_MESSAGE_BYTES, Liveness, Liveness
 
 WORKER = """
 import sys, time
-from shoal.cluster.liveness import LivenessLink
+from shoal.cluster.workers.liveness import LivenessLink
 host, port, key, name = sys.argv[1:]
 link = LivenessLink((host, int(port)), key, name, node_id="n", on_message=lambda m: link.send(["echo", *m]))
 link.start()

@@ -178,8 +178,8 @@ def message_with(**changes: bytes) -> bytes:
         (message_with(size=b"\0\0\0\1"), "announces 1 bytes"),
         (message_with() + b"x", "announces"),
         (message_with(size=b"\0\0\0\2", payload=b"\x92\x01"), "not msgpack"),
-        (message_with(size=b"\0\0\0\1", payload=b"\x01"), "9 fields"),
-        (message_with(size=b"\0\0\0\2", payload=b"\x91\x01"), "9 fields"),
+        (message_with(size=b"\0\0\0\1", payload=b"\x01"), "10 fields"),
+        (message_with(size=b"\0\0\0\2", payload=b"\x91\x01"), "10 fields"),
     ],
 )
 def test_anything_else_is_refused(message: bytes, says: str) -> None:
