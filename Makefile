@@ -43,11 +43,7 @@ benchmarks: $(VENV)/.installed-bench
 	PYTHONPATH=.src $(BIN)/python benchmarks/scaling.py --curves $(CURVES) $(if $(AGAIN),--again) --output benchmarks/results/scaling.json
 
 # What only a GPU can show, from a bare checkout: nothing is installed.
-gpu-# Three minutes on two quiet cores: what neither starts Ray nor takes long.
-test-quick: $(VENV)/.installed-test
-	$(BIN)/pytest -q -m 'not (gpu or ray or slow or docs)'
-
-check:
+gpu-check:
 	PYTHONPATH=.src $(PYTHON) benchmarks/gpu_check.py
 
 # Tables in docs/ are written by the tests that prove them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,3 +200,13 @@ def test_source_links_cover_the_package() -> None:
     links = {p.name: p.resolve() for p in (ROOT / ".src" / "shoal").iterdir()}
     assert all(p.exists() for p in links.values())
     assert {*LAYERS, "__init__.py", "__main__.py"} <= set(links)
+
+
+def test_make_knows_its_targets() -> None:
+    """Every phony target, whose commands are expanded and not run."""
+    phony = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith(".PHONY:"))
+    targets = phony.split()[1:]
+    assert {"demo", "test", "check", "gpu-check"} <= set(targets)
+    run = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.count("gpu_check.py") == 1
