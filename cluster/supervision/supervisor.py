@@ -98,7 +98,7 @@ class _Heard:
     num_steps: int = -1
     stepped_at: float = 0.0
     fault: tuple[str, float] | None = None
-    """Point and time, just before a failpoint struck."""
+    """Failpoint that is about to strike, and when the worker announced it."""
 
 
 class Supervisor:
@@ -205,7 +205,8 @@ class Supervisor:
                 heard.num_steps, heard.stepped_at = values[0], self._clock()
             return
         if kind == "fault":
-            heard.fault = (values[0], values[1])
+            heard.fault = (values[0], self._clock())
+            self._liveness.send(name, ["fault"])
             return
         for number, replica in enumerate(self._replicas):
             if name in replica.members.workers:

@@ -50,7 +50,8 @@ BUSY_WAIT_S = 0.02
 PROGRESS_INTERVAL_S = 0.5
 """How much of an answer a crash can cost, in time; the requests that ask for it tell what they have so often."""
 AUDIT_TIMEOUT_S = 10.0
-FAULT_NOTICE_S = 0.02
+FAULT_NOTICE_TIMEOUT_S = 10.0
+"""Longest wait of a failpoint for the supervisor to know of it; without an answer it strikes all the same."""
 MAX_REASON_CHARS = 2000
 MAX_POLL_BYTES = 32 << 20
 """A poll returns at most this much, and at least one output."""
@@ -98,6 +99,7 @@ class Worker:
         self._stop_requested = False
         self._audit: list[str] | None = None
         self._audit_wanted = False
+        self._fault_known = threading.Event()
         self._failpoints = Failpoints(spec.faults, spec.title, on_fault=self._on_fault)
         self._spans = Spans()
         self._spans.add(self._failpoints, SPAN_POINTS)
@@ -285,13 +287,17 @@ class Worker:
             groups.abort("a rank was lost", epoch=epoch)
 
     def _on_fault(self, point: str) -> None:
-        """Tell of a fault before it happens: the last words of a killed process can be lost."""
+        """Announce a fault before it happens, and wait until the supervisor knows: a killed process can lose data."""
         if self._link is not None:
-            self._link.send(["fault", point, time.monotonic() + FAULT_NOTICE_S])
-            time.sleep(FAULT_NOTICE_S)
+            self._fault_known.clear()
+            self._link.send(["fault", point])
+            self._fault_known.wait(FAULT_NOTICE_TIMEOUT_S)
 
     def _on_supervisor(self, message: list[Any]) -> None:
         kind, *values = message
+        if kind == "fault":
+            self._fault_known.set()
+            return
         with self._changed:
             if kind == "leave":
                 self._epoch_left = max(self._epoch_left, values[0])
