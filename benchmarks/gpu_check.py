@@ -3,7 +3,7 @@
 
     PYTHONPATH=.src python benchmarks/gpu_check.py
 
-Needs torch, Triton, pytest, hypothesis, numpy, safetensors, tokenizers and msgpack, and nothing of Shoal installed; a
+Needs torch, Triton, pytest, hypothesis, numpy, safetensors, tokenizers and msgspec, and nothing of Shoal installed; a
 picture also matplotlib. Tests first: parity of
 every kernel, and an engine whose answers depend on nothing. Then the kernels against the ceilings of this device, and
 an engine with V3.2's shapes. Results go to benchmarks/results/<device>/.

@@ -51,14 +51,12 @@ def build_untagged(*args: Any) -> Any:
 
 
 def without() -> ExitStack:
-    """In the driver: no supervision, no reports of progress, no journal."""
-    from shoal.cluster.jobs.job import _Run
+    """The driver without supervision and without a journal."""
     from shoal.cluster.jobs.journal import Journal
     from shoal.cluster.supervision.supervisor import Supervisor
 
     stack = ExitStack()
     stack.enter_context(patch.object(Supervisor, "launch", lambda self, launch: launch))
-    stack.enter_context(patch.object(_Run, "begun", lambda self, row: row.request))
     stack.enter_context(patch.object(Journal, "append", lambda self, records: None))
     return stack
 

@@ -28,15 +28,8 @@ from shoal.cluster.routing.prefixes import MAX_PREFIXES, PREFIX_TOKENS, PrefixIn
 from shoal.cluster.routing.request_router import Effect, RequestRouter, Send
 from shoal.cluster.workers.wire import Abort, Event
 from shoal.parallel.kv_transport import KVChunk
-from shoal.runtime.types import (
-    CompletionOutput,
-    GeneratedTokens,
-    PromptLoaded,
-    Request,
-    RequestOutput,
-    RequestProgress,
-    SamplingParams,
-)
+from shoal.parallel.request_id import RequestId
+from shoal.runtime.types import Finished, Prefilled, PromptLoaded, Request, SamplingParams, Tokens
 
 MAX_NUM_SEQS = 32
 NUM_QUEUED = 4000
@@ -66,10 +59,10 @@ class Bench:
         self.rng = random.Random(0)
         self.tokens = [self.rng.randrange(129_280) for _ in range(1 << 20)]
         self.num_asked = 0
-        self.prefilling: dict[str, int] = {}
-        """Groups by engine id, of requests that other groups will go on with."""
-        self.answering: dict[str, int] = {}
-        self.num_known: dict[str, int] = {}
+        self.prefilling: dict[RequestId, int] = {}
+        """The groups of requests that other groups will go on with."""
+        self.answering: dict[RequestId, int] = {}
+        self.num_known: dict[RequestId, int] = {}
         self.times: dict[str, list[float]] = defaultdict(list)
         prefixes = [self.rng.randrange(1 << 62) for _ in range(MAX_PREFIXES)]
         for number in range(0, MAX_PREFIXES, 4):
@@ -98,15 +91,15 @@ class Bench:
         for effect in effects:
             if not isinstance(effect, Send):
                 continue
-            command, engine_id = effect.command, effect.command.request_id
+            command, attempt_id = effect.command, effect.command.id
             if isinstance(command, Request) and not command.do_remote_prefill:
-                (self.prefilling if command.do_remote_decode else self.answering)[engine_id] = effect.group
+                (self.prefilling if command.do_remote_decode else self.answering)[attempt_id] = effect.group
             elif isinstance(command, Request):
-                self.answering[engine_id] = effect.group
-            elif isinstance(command, Abort) and self.answering.get(engine_id) == effect.group:
-                del self.answering[engine_id]
-            elif isinstance(command, Abort) and self.prefilling.get(engine_id) == effect.group:
-                del self.prefilling[engine_id]
+                self.answering[attempt_id] = effect.group
+            elif isinstance(command, Abort) and self.answering.get(attempt_id) == effect.group:
+                del self.answering[attempt_id]
+            elif isinstance(command, Abort) and self.prefilling.get(attempt_id) == effect.group:
+                del self.prefilling[attempt_id]
 
     def submit(self, what: str | None = None) -> None:
         self.call(what, self.router.submit, [self.ask()])
@@ -116,37 +109,41 @@ class Bench:
 
     def prefill(self, *, measured: bool) -> None:
         """Every prompt that is being computed is handed over."""
-        for engine_id, group in list(self.prefilling.items()):
+        for attempt_id, group in list(self.prefilling.items()):
             for what, start in (("chunk, the first", 0), ("chunk, another", 500)):
-                self.handle(what if measured else None, group, chunk(engine_id, start))
-            self.handle("prefilled" if measured else None, group, output(engine_id, 1, finished=False))
-            del self.prefilling[engine_id]
-            self.num_known[engine_id] = 1
-            self.handle("loaded" if measured else None, self.answering[engine_id], PromptLoaded(request_id=engine_id))
+                self.handle(what if measured else None, group, chunk(attempt_id, start))
+            self.handle("first tokens" if measured else None, group, tokens(attempt_id, 0, 1))
+            prefilled = Prefilled(id=attempt_id, num_cached_tokens=0, handed_over=True)
+            self.handle("prefilled" if measured else None, group, prefilled)
+            del self.prefilling[attempt_id]
+            self.num_known[attempt_id] = 1
+            self.handle("loaded" if measured else None, self.answering[attempt_id], PromptLoaded(id=attempt_id))
 
     def run(self, num_calls: int) -> None:
         """Requests come, go on and end, so that there are always as many."""
         for number in range(num_calls):
             if number % 500 == 0:
                 some = self.rng.choices(list(self.answering), k=1000)
-            for engine_id in some[number % 500 * 2 :][:2]:
-                self.go_on(engine_id)
-            engine_id, group = next(iter(self.answering.items()))
-            del self.answering[engine_id]
-            self.handle("answered", group, output(engine_id, 1000, finished=True))
+            for attempt_id in some[number % 500 * 2 :][:2]:
+                self.go_on(attempt_id)
+            attempt_id, group = next(iter(self.answering.items()))
+            del self.answering[attempt_id]
+            num_known = self.num_known.get(attempt_id, 0)
+            self.handle("tokens, the last", group, tokens(attempt_id, num_known, 1000))
+            end = Finished(id=attempt_id, sample_index=0, reason="length", num_tokens=1000)
+            self.handle("finished", group, end)
             self.submit("submit")
             if number % 5 == 0:
-                self.call("abort", self.router.abort, self.rng.choice(some).split("#")[0])
+                self.call("abort", self.router.abort, self.rng.choice(some).request_id)
                 self.submit()
             self.prefill(measured=True)
 
-    def go_on(self, engine_id: str) -> None:
-        """A request tells 16 new tokens."""
-        if (group := self.answering.get(engine_id)) is not None:
-            start = self.num_known.get(engine_id, 0)
-            self.num_known[engine_id] = start + 16
-            new = GeneratedTokens(tuple(range(16)))
-            self.handle("progress", group, RequestProgress(request_id=engine_id, index=0, start=start, new=new))
+    def go_on(self, attempt_id: RequestId) -> None:
+        """A request reports 16 new tokens."""
+        if (group := self.answering.get(attempt_id)) is not None:
+            start = self.num_known.get(attempt_id, 0)
+            self.num_known[attempt_id] = start + 16
+            self.handle("tokens", group, tokens(attempt_id, start, start + 16))
 
     def lose_and_restore(self, num_calls: int) -> None:
         """Per request that is given back, and per request that is sent to the new group."""
@@ -155,8 +152,8 @@ class Bench:
             count = len(self.router._groups[group].requests)
             if count:
                 for known in (self.answering, self.prefilling):
-                    for engine_id in [i for i, g in known.items() if g == group]:
-                        del known[engine_id]
+                    for attempt_id in [i for i, g in known.items() if g == group]:
+                        del known[attempt_id]
                 self.call("lose, per request", self.router.lose, group, count=count)
                 begin = time.perf_counter_ns()
                 self.call(None, self.router.restore, group)
@@ -165,16 +162,13 @@ class Bench:
         self.router.check_integrity()
 
 
-def chunk(engine_id: str, start: int) -> KVChunk:
+def chunk(attempt_id: RequestId, start: int) -> KVChunk:
     values = {"fingerprint": b"", "epoch": 0, "generation": 0, "num_bytes": 1, "checksum": 0, "address": b""}
-    return KVChunk(request_id=engine_id, start=start, end=start + 500, **values)  # type: ignore[arg-type]
+    return KVChunk(id=attempt_id, start=start, end=start + 500, **values)  # type: ignore[arg-type]
 
 
-def output(engine_id: str, num_tokens: int, *, finished: bool) -> RequestOutput:
-    completion = CompletionOutput(
-        index=0, text="", token_ids=[5] * num_tokens, finish_reason="length" if finished else None
-    )
-    return RequestOutput(request_id=engine_id, prompt_token_ids=[], outputs=[completion], finished=finished)
+def tokens(attempt_id: RequestId, start: int, end: int) -> Tokens:
+    return Tokens(id=attempt_id, sample_index=0, start=start, token_ids=(5,) * (end - start))
 
 
 def per_1000_tokens(rounds: int = 200) -> dict[str, float]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import logging
 import queue
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
+
+from msgspec.structs import replace
 
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.generation_config import sampling_notice
 from shoal.runtime.plain_numbers import whole_number
 from shoal.runtime.request_limits import RequestLimits, check_request
+from shoal.runtime.response import ResponseAssembler
 from shoal.runtime.tokenization.chat import ChatPrompt
 from shoal.runtime.tokenization.tokenizer import Tokenizer
-from shoal.runtime.types import Request, RequestOutput, SamplingParams
+from shoal.runtime.types import EngineOutput, Request, RequestOutput, SamplingParams
 
 from .bundled import BUNDLED_MODEL
 from .engine_args import EngineArgs, Executor
@@ -31,6 +33,7 @@ from .workers.spec import OnPhase
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+Updates = list[EngineOutput | RequestOutput]
 Conversation = Sequence[Mapping[str, Any]]
 
 logger = logging.getLogger("shoal.llm")
@@ -109,7 +112,7 @@ class LLM:
         from the engine's seed and its number among all prompts that this object was given. `use_tqdm` is vLLM's: there
         is no progress bar, and so nothing to turn off.
         """
-        return self._run(self._requests(prompt_list(prompts), sampling_params, stream=False))
+        return self._run(self._requests(prompt_list(prompts), sampling_params, report="interval"))
 
     def chat(
         self,
@@ -147,7 +150,7 @@ class LLM:
                 prompts.append(self._prompts.encode_messages(conversation, thinking))
             except ValueError as error:
                 raise ValueError(f"conversation {i}: {error}") from error
-        return self._run(self._requests(prompts, sampling_params, stream=False))
+        return self._run(self._requests(prompts, sampling_params, report="interval"))
 
     async def stream(
         self,
@@ -158,28 +161,29 @@ class LLM:
 
         Leaving the loop early aborts the requests that are not finished.
         """
-        requests = self._requests(prompt_list(prompts), sampling_params, stream=True)
+        requests = self._requests(prompt_list(prompts), sampling_params, report="step")
         loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
+        arrived: asyncio.Queue[Updates | BaseException] = asyncio.Queue()
 
-        def deliver(item: RequestOutput | BaseException) -> None:
+        def deliver(item: Updates | BaseException) -> None:
             with contextlib.suppress(RuntimeError):  # the loop may have been closed before its last outputs came
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
         texts = {request.request_id: text for request, text in requests}
-        unfinished = set(texts)
+        responses = {request.request_id: ResponseAssembler(request) for request, _ in requests}
         self._engines.submit([request for request, _ in requests], deliver)
         try:
-            while unfinished:
+            while responses:
                 item = await arrived.get()
                 if isinstance(item, BaseException):
                     raise item
-                if item.finished:
-                    unfinished.discard(item.request_id)
-                item.prompt = texts[item.request_id]
-                yield item
+                for output in _snapshots(item, responses):
+                    if output.finished:
+                        del responses[output.request_id]
+                    output.prompt = texts[output.request_id]
+                    yield output
         finally:
-            self._engines.abort(sorted(unfinished))
+            self._engines.abort(sorted(responses))
 
     def step_profiles(self) -> list[StepProfile]:
         """Time per part of a step, for every rank; needs an `engine_factory` whose engines measure it."""
@@ -200,7 +204,7 @@ class LLM:
         prompts: Sequence[Prompt | ChatPrompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         *,
-        stream: bool,
+        report: Literal["interval", "step"],
     ) -> list[tuple[Request, str | None]]:
         """Checked requests with the texts of their prompts, where those were texts."""
         per_prompt = params_list(self.get_default_sampling_params() if params is None else params, len(prompts))
@@ -214,7 +218,7 @@ class LLM:
                 request_id="",
                 prompt_token_ids=tuple(encoded.token_ids),
                 params=own,
-                stream=stream,
+                report=report,
                 reasoning_end_token_id=encoded.reasoning_end_token_id,
             )
             if (refused := check_request(request, self._engines.limits)) is not None:
@@ -224,7 +228,7 @@ class LLM:
 
     def _numbered(self, request: Request) -> Request:
         index = next(self._indices)
-        return dataclasses.replace(request, request_id=str(index), index=index)
+        return replace(request, request_id=str(index), index=index)
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, ChatPrompt]:
         """The text, if the prompt is one, and the token ids."""
@@ -242,7 +246,7 @@ class LLM:
         return prompt, ChatPrompt(self._prompts.encode_text(prompt))
 
     def _run(self, requests: Sequence[tuple[Request, str | None]]) -> list[RequestOutput]:
-        arrived: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[Updates | BaseException] = queue.SimpleQueue()
         outputs: dict[str, RequestOutput] = {}
         self._engines.submit([request for request, _ in requests], arrived.put)
         try:
@@ -250,12 +254,24 @@ class LLM:
                 item = arrived.get()
                 if isinstance(item, BaseException):
                     raise item
-                outputs[item.request_id] = item
+                outputs |= {output.request_id: output for output in item if isinstance(output, RequestOutput)}
         finally:
             self._engines.abort([r.request_id for r, _ in requests if r.request_id not in outputs])
         for request, text in requests:
             outputs[request.request_id].prompt = text
         return [outputs[request.request_id] for request, _ in requests]
+
+
+def _snapshots(updates: Updates, responses: Mapping[str, ResponseAssembler]) -> list[RequestOutput]:
+    """Everything that each request in `updates` has produced so far, in the order in which they first appear."""
+    latest: dict[str, RequestOutput | None] = {}
+    for update in updates:
+        if isinstance(update, RequestOutput):
+            latest[update.request_id] = update
+        else:
+            responses[update.request_id].add(update)
+            latest.setdefault(update.request_id, None)
+    return [responses[request_id].output() if output is None else output for request_id, output in latest.items()]
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

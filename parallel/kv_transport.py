@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from .request_id import RequestMessage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,14 +23,12 @@ class TransferError(RuntimeError):
     """A chunk cannot be had, or is not what was announced; its records must be computed again."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KVChunk:
+class KVChunk(RequestMessage, frozen=True, tag="k", kw_only=True):
     """The records of prompt positions `[start, end)` in all layers, and where to read them.
 
     layer 0: end - start records, then as many index keys if it has an indexer | layer 1: .. | ..
     """
 
-    request_id: str
     start: int
     end: int
     fingerprint: bytes
@@ -90,12 +89,12 @@ def check_payload(chunk: KVChunk, payload: Tensor) -> None:
     """TransferError unless the bytes are those that were published as `chunk`."""
     if payload.numel() != chunk.num_bytes:
         raise TransferError(
-            f"chunk {chunk.generation} of request {chunk.request_id} has {payload.numel()} bytes, "
+            f"chunk {chunk.generation} of request {chunk.id} has {payload.numel()} bytes, "
             f"{chunk.num_bytes} were announced"
         )
     found = checksum_of(payload, epoch=chunk.epoch, generation=chunk.generation, start=chunk.start, end=chunk.end)
     if found != chunk.checksum:
         raise TransferError(
-            f"chunk {chunk.generation} of request {chunk.request_id} has checksum {found:08x}, "
+            f"chunk {chunk.generation} of request {chunk.id} has checksum {found:08x}, "
             f"{chunk.checksum:08x} was announced"
         )

@@ -1,9 +1,9 @@
-"""Settings: dataclass fields whose annotations carry the allowed values and the help text.
+"""Settings: fields of dataclasses and msgspec Structs whose annotations carry the allowed values and the help text.
 
     max_num_seqs: Annotated[int, Setting("Sequences that a group runs at a time.", ge=1)] = 64
 
 The validation here, the command line's options, the keys of a job file and docs/settings.md are all read from the
-field. This module stands in the lowest layer that has settings and imports nothing but the standard library.
+field. This module stands in the lowest layer that has settings and imports nothing that takes time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import types
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
 
 MAX_SHOWN_CHARS = 100
 """Longest value that an error message repeats."""
@@ -68,21 +70,28 @@ class Declaration:
 
 
 def declarations(cls: type) -> dict[str, Declaration]:
-    """The settings of a dataclass by name, inherited ones last. Fields without a `Setting` are left out."""
+    """The settings of a class by name, inherited ones last. Fields without a `Setting` are left out."""
     return _read_annotations(cls)
 
 
 @functools.cache
 def _read_annotations(cls: type) -> dict[str, Declaration]:
     hints = get_type_hints(cls, include_extras=True)
+    defaults = _defaults(cls)
     found = {}
-    for field in sorted(fields(cls), key=lambda field: field.name not in cls.__annotations__):
-        kind, *extras = get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else (None,)
+    for name in sorted(defaults, key=lambda name: name not in cls.__annotations__):
+        kind, *extras = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (None,)
         setting = next((extra for extra in extras if isinstance(extra, Setting)), None)
         if setting is not None:
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            found[field.name] = Declaration(field.name, kind, setting, default)
+            found[name] = Declaration(name, kind, setting, defaults[name])
     return found
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """Default per field of a dataclass or Struct; `dataclasses.MISSING` where the field has to be given."""
+    if issubclass(cls, msgspec.Struct):
+        return {f.name: MISSING if f.default is msgspec.NODEFAULT else f.default for f in msgspec.structs.fields(cls)}
+    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
 
 
 def check_settings(settings: Any) -> None:

@@ -1,6 +1,6 @@
-"""The values that users and the engine exchange: sampling parameters, requests and outputs.
+"""The values that users, drivers and engines exchange: sampling parameters, requests and outputs.
 
-Field names are vLLM's where the meaning is the same.
+Field names are vLLM's where the meaning is the same. Structs travel between processes, as arrays of their fields.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from msgspec import Struct
+from msgspec.structs import force_setattr
+
+from shoal.parallel.request_id import RequestId, RequestMessage
 from shoal.parallel.settings import Declaration, Setting, build_settings, check_settings
 
 from .plain_numbers import plain_number, whole_number
@@ -21,10 +25,11 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 4096
 """Limit for all stop strings of a request together: every new token is compared with each of them."""
 MAX_STOP_TOKEN_IDS = 1024
+REPORT_INTERVAL_S = 0.5
+"""How often requests with `report="interval"` report new tokens: bounds the work that a crash can cost, in time."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Sampling parameters of one request; a bad value is a ValueError that names it.
 
     Names and meanings are vLLM's.
@@ -84,6 +89,8 @@ class SamplingParams:
         _use_plain_numbers(self)
         check_settings(self)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if any(map(_has_surrogate, stop)):
+            raise ValueError("stop has a lone surrogate, which is not a character and which no text can contain")
         if len(stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
         if (num_chars := sum(map(len, stop))) > MAX_STOP_CHARS:
@@ -93,10 +100,10 @@ class SamplingParams:
             raise ValueError(f"stop_token_ids has {len(stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are allowed")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        force_setattr(self, "stop", stop)
+        force_setattr(self, "stop_token_ids", stop_token_ids)
         if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+            force_setattr(self, "logit_bias", _checked_bias(self.logit_bias))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -115,8 +122,7 @@ class SamplingParams:
         return build_settings(cls, values)
 
 
-@dataclass(frozen=True, slots=True)
-class Logprob:
+class Logprob(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Log-probability of one token, with its rank (1 is the most likely) and its text where a tokenizer is there."""
 
     logprob: float
@@ -124,52 +130,110 @@ class Logprob:
     decoded_token: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GeneratedTokens:
-    """Tokens of one continuation and what is known of each; the text follows from them."""
+class GeneratedTokens(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Output tokens of one sample and their logprobs; the text follows from them."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[dict[int, Logprob], ...] | None = None
     """Per token, the sampled one first; None where they were not asked for. Without the tokens' text."""
 
     def extended(self, new: GeneratedTokens) -> GeneratedTokens:
-        """These tokens and then the new ones."""
+        """These tokens followed by the new ones."""
         logprobs = None if new.logprobs is None else (self.logprobs or ()) + new.logprobs
         return GeneratedTokens(self.token_ids + new.token_ids, logprobs)
 
+    def head(self, count: int) -> GeneratedTokens:
+        """The first `count` tokens; all but the last ones where `count` is negative, as in a slice."""
+        return GeneratedTokens(self.token_ids[:count], None if self.logprobs is None else self.logprobs[:count])
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+
+class Request(Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True, tag="r"):
     """One row for the engine: a prompt and how to continue it."""
 
     request_id: str
-    """Ours, unique in the run; a user's `custom_id` never becomes one."""
+    """Chosen by the driver, unique in the run; a user's `custom_id` never becomes one."""
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    attempt: int = 0
+    """Counts how often the request was given to an engine before; set by the router."""
     index: int = 0
     """Position in the run; with the run's seed it replaces a missing `params.seed`."""
-    stream: bool = False
-    """Emit an output after every step instead of only the finished one."""
+    report: Literal["interval", "step"] = "interval"
+    """When new tokens are reported: after every step, for streams, or every `REPORT_INTERVAL_S`, which bounds what a
+    crash can cost. Both report all tokens at the end."""
     reasoning_end_token_id: int | None = None
     """The prompt ends inside the model's reasoning, which this token ends; None: the output is an answer from its first
     token. Stop strings apply to what follows the reasoning unless `params.stop_in_reasoning`."""
-    report_progress: bool = False
-    """Let `Engine.take_progress` tell what was generated before the request is finished."""
     generated: tuple[GeneratedTokens, ...] = ()
-    """Per continuation, what an earlier run generated: it counts as if this run had. Empty: nothing."""
+    """Per sample, output tokens that an earlier run or attempt generated: they count as generated here. Empty: none."""
     num_losses: int = 0
     """How often a worker was lost, in earlier runs, while it answered this request."""
     do_remote_decode: bool = False
-    """Publish the prompt's cache records, generate the first token of every continuation, and leave the rest to
-    another replica: the output is then handed over unfinished."""
+    """Publish the prompt's KV cache, generate the first token of every sample, and leave the rest to another
+    replica."""
     do_remote_prefill: bool = False
-    """Wait for the prompt's cache records and the first tokens from another replica (`Engine.add_chunk`,
+    """Wait for the prompt's KV cache and the first tokens from another replica (`Engine.add_chunk`,
     `Engine.end_prefill`)."""
+
+    @property
+    def id(self) -> RequestId:
+        """The attempt that this request is."""
+        return RequestId(self.request_id, self.attempt)
+
+
+class Tokens(RequestMessage, frozen=True, tag="t", kw_only=True):
+    """New output tokens of one sample. An attempt reports every token of the answer once, from the first on."""
+
+    sample_index: int
+    start: int
+    """Number of output tokens of the sample before these."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+    """Per token, the sampled one first; None where they were not asked for."""
+    text_start: int = 0
+    """Number of characters of the sample's text before `text`."""
+    text: str = ""
+    """Text that these tokens made certain; characters that may begin a stop string are held back."""
+
+
+class Prefilled(RequestMessage, frozen=True, tag="p", kw_only=True):
+    """The prompt of a request is computed, and every sample has its first token."""
+
+    num_cached_tokens: int
+    """Prompt tokens whose KV cache was found in the prefix cache."""
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    """Per prompt token, None for the first; None where they were not asked for."""
+    handed_over: bool = False
+    """This engine is done with the request: another replica goes on with it."""
+
+
+class Finished(RequestMessage, frozen=True, tag="f", kw_only=True):
+    """One sample of a request is finished."""
+
+    sample_index: int
+    reason: FinishReason
+    num_tokens: int
+    """Output tokens of the sample in all: whoever has fewer has missed some."""
+    stop_reason: int | str | None = None
+    """The stop token id or stop string that ended it; None for the end-of-sequence token."""
+    error: str | None = None
+    """Why `reason` is "error"."""
+
+
+EngineOutput = Tokens | Prefilled | Finished
+"""What an engine reports of its requests, in order; `ResponseAssembler` adds it up."""
+
+
+class PromptLoaded(RequestMessage, frozen=True, tag="l", kw_only=True):
+    """A request no longer waits for its prompt's KV cache: the replica that published it can release it."""
+
+    error: str | None = None
+    """Why (a part of) the prompt is computed here after all."""
 
 
 @dataclass(kw_only=True, slots=True)
 class CompletionOutput:
-    """One of the `n` continuations of a request; while a request streams, everything generated so far."""
+    """One of the `n` samples of a request; while a request streams, everything generated so far."""
 
     index: int
     text: str
@@ -186,7 +250,7 @@ class CompletionOutput:
 
 @dataclass(kw_only=True, slots=True)
 class RequestOutput:
-    """What a request has produced; `finished` once every continuation has a finish reason."""
+    """What a request has produced; `finished` once every sample has a finish reason."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -196,28 +260,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """Per prompt token; None for the first, which nothing precedes."""
     num_cached_tokens: int = 0
-    """Prompt tokens whose cache records were found, not computed (of the first continuation)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RequestProgress:
-    """What one continuation of an unfinished request has generated since it was last told."""
-
-    request_id: str
-    index: int
-    """Index of the continuation, below `n`."""
-    start: int
-    """Tokens that it had before."""
-    new: GeneratedTokens
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptLoaded:
-    """A request that waited for its prompt's records goes on: their publisher can forget them."""
-
-    request_id: str
-    error: str | None = None
-    """Why (a part of) the prompt is computed here after all."""
+    """Prompt tokens whose KV cache was found, not computed (of the sample that was computed first)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,6 +270,10 @@ class RowError:
     code: str
     message: str
     details: dict[str, int | str] = field(default_factory=dict)
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _checked_bias(biases: Mapping[Any, Any]) -> dict[int, float]:
@@ -249,12 +296,12 @@ def _use_plain_numbers(params: SamplingParams) -> None:
     for name in _WHOLE_NUMBERS:
         value = getattr(params, name)
         if type(value) is not int and (number := whole_number(value)) is not None:
-            object.__setattr__(params, name, number)
+            force_setattr(params, name, number)
     for name in _NUMBERS:
-        object.__setattr__(params, name, plain_number(getattr(params, name)))
+        force_setattr(params, name, plain_number(getattr(params, name)))
     if isinstance(params.stop_token_ids, Iterable) and not isinstance(params.stop_token_ids, str):
         ids = [i if (number := whole_number(i)) is None else number for i in params.stop_token_ids]
-        object.__setattr__(params, "stop_token_ids", tuple(ids))
+        force_setattr(params, "stop_token_ids", tuple(ids))
 
 
 _BIAS_KEY = Declaration("logit_bias key", int, Setting("Token id.", ge=0), None)

@@ -17,9 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from shoal.parallel.failpoints import Failpoints
 from shoal.runtime.request_limits import RequestLimits
-from shoal.runtime.types import Request, RequestOutput, RequestProgress
+from shoal.runtime.types import EngineOutput, Request, RequestOutput, Tokens
 
 from ..exit_codes import ExitCode
 from ..openai.requests import RequestDefaults
@@ -67,12 +69,8 @@ class Engines(Protocol):
         """Take requests; returns at once."""
         ...
 
-    def poll(self, timeout_s: float) -> list[RequestOutput]:
-        """Finished requests, each once; waits at most `timeout_s` for the first."""
-        ...
-
-    def take_progress(self) -> list[RequestProgress]:
-        """What requests that report their progress have generated since the last call, as far as `poll` has seen it."""
+    def poll(self, timeout_s: float) -> list[EngineOutput | RequestOutput]:
+        """New parts of answers, and the whole answer of every finished request; waits at most `timeout_s`."""
         ...
 
     def take_losses(self) -> Mapping[str, int]:
@@ -310,18 +308,10 @@ class _Run:
                 break
             with _engine_errors("the engines failed"):
                 outputs = engines.poll(POLL_TIMEOUT_S)
-            if outputs:
+            if any(isinstance(output, RequestOutput) for output in outputs):
                 self.failpoints.reach("job.answer")
-            for finished in outputs:
-                row = self.in_flight.pop(finished.request_id, None)
-                if row is None:
-                    raise EngineFailure(
-                        f"the engines answered {finished.request_id!r}, which was not asked or is answered"
-                    )
-                self.output.add(answered_row(row, finished, self.spec.model_name, self.spec.rules.tokenizer))
-            for progress in engines.take_progress():
-                if (row := self.in_flight.get(progress.request_id)) is not None:
-                    self.output.add_progress(row.index, progress)
+            for output in outputs:
+                self.take(output)
             for request_id, num_losses in engines.take_losses().items():
                 if (row := self.in_flight.get(request_id)) is not None:
                     self.output.add_losses(row.index, num_losses)
@@ -331,6 +321,17 @@ class _Run:
             self.show()
         self.output.commit()
         self.show(force=True)
+
+    def take(self, output: EngineOutput | RequestOutput) -> None:
+        """Write the answer of a finished row, and new tokens of an unfinished one."""
+        row = self.in_flight.get(output.request_id)
+        if row is None:
+            raise EngineFailure(f"the engines answered {output.request_id!r}, which is unknown or already finished")
+        if isinstance(output, RequestOutput):
+            del self.in_flight[output.request_id]
+            self.output.add(answered_row(row, output, self.spec.model_name, self.spec.rules.tokenizer))
+        elif isinstance(output, Tokens):
+            self.output.add_progress(row.index, output)
 
     def admit(self, rows: Iterator[BatchRow], engines: Engines) -> bool:
         """Submit rows up to the engines' capacity; whether the rows are exhausted."""
@@ -349,7 +350,7 @@ class _Run:
         """The row's request, with what earlier runs have generated of its answer and how often they lost its worker."""
         generated = self.output.take_generated(row.index)
         num_losses = self.output.num_losses(row.index)
-        return replace(row.request, report_progress=True, generated=generated, num_losses=num_losses)
+        return msgspec.structs.replace(row.request, generated=generated, num_losses=num_losses)
 
     def open_rows(self) -> Iterator[BatchRow]:
         """The rows without a line, in input order, as the first pass has checked them."""

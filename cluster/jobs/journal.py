@@ -1,7 +1,7 @@
 """An append-only file of checksummed records; what survives a crash is a prefix of what was appended.
 
     file:    magic (8 bytes) | record | record | ...
-    record:  payload length (4 bytes, little endian) | CRC-32 of the payload (4 bytes) | payload (msgpack: kind, fields)
+    record:  payload length (4 bytes, little endian) | CRC-32 of the payload (4 bytes) | payload (msgpack: tag, fields)
 
 `append` returns after fsync, so a record that was appended is there after any crash. A record torn by a crash is cut
 off when the file is opened again.
@@ -13,25 +13,22 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
-import msgpack
+import msgspec
 
 from shoal.runtime.types import GeneratedTokens
 
-from ..workers.wire import pack_tokens, unpack_tokens
-
-MAGIC = b"SHOALJ02"
+MAGIC = b"SHOALJ03"
+"""The last two characters are the version."""
 MAX_PAYLOAD_BYTES = 1 << 26
-"""A length above it is not one that was written."""
+"""A larger length was not written by this class."""
 
 _HEADER = struct.Struct("<II")
 
 
-@dataclass(frozen=True, slots=True)
-class RowRecord:
+class RowRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
     """One finished row: where its line ends and what its content is."""
 
     index: int
@@ -40,24 +37,22 @@ class RowRecord:
     end_offset: int
     """Bytes of that file up to and including the line; the line is durable before the record is written."""
     digest: bytes
-    """SHA-256 of what the row was answered with."""
+    """SHA-256 of the row's answer."""
     num_prompt_tokens: int
     num_output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class ProgressRecord:
+class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=2):
     """Tokens of a row that is not finished."""
 
     index: int
-    continuation: int
+    sample_index: int
     start: int
-    """How many tokens of this continuation the records before it hold."""
+    """Number of tokens of this sample in the records before."""
     new: GeneratedTokens
 
 
-@dataclass(frozen=True, slots=True)
-class LossRecord:
+class LossRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=3):
     """An unfinished row whose worker was lost while it answered it."""
 
     index: int
@@ -67,8 +62,8 @@ class LossRecord:
 
 Record = RowRecord | ProgressRecord | LossRecord
 
-_ROW, _PROGRESS, _LOSS = 1, 2, 3
-_ROW_FIELDS = tuple(field.name for field in fields(RowRecord))
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
 
 
 class Journal:
@@ -131,13 +126,7 @@ def write_fully(fd: int, data: bytes, offset: int) -> None:
 
 
 def _encode(record: Record) -> bytes:
-    if isinstance(record, RowRecord):
-        row = [_ROW, *(getattr(record, name) for name in _ROW_FIELDS)]
-    elif isinstance(record, LossRecord):
-        row = [_LOSS, record.index, record.num_losses]
-    else:
-        row = [_PROGRESS, record.index, record.continuation, record.start, pack_tokens(record.new)]
-    payload: bytes = msgpack.packb(row)
+    payload = _ENCODER.encode(record)
     assert len(payload) <= MAX_PAYLOAD_BYTES
     return _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
 
@@ -154,20 +143,8 @@ def _read_record(file: BinaryIO) -> Record | None:
     if len(payload) < size or zlib.crc32(payload) != checksum:
         return None
     try:
-        return _decode(payload)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        return _DECODER.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{file.name} holds a record of another kind ({error}); start over with --overwrite"
         ) from error
-
-
-def _decode(payload: bytes) -> Record:
-    kind, *values = msgpack.unpackb(payload)
-    if kind == _ROW:
-        return RowRecord(*values)
-    if kind == _LOSS:
-        return LossRecord(*values)
-    if kind != _PROGRESS:
-        raise ValueError(f"kind {kind!r}")
-    index, continuation, start, new = values
-    return ProgressRecord(index, continuation, start, unpack_tokens(new))

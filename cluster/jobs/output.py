@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal.parallel.failpoints import Failpoints
-from shoal.runtime.types import GeneratedTokens, RequestProgress
+from shoal.runtime.response import without_text
+from shoal.runtime.types import GeneratedTokens, Tokens
 
 from .journal import MAGIC, Journal, LossRecord, ProgressRecord, Record, RowRecord, write_fully
 from .row_output import FinishedRow
@@ -134,9 +135,11 @@ class BatchOutput:
         if len(self._pending) >= self._commit_rows or self._pending_bytes >= self._commit_bytes:
             self.commit()
 
-    def add_progress(self, index: int, progress: RequestProgress) -> None:
-        """Take what an unfinished row has generated; it is durable after the next commit."""
-        self._pending_progress.append(ProgressRecord(index, progress.index, progress.start, progress.new))
+    def add_progress(self, index: int, tokens: Tokens) -> None:
+        """Take new tokens of an unfinished row; they are durable after the next commit."""
+        logprobs = None if tokens.logprobs is None else without_text(tokens.logprobs)
+        new = GeneratedTokens(tokens.token_ids, logprobs)
+        self._pending_progress.append(ProgressRecord(index, tokens.sample_index, tokens.start, new))
 
     def add_losses(self, index: int, num_losses: int) -> None:
         """Note how often a worker was lost while it answered this row; durable after the next commit."""
@@ -154,7 +157,7 @@ class BatchOutput:
         return len(tokens), sum(tokens)
 
     def take_generated(self, index: int) -> tuple[GeneratedTokens, ...]:
-        """What earlier runs generated of an unfinished row, per continuation; to be asked once."""
+        """Tokens that earlier runs generated of an unfinished row, per sample; may be called once per row."""
         row = self._generated.pop(index, {})
         return tuple(row.get(i, GeneratedTokens()) for i in range(max(row, default=-1) + 1))
 
@@ -236,9 +239,9 @@ class BatchOutput:
 
     def _add_generated(self, record: ProgressRecord) -> None:
         row = self._generated.setdefault(record.index, {})
-        before = row.get(record.continuation, GeneratedTokens())
+        before = row.get(record.sample_index, GeneratedTokens())
         assert len(before.token_ids) == record.start, f"row {record.index}: progress does not follow what came before"
-        row[record.continuation] = before.extended(record.new)
+        row[record.sample_index] = before.extended(record.new)
 
     def _write_slot(self, index: int, failed: bool, digest: bytes) -> None:
         write_fully(self._digests, (b"\2" if failed else b"\1") + digest, index * _SLOT_BYTES)

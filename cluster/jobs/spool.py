@@ -14,9 +14,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -30,7 +28,6 @@ _MAGIC, _END = b"SHROWS01", b"SHROWEND"
 _HEADER = struct.Struct("<II")
 _INDEX = struct.Struct("<Q")
 _BUFFER_BYTES = 1 << 20
-_DEFAULT_PARAMS = SamplingParams()
 
 
 class _Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -41,8 +38,7 @@ class _Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     """Position in `ENDPOINTS`."""
     prompt_token_ids: bytes
     """4 bytes each."""
-    params: dict[str, Any]
-    """Those that differ from the defaults of SamplingParams."""
+    params: SamplingParams
     num_logprobs: int | None
     reasoning_end_token_id: int | None
 
@@ -112,14 +108,13 @@ def _damaged(path: Path, offset: int) -> ValueError:
 
 def _payload(row: BatchRow) -> _Payload:
     parsed = row.parsed
-    params = {f.name: getattr(parsed.params, f.name) for f in fields(SamplingParams)}
     return _Payload(
         line_number=row.line_number,
         byte_offset=row.byte_offset,
         custom_id=row.custom_id,
         endpoint=ENDPOINTS.index(parsed.endpoint),
         prompt_token_ids=np.asarray(parsed.prompt_token_ids, dtype="<u4").tobytes(),
-        params={name: value for name, value in params.items() if value != getattr(_DEFAULT_PARAMS, name)},
+        params=parsed.params,
         num_logprobs=parsed.num_logprobs,
         reasoning_end_token_id=parsed.reasoning_end_token_id,
     )
@@ -129,7 +124,7 @@ def _row(index: int, payload: _Payload) -> BatchRow:
     parsed = ParsedRequest(
         endpoint=ENDPOINTS[payload.endpoint],
         prompt_token_ids=tuple(np.frombuffer(payload.prompt_token_ids, dtype="<u4").tolist()),
-        params=SamplingParams(**payload.params),
+        params=payload.params,
         num_logprobs=payload.num_logprobs,
         reasoning_end_token_id=payload.reasoning_end_token_id,
     )

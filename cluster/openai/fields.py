@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from shoal.runtime.types import SamplingParams
@@ -14,7 +14,7 @@ from .errors import ApiError, clipped, json_type
 MAX_SHOWN_CHARS = 60
 """Longest value or name that a message repeats."""
 
-SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams))
+SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 CHAT_FIELDS = SAMPLING_FIELDS | {
     "messages",
     "max_completion_tokens",

@@ -11,14 +11,15 @@ from typing import Protocol
 
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
-from shoal.runtime.types import Request, RequestOutput
+from shoal.runtime.types import EngineOutput, Request, RequestOutput
 
 from ..jobs.job import Engines
 
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.16
-"""How long the engines may keep the thread from new requests: the longer, the longer nothing has happened."""
+"""Poll timeout: starts at MIN_POLL_S and doubles up to MAX_POLL_S while there are no outputs."""
 
-Deliver = Callable[[RequestOutput | BaseException], None]
+Deliver = Callable[[list[EngineOutput | RequestOutput] | BaseException], None]
+"""Takes all that a poll returned for the requests of one `submit`, or the error that ended one of them."""
 
 
 class AbortableEngines(Engines, Protocol):
@@ -29,7 +30,7 @@ class AbortableEngines(Engines, Protocol):
         ...
 
     def step_profiles(self) -> list[StepProfile]:
-        """Step profiles of every rank; the engines must measure their steps."""
+        """Where the time of the steps went on every rank; needs engines that measure it."""
         ...
 
 
@@ -37,7 +38,7 @@ class EngineThread:
     """Starts engines on a thread of its own and feeds them up to their capacity. Any thread may call its methods."""
 
     def __init__(self, start: Callable[[], AbortableEngines]) -> None:
-        """Returns once `start` has; what it raises is raised here."""
+        """Return once `start` has returned; exceptions of `start` are raised here."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
         self._deliver: dict[str, Deliver] = {}
@@ -53,7 +54,10 @@ class EngineThread:
         self.limits = limits
 
     def submit(self, requests: Sequence[Request], deliver: Deliver) -> None:
-        """`deliver` is called on the engines' thread with every output, or per request with the error that ended it."""
+        """Queue requests; `deliver` is called on the engines' thread.
+
+        It gets the outputs of every poll, and per request the error that ended the engines.
+        """
         with self._lock:
             if self._end is not None:
                 raise self._end
@@ -64,7 +68,7 @@ class EngineThread:
         self._commands.put(lambda: self._drop(request_ids))
 
     def step_profiles(self) -> list[StepProfile]:
-        """See `AbortableEngines`; asked on the engines' thread."""
+        """See `AbortableEngines`; waits for the engines' thread."""
         answer: Future[list[StepProfile]] = Future()
 
         def ask() -> None:
@@ -106,7 +110,7 @@ class EngineThread:
             self._end = end
         while not self._commands.empty():
             if (command := self._commands.get()) is not None:
-                command()  # whoever came too late waits for an answer, too
+                command()  # requests that came too late get the error, too
         for deliver in self._deliver.values():
             deliver(end)
         self._engines.close()
@@ -121,12 +125,21 @@ class EngineThread:
                 self._engines.submit(batch)
             outputs = self._engines.poll(poll_s)
             poll_s = MIN_POLL_S if batch or outputs else min(2 * poll_s, MAX_POLL_S)
-            for output in outputs:
-                deliver = self._deliver.pop(output.request_id) if output.finished else self._deliver[output.request_id]
-                deliver(output)
+            self._hand_out(outputs)
+
+    def _hand_out(self, outputs: Sequence[EngineOutput | RequestOutput]) -> None:
+        """Call every `deliver` once, with the outputs of its requests in order."""
+        batches: dict[int, tuple[Deliver, list[EngineOutput | RequestOutput]]] = {}
+        for output in outputs:
+            is_last = isinstance(output, RequestOutput)
+            request_id = output.request_id
+            deliver = self._deliver.pop(request_id) if is_last else self._deliver[request_id]
+            batches.setdefault(id(deliver), (deliver, []))[1].append(output)
+        for deliver, batch in batches.values():
+            deliver(batch)
 
     def _run_commands(self) -> bool:
-        """All commands there are; waits for one when there is nothing else to do. False: close."""
+        """Run all queued commands; wait for one when nothing is in flight. Returns False to close."""
         while not (self._commands.empty() and self._deliver):
             command = self._commands.get()
             if command is None:

@@ -9,16 +9,17 @@ import torch
 
 from shoal.kernels.numerics import torch_settings
 from shoal.parallel.groups import single_process_groups
+from shoal.parallel.request_id import RequestId
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
-from shoal.runtime.types import Request, RequestOutput, RequestProgress
+from shoal.runtime.response import ResponseAssembler
+from shoal.runtime.types import REPORT_INTERVAL_S, EngineOutput, Request, RequestOutput
 
 from ..engine_args import EngineArgs, read_model_config
 from ..environment import default_num_threads, num_cores
 from ..supervision.fault import Fault
 from ..workers.engine_factory import BUILD_ENGINE, admit, resolve_factory, step_profile
 from ..workers.spec import OnPhase, Phase, StartReport
-from ..workers.wire import pack_output, unpack_output
 
 
 class InProcessEngine:
@@ -41,8 +42,10 @@ class InProcessEngine:
         with torch_settings(self._num_threads):
             self._engine = resolve_factory(engine_factory)(args, groups, report, None)
         self._capacity = 2 * args.max_num_seqs
-        self._in_flight: set[str] = set()
-        self._outputs: list[RequestOutput] = []
+        self._responses: dict[str, ResponseAssembler] = {}
+        """The requests in flight, with their answers so far."""
+        self._outputs: list[EngineOutput | RequestOutput] = []
+        self._reported_at = 0.0
         if on_phase is not None:
             on_phase(Phase("ready", time.monotonic() - start, "; ".join(report.notices)))
 
@@ -52,47 +55,60 @@ class InProcessEngine:
 
     @property
     def faults(self) -> Sequence[Fault]:
-        """Nothing can be lost but everything."""
+        """Always empty: there is no worker process that could be lost."""
         return ()
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._in_flight)
+        num_unread = sum(isinstance(output, RequestOutput) for output in self._outputs)
+        return len(self._responses) + num_unread
 
     @property
     def capacity(self) -> int:
         return self._capacity
 
     def submit(self, requests: Sequence[Request]) -> None:
+        """Add requests to the engine; ValueError for an id that is in use."""
         for request in requests:
-            if request.request_id in self._in_flight:
+            if request.request_id in self._responses:
                 raise ValueError(f"request id {request.request_id!r} is already in flight")
-            self._in_flight.add(request.request_id)
-            if (refused := admit(self._engine, request)) is not None:
-                self._outputs.append(refused)
+            self._responses[request.request_id] = ResponseAssembler(request)
+            self._take(admit(self._engine, request))
 
     def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
         for request_id in request_ids:
-            self._in_flight.discard(request_id)
-            self._engine.abort(request_id)
+            if self._responses.pop(request_id, None) is not None:
+                self._engine.abort(RequestId(request_id))
+        dropped = set(request_ids)
+        self._outputs = [output for output in self._outputs if output.request_id not in dropped]
 
-    def poll(self, timeout_s: float) -> list[RequestOutput]:
+    def poll(self, timeout_s: float) -> list[EngineOutput | RequestOutput]:
         """Step until there are outputs or `timeout_s` has passed; at once when nothing is in flight."""
         deadline = time.monotonic() + timeout_s
-        while not self._outputs and self._in_flight:
+        while not self._outputs and self._responses:
             with torch_settings(self._num_threads):
                 stepped = self._engine.step()
-            self._outputs += [o if o.finished else _snapshot(o) for o in stepped.outputs]
-            if time.monotonic() >= deadline:
+            self._take(stepped.outputs)
+            now = time.monotonic()
+            if now - self._reported_at >= REPORT_INTERVAL_S:
+                self._reported_at = now
+                self._take(self._engine.take_outputs())
+            if now >= deadline:
                 break
-        outputs = [output for output in self._outputs if output.request_id in self._in_flight]
+        outputs = self._outputs
         self._outputs = []
-        self._in_flight.difference_update(output.request_id for output in outputs if output.finished)
         return outputs
 
-    def take_progress(self) -> list[RequestProgress]:
-        """What requests that report their progress have generated since the last call."""
-        return self._engine.take_progress()
+    def _take(self, outputs: Sequence[EngineOutput]) -> None:
+        """Keep what is new of the answers, and the whole answers of requests that are finished."""
+        for output in outputs:
+            response = self._responses[output.request_id]
+            if (new := response.add(output)) is not None:
+                self._outputs.append(new)
+            if response.finished:
+                del self._responses[output.request_id]
+                self._outputs.append(response.output())
 
     def take_losses(self) -> dict[str, int]:
         """Nothing: there are no workers to lose."""
@@ -104,9 +120,4 @@ class InProcessEngine:
 
     def close(self) -> None:
         """Drop what is in flight."""
-        self.abort(sorted(self._in_flight))
-
-
-def _snapshot(output: RequestOutput) -> RequestOutput:
-    """A copy, because the engine goes on adding to an output that is not finished."""
-    return unpack_output(pack_output(output))
+        self.abort(sorted(self._responses))

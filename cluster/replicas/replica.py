@@ -1,15 +1,16 @@
-"""One copy of the model on a cluster, seen from the driver: its workers, their requests and their end."""
+"""One copy of the model on a cluster, seen from the driver: its workers, their commands and events, their end."""
 
 from __future__ import annotations
 
 import socket
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import ray
+from msgspec.structs import replace
 from ray.exceptions import RayError
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -20,17 +21,17 @@ from ..replica_spec import ReplicaSpec
 from ..workers.actors import INBOX_THREAD, Launch, ObjectRef, Seat, WorkerProcess, end_worker, start_worker
 from ..workers.assignment import Assignment
 from ..workers.spec import StartReport
-from ..workers.wire import Command, Event, pack_command, unpack_event
+from ..workers.wire import COMMANDS, EVENTS, Command, Event
 from ..workers.worker import AUDIT_TIMEOUT_S
 
 POLL_WAIT_S = 1.0
-"""How long a worker holds a poll that has nothing to say."""
+"""How long a worker holds a poll while it has no events."""
 STOP_TIMEOUT_S = 5.0
 PROFILE_TIMEOUT_S = 10.0
 
 
 class EngineFailed(RuntimeError):  # noqa: N818
-    """A replica cannot go on: which rank is the cause, and why. What was in flight can be submitted elsewhere."""
+    """A replica cannot go on: which rank is the cause, and why. Its requests can be submitted elsewhere."""
 
     def __init__(self, rank: int, reason: str) -> None:
         super().__init__(f"rank {rank}: {reason}")
@@ -40,19 +41,19 @@ class EngineFailed(RuntimeError):  # noqa: N818
 
 @dataclass(slots=True)
 class _Leader:
-    """The worker that takes the requests of an attention group: its tp rank 0."""
+    """The worker that takes the requests of an attention group: its TP rank 0."""
 
     rank: int
     worker: WorkerProcess | None
-    """None: lost, and not replaced yet."""
+    """None while it is lost and not replaced."""
     poll: ObjectRef | None = None
-    tells: list[ObjectRef] = field(default_factory=list)
-    """Calls that may fail yet."""
-    num_told: int = 0
+    sends: list[ObjectRef] = field(default_factory=list)
+    """Calls of `Worker.send` that may still fail."""
+    num_sends: int = 0
 
 
 def listen(host: str) -> TCPStore:
-    """The rendezvous of a replica's ranks, on a free port of one address (by itself, a store takes all of them)."""
+    """The rendezvous of a replica's ranks, on a free port of one address (a TCPStore by itself listens on all)."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.bind((host, 0))
     listener.listen(1024)
@@ -68,9 +69,9 @@ def listen(host: str) -> TCPStore:
 
 
 class Replica:
-    """Workers of one copy. Built at once, in use after `wait_ready`; one thread at a time may use it.
+    """The workers of one copy, to be used after `wait_ready` and by one thread at a time.
 
-    A worker that dies, or whose loop fails, is `lose`d and its rank `fill`ed, as the supervisor says.
+    The supervisor reports workers that died or whose loop failed (`lose`) and their replacements (`fill`).
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Replica:
         self._num_kv_tokens: dict[int, int] = {}
         self._failure: EngineFailed | None = None
         self.unreachable: list[tuple[str, str]] = []
-        """Workers that did not answer or whose loop failed, and why, for the supervisor; their requests are lost."""
+        """Name of workers that did not answer a call or whose loop failed, and why, for the supervisor."""
         self.assignments = [
             Assignment(
                 epoch=0,
@@ -111,7 +112,10 @@ class Replica:
         """Current workers by rank."""
 
     def wait_ready(self, timeout_s: float) -> list[StartReport]:
-        """Per rank, once all can serve. EngineFailed, or ValueError for what a user can mend, when one cannot."""
+        """Wait until all ranks can serve; returns their reports by rank.
+
+        EngineFailed, or ValueError for what a user can mend, when a rank cannot.
+        """
         deadline = time.monotonic() + timeout_s
         reports: dict[int, StartReport] = {}
         while len(reports) < len(self._starts):
@@ -147,7 +151,7 @@ class Replica:
 
     @property
     def limits(self) -> RequestLimits:
-        """What every attention group can take."""
+        """The limits that hold in every attention group."""
         assert self._limits is not None, "limits are known after wait_ready"
         return self._limits
 
@@ -164,18 +168,18 @@ class Replica:
         """The ranks that take requests."""
         return [leader.rank for leader in self._leaders]
 
-    def tell(self, rank: int, commands: Sequence[Command]) -> None:
-        """Commands for a leader, which acts on them in this order."""
+    def send(self, rank: int, commands: Sequence[Command]) -> None:
+        """Send commands to a leader, which applies them in this order."""
         self._check_alive()
         leader = next(leader for leader in self._leaders if leader.rank == rank)
         if leader.worker is None:
-            return  # its loss is about to be told, and whatever it was told counts for nothing then
-        tell = leader.worker.actor.tell.options(concurrency_group=INBOX_THREAD)
-        leader.tells.append(tell.remote(leader.num_told, [pack_command(c) for c in commands]))
-        leader.num_told += 1
+            return  # its loss is about to be reported, and its requests are sent elsewhere then
+        send = leader.worker.actor.send.options(concurrency_group=INBOX_THREAD)
+        leader.sends.append(send.remote(leader.num_sends, [COMMANDS.encode(c) for c in commands]))
+        leader.num_sends += 1
 
     def refs(self) -> list[ObjectRef]:
-        """What to wait for: news of the leaders, and the end of any rank's loop."""
+        """What to wait for: events of the leaders, and the end of any rank's loop."""
         self._check_alive()
         for leader in self._leaders:
             if leader.poll is None and leader.worker is not None:
@@ -184,16 +188,17 @@ class Replica:
         return polls + [worker.ended for worker in self._running.values()]
 
     def lose(self, rank: int) -> bool:
-        """The worker of a rank is dead; whether it was a leader, whose requests are lost with it."""
+        """Note that the worker of a rank is dead; returns whether it was a leader, whose requests are lost with it."""
         self._running.pop(rank, None)
         for leader in self._leaders:
             if leader.rank == rank:
-                leader.worker, leader.poll, leader.tells, leader.num_told = None, None, [], 0
+                self._forget(leader)
+                leader.num_sends = 0
                 return True
         return False
 
     def fill(self, rank: int, worker: WorkerProcess) -> bool:
-        """A lost rank has another worker; whether it is a leader, which takes requests."""
+        """Note that a lost rank has another worker; returns whether it is a leader, which takes requests."""
         self._running[rank] = worker
         for leader in self._leaders:
             if leader.rank == rank:
@@ -202,13 +207,13 @@ class Replica:
         return False
 
     def collect(self, ready: set[ObjectRef]) -> list[tuple[int, Event]]:
-        """What the leaders told in the polls that are `ready`, each with the leader's rank.
+        """Events of the leaders whose polls are `ready`, each with the leader's rank.
 
-        Loops that failed are looked at only when the leaders told nothing, so that nothing gets lost.
+        Loops that failed are looked at only when there are no events, so that none gets lost.
         """
         events: list[tuple[int, Event]] = []
         for leader in self._leaders:
-            self._check_tells(leader)
+            self._check_sends(leader)
             if leader.poll is not None and leader.poll in ready:
                 poll, leader.poll = leader.poll, None
                 try:
@@ -216,16 +221,16 @@ class Replica:
                 except RayError as error:
                     self._miss(leader, error)
                     continue
-                events += [(leader.rank, unpack_event(message)) for message in messages]
+                events += [(leader.rank, EVENTS.decode(message)) for message in messages]
         if not events:
             self._check_ends(ready)
         return events
 
-    def _check_tells(self, leader: _Leader) -> None:
-        """A command that did not arrive would be missed for ever."""
-        if leader.worker is None or not leader.tells:
+    def _check_sends(self, leader: _Leader) -> None:
+        """Notice commands that did not arrive, which would be missed for ever."""
+        if leader.worker is None or not leader.sends:
             return
-        done, leader.tells = ray.wait(leader.tells, num_returns=len(leader.tells), timeout=0)
+        done, leader.sends = ray.wait(leader.sends, num_returns=len(leader.sends), timeout=0)
         try:
             for ref in done:
                 ray.get(ref)
@@ -235,10 +240,17 @@ class Replica:
     def _miss(self, leader: _Leader, error: RayError) -> None:
         if leader.worker is not None:
             self.unreachable.append((leader.worker.name, f"a call to it failed: {error}"))
-        leader.worker, leader.poll, leader.tells = None, None, []
+        self._forget(leader)
+
+    @staticmethod
+    def _forget(leader: _Leader) -> None:
+        """The worker of a leader is gone, with all calls to it."""
+        leader.worker = None
+        leader.poll = None
+        leader.sends = []
 
     def stop(self) -> None:
-        """Let the loops end in the same step, and wait for that a little."""
+        """Ask all loops to end in the same step, and wait for it for at most STOP_TIMEOUT_S."""
         if self._failure is None and self._running:
             for leader in self._leaders:
                 if leader.worker is not None:
@@ -247,7 +259,7 @@ class Replica:
             ray.wait(ended, num_returns=len(ended), timeout=STOP_TIMEOUT_S)
 
     def audit(self) -> list[str]:
-        """What ranks hold although nothing is in flight; [] when all is given back."""
+        """What ranks still hold although nothing is in flight; [] when all is freed."""
         asked = {worker.title: worker.actor.audit.remote() for worker in self._running.values()}
         return [
             f"{title}: {problem}"
@@ -262,7 +274,7 @@ class Replica:
         return profiles
 
     def close(self) -> None:
-        """Stop, then end the first processes. Closing twice is allowed."""
+        """Stop, then end the first workers. Closing twice is allowed."""
         self.stop()
         self._running = {}
         for worker in self.workers:

@@ -1,4 +1,4 @@
-"""Several replicas as one set of engines: carries out what `routing` decides."""
+"""Several replicas as one set of engines: carries out what `RequestRouter` decides."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import ray
 
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
-from shoal.runtime.types import Request, RequestOutput, RequestProgress
+from shoal.runtime.types import EngineOutput, Finished, Request, RequestOutput
 
 from ..routing.groups import GroupSpec
 from ..routing.quarantine import Quarantine
-from ..routing.request_router import Deliver, Effect, RequestRouter, Send
+from ..routing.request_router import Effect, RequestRouter, Send
 from ..supervision.fault import Fault
 from ..supervision.supervisor import RankFilled, RankLost, Supervisor
 from ..workers.wire import Command
@@ -29,7 +29,7 @@ MAX_GIVEN_UP = 10
 
 
 class Router:
-    """Takes requests, sends them through the replicas, and hands out what they answer; one thread at a time."""
+    """Takes requests, sends them to the replicas, and returns their outputs; for one thread at a time."""
 
     def __init__(
         self,
@@ -40,18 +40,17 @@ class Router:
         max_num_seqs: int,
         block_size: int,
     ) -> None:
-        """Takes over the replicas, which are ready, and the supervisor, which watches them; `close` ends what they
-        run on, after them."""
+        """Take over replicas that are ready and the supervisor that watches them; `close` is called after their end."""
         self._replicas = list(replicas)
         self._supervisor = supervisor
         self._close = close
         self._num_losses = [0] * len(replicas)
-        """Since the replica last told something new of a request."""
+        """Worker losses per replica since its last event."""
         self._ranks = [(number, rank) for number, replica in enumerate(replicas) for rank in replica.leaders]
-        """(replica, rank of the leader) of every attention group."""
+        """Replica and rank of the leader of every attention group."""
         self._groups = {place: group for group, place in enumerate(self._ranks)}
         self.limits: RequestLimits = min((r.limits for r in replicas), key=lambda x: x.max_model_len)
-        """What every replica can take."""
+        """The limits that hold in every replica."""
         specs = [
             GroupSpec(role=replicas[n].role, max_num_seqs=max_num_seqs, num_kv_tokens=replicas[n].num_kv_tokens(rank))
             for n, rank in self._ranks
@@ -66,17 +65,16 @@ class Router:
         """Since a request was last answered."""
         self._losses: dict[str, int] = {}
         """Requests that were interrupted since `take_losses`, and how often each was in all."""
-        self._outputs: list[RequestOutput] = []
-        self._progress: list[RequestProgress] = []
+        self._outputs: list[EngineOutput | RequestOutput] = []
         self._interrupted: list[tuple[Fault, frozenset[str]]] = []
-        """Losses, with the requests that they interrupted, until one of those goes on."""
+        """Losses with the requests that they interrupted, until one of those has a new token."""
 
     @property
     def num_in_flight(self) -> int:
         return self._routing.num_in_flight
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Take requests; ValueError, before any is taken, for an id that is in use."""
+        """Queue requests; ValueError, before any is taken, for an id that is in use."""
         suspects = [request for request in requests if request.num_losses]
         if suspects:
             self._restrict(frozenset())  # none is sent before it is decided which may run together
@@ -93,13 +91,13 @@ class Router:
         self._follow_quarantine()
         dropped = set(request_ids)
         self._outputs = [output for output in self._outputs if output.request_id not in dropped]
-        self._progress = [progress for progress in self._progress if progress.request_id not in dropped]
 
-    def poll(self, timeout_s: float) -> list[RequestOutput]:
-        """Outputs, as soon as there are any, or [] after `timeout_s`; at once when nothing is in flight.
+    def poll(self, timeout_s: float) -> list[EngineOutput | RequestOutput]:
+        """New parts of answers, and the whole answers of finished requests, as soon as there are any.
 
-        EngineFailed when a rank was lost that nobody can take over, or too often. A request whose workers are lost
-        again and again while it runs alone is answered with an error.
+        [] after `timeout_s`, or at once when nothing is in flight. EngineFailed when a loop failed, or a lost rank
+        cannot be replaced, or workers are lost too often. A request whose workers are lost again and again while it
+        runs alone is answered with an error.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -112,7 +110,7 @@ class Router:
             for number, replica in enumerate(self._replicas):
                 for rank, event in replica.collect(set(ready)):
                     self._num_losses[number] = 0
-                    if isinstance(event, RequestOutput):
+                    if isinstance(event, Finished):
                         self._num_given_up = 0
                     self._carry_out(self._routing.handle(self._groups[number, rank], event))
                 while replica.unreachable:
@@ -122,23 +120,18 @@ class Router:
                 outputs, self._outputs = self._outputs, []
                 return outputs
 
-    def take_progress(self) -> list[RequestProgress]:
-        """What requests that report their progress have generated, as far as `poll` has seen it."""
-        progress, self._progress = self._progress, []
-        return progress
-
     def take_losses(self) -> dict[str, int]:
         """Requests that were interrupted since the last call, and how often each was in all."""
         losses, self._losses = self._losses, {}
         return losses
 
     def audit(self) -> list[str]:
-        """With nothing in flight, what workers still hold; [] when every block of every rank is given back."""
+        """What workers still hold with nothing in flight; [] when every block of every rank is free."""
         assert not self.num_in_flight
         return [problem for replica in self._replicas for problem in replica.audit()]
 
     def step_profiles(self) -> list[StepProfile]:
-        """Step profiles of every rank of every replica; the engines must measure their steps."""
+        """Where the time of the steps went on every rank; needs engines that measure it."""
         return [profile for replica in self._replicas for profile in replica.step_profiles()]
 
     def close(self) -> None:
@@ -153,12 +146,12 @@ class Router:
 
     @property
     def supervisor(self) -> Supervisor:
-        """Supervisor of the workers."""
+        """The supervisor that watches the workers."""
         return self._supervisor
 
     @property
     def faults(self) -> list[Fault]:
-        """The losses so far, and how they were mended."""
+        """Workers that were lost so far, and how far each loss is repaired."""
         return self._supervisor.faults
 
     def _follow_supervisor(self) -> None:
@@ -225,20 +218,17 @@ class Router:
             if isinstance(effect, Send):
                 sent.append(effect)
             else:
-                self._deliver(effect)
+                self._deliver(effect.output)
         # Sorting is stable: the commands of one group keep their order.
         for group, sends in groupby(sorted(sent, key=lambda s: s.group), key=lambda s: s.group):
             number, rank = self._ranks[group]
             commands: list[Command] = [send.command for send in sends]
-            self._replicas[number].tell(rank, commands)
+            self._replicas[number].send(rank, commands)
 
-    def _deliver(self, effect: Deliver) -> None:
-        for entry in [entry for entry in self._interrupted if effect.event.request_id in entry[1]]:
+    def _deliver(self, output: EngineOutput | RequestOutput) -> None:
+        for entry in [entry for entry in self._interrupted if output.request_id in entry[1]]:
             self._supervisor.note_first_token(entry[0])
             self._interrupted.remove(entry)
-        if isinstance(effect.event, RequestOutput):
-            self._outputs.append(effect.event)
-            if effect.event.finished:
-                self._quarantine.forget(effect.event.request_id)
-        else:
-            self._progress.append(effect.event)
+        self._outputs.append(output)
+        if isinstance(output, RequestOutput):
+            self._quarantine.forget(output.request_id)

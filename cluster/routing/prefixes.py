@@ -1,4 +1,4 @@
-"""Which groups computed which beginnings of prompts lately: a guess at what their caches hold."""
+"""Which groups computed which prompt prefixes lately: a guess at what their prefix caches hold."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 PREFIX_TOKENS = 256
-"""Prompts are known by their beginnings, in steps of so many tokens."""
+"""Granularity of the prefixes that are remembered."""
 MAX_PREFIXES = 200_000
 MAX_HOLDERS = 4
-"""Groups that are remembered for one beginning, the latest ones."""
+"""Groups that are remembered per prefix, the latest ones."""
 
 
 class PrefixIndex:
-    """What was not used for long is forgotten: beginnings move to the younger of two halves when they are used, and the
-    older half goes when the younger is full."""
+    """Prefixes and their latest holders, at most `MAX_PREFIXES`: an approximation of LRU.
+
+    Prefixes move to the younger of two generations when they are used; when the younger is full, the older is dropped.
+    That takes one dictionary access per use, where an exact LRU order takes several.
+    """
 
     def __init__(self) -> None:
         self._young: dict[int, tuple[int, ...]] = {}
@@ -27,7 +30,7 @@ class PrefixIndex:
         return prefix in self._young or prefix in self._old
 
     def add(self, prefixes: Sequence[int], group: int) -> None:
-        """A group computes a prompt with these beginnings, the shortest first."""
+        """Note that a group computes a prompt with these prefixes, the shortest first."""
         young, old = self._young, self._old
         for prefix in prefixes:
             known = young.get(prefix) or old.get(prefix)
@@ -36,8 +39,8 @@ class PrefixIndex:
             self._young, self._old = {}, young
 
     def find(self, prefixes: Sequence[int]) -> dict[int, int]:
-        """Groups with the longest known beginning, and its length in tokens."""
-        # Whoever is known is known with all that it begins with, as those are used together.
+        """The groups with the longest known prefix, and its length in tokens."""
+        # A known prefix has all its own prefixes known, as they are used together.
         number = bisect_right(prefixes, False, key=lambda prefix: prefix not in self)
         if number == 0:
             return {}
@@ -46,7 +49,7 @@ class PrefixIndex:
 
 
 def prefix_hashes(token_ids: tuple[int, ...]) -> list[int]:
-    """One number for every beginning of PREFIX_TOKENS, 2 x PREFIX_TOKENS, .. tokens; equal numbers are a good guess."""
+    """Hashes of the first PREFIX_TOKENS, 2 x PREFIX_TOKENS, .. tokens; equal hashes are taken for equal prefixes."""
     hashes = []
     chained = 0
     for start in range(0, len(token_ids) - PREFIX_TOKENS + 1, PREFIX_TOKENS):

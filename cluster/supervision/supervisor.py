@@ -14,9 +14,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+import msgspec
+
 from ..workers.actors import Launch, Seat, WorkerProcess, end_worker, failed_starts, start_worker
 from ..workers.assignment import Assignment
-from ..workers.liveness import Liveness, Message, Process
+from ..workers.liveness import Liveness, Process
+from ..workers.wire import (
+    FaultNoted,
+    FaultNotice,
+    Heartbeat,
+    Joined,
+    JoinEpoch,
+    Joining,
+    LeaveEpoch,
+    Left,
+    Loaded,
+    LoadRank,
+    WorkerReport,
+)
 from .fault import Fault
 from .membership import Action, Formed, Join, Leave, Load, Membership, Need
 
@@ -197,29 +212,28 @@ class Supervisor:
             self._wait(name)
             self._fill()
 
-    def on_message(self, name: str, message: Message) -> None:
-        kind, *values = message
+    def on_report(self, name: str, report: WorkerReport) -> None:
         heard = self._heard[name]
-        if kind == "beat":
-            if values[0] != heard.num_steps:
-                heard.num_steps, heard.stepped_at = values[0], self._clock()
+        if isinstance(report, Heartbeat):
+            if report.num_steps != heard.num_steps:
+                heard.num_steps, heard.stepped_at = report.num_steps, self._clock()
             return
-        if kind == "fault":
-            heard.fault = (values[0], self._clock())
-            self._liveness.send(name, ["fault"])
+        if isinstance(report, FaultNotice):
+            heard.fault = (report.point, self._clock())
+            self._liveness.send(name, FaultNoted())
             return
         for number, replica in enumerate(self._replicas):
             if name in replica.members.workers:
-                if kind == "joining":
-                    replica.members.joining(name, values[0])
-                elif kind == "joined":
-                    self._act(number, replica.members.join(name, values[0]))
-                elif kind == "loaded":
+                if isinstance(report, Joining):
+                    replica.members.joining(name, report.epoch)
+                elif isinstance(report, Joined):
+                    self._act(number, replica.members.join(name, report.epoch))
+                elif isinstance(report, Loaded):
                     replica.loading_since.pop(name, None)
                     self._note(number, "loaded_s", replica.members.workers.index(name))
                     self._act(number, replica.members.loaded(name))
-                elif kind == "left" and values[0] > replica.left_epoch:
-                    replica.left_epoch, replica.left_at = values[0], self._clock()
+                elif isinstance(report, Left) and report.epoch > replica.left_epoch:
+                    replica.left_epoch, replica.left_at = report.epoch, self._clock()
 
     def on_lost(self, name: str, how: str, silent_s: float) -> None:
         worker = self._processes.pop(name, None)
@@ -330,18 +344,18 @@ class Supervisor:
         replica = self._replicas[number]
         for action in actions:
             if isinstance(action, Leave):
-                self._liveness.send(action.worker, ["leave", action.epoch])
+                self._liveness.send(action.worker, LeaveEpoch(action.epoch))
             elif isinstance(action, Need):
                 self._wanted.append(_Wanted(number, action.rank, self._clock()))
                 replica.forming_since = None
             elif isinstance(action, Load):
                 replica.loading_since[action.worker] = self._clock()
-                self._liveness.send(action.worker, ["load", *replica.assignments[action.rank].to_values()])
+                self._liveness.send(action.worker, LoadRank(replica.assignments[action.rank]))
             elif isinstance(action, Join):
                 replica.forming_since, replica.left_at = self._clock(), None
                 first = replica.assignments[action.rank]
-                assignment = replace(first, epoch=action.epoch, replaced=action.replaced)
-                self._liveness.send(action.worker, ["join", *assignment.to_values()])
+                assignment = msgspec.structs.replace(first, epoch=action.epoch, replaced=action.replaced)
+                self._liveness.send(action.worker, JoinEpoch(assignment))
             elif isinstance(action, Formed):
                 replica.forming_since = None
                 self._note(number, "formed_s")

@@ -1,17 +1,14 @@
-"""What a worker is told when it gets a rank."""
+"""The rank that a worker is given."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+import msgspec
 
 from shoal.parallel.config import ParallelConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Assignment:
-    """A rank of a replica in one epoch, and what the ranks found out when the replica was first formed."""
+class Assignment(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True):
+    """A rank of a replica in one epoch, and what the ranks found out when the replica first formed."""
 
     epoch: int
     rank: int
@@ -20,9 +17,9 @@ class Assignment:
     store_host: str
     store_port: int
     replaced: tuple[int, ...] = ()
-    """Ranks that have other workers than in the last epoch that all joined."""
+    """Ranks whose workers changed since the last epoch that all ranks joined."""
     ranks_on_node: int | None = None
-    """None: not known yet, the ranks find it out together. So, too, with the next ones."""
+    """None until the ranks have agreed on it in the first epoch; likewise for the next two fields."""
     num_kv_blocks: int | None = None
     max_model_len: int | None = None
 
@@ -32,13 +29,3 @@ class Assignment:
         return ParallelConfig(
             tensor_parallel_size=self.tensor_parallel_size, data_parallel_size=self.data_parallel_size
         )
-
-    def to_values(self) -> list[Any]:
-        """Plain values for msgpack."""
-        return [getattr(self, f.name) for f in fields(self)]
-
-    @classmethod
-    def from_values(cls, values: Sequence[Any]) -> Assignment:
-        """The inverse of `to_values`."""
-        named = dict(zip((f.name for f in fields(cls)), values, strict=True))
-        return cls(**{**named, "replaced": tuple(named["replaced"])})

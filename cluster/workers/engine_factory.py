@@ -10,17 +10,12 @@ from typing import Protocol, runtime_checkable
 
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
+from shoal.parallel.request_id import RequestId
 from shoal.parallel.spans import Spans
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
-from shoal.runtime.types import (
-    CompletionOutput,
-    GeneratedTokens,
-    PromptLoaded,
-    Request,
-    RequestOutput,
-    RequestProgress,
-)
+from shoal.runtime.response import refusal
+from shoal.runtime.types import EngineOutput, Finished, GeneratedTokens, PromptLoaded, Request
 
 from ..engine_args import EngineArgs
 from .spec import StartReport
@@ -34,7 +29,7 @@ class StepResult(Protocol):
     """What a step says to the loop around it."""
 
     @property
-    def outputs(self) -> list[RequestOutput]: ...
+    def outputs(self) -> list[EngineOutput]: ...
     @property
     def idle(self) -> bool: ...
     @property
@@ -52,12 +47,12 @@ class EngineLike(Protocol):
 
     @property
     def limits(self) -> RequestLimits: ...
-    def has_request(self, request_id: str) -> bool: ...
+    def has_request(self, request_id: RequestId) -> bool: ...
     def add_request(self, request: Request) -> None: ...
-    def abort(self, request_id: str) -> None: ...
+    def abort(self, request_id: RequestId) -> None: ...
     def add_chunk(self, chunk: KVChunk) -> None: ...
-    def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None: ...
-    def take_progress(self) -> list[RequestProgress]: ...
+    def end_prefill(self, request_id: RequestId, generated: tuple[GeneratedTokens, ...] | None) -> None: ...
+    def take_outputs(self) -> list[EngineOutput]: ...
     def rejoin(self, replaced: Collection[int]) -> None: ...
     def step(self) -> StepResult: ...
     def request_stop(self) -> None: ...
@@ -124,19 +119,13 @@ def prepare(args: EngineArgs, report: StartReport) -> None:
         report.phases["kernels"] = time.monotonic() - start
 
 
-def admit(engine: EngineLike, request: Request) -> RequestOutput | None:
-    """Add a request; one that the engine refuses is answered at once, with finish reason "error"."""
+def admit(engine: EngineLike, request: Request) -> list[Finished]:
+    """Add a request; returns its end, with finish reason "error", when the engine refuses it."""
     try:
         engine.add_request(request)
     except ValueError as error:
-        return error_output(request.request_id, list(request.prompt_token_ids), str(error))
-    return None
-
-
-def error_output(request_id: str, prompt_token_ids: list[int], message: str) -> RequestOutput:
-    """The finished output of a request that cannot be answered."""
-    completion = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error", error=message)
-    return RequestOutput(request_id=request_id, prompt_token_ids=prompt_token_ids, outputs=[completion], finished=True)
+        return refusal(request, str(error))
+    return []
 
 
 def resolve_factory(path: str) -> EngineFactory:

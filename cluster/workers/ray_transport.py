@@ -60,9 +60,9 @@ class RayTransport:
         try:
             found = self._read(chunk.address.decode(), chunk.generation, timeout_s)
         except (RayError, ValueError) as error:  # ValueError: no such actor
-            raise TransferError(f"chunk {chunk.generation} of request {chunk.request_id}: {error}") from error
+            raise TransferError(f"chunk {chunk.generation} of request {chunk.id}: {error}") from error
         if found is None:
-            raise TransferError(f"chunk {chunk.generation} of request {chunk.request_id} was released")
+            raise TransferError(f"chunk {chunk.generation} of request {chunk.id} was released")
         payload = torch.from_numpy(found.copy())  # what Ray returns is shared memory, and read-only
         check_payload(chunk, payload)
         return payload

@@ -1,319 +1,212 @@
-"""What goes into a worker and what comes out of it, as bytes: a fixed header, then msgpack.
+"""All messages between processes: to and from workers, and between workers and their supervisor.
+
+A message is a tagged Struct, encoded as a msgpack array behind a fixed header:
 
     magic (4 bytes) | payload length (4 bytes, big endian) | payload
 
-Values round-trip exactly: floats as their 64 bits, None as None, integer keys as integers, text with lone surrogates.
+Types are checked when a message is decoded. Values round-trip exactly: floats as their 64 bits, None as None, integer
+keys as integers.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
 
-import msgpack
+import msgspec
 
 from shoal.parallel.kv_transport import KVChunk
-from shoal.runtime.types import (
-    CompletionOutput,
-    GeneratedTokens,
-    Logprob,
-    PromptLoaded,
-    Request,
-    RequestOutput,
-    RequestProgress,
-    SamplingParams,
-)
+from shoal.parallel.request_id import RequestMessage
+from shoal.runtime.types import EngineOutput, GeneratedTokens, PromptLoaded, Request
+
+from .assignment import Assignment
 
 MAX_MESSAGE_BYTES = 1 << 30
-"""Upper bound of one message; a request within its limits stays far below."""
+"""Upper bound of one command or event; a request within its limits stays far below."""
+MAX_CONTROL_BYTES = 1 << 16
+"""Upper bound of one message between a worker and its supervisor."""
 
 _HEADER = struct.Struct(">4sI")
-_REQUEST = b"SRQ1"
-_OUTPUT = b"SRO1"
-_PROGRESS = b"SRP1"
-_CHUNK = b"SKC1"
-_END_PREFILL = b"SPE1"
-_ABORT = b"SAB1"
-_LOADED = b"SPL1"
-_PARAMS = tuple(f.name for f in fields(SamplingParams))
-_CHUNK_FIELDS = tuple(f.name for f in fields(KVChunk))
 
 
-@dataclass(frozen=True, slots=True)
-class EndPrefill:
-    """See `Engine.end_prefill`."""
+class EndPrefill(RequestMessage, frozen=True, tag="e"):
+    """The prefill of a request that waits for it ended: see `Engine.end_prefill`."""
 
-    request_id: str
     generated: tuple[GeneratedTokens, ...] | None
+    """The first tokens of every sample; None: it failed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
-    """See `Engine.abort`."""
-
-    request_id: str
+class Abort(RequestMessage, frozen=True, tag="a"):
+    """Drop a request: see `Engine.abort`."""
 
 
-T = TypeVar("T")
 Command = Request | KVChunk | EndPrefill | Abort
-"""What a worker is told, in the order in which it must act on it."""
-Event = RequestOutput | RequestProgress | KVChunk | PromptLoaded
-"""What a worker tells, in the order in which it came about."""
+"""What a worker is sent, in the order in which it must act on it."""
+Event = EngineOutput | KVChunk | PromptLoaded
+"""What a worker reports, in the order in which it came about."""
+
+
+class _Control(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A message between a worker and its supervisor."""
+
+
+class Hello(_Control, frozen=True, tag="hello"):
+    """A worker's first message: it has the key of this run."""
+
+    key: str
+    name: str
+    node_id: str
+    pid: int
+
+
+class Heartbeat(_Control, frozen=True, tag="beat"):
+    """A worker is alive."""
+
+    num_steps: int
+    """Grows while its loop makes progress; -1 outside the loop."""
+    counters: Mapping[str, float] | None = None
+    """The counters of its engine by name; None where there is no engine."""
+
+
+class Loaded(_Control, frozen=True, tag="loaded"):
+    """A worker has the weights of the rank that it was given."""
+
+
+class Joining(_Control, frozen=True, tag="joining"):
+    """A worker began to join an epoch, and waits for its peers."""
+
+    epoch: int
+
+
+class Joined(_Control, frozen=True, tag="joined"):
+    """A worker found all its peers of an epoch."""
+
+    epoch: int
+
+
+class Left(_Control, frozen=True, tag="left"):
+    """A worker left an epoch because a peer did not answer."""
+
+    epoch: int
+    reason: str
+
+
+class FaultNotice(_Control, frozen=True, tag="fault"):
+    """A failpoint is about to strike, once `FaultNoted` has come."""
+
+    point: str
+
+
+class FaultNoted(_Control, frozen=True, tag="fault"):
+    """The supervisor knows of the failpoint that is about to strike."""
+
+
+class LeaveEpoch(_Control, frozen=True, tag="leave"):
+    """Peers will not answer in this epoch or an earlier one."""
+
+    epoch: int
+
+
+class LoadRank(_Control, frozen=True, tag="load"):
+    """Load the weights of a rank, to join an epoch to come."""
+
+    assignment: Assignment
+
+
+class JoinEpoch(_Control, frozen=True, tag="join"):
+    """Join the other ranks in a new epoch."""
+
+    assignment: Assignment
+
+
+WorkerReport = Hello | Heartbeat | Loaded | Joining | Joined | Left | FaultNotice
+"""What a worker tells its supervisor."""
+SupervisorOrder = LeaveEpoch | LoadRank | JoinEpoch | FaultNoted
+"""What a supervisor tells a worker."""
 
 
 class WireError(ValueError):
     """Bytes that are not a message of the expected kind, or a value that no message can hold."""
 
 
-def pack_request(request: Request) -> bytes:
-    """To bytes; WireError for a value that does not fit (an integer above 64 bits, a message above the size limit)."""
-    params = [getattr(request.params, name) for name in _PARAMS]
-    generated = [pack_tokens(g) for g in request.generated]
-    row = [
-        request.request_id,
-        request.prompt_token_ids,
-        params,
-        request.index,
-        request.stream,
-        request.report_progress,
-        generated,
-        request.do_remote_decode,
-        request.do_remote_prefill,
-        request.reasoning_end_token_id,
-    ]
-    return _pack(_REQUEST, row, request.request_id)
+T = TypeVar("T")
 
 
-def unpack_request(message: bytes) -> Request:
-    """The inverse of `pack_request`; WireError for anything else."""
-    row = _unpack(_REQUEST, message, 10)
-    request_id, prompt_token_ids, params, index, stream, report_progress, generated, *remote = row
-    with _converting(_REQUEST):
-        return Request(
-            request_id=request_id,
-            prompt_token_ids=tuple(prompt_token_ids),
-            params=SamplingParams(**dict(zip(_PARAMS, params, strict=True))),
-            index=index,
-            stream=stream,
-            report_progress=report_progress,
-            generated=tuple(unpack_tokens(tokens) for tokens in generated),
-            do_remote_decode=remote[0],
-            do_remote_prefill=remote[1],
-            reasoning_end_token_id=remote[2],
-        )
+class Codec(Generic[T]):
+    """Encodes and decodes the messages of one direction."""
+
+    def __init__(self, magic: bytes, kinds: Any, max_bytes: int) -> None:
+        """`kinds`: the Struct, or union of Structs, that a message may be; `max_bytes` bounds the payload."""
+        assert len(magic) == 4
+        self.magic = magic
+        self.max_bytes = max_bytes
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kinds)
+
+    def encode(self, message: T) -> bytes:
+        """Encode with the header; WireError for a value that does not fit or a message above the size limit."""
+        try:
+            payload = self._encoder.encode(message)
+        except OverflowError as error:
+            raise WireError(f"{_subject(message)}: an integer does not fit in 64 bits") from error
+        except UnicodeEncodeError as error:
+            raise WireError(f"{_subject(message)}: a text has a lone surrogate, which is not a character") from error
+        if len(payload) > self.max_bytes:
+            raise WireError(
+                f"{_subject(message)}: a message of {len(payload)} bytes is above the limit of {self.max_bytes}"
+            )
+        return _HEADER.pack(self.magic, len(payload)) + payload
+
+    def decode(self, data: bytes) -> T:
+        """Decode one whole message; WireError for anything else."""
+        if not _HEADER.size <= len(data) <= _HEADER.size + self.max_bytes:
+            raise WireError(
+                f"a message has {len(data)} bytes, expected {_HEADER.size} to {_HEADER.size + self.max_bytes}"
+            )
+        size = self._check_header(data)
+        if size != len(data) - _HEADER.size:
+            raise WireError(f"a message announces {size} bytes and has {len(data) - _HEADER.size}")
+        return self._decode(memoryview(data)[_HEADER.size :])
+
+    def take(self, received: bytearray) -> list[T]:
+        """Cut the complete messages off the front of a stream and decode them; WireError for anything else."""
+        messages = []
+        while received:
+            if not received.startswith(self.magic[: len(received)]):
+                raise WireError(f"a message starts with {bytes(received[:4])!r}, expected {self.magic!r}")
+            if len(received) < _HEADER.size:
+                break
+            end = _HEADER.size + self._check_header(received)
+            if len(received) < end:
+                break
+            messages.append(self._decode(bytes(received[_HEADER.size : end])))
+            del received[:end]
+        return messages
+
+    def _check_header(self, data: bytes | bytearray) -> int:
+        """The payload's length."""
+        magic, size = _HEADER.unpack_from(data)
+        if magic != self.magic:
+            raise WireError(f"a message starts with {magic!r}, expected {self.magic!r}")
+        if size > self.max_bytes:
+            raise WireError(f"a message announces {size} bytes, at most {self.max_bytes} are allowed")
+        assert isinstance(size, int)
+        return size
+
+    def _decode(self, payload: bytes | memoryview) -> T:
+        try:
+            return self._decoder.decode(payload)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise WireError(f"a message is not what its kind promises: {error}") from error
 
 
-def pack_output(output: RequestOutput) -> bytes:
-    """To bytes; WireError for a message above the size limit."""
-    row = [
-        output.request_id,
-        output.prompt_token_ids,
-        [_completion_row(o) for o in output.outputs],
-        output.finished,
-        output.prompt,
-        None if output.prompt_logprobs is None else [p and _logprob_rows(p) for p in output.prompt_logprobs],
-        output.num_cached_tokens,
-    ]
-    return _pack(_OUTPUT, row, output.request_id)
+COMMANDS: Codec[Command] = Codec(b"SCM1", Command, MAX_MESSAGE_BYTES)
+EVENTS: Codec[Event] = Codec(b"SEV1", Event, MAX_MESSAGE_BYTES)
+REPORTS: Codec[WorkerReport] = Codec(b"SWR1", WorkerReport, MAX_CONTROL_BYTES)
+ORDERS: Codec[SupervisorOrder] = Codec(b"SSO1", SupervisorOrder, MAX_CONTROL_BYTES)
 
 
-def unpack_output(message: bytes) -> RequestOutput:
-    """The inverse of `pack_output`; WireError for anything else."""
-    request_id, prompt_token_ids, outputs, finished, prompt, prompt_logprobs, num_cached = _unpack(_OUTPUT, message, 7)
-    with _converting(_OUTPUT):
-        return RequestOutput(
-            request_id=request_id,
-            prompt_token_ids=prompt_token_ids,
-            outputs=[_completion(row) for row in outputs],
-            finished=finished,
-            prompt=prompt,
-            prompt_logprobs=None
-            if prompt_logprobs is None
-            else [p if p is None else _logprobs(p) for p in prompt_logprobs],
-            num_cached_tokens=num_cached,
-        )
-
-
-def pack_progress(progress: RequestProgress) -> bytes:
-    """To bytes; WireError for a message above the size limit."""
-    row = [progress.request_id, progress.index, progress.start, pack_tokens(progress.new)]
-    return _pack(_PROGRESS, row, progress.request_id)
-
-
-def unpack_progress(message: bytes) -> RequestProgress:
-    """The inverse of `pack_progress`; WireError for anything else."""
-    request_id, index, start, new = _unpack(_PROGRESS, message, 4)
-    with _converting(_PROGRESS):
-        return RequestProgress(request_id=request_id, index=index, start=start, new=unpack_tokens(new))
-
-
-def pack_chunk(chunk: KVChunk) -> bytes:
-    """To bytes."""
-    return _pack(_CHUNK, [getattr(chunk, name) for name in _CHUNK_FIELDS], chunk.request_id)
-
-
-def unpack_chunk(message: bytes) -> KVChunk:
-    """The inverse of `pack_chunk`; WireError for anything else."""
-    return KVChunk(**dict(zip(_CHUNK_FIELDS, _unpack(_CHUNK, message, len(_CHUNK_FIELDS)), strict=True)))
-
-
-def pack_command(command: Command) -> bytes:
-    """To bytes; WireError for a value that no message can hold."""
-    match command:
-        case Request():
-            return pack_request(command)
-        case KVChunk():
-            return pack_chunk(command)
-        case EndPrefill(request_id, generated):
-            rows = None if generated is None else [pack_tokens(g) for g in generated]
-            return _pack(_END_PREFILL, [request_id, rows], request_id)
-        case Abort(request_id):
-            return _pack(_ABORT, [request_id], request_id)
-
-
-def unpack_command(message: bytes) -> Command:
-    """The inverse of `pack_command`; WireError for anything else."""
-    unpack: dict[bytes, Callable[[bytes], Command]] = {
-        _REQUEST: unpack_request,
-        _CHUNK: unpack_chunk,
-        _END_PREFILL: _unpack_end_prefill,
-        _ABORT: lambda m: Abort(*_unpack(_ABORT, m, 1)),
-    }
-    return _by_kind(unpack, message)(message)
-
-
-def pack_event(event: Event) -> bytes:
-    """To bytes; WireError for a message above the size limit."""
-    match event:
-        case RequestOutput():
-            return pack_output(event)
-        case RequestProgress():
-            return pack_progress(event)
-        case KVChunk():
-            return pack_chunk(event)
-        case PromptLoaded():
-            return _pack(_LOADED, [event.request_id, event.error], event.request_id)
-
-
-def unpack_event(message: bytes) -> Event:
-    """The inverse of `pack_event`; WireError for anything else."""
-    unpack: dict[bytes, Callable[[bytes], Event]] = {
-        _OUTPUT: unpack_output,
-        _PROGRESS: unpack_progress,
-        _CHUNK: unpack_chunk,
-        _LOADED: _unpack_loaded,
-    }
-    return _by_kind(unpack, message)(message)
-
-
-def _by_kind(unpack: dict[bytes, Callable[[bytes], T]], message: bytes) -> Callable[[bytes], T]:
-    kind = message[:4]
-    if kind not in unpack:
-        raise WireError(f"a message starts with {kind!r}, expected one of {sorted(unpack)}")
-    return unpack[kind]
-
-
-def _unpack_end_prefill(message: bytes) -> EndPrefill:
-    request_id, rows = _unpack(_END_PREFILL, message, 2)
-    with _converting(_END_PREFILL):
-        return EndPrefill(request_id, None if rows is None else tuple(unpack_tokens(row) for row in rows))
-
-
-def _unpack_loaded(message: bytes) -> PromptLoaded:
-    request_id, error = _unpack(_LOADED, message, 2)
-    return PromptLoaded(request_id=request_id, error=error)
-
-
-def pack_tokens(generated: GeneratedTokens) -> list[Any]:
-    """Plain lists for msgpack: token ids, and per token [token, logprob, rank, token, logprob, rank, ...] or None."""
-    if generated.logprobs is None:
-        return [generated.token_ids, None]
-    return [
-        generated.token_ids,
-        [[x for t, p in position.items() for x in (t, p.logprob, p.rank)] for position in generated.logprobs],
-    ]
-
-
-def unpack_tokens(row: list[Any]) -> GeneratedTokens:
-    """The inverse of `pack_tokens`."""
-    token_ids, logprobs = row
-    if logprobs is None:
-        return GeneratedTokens(tuple(token_ids))
-    return GeneratedTokens(
-        tuple(token_ids),
-        tuple(
-            {token: Logprob(value, rank) for token, value, rank in zip(p[::3], p[1::3], p[2::3], strict=True)}
-            for p in logprobs
-        ),
-    )
-
-
-def _completion_row(o: CompletionOutput) -> list[Any]:
-    logprobs = None if o.logprobs is None else [_logprob_rows(p) for p in o.logprobs]
-    return [o.index, o.text, o.token_ids, o.cumulative_logprob, logprobs, o.finish_reason, o.stop_reason, o.error]
-
-
-def _completion(row: list[Any]) -> CompletionOutput:
-    index, text, token_ids, cumulative_logprob, logprobs, finish_reason, stop_reason, error = row
-    return CompletionOutput(
-        index=index,
-        text=text,
-        token_ids=token_ids,
-        cumulative_logprob=cumulative_logprob,
-        logprobs=None if logprobs is None else [_logprobs(p) for p in logprobs],
-        finish_reason=finish_reason,
-        stop_reason=stop_reason,
-        error=error,
-    )
-
-
-def _logprob_rows(position: dict[int, Logprob]) -> dict[int, list[Any]]:
-    return {token: [p.logprob, p.rank, p.decoded_token] for token, p in position.items()}
-
-
-def _logprobs(rows: dict[int, list[Any]]) -> dict[int, Logprob]:
-    return {token: Logprob(*row) for token, row in rows.items()}
-
-
-@contextmanager
-def _converting(magic: bytes) -> Iterator[None]:
-    """Fields of a message become values; those of another type than was packed fail in ways of their own."""
-    try:
-        yield
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise WireError(f"a message {magic!r} holds something else than its fields: {error}") from error
-
-
-def _pack(magic: bytes, row: list[Any], request_id: str) -> bytes:
-    try:
-        payload = msgpack.packb(row, unicode_errors="surrogatepass")
-    except OverflowError as error:
-        raise WireError(f"request {request_id}: an integer does not fit in 64 bits") from error
-    assert isinstance(payload, bytes)
-    if len(payload) > MAX_MESSAGE_BYTES:
-        raise WireError(
-            f"request {request_id}: a message of {len(payload)} bytes is above the limit of {MAX_MESSAGE_BYTES}"
-        )
-    return _HEADER.pack(magic, len(payload)) + payload
-
-
-def _unpack(magic: bytes, message: bytes, num_fields: int) -> list[Any]:
-    if len(message) < _HEADER.size or len(message) > _HEADER.size + MAX_MESSAGE_BYTES:
-        raise WireError(
-            f"a message has {len(message)} bytes, expected {_HEADER.size} to {_HEADER.size + MAX_MESSAGE_BYTES}"
-        )
-    found, size = _HEADER.unpack_from(message)
-    if found != magic:
-        raise WireError(f"a message starts with {found!r}, expected {magic!r}")
-    if size != len(message) - _HEADER.size:
-        raise WireError(f"a message announces {size} bytes and has {len(message) - _HEADER.size}")
-    try:
-        row = msgpack.unpackb(message[_HEADER.size :], strict_map_key=False, unicode_errors="surrogatepass")
-    except (ValueError, TypeError, msgpack.UnpackException) as error:  # TypeError: a list as a key
-        raise WireError(f"a message is not msgpack: {error}") from error
-    if not isinstance(row, list) or len(row) != num_fields:
-        raise WireError(f"a message must hold {num_fields} fields")
-    return row
+def _subject(message: object) -> str:
+    """What an error calls a message."""
+    return f"request {message.id}" if isinstance(message, Request | RequestMessage) else type(message).__name__

@@ -1,7 +1,7 @@
 """The actor of one rank: one device, one engine, one loop that never leaves it.
 
 `start` and `run` share one thread, which thereby owns every tensor; the other methods are called from other threads and
-only take requests in and hand outputs out. Ray carries requests and outputs, never the tokens of a step.
+only queue commands and return events. Ray carries commands and events, never the tensors of a step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 import ray
@@ -26,20 +25,36 @@ from shoal.parallel.groups import ParallelGroups, create_groups, init_groups, si
 from shoal.parallel.kv_transport import KVChunk, KVTransport
 from shoal.parallel.spans import Spans
 from shoal.runtime.engine.step_profile import StepProfile
-from shoal.runtime.types import (
-    Request,
-    RequestOutput,
-)
+from shoal.runtime.types import REPORT_INTERVAL_S, Finished, Request, Tokens
 
 from ..engine_args import EngineArgs
 from .assignment import Assignment
-from .engine_factory import EngineLike, admit, error_output, prepare, resolve_factory, step_profile
+from .engine_factory import EngineLike, admit, prepare, resolve_factory, step_profile
 from .kv_transports import create_transport
 from .liveness import LivenessLink
 from .ray_cluster import node_address
 from .ray_transport import RayTransport
 from .spec import StartReport, WorkerFailure, WorkerSpec, failure_of
-from .wire import Abort, Command, EndPrefill, Event, WireError, pack_event, unpack_command
+from .wire import (
+    COMMANDS,
+    EVENTS,
+    Abort,
+    Command,
+    EndPrefill,
+    Event,
+    FaultNoted,
+    FaultNotice,
+    Heartbeat,
+    Joined,
+    JoinEpoch,
+    Joining,
+    LeaveEpoch,
+    Left,
+    Loaded,
+    LoadRank,
+    SupervisorOrder,
+    WireError,
+)
 
 IDLE_WAIT_S = 0.01
 """How long an idle rank waits for a request before it asks the others again; bounds the delay of a first token."""
@@ -47,8 +62,6 @@ GATHER_S = 0.005
 """How long ranks that were idle collect requests before they start together: those of one job come within it."""
 BUSY_WAIT_S = 0.02
 """How long a rank with its own cores watches for a message before it sleeps: most ranks of a step are less apart."""
-PROGRESS_INTERVAL_S = 0.5
-"""How much of an answer a crash can cost, in time; the requests that ask for it tell what they have so often."""
 AUDIT_TIMEOUT_S = 10.0
 FAULT_NOTICE_TIMEOUT_S = 10.0
 """Longest wait of a failpoint for the supervisor to know of it; without an answer it strikes all the same."""
@@ -68,38 +81,42 @@ def _rendezvous(assignment: Assignment, args: EngineArgs) -> TCPStore:
     return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
-def obey(engine: EngineLike, command: Command) -> RequestOutput | None:
-    """Do what a command says; a request that the engine refuses is answered at once."""
+def apply_command(engine: EngineLike, command: Command) -> list[Finished]:
+    """Apply a command to the engine; returns the end of a request that the engine refuses."""
     match command:
         case Request():
-            return None if engine.has_request(command.request_id) else admit(engine, command)
+            return [] if engine.has_request(command.id) else admit(engine, command)
         case KVChunk():
             engine.add_chunk(command)
-        case EndPrefill(request_id, generated):
-            engine.end_prefill(request_id, generated)
-        case Abort(request_id):
-            engine.abort(request_id)
-    return None
+        case EndPrefill():
+            engine.end_prefill(command.id, command.generated)
+        case Abort():
+            engine.abort(command.id)
+    return []
 
 
 class Worker:
-    """One process for one rank at a time. `start`, then `run`, which returns once all ranks agreed to stop, or this one
-    failed in a way that a new group does not mend."""
+    """One process for one rank at a time.
+
+    Call `start`, then `run`, which returns once all ranks agreed to stop, or this one failed in a way that a new group
+    does not mend.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._changed = threading.Condition()
         self._commands: deque[Command] = deque()
-        self._told: dict[int, list[Command]] = {}
-        """Calls that came before an earlier one."""
-        self._num_told = 0
+        self._out_of_order: dict[int, list[Command]] = {}
+        """Calls that arrived before an earlier one, which they wait for."""
+        self._num_sends = 0
+        """Calls of `send` that are in order."""
         self._outbox: deque[bytes] = deque()
         self._num_steps = 0
         self._in_loop = False
         self._stop_requested = False
         self._audit: list[str] | None = None
         self._audit_wanted = False
-        self._fault_known = threading.Event()
+        self._fault_noted = threading.Event()
         self._failpoints = Failpoints(spec.faults, spec.title, on_fault=self._on_fault)
         self._spans = Spans()
         self._spans.add(self._failpoints, SPAN_POINTS)
@@ -112,14 +129,14 @@ class Worker:
         self._place: Assignment | None = None
         """Rank that a spare takes in a coming epoch."""
         self._assignment = spec.assignment
-        """The newest one."""
+        """The newest assignment."""
         self._epoch = -1
-        """The last one that was joined."""
+        """The last epoch that was joined."""
         self._epoch_left = -1
-        """In this epoch and before, peers will not answer."""
+        """Peers do not answer in this epoch or an earlier one."""
 
     def start(self) -> StartReport:
-        """Build the engine, or what a spare can; a failure is returned, not raised: it needs no class elsewhere."""
+        """Build the engine, or load what a spare can; a failure is returned, not raised, so that no class travels."""
         report = StartReport()
         spec = self._spec
         try:
@@ -134,8 +151,8 @@ class Worker:
                     spec.supervisor_key,
                     spec.name,
                     node_id=ray.get_runtime_context().get_node_id(),
-                    on_message=self._on_supervisor,
-                    num_steps=lambda: self._num_steps if self._in_loop else -1,
+                    on_order=self._on_order,
+                    heartbeat=self._heartbeat,
                 )
                 self._link.start()
             if spec.assignment is not None:
@@ -148,7 +165,7 @@ class Worker:
         return report
 
     def run(self) -> WorkerFailure | None:
-        """The loop: take requests in, step, hand outputs out; from one epoch to the next."""
+        """Apply commands, step and emit events, from one epoch to the next."""
         assert self._started, "run before start"
         if self._failure is not None:
             return self._failure
@@ -182,7 +199,7 @@ class Worker:
                 self._in_loop = False
                 if self._link is None:
                     raise
-                self._link.send(["left", assignment.epoch, str(error)[:MAX_REASON_CHARS]])
+                self._link.send(Left(assignment.epoch, str(error)[:MAX_REASON_CHARS]))
                 following = self._await_assignment(newer_than=assignment.epoch)
                 if following is None:
                     raise
@@ -198,7 +215,7 @@ class Worker:
         self._groups = self._create_groups(self._place)
         self._engine = self._build(self._place, self._groups, StartReport())
         assert self._link is not None
-        self._link.send(["loaded"])
+        self._link.send(Loaded())
         return True
 
     def _await_assignment(self, *, newer_than: int) -> Assignment | None:
@@ -212,7 +229,7 @@ class Worker:
             return self._assignment if is_newer() else None
 
     def _start_first(self, assignment: Assignment, report: StartReport) -> None:
-        """In the first epoch, all ranks start together."""
+        """Start in the first epoch, together with all other ranks."""
         args, parallel = self._spec.args, assignment.parallel
         start = time.monotonic()
         if _is_alone(assignment, args):
@@ -236,7 +253,7 @@ class Worker:
         self._epoch = assignment.epoch
 
     def _create_groups(self, place: Assignment) -> ParallelGroups:
-        """Create the groups of a rank that joins the existing ones."""
+        """Create the groups of a rank that joins running peers."""
         args = self._spec.args
         if _is_alone(place, args):
             return single_process_groups(spans=self._spans)
@@ -266,108 +283,114 @@ class Worker:
         assert self._engine is not None
         assert self._link is not None
         self._failpoints.reach("worker.join")
-        self._link.send(["joining", assignment.epoch])
+        self._link.send(Joining(assignment.epoch))
         self._join(assignment)
         self._epoch = assignment.epoch
-        self._link.send(["joined", assignment.epoch])
+        self._link.send(Joined(assignment.epoch))
         self._engine.rejoin(assignment.replaced)
 
     def _join(self, assignment: Assignment) -> None:
         epoch, groups = assignment.epoch, self._groups
         assert groups is not None
 
-        def in_vain() -> bool:
+        def is_obsolete() -> bool:
             return self._epoch_left >= epoch
 
         if _is_alone(assignment, self._spec.args):
             groups.set_epoch(epoch)
             return
-        groups.join(_rendezvous(assignment, self._spec.args), epoch, stop=in_vain)
-        if in_vain():  # said after the last time that the groups asked
+        groups.join(_rendezvous(assignment, self._spec.args), epoch, stop=is_obsolete)
+        if is_obsolete():  # since the groups last asked
             groups.abort("a rank was lost", epoch=epoch)
 
     def _on_fault(self, point: str) -> None:
-        """Announce a fault before it happens, and wait until the supervisor knows: a killed process can lose data."""
+        """Report a fault before it strikes, and wait until the supervisor knows: last messages can be lost."""
         if self._link is not None:
-            self._fault_known.clear()
-            self._link.send(["fault", point])
-            self._fault_known.wait(FAULT_NOTICE_TIMEOUT_S)
+            self._fault_noted.clear()
+            self._link.send(FaultNotice(point))
+            self._fault_noted.wait(FAULT_NOTICE_TIMEOUT_S)
 
-    def _on_supervisor(self, message: list[Any]) -> None:
-        kind, *values = message
-        if kind == "fault":
-            self._fault_known.set()
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(self._num_steps if self._in_loop else -1)
+
+    def _on_order(self, order: SupervisorOrder) -> None:
+        if isinstance(order, FaultNoted):
+            self._fault_noted.set()
             return
         with self._changed:
-            if kind == "leave":
-                self._epoch_left = max(self._epoch_left, values[0])
-            elif kind == "load":
-                self._place = Assignment.from_values(values)
-            elif kind == "join":
-                self._assignment = Assignment.from_values(values)
+            match order:
+                case LeaveEpoch():
+                    self._epoch_left = max(self._epoch_left, order.epoch)
+                case LoadRank():
+                    self._place = order.assignment
+                case JoinEpoch():
+                    self._assignment = order.assignment
             self._changed.notify_all()
-        if kind == "leave" and self._groups is not None:
-            self._groups.abort("a rank was lost", epoch=values[0])
+        if isinstance(order, LeaveEpoch) and self._groups is not None:
+            self._groups.abort("a rank was lost", epoch=order.epoch)
 
     def _loop(self, engine: EngineLike) -> None:
-        told_at = 0.0  # the first tokens are told at once: after a loss, somebody waits for them
+        reported_at = 0.0  # the first tokens are reported at once: after a loss, somebody waits for them
         while True:
             self._failpoints.reach("worker.take_in")
-            self._take_in(engine)
+            self._drain_inbox(engine)
             result = engine.step()
             self._num_steps += 1
-            self._tell([*result.chunks, *result.loaded, *result.outputs])
+            self._emit([*result.chunks, *result.loaded, *result.outputs])
             self._failpoints.reach("worker.hand_out")
-            if time.monotonic() - told_at >= PROGRESS_INTERVAL_S and (progress := engine.take_progress()):
-                told_at = time.monotonic()
-                self._tell(progress)
+            if time.monotonic() - reported_at >= REPORT_INTERVAL_S and (outputs := engine.take_outputs()):
+                reported_at = time.monotonic()
+                self._emit(outputs)
             if result.stopped:
                 return
             if result.woke:
                 time.sleep(GATHER_S)
             if result.idle:
                 with self._changed:
-                    self._changed.wait_for(self._has_news, timeout=IDLE_WAIT_S)
+                    self._changed.wait_for(self._has_input, timeout=IDLE_WAIT_S)
 
-    def _has_news(self) -> bool:
+    def _has_input(self) -> bool:
         return bool(self._commands or self._stop_requested or self._audit_wanted)
 
-    def _take_in(self, engine: EngineLike) -> None:
+    def _drain_inbox(self, engine: EngineLike) -> None:
         with self._changed:
-            commands, stop, audit = list(self._commands), self._stop_requested, self._audit_wanted
+            commands = list(self._commands)
             self._commands.clear()
-        self._tell([refused for c in commands if (refused := obey(engine, c)) is not None])
+            stop = self._stop_requested
+            audit = self._audit_wanted
+        self._emit([end for command in commands for end in apply_command(engine, command)])
         if stop:
             engine.request_stop()
         if audit:
             with self._changed:
-                self._audit, self._audit_wanted = engine.audit(), False
+                self._audit = engine.audit()
+                self._audit_wanted = False
                 self._changed.notify_all()
 
-    def _tell(self, events: Sequence[Event]) -> None:
+    def _emit(self, events: Sequence[Event]) -> None:
         if events:
-            messages = [_message(event) for event in events]  # a snapshot of what the engine may still change
+            messages = [_encoded(event) for event in events]
             with self._changed:
                 self._outbox.extend(messages)
                 self._changed.notify_all()
 
-    def tell(self, number: int, messages: list[bytes]) -> None:
-        """Queue packed commands. Calls are numbered from 0 on: Ray may let one overtake another."""
-        commands = [unpack_command(message) for message in messages]
+    def send(self, number: int, messages: list[bytes]) -> None:
+        """Queue encoded commands. Calls are numbered from 0 on, as Ray may let one overtake another."""
+        commands = [COMMANDS.decode(message) for message in messages]
         with self._changed:
-            self._told[number] = commands
-            while (following := self._told.pop(self._num_told, None)) is not None:
-                self._num_told += 1
+            self._out_of_order[number] = commands
+            while (following := self._out_of_order.pop(self._num_sends, None)) is not None:
+                self._num_sends += 1
                 self._commands.extend(following)
             self._changed.notify_all()
 
     def read_chunk(self, generation: int) -> NDArray[np.uint8] | None:
-        """What this worker published for others to read; None when it was released."""
+        """Payload of a KV chunk that this worker published; None when it was released."""
         assert isinstance(self._transport, RayTransport)
         return self._transport.read(generation)
 
     def poll(self, max_wait_s: float) -> list[bytes]:
-        """Packed events, in the order in which they came about, at once or within `max_wait_s`."""
+        """Encoded events, in the order in which they came about, at once or within `max_wait_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self._outbox or self._ended, timeout=max_wait_s)
             messages: list[bytes] = []
@@ -378,7 +401,7 @@ class Worker:
             return messages
 
     def audit(self) -> list[str]:
-        """`Engine.audit` between two steps, once the commands that were told before are done."""
+        """`Engine.audit` between two steps, after the commands that were sent before."""
         with self._changed:
             self._audit, self._audit_wanted = None, True
             self._changed.notify_all()
@@ -401,10 +424,11 @@ class Worker:
             self._changed.notify_all()
 
 
-def _message(event: Event) -> bytes:
+def _encoded(event: Event) -> bytes:
+    """An event as a message; one that no message can hold ends its sample with an error."""
     try:
-        return pack_event(event)
+        return EVENTS.encode(event)
     except WireError as error:
-        if not isinstance(event, RequestOutput):
-            raise
-        return pack_event(error_output(event.request_id, event.prompt_token_ids, str(error)))
+        sample_index = event.sample_index if isinstance(event, Tokens | Finished) else 0
+        end = Finished(id=event.id, sample_index=sample_index, reason="error", num_tokens=0, error=str(error))
+        return EVENTS.encode(end)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from torch import Tensor
 
 from shoal.parallel.kv_transport import KVChunk
+from shoal.parallel.request_id import RequestId
 from shoal.parallel.spans import Spans
 
 from ..kv_cache.transfer import KVTransfer, NoTransfer
@@ -16,7 +17,7 @@ from ..sampling.sampler import SampledToken, Sampler, resolve_seed
 from ..scheduling.batch import EMPTY_BATCH, Batch, ScheduledSequence
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.sequence import Sequence
-from ..types import GeneratedTokens, Request, RequestOutput, RequestProgress
+from ..types import EngineOutput, GeneratedTokens, Request
 from .lockstep import Lockstep, StepAgreement
 from .model_runner import ModelRunner, prompt_slices
 from .output_processor import Completion, OutputProcessor, RequestState
@@ -62,7 +63,7 @@ class Engine:
         self.spans = spans or Spans()
         self.seed = seed
         self.overlap = overlap
-        self._requests: dict[str, RequestState] = {}
+        self._requests: dict[RequestId, RequestState] = {}
         self._running: dict[int, RunningSequence] = {}
         self._next_seq_id = 0
         self._launched: LaunchedStep | None = None
@@ -78,35 +79,34 @@ class Engine:
     def has_unfinished(self) -> bool:
         return bool(self._requests)
 
-    def has_request(self, request_id: str) -> bool:
+    def has_request(self, request_id: RequestId) -> bool:
         """Whether it was added and is not finished."""
         return request_id in self._requests
 
     def add_request(self, request: Request) -> None:
         """Queue a request (leaders only); ValueError if it cannot be answered or its id is in use."""
         assert self.is_leader, "requests go to the leader of an attention group"
-        if request.request_id in self._requests:
+        if request.id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is already running")
         if (error := check_request(request, self.limits)) is not None:
             raise ValueError(error.message)
         seed = resolve_seed(request.params.seed, self.seed, request.index)
         max_tokens = max_output_tokens(request, self.limits.max_model_len)
         state = self.processor.start(request, seed=seed, max_tokens=max_tokens)
-        assert not state.finished, "a finished request was submitted again"
-        self._requests[request.request_id] = state
+        self._requests[request.id] = state
         first, *remaining = [c for c in state.completions if not c.finished]
         seq = self._sequence(state, first)
         seq.needs_prompt_logits = state.prompt_logprobs is not None  # one continuation computes them
         if request.do_remote_prefill:
-            self.kv.receive(request.request_id, seq)
+            self.kv.receive(request.id, seq)
             remaining = []  # scheduled once the prompt is received: they find it in the prefix cache
         if request.do_remote_decode:
-            self.kv.send(request.request_id, seq)
+            self.kv.send(request.id, seq)
         self._schedule_sequence(seq, state, first)
         for completion in remaining:
             self._schedule_sequence(self._sequence(state, completion), state, completion)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: RequestId) -> None:
         """Drop a request and free its blocks; unknown ids are ignored, as it may just have finished.
 
         Also releases what was published of a prompt, once it was read.
@@ -120,7 +120,7 @@ class Engine:
         """A chunk of a remote prefill was published; ignored if its request does not wait for it."""
         self.kv.add_chunk(chunk)
 
-    def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None:
+    def end_prefill(self, request_id: RequestId, generated: tuple[GeneratedTokens, ...] | None) -> None:
         """A remote prefill ended: what it generated, per continuation, or None if it failed.
 
         If it failed, or chunks are missing, the prompt is computed here. Ignored if the request does not wait.
@@ -130,24 +130,19 @@ class Engine:
             return
         if generated is not None:
             self.processor.extend(self._requests[request_id], generated)
-        tokens = list(self._running[seq_id].completion.output.token_ids)
+        tokens = list(self._running[seq_id].completion.token_ids)
         self.kv.end_prefill(request_id, None if generated is None else tokens)
 
-    def take_progress(self) -> list[RequestProgress]:
-        """What unfinished requests that report their progress have generated since the last call."""
-        return [
-            progress
-            for state in self._requests.values()
-            if state.request.report_progress
-            for progress in self.processor.take_progress(state)
-        ]
+    def take_outputs(self) -> list[EngineOutput]:
+        """What unfinished requests have produced since it was last reported."""
+        return [output for state in self._requests.values() for output in self.processor.take_outputs(state)]
 
     def _sequence(self, state: RequestState, completion: Completion) -> Sequence:
         seq = Sequence(
             seq_id=self._next_seq_id,
             prompt_token_ids=list(state.request.prompt_token_ids),
             max_tokens=1 if state.request.do_remote_decode else completion.max_tokens,
-            output_token_ids=list(completion.output.token_ids),
+            output_token_ids=list(completion.token_ids),
         )
         self._next_seq_id += 1
         return seq
@@ -336,40 +331,38 @@ class Engine:
                 self.scheduler.finish(seq_id, discard=True)
         self.scheduler.update(batch, {i: [token.token_id for token in sampled] for i, sampled in tokens.items()})
         scheduled = [self._running[s.seq_id] for s in batch.sequences if s.seq_id in self._running]
-        sent = [r.state.request.request_id for r in scheduled if r.seq.remote_decode]
+        sent = [r.state.request.id for r in scheduled if r.seq.remote_decode]
         return self.kv.publish(sent, epoch=self.lockstep.epoch)
 
-    def _update(self, tokens: dict[int, list[SampledToken]]) -> list[RequestOutput]:
-        """Append the tokens, remove what is finished, and collect the outputs."""
-        touched: dict[str, RequestState] = {}
+    def _update(self, tokens: dict[int, list[SampledToken]]) -> list[EngineOutput]:
+        """Append the tokens, drop what is finished or handed over, and collect what there is to report."""
+        touched: dict[RequestId, RequestState] = {}
         for seq_id, sampled in tokens.items():
             running = self._running[seq_id]
             state, completion = running.state, running.completion
             for token in sampled:
                 if not completion.finished:  # tokens after the end are dropped
                     self.processor.append(completion, token)
-            touched[state.request.request_id] = state
-            if completion.output.index == 0:
+            touched[state.request.id] = state
+            if state.num_cached_tokens is None:
                 state.num_cached_tokens = running.seq.num_cached_tokens
             if completion.finished or state.request.do_remote_decode:
                 if all(token.error is None for token in sampled):
                     self.scheduler.finish(seq_id)
                 del self._running[seq_id]
-        outputs = []
-        for request_id, state in touched.items():
-            handed_over = state.request.do_remote_decode and all(
-                c.output.token_ids or c.finished for c in state.completions
-            )
-            if state.finished or handed_over:
-                self._remove(request_id, state)
-            if state.finished or handed_over or state.request.stream:
-                outputs.append(self.processor.output(state))
+        outputs: list[EngineOutput] = []
+        for state in touched.values():
+            has_ended = state.finished or state.handed_over
+            if has_ended:
+                self._remove_request(state)
+            if has_ended or state.request.report == "step":
+                outputs += self.processor.take_outputs(state)
         return outputs
 
-    def _remove(self, request_id: str, state: RequestState) -> None:
-        del self._requests[request_id]
+    def _remove_request(self, state: RequestState) -> None:
+        del self._requests[state.request.id]
         if state.request.do_remote_decode:
-            self.kv.finish(request_id, handed_over=not state.finished)
+            self.kv.finish(state.request.id, handed_over=not state.finished)
 
     def _take_prompt_logits(self, seq: ScheduledSequence, position: int, logits: Tensor) -> None:
         """Score prompt tokens: the logits [n, V] of positions `position..` give those of the tokens after them."""

@@ -1,83 +1,117 @@
-"""From sampled tokens to outputs: text, log-probabilities and the reasons to stop."""
+"""From sampled tokens to reports: text, log-probabilities and the reasons to stop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from ..sampling.sampler import SampledToken, SamplingRow
 from ..tokenization.detokenizer import IncrementalDetokenizer
 from ..tokenization.tokenizer import Tokenizer
 from ..types import (
-    CompletionOutput,
+    EngineOutput,
+    Finished,
     FinishReason,
     GeneratedTokens,
     Logprob,
+    Prefilled,
     Request,
-    RequestOutput,
-    RequestProgress,
+    Tokens,
 )
 
 
 @dataclass(slots=True)
 class Completion:
-    """One of a request's n continuations while it is being generated."""
+    """One of a request's n samples while it is being generated."""
 
     row: SamplingRow
     detokenizer: IncrementalDetokenizer
-    output: CompletionOutput
     max_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    """Output tokens; the list that `row` samples after."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    num_given: int = 0
+    """Tokens that another engine generated: not worth a report by themselves."""
     num_reported: int = 0
-    """Tokens that `take_progress` has told of, or that the request came with."""
+    num_reported_chars: int = 0
+    unreported_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    end_reported: bool = False
+
+    @property
+    def sample_index(self) -> int:
+        return self.row.sample_index
 
     @property
     def finished(self) -> bool:
-        return self.output.finish_reason is not None
+        return self.finish_reason is not None
 
 
 @dataclass(slots=True)
 class RequestState:
-    """A request and its continuations, from `add_request` until the last of them finishes."""
+    """A request and its samples, from `add_request` until the last of them finishes."""
 
     request: Request
     completions: list[Completion]
     prompt_logprobs: list[dict[int, Logprob] | None] | None
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None
+    """None until a sample of this request was sampled here."""
+    prefill_reported: bool = False
 
     @property
     def finished(self) -> bool:
         return all(c.finished for c in self.completions)
 
+    @property
+    def prefilled(self) -> bool:
+        """Whether the prompt is computed, with its logprobs where wanted, and every sample has a token."""
+        prompt_logprobs = self.prompt_logprobs
+        return (
+            self.num_cached_tokens is not None
+            and (prompt_logprobs is None or len(prompt_logprobs) == len(self.request.prompt_token_ids))
+            and all(c.token_ids or c.finished for c in self.completions)
+        )
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether another replica goes on with the request."""
+        return self.request.do_remote_decode and self.prefilled and not self.finished
+
 
 class OutputProcessor:
-    """Appends tokens to continuations and decides when they end. Knows nothing of scheduling or tensors."""
+    """Appends tokens to samples and decides when they end. Knows nothing of scheduling or tensors."""
 
     def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: tuple[int, ...]) -> None:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
 
     def start(self, request: Request, *, seed: int, max_tokens: int) -> RequestState:
-        """The state of a new request, with the tokens that it came with."""
+        """The state of a new request, with the tokens that it came with.
+
+        A request that comes with its whole answer, because the report of its end was lost, generates the last tokens
+        again: the result is unfinished.
+        """
+        state = self._state(request, request.generated, seed, max_tokens)
+        if state.finished:
+            state = self._state(request, [g.head(-1) for g in request.generated], seed, max_tokens)
+        return state
+
+    def _state(
+        self, request: Request, generated: Sequence[GeneratedTokens], seed: int, max_tokens: int
+    ) -> RequestState:
         params = request.params
-        assert len(request.generated) <= params.n
+        assert len(generated) <= params.n
         completions = []
-        for index in range(params.n):
+        for sample_index in range(params.n):
             token_ids: list[int] = []
             row = SamplingRow(
                 params=params,
                 prompt_token_ids=request.prompt_token_ids,
                 output_token_ids=token_ids,
                 seed=seed,
-                sample_index=index,
+                sample_index=sample_index,
                 eos_token_ids=self.eos_token_ids,
-            )
-            wants_logprobs = params.logprobs is not None
-            output = CompletionOutput(
-                index=index,
-                text="",
-                token_ids=token_ids,
-                cumulative_logprob=0.0 if wants_logprobs else None,
-                logprobs=[] if wants_logprobs else None,
             )
             detokenizer = IncrementalDetokenizer(
                 self.tokenizer,
@@ -87,36 +121,31 @@ class OutputProcessor:
                 min_tokens=params.min_tokens,
                 stop_after_token_id=None if params.stop_in_reasoning else request.reasoning_end_token_id,
             )
-            completions.append(Completion(row, detokenizer, output, max_tokens))
+            completions.append(Completion(row, detokenizer, max_tokens, token_ids))
         wants_prompt = params.prompt_logprobs is not None
         state = RequestState(request, completions, [None] if wants_prompt else None)
-        self.extend(state, request.generated)
+        self.extend(state, generated)
         return state
 
     def extend(self, state: RequestState, generated: Iterable[GeneratedTokens]) -> None:
-        """Append what another engine generated, per continuation, where it is more than what is there."""
+        """Append what another engine generated, per sample, where it is more than what is there."""
         for completion, tokens in zip(state.completions, generated, strict=False):
-            self._replay(completion, tokens)
-
-    def _replay(self, completion: Completion, generated: GeneratedTokens) -> None:
-        for i in range(len(completion.output.token_ids), len(generated.token_ids)):
-            logprobs = None if generated.logprobs is None else generated.logprobs[i]
-            self.append(completion, SampledToken(generated.token_ids[i], logprobs))
-        completion.num_reported = max(completion.num_reported, len(generated.token_ids))
+            for i in range(len(completion.token_ids), len(tokens.token_ids)):
+                logprobs = None if tokens.logprobs is None else tokens.logprobs[i]
+                self.append(completion, SampledToken(tokens.token_ids[i], logprobs))
+            completion.num_given = max(completion.num_given, len(tokens.token_ids))
 
     def append(self, completion: Completion, sampled: SampledToken) -> None:
         """Add one token; sets `finish_reason` when it is the last."""
-        output, params = completion.output, completion.row.params
         if sampled.error is not None:
-            output.finish_reason, output.error = "error", sampled.error
+            completion.finish_reason = "error"
+            completion.error = sampled.error
             return
-        output.token_ids.append(sampled.token_id)
+        token_ids, params = completion.token_ids, completion.row.params
+        token_ids.append(sampled.token_id)
         if sampled.logprobs is not None:
-            assert output.logprobs is not None
-            assert output.cumulative_logprob is not None
-            output.cumulative_logprob += sampled.logprobs[sampled.token_id].logprob
-            output.logprobs.append(self.decoded(sampled.logprobs))
-        reached_min = len(output.token_ids) >= params.min_tokens
+            completion.unreported_logprobs.append(self.decoded(sampled.logprobs))
+        reached_min = len(token_ids) >= params.min_tokens
         is_eos = sampled.token_id in self.eos_token_ids and not params.ignore_eos
         if reached_min and (is_eos or sampled.token_id in (params.stop_token_ids or ())):
             if params.include_stop_str_in_output:
@@ -126,9 +155,8 @@ class OutputProcessor:
             matched = completion.detokenizer.append(sampled.token_id)
             if matched is not None:
                 self._finish(completion, "stop", matched)
-            elif len(output.token_ids) >= completion.max_tokens:
+            elif len(token_ids) >= completion.max_tokens:
                 self._finish(completion, "length", None)
-        output.text = completion.detokenizer.text
 
     def decoded(self, logprobs: dict[int, Logprob]) -> dict[int, Logprob]:
         """The same entries with their tokens' text, where a tokenizer is there."""
@@ -137,34 +165,64 @@ class OutputProcessor:
         decode = self.tokenizer.decode
         return {t: Logprob(p.logprob, p.rank, decode([t], skip_special_tokens=False)) for t, p in logprobs.items()}
 
-    @staticmethod
-    def output(state: RequestState) -> RequestOutput:
-        """Everything that the request has produced so far."""
-        return RequestOutput(
-            request_id=state.request.request_id,
-            prompt_token_ids=list(state.request.prompt_token_ids),
-            outputs=[c.output for c in state.completions],
-            finished=state.finished,
-            prompt_logprobs=state.prompt_logprobs,
-            num_cached_tokens=state.num_cached_tokens,
-        )
+    def take_outputs(self, state: RequestState) -> list[EngineOutput]:
+        """What the request has produced since the last call: tokens, then the end of the prefill, then of samples."""
+        outputs: list[EngineOutput] = [
+            self._take_tokens(state.request, c)
+            for c in state.completions
+            if len(c.token_ids) > (c.num_reported if c.finished else max(c.num_reported, c.num_given))
+        ]
+        if state.prefilled and not state.prefill_reported:
+            state.prefill_reported = True
+            outputs.append(_prefilled(state))
+        for completion in state.completions:
+            if completion.finished and not completion.end_reported:
+                completion.end_reported = True
+                outputs.append(_end(state.request, completion))
+        return outputs
 
     @staticmethod
-    def take_progress(state: RequestState) -> list[RequestProgress]:
-        """What the request's continuations have generated since the last call."""
-        progress = []
-        for completion in state.completions:
-            output, start = completion.output, completion.num_reported
-            completion.num_reported = len(output.token_ids)
-            if start < len(output.token_ids):
-                logprobs = None if output.logprobs is None else tuple(output.logprobs[start:])
-                new = GeneratedTokens(tuple(output.token_ids[start:]), logprobs)
-                request_id = state.request.request_id
-                progress.append(RequestProgress(request_id=request_id, index=output.index, start=start, new=new))
-        return progress
+    def _take_tokens(request: Request, completion: Completion) -> Tokens:
+        start, text_start = completion.num_reported, completion.num_reported_chars
+        text = completion.detokenizer.text
+        logprobs = None if request.params.logprobs is None else tuple(completion.unreported_logprobs)
+        completion.num_reported = len(completion.token_ids)
+        completion.num_reported_chars = len(text)
+        completion.unreported_logprobs.clear()
+        return Tokens(
+            id=request.id,
+            sample_index=completion.sample_index,
+            start=start,
+            token_ids=tuple(completion.token_ids[start:]),
+            logprobs=logprobs,
+            text_start=text_start,
+            text=text[text_start:],
+        )
 
     @staticmethod
     def _finish(completion: Completion, reason: FinishReason, stop_reason: int | str | None) -> None:
         completion.detokenizer.finish()
-        completion.output.finish_reason = reason
-        completion.output.stop_reason = stop_reason
+        completion.finish_reason = reason
+        completion.stop_reason = stop_reason
+
+
+def _prefilled(state: RequestState) -> Prefilled:
+    assert state.num_cached_tokens is not None
+    return Prefilled(
+        id=state.request.id,
+        num_cached_tokens=state.num_cached_tokens,
+        prompt_logprobs=None if state.prompt_logprobs is None else tuple(state.prompt_logprobs),
+        handed_over=state.handed_over,
+    )
+
+
+def _end(request: Request, completion: Completion) -> Finished:
+    assert completion.finish_reason is not None
+    return Finished(
+        id=request.id,
+        sample_index=completion.sample_index,
+        reason=completion.finish_reason,
+        num_tokens=len(completion.token_ids),
+        stop_reason=completion.stop_reason,
+        error=completion.error,
+    )

@@ -10,7 +10,7 @@ from shoal.parallel.kv_transport import KVChunk
 from ..sampling.sampler import SampledToken, Sampling
 from ..scheduling.batch import Batch
 from ..scheduling.sequence import Sequence
-from ..types import PromptLoaded, RequestOutput
+from ..types import EngineOutput, PromptLoaded
 from .output_processor import Completion, RequestState
 
 
@@ -47,8 +47,8 @@ class LaunchedStep:
 class StepResult:
     """What a step produced on this rank."""
 
-    outputs: list[RequestOutput] = field(default_factory=list)
-    """Finished requests, and streaming ones that have new tokens."""
+    outputs: list[EngineOutput] = field(default_factory=list)
+    """Reports of requests that ended, and of those that report every step."""
     idle: bool = False
     """No rank of the replica had work: nothing was computed."""
     stopped: bool = False

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from shoal.parallel.kv_transport import Fetch, KVChunk, KVTransport, TransferError
+from shoal.parallel.request_id import RequestId
 from shoal.parallel.spans import Spans
 
 from ..scheduling.batch import KVWrite
@@ -30,7 +31,7 @@ MAX_ATTEMPTS = 2
 class _Load:
     """A sequence that waits for the KV of its prompt."""
 
-    request_id: str
+    request_id: RequestId
     seq: Sequence
     deadline: float
     """The load fails if nothing new is known of the prompt by this time."""
@@ -108,7 +109,7 @@ class KVReceiver:
         """Whether any chunk is being read."""
         return any(load.fetches for load in self._loads.values())
 
-    def expect(self, request_id: str, seq: Sequence) -> None:
+    def expect(self, request_id: RequestId, seq: Sequence) -> None:
         """Wait for the prompt of `seq`, whose chunks will be announced.
 
         What the sequence has generated so far is put aside until it resumes.
@@ -165,7 +166,7 @@ class KVReceiver:
                 self._scheduler.mark_received(seq.seq_id, seq.num_prompt_tokens)
             self._scheduler.resume(seq.seq_id, load.output_token_ids)
             self.drop(seq.seq_id)
-            resumed.append(PromptLoaded(request_id=load.request_id, error=load.error))
+            resumed.append(PromptLoaded(id=load.request_id, error=load.error))
         return resumed
 
     def plan(self) -> list[KVWrite]:

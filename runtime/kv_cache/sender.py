@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shoal.parallel.kv_transport import KVChunk, KVTransport, checksum_of
+from shoal.parallel.request_id import RequestId
 from shoal.parallel.spans import Spans
 
 from ..scheduling.sequence import Sequence
@@ -50,7 +51,7 @@ class KVSender:
         self._lease_s = lease_s
         self._clock = clock
         self._spans = spans
-        self._exports: dict[str, _Export] = {}
+        self._exports: dict[RequestId, _Export] = {}
         self._num_chunks = 0
 
     @property
@@ -58,11 +59,11 @@ class KVSender:
         """Requests whose KV is published, or will be."""
         return len(self._exports)
 
-    def add(self, request_id: str, seq: Sequence) -> None:
+    def add(self, request_id: RequestId, seq: Sequence) -> None:
         """Publish the prompt of `seq` as it is computed."""
         self._exports[request_id] = _Export(seq)
 
-    def publish(self, request_id: str, *, epoch: int) -> list[KVChunk]:
+    def publish(self, request_id: RequestId, *, epoch: int) -> list[KVChunk]:
         """Publish what was computed of the prompt since the last call; call it before the blocks are freed."""
         export = self._exports[request_id]
         seq = export.seq
@@ -77,11 +78,11 @@ class KVSender:
             chunks.append(chunk)
         return chunks
 
-    def start_lease(self, request_id: str) -> None:
+    def start_lease(self, request_id: RequestId) -> None:
         """The prompt is complete and its sequence finished: it is held for `lease_s` from now on."""
         self._exports[request_id].lease_ends = self._clock() + self._lease_s
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: RequestId) -> None:
         """Forget what was published of a request whose sequence is finished; unknown requests are ignored."""
         export = self._exports.pop(request_id, None)
         if export is not None:
@@ -95,12 +96,12 @@ class KVSender:
         for request_id in [i for i, e in self._exports.items() if e.lease_ends is not None and e.lease_ends <= now]:
             self.release(request_id)
 
-    def _publish_chunk(self, request_id: str, seq: Sequence, start: int, end: int, epoch: int) -> KVChunk:
+    def _publish_chunk(self, request_id: RequestId, seq: Sequence, start: int, end: int, epoch: int) -> KVChunk:
         payload = self._cache.read_kv(self._cache.slots(seq.block_table, start, end))
         generation = self._num_chunks
         self._num_chunks += 1
         return KVChunk(
-            request_id=request_id,
+            id=request_id,
             start=start,
             end=end,
             fingerprint=self._fingerprint,

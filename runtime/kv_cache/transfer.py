@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from shoal.parallel.kv_transport import KVChunk
+from shoal.parallel.request_id import RequestId
 
 from ..scheduling.batch import KVWrite
 from ..scheduling.sequence import Sequence
@@ -31,41 +32,41 @@ class KVTransfer:
         self.receiver = receiver
         self.num_failed = 0
         """Received prompts of which a part had to be computed here."""
-        self._waiting: dict[str, int] = {}
+        self._waiting: dict[RequestId, int] = {}
         """Sequence that waits for its prompt, by request."""
         self._resumed: list[PromptLoaded] = []
 
-    def send(self, request_id: str, seq: Sequence) -> None:
+    def send(self, request_id: RequestId, seq: Sequence) -> None:
         """Publish the prompt of a sequence that is about to be scheduled."""
         seq.remote_decode = True
         self.sender.add(request_id, seq)
 
-    def receive(self, request_id: str, seq: Sequence) -> None:
+    def receive(self, request_id: RequestId, seq: Sequence) -> None:
         """Let a sequence that is about to be scheduled wait for its prompt."""
         seq.remote_prefill_pending = True
         self.receiver.expect(request_id, seq)
         self._waiting[request_id] = seq.seq_id
 
-    def waiting_sequence(self, request_id: str) -> int | None:
+    def waiting_sequence(self, request_id: RequestId) -> int | None:
         """The sequence of a request that waits for its prompt; None if the request does not wait."""
         return self._waiting.get(request_id)
 
     def add_chunk(self, chunk: KVChunk) -> None:
         """A chunk was published; ignored if its request does not wait for it."""
-        if (seq_id := self._waiting.get(chunk.request_id)) is not None:
+        if (seq_id := self._waiting.get(chunk.id)) is not None:
             self.receiver.add_chunk(seq_id, chunk)
 
-    def end_prefill(self, request_id: str, output_token_ids: list[int] | None) -> None:
+    def end_prefill(self, request_id: RequestId, output_token_ids: list[int] | None) -> None:
         """The remote prefill of a waiting request is complete and these tokens follow, or (None) it failed."""
         self.receiver.end_prefill(self._waiting[request_id], output_token_ids)
 
-    def drop(self, request_id: str) -> None:
+    def drop(self, request_id: RequestId) -> None:
         """Neither send nor receive anything more of a request whose sequences left the scheduler."""
         if (seq_id := self._waiting.pop(request_id, None)) is not None:
             self.receiver.drop(seq_id)
         self.sender.release(request_id)
 
-    def finish(self, request_id: str, *, handed_over: bool) -> None:
+    def finish(self, request_id: RequestId, *, handed_over: bool) -> None:
         """A request with a remote decode left this engine; its KV is kept for a while if it was `handed_over`."""
         if handed_over:
             self.sender.start_lease(request_id)
@@ -83,8 +84,8 @@ class KVTransfer:
         for one in resumed:
             if one.error is not None:
                 self.num_failed += 1
-                logger.warning("request %s computes its prompt here: %s", one.request_id, one.error)
-        return [self._waiting.pop(one.request_id) for one in resumed]
+                logger.warning("request %s computes its prompt here: %s", one.id, one.error)
+        return [self._waiting.pop(one.id) for one in resumed]
 
     def take_resumed(self) -> list[PromptLoaded]:
         """Requests that were resumed since the last call. A step that fails does not call it, so none is lost."""
@@ -104,7 +105,7 @@ class KVTransfer:
         """The planned writes are done on all ranks of the attention group."""
         self.receiver.commit()
 
-    def publish(self, request_ids: Iterable[str], *, epoch: int) -> list[KVChunk]:
+    def publish(self, request_ids: Iterable[RequestId], *, epoch: int) -> list[KVChunk]:
         """Publish what the last step computed of the prompts of these requests."""
         return [chunk for request_id in request_ids for chunk in self.sender.publish(request_id, epoch=epoch)]
 
@@ -119,25 +120,25 @@ class NoTransfer:
 
     num_failed = 0
 
-    def send(self, request_id: str, seq: Sequence) -> None:
+    def send(self, request_id: RequestId, seq: Sequence) -> None:
         raise AssertionError(f"request {request_id} has a remote decode, but there is no KV transport")
 
-    def receive(self, request_id: str, seq: Sequence) -> None:
+    def receive(self, request_id: RequestId, seq: Sequence) -> None:
         raise AssertionError(f"request {request_id} has a remote prefill, but there is no KV transport")
 
-    def waiting_sequence(self, request_id: str) -> int | None:
+    def waiting_sequence(self, request_id: RequestId) -> int | None:
         return None
 
     def add_chunk(self, chunk: KVChunk) -> None:
         pass
 
-    def end_prefill(self, request_id: str, output_token_ids: list[int] | None) -> None:
+    def end_prefill(self, request_id: RequestId, output_token_ids: list[int] | None) -> None:
         pass
 
-    def drop(self, request_id: str) -> None:
+    def drop(self, request_id: RequestId) -> None:
         pass
 
-    def finish(self, request_id: str, *, handed_over: bool) -> None:
+    def finish(self, request_id: RequestId, *, handed_over: bool) -> None:
         pass
 
     def expire(self) -> None:
@@ -158,7 +159,7 @@ class NoTransfer:
     def commit(self) -> None:
         pass
 
-    def publish(self, request_ids: Iterable[str], *, epoch: int) -> list[KVChunk]:
+    def publish(self, request_ids: Iterable[RequestId], *, epoch: int) -> list[KVChunk]:
         return []
 
     def audit(self) -> list[str]:

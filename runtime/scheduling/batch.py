@@ -1,17 +1,14 @@
-"""The decision of one step, as plain values that travel between ranks as msgpack."""
+"""The decision of one step: values that the leader of an attention group sends to its followers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-import msgpack
+import msgspec
 
 UNKNOWN_TOKEN = -1
 """Placeholder id in a batch that is scheduled before the previous step's tokens are known."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The tokens of one sequence that a step computes: positions `[start, start + len(token_ids))`."""
 
     seq_id: int
@@ -28,8 +25,7 @@ class ScheduledSequence:
     """How many of the last scheduled tokens are prompt tokens whose logits are scored (`prompt_logprobs`)."""
 
 
-@dataclass(frozen=True, slots=True)
-class KVWrite:
+class KVWrite(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """KV that was received from another replica and is written to the cache before the step computes anything."""
 
     seq_id: int
@@ -41,12 +37,11 @@ class KVWrite:
     """Blocks that hold positions `[0, end)` at least, in order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What one attention group computes in one step; empty if it has nothing to compute."""
 
     sequences: list[ScheduledSequence]
-    writes: list[KVWrite] = field(default_factory=list)
+    writes: list[KVWrite] = msgspec.field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
@@ -57,20 +52,16 @@ class Batch:
         return sum(len(s.token_ids) for s in self.sequences)
 
     def pack(self) -> bytes:
-        """To msgpack bytes; `unpack` is the inverse."""
-        rows = [
-            (s.seq_id, s.start, s.token_ids, s.block_table, s.num_prompt_tokens, s.num_logits, s.num_prompt_logits)
-            for s in self.sequences
-        ]
-        writes = [(w.seq_id, w.start, w.end, w.num_bytes, w.block_table) for w in self.writes]
-        packed = msgpack.packb([rows, writes])
-        assert isinstance(packed, bytes)
-        return packed
+        """Encode as msgpack; `unpack` is the inverse."""
+        return _ENCODER.encode(self)
 
     @classmethod
     def unpack(cls, data: bytes) -> Batch:
-        rows, writes = msgpack.unpackb(data)
-        return cls([ScheduledSequence(*row) for row in rows], [KVWrite(*row) for row in writes])
+        """Decode a batch that a rank of the same group packed; msgspec.DecodeError (a ValueError) for anything else."""
+        return _DECODER.decode(data)
 
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(Batch)
 
 EMPTY_BATCH = Batch([])

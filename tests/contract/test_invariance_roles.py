@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,5 +64,4 @@ def test_the_answer_does_not_depend_on_who_computes_the_prompt(tmp_path: Path) -
 
 
 def asked(model_dir: Path) -> list[Request]:
-    vocab_size = read_config(model_dir).vocab_size
-    return [replace(row, report_progress=True) for row in rows(vocab_size)]
+    return rows(read_config(model_dir).vocab_size)

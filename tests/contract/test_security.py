@@ -34,7 +34,7 @@ from shoal.parallel.groups import create_groups
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
-from shoal.runtime.types import Request, SamplingParams
+from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.support.stub_job import StubEngines, make_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,10 +193,10 @@ def leaves(hint: object) -> set[object]:
 
 
 def test_what_goes_through_ray_while_rows_are_answered_is_bytes_and_numbers() -> None:
-    for name in ("tell", "poll", "stop"):
+    for name in ("send", "poll", "stop"):
         for hint in get_type_hints(getattr(Worker, name)).values():
             assert leaves(hint) <= {bytes, int, float, type(None)}, name
-    assert get_type_hints(Worker.tell)["messages"] == list[bytes]
+    assert get_type_hints(Worker.send)["messages"] == list[bytes]
     chunk = get_type_hints(Worker.read_chunk)
     assert chunk == {"generation": int, "return": NDArray[np.uint8] | None}
 
@@ -252,7 +252,8 @@ def answers(model: Path) -> list[list[int]]:
     )
     found: dict[str, list[int]] = {}
     while engine.num_in_flight:
-        found |= {o.request_id: [*o.prompt_token_ids, *o.outputs[0].token_ids] for o in engine.poll(10.0)}
+        outputs = [o for o in engine.poll(10.0) if isinstance(o, RequestOutput)]
+        found |= {o.request_id: [*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs}
     engine.close()
     return [found["0"], found["1"]]
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from shoal.parallel.groups import single_process_groups
+from shoal.parallel.request_id import RequestId
 from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import Request, SamplingParams
+from tests.support.answers import Answers
 from tests.support.invariance import (
     BASE_ENGINE,
     SCHEDULES,
@@ -111,19 +113,21 @@ def test_a_request_that_is_aborted_while_its_step_runs(tmp_path: Path) -> None:
     config = EngineConfig(**{**BASE_ENGINE, **dtypes("bfloat16")})
     engine = build_engine(model_dir, config, single_process_groups(torch.device("cuda")))
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    answers: dict[str, tuple[int, ...]] = {}
+    collected = Answers()
     for attempt in range(2):
         for name in ("a", "b"):
             prompt = (5, 7, 9) if name == "a" else (11, 13)
             request_id = f"{name}{attempt}"
-            engine.add_request(Request(request_id=request_id, prompt_token_ids=prompt, params=params, index=0))
+            request = Request(request_id=request_id, prompt_token_ids=prompt, params=params, index=0)
+            collected.expect(request)
+            engine.add_request(request)
         steps = 0
         while engine.has_unfinished:
             steps += 1
             if attempt and steps == 4:
-                engine.abort("b1")
-            for output in engine.step().outputs:
-                answers[output.request_id] = tuple(output.outputs[0].token_ids)
+                engine.abort(RequestId("b1"))
+            collected.take(engine.step().outputs)
         assert engine.audit() == []
+    answers = {name: output.outputs[0].token_ids for name, output in collected.finished.items()}
     assert answers["a0"] == answers["a1"]
     assert set(answers) == {"a0", "b0", "a1"}

@@ -18,6 +18,7 @@ from torch import Tensor
 from shoal.parallel import nixl_transport
 from shoal.parallel.kv_transport import Fetch, KVChunk, TransferError, checksum_of
 from shoal.parallel.nixl_transport import NixlTransport, Slice
+from shoal.parallel.request_id import RequestId
 from tests.support.sockets import listening
 
 DEADLINE_S = 30.0
@@ -35,7 +36,7 @@ class End:
         """A chunk with the bytes of `payload_of`; `address` of one that was published before."""
         payload = payload_of(generation, num_bytes)
         return KVChunk(
-            request_id="a",
+            id=RequestId("a"),
             start=0,
             end=num_bytes,
             fingerprint=b"",

@@ -6,12 +6,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from shoal.parallel.nixl_agent import is_installed
 from shoal.parallel.nixl_transport import Memory, NixlTransport, Slice

@@ -20,7 +20,7 @@ from shoal.cluster.supervision.supervisor import ReplicaPlan, Supervisor
 from shoal.cluster.workers import liveness as liveness_module
 from shoal.cluster.workers.actors import Launch, Seat, WorkerProcess
 from shoal.cluster.workers.assignment import Assignment
-from shoal.cluster.workers.wire import Event
+from shoal.cluster.workers.wire import Event, SupervisorOrder, WorkerReport
 
 from .engine import EngineSettings
 from .faults import Plan, Strike
@@ -55,11 +55,11 @@ class Liveness:
             self._observer.on_tick()
             self._world.at(TICK_S, self._tick)
 
-    def send(self, name: str, message: list[Any]) -> None:
+    def send(self, name: str, order: SupervisorOrder) -> None:
         if name in self._peers:
             process = self._peers[name]
             process.supervised_at = max(process.supervised_at, self._world.now + self._world.latency())
-            self._world.at(process.supervised_at - self._world.now, process.on_supervisor, message)
+            self._world.at(process.supervised_at - self._world.now, process.on_order, order)
 
     def process(self, name: str) -> liveness_module.Process:
         return liveness_module.Process("", 0)
@@ -76,9 +76,9 @@ class Liveness:
             self._peers[process.name] = process
             self._observer.on_hello(process.name)
 
-    def on_message(self, process: Process, message: list[Any]) -> None:
+    def on_report(self, process: Process, report: WorkerReport) -> None:
         if process.name in self._peers and not self._closed:
-            self._observer.on_message(process.name, message)
+            self._observer.on_report(process.name, report)
 
     def on_end(self, name: str) -> None:
         if self._peers.pop(name, None) is not None and not self._closed:
@@ -213,7 +213,7 @@ def installed(cluster: Cluster) -> Iterator[None]:
     """The product's modules use this cluster in place of Ray, sockets and the time of day."""
     ray = Ray(cluster.world)
     processes = {"start_worker": cluster.start_worker, "end_worker": cluster.end_worker}
-    wire = {"pack_command": _as_it_is, "unpack_event": _as_it_is}
+    wire = {"COMMANDS": _AsItIs(), "EVENTS": _AsItIs()}
     with (
         replaced(router_module, ray=ray, time=cluster.world),
         replaced(prefixes_module, PREFIX_TOKENS=2),
@@ -228,8 +228,14 @@ def installed(cluster: Cluster) -> Iterator[None]:
         yield
 
 
-def _as_it_is(message: Any) -> Any:
-    return message
+class _AsItIs:
+    """Stands for a codec, where nothing must become bytes."""
+
+    def encode(self, message: Any) -> Any:
+        return message
+
+    def decode(self, message: Any) -> Any:
+        return message
 
 
 @contextmanager

@@ -128,7 +128,7 @@ class SimulatedEngine(Engine):
     def check_read(self, part: ScheduledSequence, records: list[int]) -> None:
         running = self._running[part.seq_id]
         request_id = running.state.request.request_id
-        answer = self.rows[request_id.rpartition("#")[0]].answers[running.completion.output.index]
+        answer = self.rows[request_id].answers[running.completion.sample_index]
         end = part.start + len(part.token_ids)
         assert part.token_ids == answer.token_ids[part.start : end], f"{request_id}: wrong tokens at {part.start}"
         if records != (right := answer.records[: part.start]):

@@ -10,16 +10,15 @@ from shoal.cluster.replica_spec import Role
 from shoal.cluster.routing.groups import GroupSpec
 from shoal.cluster.routing.request_router import Deliver, Effect, RequestRouter
 from shoal.cluster.workers.wire import Abort, Command, EndPrefill, Event
-from shoal.cluster.workers.worker import obey
+from shoal.cluster.workers.worker import apply_command
 from shoal.parallel import kv_transport
 from shoal.parallel.kv_transport import KVChunk, TransferError
 from shoal.runtime.kv_cache.receiver import _Load
 from shoal.runtime.kv_cache.transfer import KVTransfer
 from shoal.runtime.scheduling.sequence import Sequence as RuntimeSequence
-from shoal.runtime.types import PromptLoaded, RequestOutput, RequestProgress
+from shoal.runtime.types import Finished, Prefilled, PromptLoaded, Tokens
 
 from .engine import EngineSettings, SimulatedEngine, SingleRank
-from .messages import snapshot
 from .model import Payload, Row
 from .oracle import Ledger, check_routing
 
@@ -86,12 +85,11 @@ class Site:
         for number, payload in arriving:
             fetch = self.transport.fetches[number]
             fetch.arrived, fetch.payload = True, payload
-        refused = [r for command in commands if (r := obey(self.engine, command)) is not None]
+        refused = [end for command in commands for end in apply_command(self.engine, command)]
         assert not refused, f"refused: {refused}"
         result = self.engine.step()
         self.engine.block_manager.check_integrity()
-        events: list[Event] = [*result.chunks, *result.loaded, *result.outputs, *self.engine.take_progress()]
-        return [snapshot(event) for event in events]
+        return [*result.chunks, *result.loaded, *result.outputs, *self.engine.take_outputs()]
 
     def pass_time(self, seconds: float) -> None:
         self.transport.now += seconds
@@ -125,7 +123,11 @@ class Site:
             (tuple(pool._free), tuple(pool._idle), tuple(n and n.digest for n in prefixes._nodes)),
             tuple(engine.cache.records),
             tuple(
-                (i, tuple((tuple(c.output.token_ids), c.num_reported) for c in r.completions))
+                (
+                    i,
+                    r.prefill_reported,
+                    tuple((tuple(c.token_ids), c.num_reported, c.num_given, c.end_reported) for c in r.completions),
+                )
                 for i, r in engine._requests.items()
             ),
             tuple(
@@ -152,7 +154,12 @@ class Desk:
             for role, s in zip(roles, settings, strict=True)
         ]
         self.routing = RequestRouter(specs, max_model_len=settings[0].max_model_len)
-        self.ledger = Ledger(rows)
+        known = {
+            (name, index): len(tokens.token_ids)
+            for name, row in rows.items()
+            for index, tokens in enumerate(row.request.generated)
+        }
+        self.ledger = Ledger(rows, known)
 
     def submit(self) -> list[tuple[int, Command]]:
         return self._carry_out(self.routing.submit([row.request for row in self.ledger.rows.values()]))
@@ -198,8 +205,10 @@ class Desk:
                     t.prefill,
                     t.decode,
                     t.announced,
-                    t.prefilled is None,
-                    *(g.token_ids for g in t.generated),
+                    t.prefilled,
+                    t.response._prefilled is None,
+                    *(g.token_ids for g in t.known),
+                    *((len(s.token_ids), s.end is None) for s in t.response._samples),
                 )
                 for i, t in routing._tracked.items()
             ),
@@ -211,7 +220,7 @@ class Desk:
         sent = []
         for effect in effects:
             if isinstance(effect, Deliver):
-                self.ledger.take(effect.event)
+                self.ledger.take(effect.output)
             else:
                 sent.append((effect.group, effect.command))
         return sent
@@ -235,16 +244,18 @@ def message_key(message: Command | Event) -> Key:
     kind = type(message).__name__
     match message:
         case KVChunk():
-            return kind, message.request_id, message.start, message.generation
-        case RequestOutput():
-            return kind, message.request_id, tuple(tuple(o.token_ids) for o in message.outputs), message.finished
+            return kind, message.id, message.start, message.generation
+        case Tokens():
+            return kind, message.id, message.sample_index, message.start, message.token_ids
+        case Prefilled():
+            return kind, message.id, message.handed_over, message.prompt_logprobs is None
+        case Finished():
+            return kind, message.id, message.sample_index, message.reason
         case PromptLoaded():
-            return kind, message.request_id, message.error is None
+            return kind, message.id, message.error is None
         case Abort():
-            return kind, message.request_id
+            return kind, message.id
         case EndPrefill():
-            return kind, message.request_id, message.generated
-        case RequestProgress():
-            return kind, message.request_id, message.index, message.start, message.new.token_ids
+            return kind, message.id, message.generated
         case _:
-            return kind, message.request_id, message.generated, message.do_remote_decode, message.do_remote_prefill
+            return kind, message.id, message.generated, message.do_remote_decode, message.do_remote_prefill

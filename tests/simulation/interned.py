@@ -13,7 +13,7 @@ from shoal.parallel.spans import Spans
 from shoal.runtime.engine.output_processor import OutputProcessor
 from shoal.runtime.scheduling.prefix_index import PrefixNode
 from shoal.runtime.scheduling.scheduler import SchedulerConfig
-from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
+from shoal.runtime.types import Finished, GeneratedTokens, Prefilled, Request, SamplingParams
 
 from .engine import EngineSettings
 from .model import Row, Sampler
@@ -100,7 +100,7 @@ def _constant_of(number: int) -> Any:
 
 _CONSTANT = (
     *(Row, EngineSettings, OutputProcessor, Sampler, Spans, ParallelConfig, SchedulerConfig),
-    *(KVChunk, GeneratedTokens, PrefixNode, Request, SamplingParams),
+    *(KVChunk, GeneratedTokens, PrefixNode, Request, SamplingParams, Prefilled, Finished),
 )
 
 

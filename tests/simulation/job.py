@@ -7,13 +7,16 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Any, cast
 
+from msgspec.structs import replace
+
 from shoal.cluster.jobs.journal import Journal, ProgressRecord, Record, RowRecord
 from shoal.cluster.replicas.router import Router
-from shoal.runtime.types import GeneratedTokens, Request
+from shoal.runtime.response import without_text
+from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, Tokens
 
 from .model import Row
 from .oracle import Ledger
@@ -79,7 +82,7 @@ class Job:
         self.file = MemoryFile(rng)
         self.aborted: set[str] = set()
         self._told: dict[tuple[str, int], int] = {}
-        """The most tokens of a continuation that any driver was told of."""
+        """The most tokens of a sample that any driver was told of."""
 
     def open(self) -> JobRun:
         """For one driver: read the journal, and cut off what the last driver did not finish writing."""
@@ -93,9 +96,9 @@ class Job:
                 finished.append(name)
                 return
             assert isinstance(record, ProgressRecord), "this driver loses no workers"
-            before = generated.get((name, record.continuation), GeneratedTokens())
+            before = generated.get((name, record.sample_index), GeneratedTokens())
             assert record.start == len(before.token_ids), f"{name}: the journal has a gap"
-            generated[name, record.continuation] = before.extended(record.new)
+            generated[name, record.sample_index] = before.extended(record.new)
 
         journal = Journal(cast(Any, self.file), replay)
         assert len(set(finished)) == len(finished), f"finished twice: {finished}"
@@ -138,14 +141,12 @@ class JobRun:
             router.submit([self._request(name) for name in new])
             for output in router.poll(POLL_TIMEOUT_S):
                 self.ledger.take(output)
-                if output.finished:
+                row = self._job.rows[output.request_id]
+                if isinstance(output, RequestOutput):
                     in_flight.remove(output.request_id)
-                    self._pending.append(_record_of(self._job.rows[output.request_id]))
-            for progress in router.take_progress():
-                if progress.request_id in in_flight:
-                    self.ledger.take(progress)
-                    index = self._job.rows[progress.request_id].request.index
-                    self._pending.append(ProgressRecord(index, progress.index, progress.start, progress.new))
+                    self._pending.append(_record_of(row))
+                elif isinstance(output, Tokens):
+                    self._pending.append(_progress_of(row, output))
             self._job.note_told(self.ledger)
             if world.now - self._last_commit >= self._commit_interval_s:
                 self._commit(world)
@@ -175,6 +176,12 @@ class JobRun:
 
 def digest_of(row: Row) -> bytes:
     return hashlib.sha256(repr([a.output for a in row.answers]).encode()).digest()
+
+
+def _progress_of(row: Row, tokens: Tokens) -> ProgressRecord:
+    logprobs = None if tokens.logprobs is None else without_text(tokens.logprobs)
+    new = GeneratedTokens(tokens.token_ids, logprobs)
+    return ProgressRecord(row.request.index, tokens.sample_index, tokens.start, new)
 
 
 def _record_of(row: Row) -> RowRecord:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from typing import Any
+
+from msgspec.structs import replace
 
 from shoal.runtime.sampling.sampler import SampledToken, Sampling, SamplingRow
 from shoal.runtime.scheduling.batch import Batch, ScheduledSequence
@@ -112,7 +114,7 @@ def random_rows(rng: Random, num_rows: int, *, max_prompt: int, max_tokens: int)
             ignore_eos=rng.random() < 0.8,
         )
         request = Request(request_id=f"row-{index}", prompt_token_ids=prompt, params=params, index=index)
-        rows[request.request_id] = Row(replace(request, report_progress=True, stream=rng.random() < 0.1))
+        rows[request.request_id] = Row(replace(request, report="step" if rng.random() < 0.1 else "interval"))
     return rows
 
 

@@ -6,12 +6,13 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
+from msgspec.structs import force_setattr
 
 from shoal.cluster.jobs.journal import Journal, ProgressRecord, Record
-from shoal.cluster.routing import request_router as routing
 from shoal.cluster.routing.request_router import RequestRouter
 from shoal.cluster.supervision import membership
 from shoal.parallel import kv_transport
+from shoal.runtime import response
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.kv_cache import receiver
 from shoal.runtime.kv_cache.receiver import KVReceiver
@@ -40,7 +41,7 @@ def records_count_before_they_are_written(patch: Patch) -> None:
     def early(receiving: KVReceiver) -> None:
         for planned in receiving._planned:
             if planned.write.end < planned.load.seq.num_prompt_tokens:
-                object.__setattr__(planned.write, "end", planned.write.end + 1)
+                force_setattr(planned.write, "end", planned.write.end + 1)
         commit(receiving)
 
     patch.setattr(KVReceiver, "commit", early)
@@ -82,7 +83,7 @@ def nobody_is_told_who_was_replaced(patch: Patch) -> None:
 
 
 def what_is_known_is_told_again(patch: Patch) -> None:
-    patch.setattr(routing, "tokens_from", lambda generated, start: generated)
+    patch.setattr(response, "_after", lambda tokens, num_tokens, num_chars: tokens)
 
 
 def a_lost_group_keeps_its_requests(patch: Patch) -> None:

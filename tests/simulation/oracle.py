@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shoal.cluster.routing.request_router import RequestRouter
-from shoal.runtime.types import RequestOutput, RequestProgress
+from shoal.runtime.response import without_text
+from shoal.runtime.types import EngineOutput, RequestOutput, Tokens
 
 from .engine import SimulatedEngine
 from .model import BROKEN, Row
@@ -18,7 +19,7 @@ class Ledger:
 
     rows: Mapping[str, Row]
     told: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Tokens by row and continuation."""
+    """Tokens by row and sample."""
     answered: set[str] = field(default_factory=set)
     aborted: set[str] = field(default_factory=set)
 
@@ -26,44 +27,43 @@ class Ledger:
     def open(self) -> set[str]:
         return set(self.rows) - self.answered - self.aborted
 
-    def take(self, event: RequestOutput | RequestProgress) -> None:
-        name = event.request_id
+    def take(self, output: EngineOutput | RequestOutput) -> None:
+        name = output.request_id
         assert name not in self.aborted, f"{name}: was told of after it was aborted"
         assert name not in self.answered, f"{name}: was told of after its answer"
-        if isinstance(event, RequestProgress):
-            self._take_progress(event)
-        else:
-            check_output(self.rows[name], event)
-            if event.finished:
-                self.answered.add(name)
+        if isinstance(output, Tokens):
+            self._take_tokens(output)
+        elif isinstance(output, RequestOutput):
+            check_output(self.rows[name], output)
+            self.answered.add(name)
 
-    def _take_progress(self, progress: RequestProgress) -> None:
-        name, index = progress.request_id, progress.index
+    def _take_tokens(self, tokens: Tokens) -> None:
+        name, index = tokens.request_id, tokens.sample_index
         told = self.told.get((name, index), 0)
-        assert progress.start == told, f"{name}: {told} tokens were told, and now those from {progress.start} on"
+        assert tokens.start == told, f"{name}: {told} tokens were told, and now those from {tokens.start} on"
         answer = self.rows[name].answers[index]
-        end = told + len(progress.new.token_ids)
-        assert list(progress.new.token_ids) == answer.output[told:end], f"{name}: wrong tokens are told from {told} on"
+        end = told + len(tokens.token_ids)
+        assert list(tokens.token_ids) == answer.output[told:end], f"{name}: wrong tokens are told from {told} on"
         if self.rows[name].request.params.logprobs is not None:
-            assert list(progress.new.logprobs or ()) == answer.logprobs()[told:end], f"{name}: wrong logprobs"
+            logprobs = without_text(tokens.logprobs or ())
+            assert list(logprobs) == answer.logprobs()[told:end], f"{name}: wrong logprobs"
         self.told[name, index] = end
 
 
 def check_output(row: Row, output: RequestOutput) -> None:
-    """The answer, or its beginning where the row is streamed."""
+    """The whole answer."""
     name = row.request.request_id
-    assert len(output.outputs) == len(row.answers), f"{name}: {len(output.outputs)} continuations"
+    assert output.finished, f"{name}: an unfinished answer"
+    assert len(output.outputs) == len(row.answers), f"{name}: {len(output.outputs)} samples"
     for completion, answer in zip(output.outputs, row.answers, strict=True):
-        count = len(answer.output) if output.finished else len(completion.token_ids)
-        assert completion.token_ids == answer.output[:count], (
+        assert completion.token_ids == answer.output, (
             f"{name}: {completion.token_ids} is not the answer {answer.output}"
         )
-        if output.finished:
-            assert completion.finish_reason == answer.finish_reason, f"{name}: {completion}"
-            assert completion.error == (BROKEN if answer.finish_reason == "error" else None), f"{name}: {completion}"
+        assert completion.finish_reason == answer.finish_reason, f"{name}: {completion}"
+        assert completion.error == (BROKEN if answer.finish_reason == "error" else None), f"{name}: {completion}"
         if row.request.params.logprobs is not None:
-            assert completion.logprobs == answer.logprobs()[:count], f"{name}: wrong logprobs"
-    if output.finished and row.request.params.prompt_logprobs is not None:
+            assert completion.logprobs == answer.logprobs(), f"{name}: wrong logprobs"
+    if row.request.params.prompt_logprobs is not None:
         assert output.prompt_logprobs == row.prompt_logprobs(), f"{name}: wrong logprobs of the prompt"
 
 

@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Any, cast
 from ray.exceptions import RayError
 
 from shoal.cluster.workers.assignment import Assignment
-from shoal.cluster.workers.liveness import Message
 from shoal.cluster.workers.spec import StartReport
-from shoal.cluster.workers.wire import Command, Event
-from shoal.cluster.workers.worker import obey
+from shoal.cluster.workers.wire import (
+    Command,
+    Event,
+    Joined,
+    JoinEpoch,
+    Joining,
+    LeaveEpoch,
+    Left,
+    Loaded,
+    LoadRank,
+    SupervisorOrder,
+    WorkerReport,
+)
+from shoal.cluster.workers.worker import apply_command
 from shoal.runtime.engine.step import StepResult
 from shoal.runtime.kv_cache.transfer import KVTransfer
 from shoal.runtime.request_limits import RequestLimits
@@ -19,7 +30,7 @@ from shoal.runtime.scheduling.batch import Batch
 
 from .engine import SimulatedEngine
 from .lockstep import Epoch, Groups, LeadingRunner, Lockstep
-from .messages import may_get_lost, snapshot
+from .messages import may_get_lost
 from .model import VOCAB_SIZE, Cache, Payload, Runner
 from .transport import Transport
 from .virtual import Method, Ref
@@ -39,7 +50,7 @@ class Process:
         self.is_connected = False
         """To the supervisor."""
         self.commands: list[Command] = []
-        self._num_told = 0
+        self._num_sends = 0
         self.transport = Transport(self)
         self.place: Assignment | None = None
         self.groups: Groups | None = None
@@ -57,7 +68,7 @@ class Process:
         """What happens to it once it is no longer frozen."""
         self.supervised_at = self._heard_at = self._told_at = 0.0
         """Messages of one connection do not overtake each other."""
-        self.tell, self.poll = Method(self._on_tell), Method(self._on_poll)
+        self.send, self.poll = Method(self._on_send), Method(self._on_poll)
         self.start, self.run, self.stop = Method(self._on_start), Method(self._call), Method(self._on_stop)
 
     @property
@@ -164,30 +175,30 @@ class Process:
             self.is_connected = True
             self.cluster.liveness.greet(self)
 
-    def report(self, *message: Any) -> None:
+    def report(self, report: WorkerReport) -> None:
         self._told_at = max(self._told_at, self.world.now + self.world.latency())
-        self.world.at(self._told_at - self.world.now, self.cluster.liveness.on_message, self, list(message))
+        self.world.at(self._told_at - self.world.now, self.cluster.liveness.on_report, self, report)
 
-    def on_supervisor(self, message: Message) -> None:
-        if not self._is_able(self.on_supervisor, message):
+    def on_order(self, order: SupervisorOrder) -> None:
+        if not self._is_able(self.on_order, order):
             return
-        kind, *values = message
-        if kind == "leave":
-            self._epoch_left = max(self._epoch_left, values[0])
-            if self.epoch is not None and self.epoch.number <= values[0] and self.epoch.size > 1:
-                self.epoch.break_up()
-        elif kind == "load":
-            self.world.at(self.world.latency(0.3), self._load, Assignment.from_values(values))
-        else:
-            self._assignment = Assignment.from_values(values)
-            if self.epoch is None or self.epoch.size == 1:
-                self.enter()
+        match order:
+            case LeaveEpoch():
+                self._epoch_left = max(self._epoch_left, order.epoch)
+                if self.epoch is not None and self.epoch.number <= order.epoch and self.epoch.size > 1:
+                    self.epoch.break_up()
+            case LoadRank():
+                self.world.at(self.world.latency(0.3), self._load, order.assignment)
+            case JoinEpoch():
+                self._assignment = order.assignment
+                if self.epoch is None or self.epoch.size == 1:
+                    self.enter()
 
     def _load(self, place: Assignment) -> None:
         if self._is_able(self._load, place):
             self.build(place)
             self._outbox = self.cluster.late_events(place)
-            self.report("loaded")
+            self.report(Loaded())
 
     def enter(self) -> None:
         """Join the newest epoch, unless it is known to be in vain."""
@@ -195,9 +206,9 @@ class Process:
         if assignment is None or place is None or not self.can_work:
             return
         if assignment.epoch <= self._epoch_left:
-            self.report("left", assignment.epoch, "in vain")
+            self.report(Left(assignment.epoch, "in vain"))
         else:
-            self.report("joining", assignment.epoch)
+            self.report(Joining(assignment.epoch))
             self.cluster.epoch_of(assignment).join(assignment.rank, self)
 
     def on_joined(self, number: int) -> None:
@@ -207,7 +218,7 @@ class Process:
             return
         assert self.groups is not None
         self.groups.epoch = number
-        self.report("joined", number)
+        self.report(Joined(number))
         if self.engine is not None:
             self.engine.rejoin(self._assignment.replaced)
 
@@ -222,7 +233,7 @@ class Process:
         self.has_failed = False
         self.epoch = None
         self._epoch_left = max(self._epoch_left, epoch.number)
-        self.report("left", epoch.number, "a peer is gone")
+        self.report(Left(epoch.number, "a peer is gone"))
         assert self._assignment is not None
         if self._assignment.epoch > epoch.number:
             self.enter()
@@ -258,9 +269,9 @@ class Process:
                 ref.settle()
         return self._call()
 
-    def _on_tell(self, number: int, messages: Sequence[Command]) -> Ref:
-        assert number == self._num_told, "calls are numbered"
-        self._num_told += 1
+    def _on_send(self, number: int, messages: Sequence[Command]) -> Ref:
+        assert number == self._num_sends, "calls are numbered"
+        self._num_sends += 1
         self.cluster.count_call()
         weather, rng = self.cluster.weather, self.world.rng
         on_time: list[Command] = []
@@ -288,7 +299,7 @@ class Process:
 
     def take_in(self) -> None:
         commands, self.commands = self.commands, []
-        self._tell([refused for command in commands if (refused := obey(self.leading, command)) is not None])
+        self._tell([end for command in commands for end in apply_command(self.leading, command)])
 
     def follow(self, batch: Batch, payloads: list[bytes], *, computes: bool) -> None:
         """What a rank that follows does with the batch of its leader."""
@@ -305,8 +316,8 @@ class Process:
         """Tell what a step brought about, and now and then what was generated."""
         events: list[Event] = [*result.chunks, *result.loaded, *result.outputs]
         if self.world.rng.random() < self.cluster.progress_rate:
-            events += self.leading.take_progress()
-        self._tell([snapshot(event) for event in events])
+            events += self.leading.take_outputs()
+        self._tell(events)
 
     def _tell(self, events: list[Event]) -> None:
         if events and self._is_able(self._tell, events):

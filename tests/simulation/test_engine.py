@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
+from msgspec.structs import replace
 
 from shoal.runtime.types import Request, SamplingParams
 
@@ -26,7 +27,7 @@ class TwoRanks(Alone):
 
 
 def test_a_lease_ends_although_all_ranks_are_idle() -> None:
-    request = Request(request_id="row#0", prompt_token_ids=(1, 2, 3), params=SamplingParams(seed=4, ignore_eos=True))
+    request = Request(request_id="row", prompt_token_ids=(1, 2, 3), params=SamplingParams(seed=4, ignore_eos=True))
     groups, transport, settings = SingleRank(), Transport(), EngineSettings()
     groups.world = TwoRanks()
     engine = SimulatedEngine(settings, {"row": Row(request)}, groups, transport, transport.clock)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
 from tests.simulation import mutants
@@ -46,7 +46,7 @@ def scope(
     settings = SamplingParams(**{"max_tokens": 3, "seed": 4, "ignore_eos": True, **params})
     rows = {}
     for name, prompt in zip("ab", prompts, strict=False):
-        request = Request(request_id=name, prompt_token_ids=prompt, params=settings, report_progress=True)
+        request = Request(request_id=name, prompt_token_ids=prompt, params=settings)
         known = tuple(GeneratedTokens(tuple(a.output[:num_generated])) for a in Row(request).answers)
         rows[name] = Row(replace(request, generated=known if num_generated else ()))
     engine = {"num_blocks": 4, "block_size": 2, "max_num_batched_tokens": 2, "max_model_len": 8}

@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
+from msgspec.structs import replace
 
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replicas.inprocess import InProcessEngine
@@ -22,7 +23,7 @@ from shoal.cluster.replicas.start import start_engines
 from shoal.cluster.supervision.fault import Fault
 from shoal.cluster.workers.actors import WorkerProcess
 from shoal.runtime.random_checkpoint import make_checkpoint
-from shoal.runtime.types import Request, SamplingParams
+from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.support.invariance import bits, rows
 
 DEADLINE_S = 120.0
@@ -60,7 +61,7 @@ def requests(name: str = "") -> list[Request]:
     asked = rows(VOCAB_SIZE) + [
         Request(request_id="", prompt_token_ids=tuple(range(3 + i, 40 + i)), params=long) for i in range(5)
     ]
-    return [replace(one, request_id=f"{name}{i}", index=i, report_progress=True) for i, one in enumerate(asked)]
+    return [replace(one, request_id=f"{name}{i}", index=i) for i, one in enumerate(asked)]
 
 
 def answers_of_one_process(model: str) -> list[Bits]:
@@ -69,7 +70,7 @@ def answers_of_one_process(model: str) -> list[Bits]:
     engine.submit(requests())
     answers: dict[str, Bits] = {}
     while engine.num_in_flight:
-        answers |= {o.request_id: bits(o) for o in engine.poll(1.0)}
+        answers |= {o.request_id: bits(o) for o in engine.poll(1.0) if isinstance(o, RequestOutput)}
     return [answers[str(i)] for i in range(len(answers))]
 
 
@@ -111,10 +112,9 @@ class Rig:
         while self.router.num_in_flight:
             assert time.monotonic() < deadline, f"{self.router.num_in_flight} requests are not answered"
             for output in self.router.poll(0.02):
-                if output.finished:
+                if isinstance(output, RequestOutput):
                     assert output.request_id not in answers, "answered twice"
                     answers[output.request_id] = bits(output)
-            self.router.take_progress()
         assert [answers[request.request_id] for request in asked] == self.expected
         then()
         self.recover(deadline)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from shoal.parallel.config import ParallelConfig
@@ -17,7 +18,8 @@ from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.random_checkpoint import make_checkpoint
-from shoal.runtime.types import GeneratedTokens, Logprob, Request, RequestOutput, SamplingParams
+from shoal.runtime.types import Logprob, Request, RequestOutput, SamplingParams
+from tests.support.answers import Answers
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def bits(output: RequestOutput) -> tuple[Any, ...]:
 
 def run_rows(engine: Engine, point: Point, requests: list[Request]) -> dict[int, tuple[Any, ...]]:
     """Drive one rank's engine until nobody in the replica has work; returns this rank's rows."""
-    results: dict[int, tuple[Any, ...]] = {}
+    answers = Answers(requests)
     steps = 0
     while True:
         if point.preempt_every and engine.is_leader and steps % point.preempt_every == point.preempt_every - 1:
@@ -159,28 +161,28 @@ def run_rows(engine: Engine, point: Point, requests: list[Request]) -> dict[int,
         result = engine.step()
         steps += 1
         assert steps < 5000, "the engine does not finish"
-        for output in result.outputs:
-            results[int(output.request_id)] = bits(output)
+        answers.take(result.outputs)
         if result.idle and not requests:
             engine.block_manager.check_integrity()
-            return results
+            return _bits_of(answers)
 
 
 def run_steps(
     engine: Engine, requests: list[Request], num_steps: int
 ) -> tuple[dict[int, tuple[Any, ...]], list[Request]]:
     """The rows that finish within so many steps, and the others with what they have by then."""
-    results: dict[int, tuple[Any, ...]] = {}
-    generated = {r.request_id: [GeneratedTokens()] * r.params.n for r in requests}
+    answers = Answers(requests)
     for request in requests:
-        engine.add_request(replace(request, report_progress=True))
+        engine.add_request(request)
     for _ in range(num_steps):
-        for output in engine.step().outputs:
-            results[int(output.request_id)] = bits(output)
-        for progress in engine.take_progress():
-            row = generated[progress.request_id]
-            row[progress.index] = row[progress.index].extended(progress.new)
-    return results, [replace(r, generated=tuple(generated[r.request_id])) for r in requests if r.index not in results]
+        answers.take([*engine.step().outputs, *engine.take_outputs()])
+    unfinished = [request for request in requests if request.request_id not in answers.finished]
+    resumed = [replace(r, generated=answers.responses[r.request_id].generated()) for r in unfinished]
+    return _bits_of(answers), resumed
+
+
+def _bits_of(answers: Answers) -> dict[int, tuple[Any, ...]]:
+    return {int(name): bits(output) for name, output in answers.finished.items()}
 
 
 def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups) -> dict[int, tuple[Any, ...]]:

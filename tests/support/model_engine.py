@@ -7,15 +7,8 @@ from dataclasses import dataclass, field
 
 from shoal.cluster.workers.wire import Abort, Command, EndPrefill, Event
 from shoal.parallel.kv_transport import KVChunk
-from shoal.runtime.types import (
-    CompletionOutput,
-    GeneratedTokens,
-    Logprob,
-    PromptLoaded,
-    Request,
-    RequestOutput,
-    RequestProgress,
-)
+from shoal.parallel.request_id import RequestId
+from shoal.runtime.types import EngineOutput, Finished, Logprob, Prefilled, PromptLoaded, Request, Tokens
 
 
 def answer_of(request: Request) -> list[list[int]]:
@@ -34,9 +27,9 @@ def scores_of(request: Request) -> list[dict[int, Logprob] | None] | None:
     return [None, *[{t: Logprob(-0.5, 1)} for t in request.prompt_token_ids[1:]]]
 
 
-def chunk(engine_id: str, start: int = 0, end: int = 4) -> KVChunk:
+def chunk(attempt_id: RequestId, start: int = 0, end: int = 4) -> KVChunk:
     return KVChunk(
-        request_id=engine_id,
+        id=attempt_id,
         start=start,
         end=end,
         fingerprint=b"",
@@ -57,7 +50,13 @@ class Row:
     tokens: list[list[int]]
     num_pending: int
     """Tokens to compute before the next one is sampled."""
-    num_told: list[int]
+    num_given: list[int]
+    """Tokens that are not worth a report by themselves."""
+    num_reported: list[int]
+    ended_samples: set[int] = field(default_factory=set)
+    """Whose end was reported."""
+    prefill_reported: bool = False
+    sampled: bool = False
     num_chunked: int = 0
     waits: bool = False
     """For its prompt's records."""
@@ -79,16 +78,16 @@ class ModelEngine:
     """Does with its requests what it is asked to, one at a time; what it is told twice counts once."""
 
     answer: Callable[[Request], list[list[int]]] = answer_of
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[RequestId, Row] = field(default_factory=dict)
     """In order of arrival."""
 
-    def obey(self, command: Command) -> None:
-        row = self.rows.get(command.request_id)
+    def apply(self, command: Command) -> None:
+        row = self.rows.get(command.id)
         match command:
             case Request() if row is None:
-                self.rows[command.request_id] = self._row(command)
+                self.rows[command.id] = self._row(command)
             case Abort():
-                self.rows.pop(command.request_id, None)
+                self.rows.pop(command.id, None)
             case KVChunk() if row is not None and row.waits and command.end > row.num_loaded:
                 row.failed |= command.start != row.num_loaded
                 row.num_loaded = row.num_loaded if row.failed else command.end
@@ -101,6 +100,8 @@ class ModelEngine:
     def _row(self, request: Request) -> Row:
         answer = self.answer(request)
         tokens = [list(g.token_ids) for g in request.generated] or [[] for _ in answer]
+        if tokens == answer:
+            tokens = [known[:-1] for known in tokens]
         num_known = sum(map(len, tokens))
         return Row(
             request,
@@ -108,56 +109,83 @@ class ModelEngine:
             tokens,
             len(request.prompt_token_ids) + num_known,
             [len(t) for t in tokens],
+            [0 for _ in tokens],
             waits=request.do_remote_prefill,
         )
 
-    def work(self, engine_id: str, budget: int) -> list[Event]:
+    def work(self, attempt_id: RequestId, budget: int) -> list[Event]:
         """Compute up to so many tokens of a request that can run, and sample when they were the last."""
-        row = self.rows[engine_id]
+        row = self.rows[attempt_id]
         request, events = row.request, list[Event]()
         num_prompt = len(request.prompt_token_ids)
         if row.waits:
             row.waits = False
             row.num_pending = max(1, num_prompt - row.num_loaded + sum(map(len, row.tokens)))
-            row.num_told = [len(t) for t in row.tokens]
-            events.append(PromptLoaded(request_id=engine_id, error="failed" if row.failed else None))
+            row.num_given = [len(t) for t in row.tokens]
+            events.append(PromptLoaded(id=attempt_id, error="failed" if row.failed else None))
         taken = min(budget, row.num_pending)
         row.num_pending -= taken
         if request.do_remote_decode:
             start, row.num_chunked = row.num_chunked, num_prompt - row.num_pending
-            events.append(chunk(engine_id, start, row.num_chunked))
+            events.append(chunk(attempt_id, start, row.num_chunked))
         if row.num_pending == 0:
-            events += self._sample(engine_id, row)
+            events += self._sample(attempt_id, row)
         return events
 
-    def _sample(self, engine_id: str, row: Row) -> list[Event]:
+    def _sample(self, attempt_id: RequestId, row: Row) -> list[EngineOutput]:
         unfinished = [i for i, answer in enumerate(row.answer) if len(row.tokens[i]) < len(answer)]
         for i in unfinished:
             row.tokens[i].append(row.answer[i][len(row.tokens[i])])
         row.num_pending = len(unfinished)
+        row.sampled = True
         if row.finished or row.request.do_remote_decode:
-            del self.rows[engine_id]
-        elif not row.request.stream:
+            del self.rows[attempt_id]
+        elif row.request.report != "step":
             return []
-        outputs = [
-            CompletionOutput(index=i, text="", token_ids=list(tokens), finish_reason="length" if row.finished else None)
-            for i, tokens in enumerate(row.tokens)
-        ]
-        output = RequestOutput(
-            request_id=engine_id,
-            prompt_token_ids=[],
-            outputs=outputs,
-            finished=row.finished,
-            prompt_logprobs=scores_of(row.request),
-        )
-        return [output]
+        return self._report(row)
 
-    def take_progress(self, engine_id: str) -> list[Event]:
+    def take_outputs(self, attempt_id: RequestId) -> list[EngineOutput]:
         """What a request generated since it was last asked."""
-        row, events = self.rows[engine_id], list[Event]()
-        for index, tokens in enumerate(row.tokens if row.request.report_progress and not row.waits else []):
-            start, row.num_told[index] = row.num_told[index], len(tokens)
-            if tokens[start:]:
-                new = GeneratedTokens(tuple(tokens[start:]))
-                events.append(RequestProgress(request_id=engine_id, index=index, start=start, new=new))
+        row = self.rows[attempt_id]
+        return [] if row.waits else self._report(row)
+
+    def _report(self, row: Row) -> list[EngineOutput]:
+        attempt_id, events = row.request.id, list[EngineOutput]()
+        ends = [len(tokens) == len(answer) for tokens, answer in zip(row.tokens, row.answer, strict=True)]
+        for index, tokens in enumerate(row.tokens):
+            start = row.num_reported[index]
+            if len(tokens) > (start if ends[index] else max(start, row.num_given[index])):
+                row.num_reported[index] = len(tokens)
+                text = letters(tokens[start:])
+                events.append(
+                    Tokens(
+                        id=attempt_id,
+                        sample_index=index,
+                        start=start,
+                        token_ids=tuple(tokens[start:]),
+                        text_start=start,
+                        text=text,
+                    )
+                )
+        if row.sampled and not row.prefill_reported:
+            row.prefill_reported = True
+            scores = scores_of(row.request)
+            handed_over = row.request.do_remote_decode and not row.finished
+            events.append(
+                Prefilled(
+                    id=attempt_id,
+                    num_cached_tokens=0,
+                    prompt_logprobs=None if scores is None else tuple(scores),
+                    handed_over=handed_over,
+                )
+            )
+        for index in [i for i, end in enumerate(ends) if end and i not in row.ended_samples]:
+            row.ended_samples.add(index)
+            num_tokens = len(row.tokens[index])
+            events.append(Finished(id=attempt_id, sample_index=index, reason="length", num_tokens=num_tokens))
         return events
+
+
+def letters(token_ids: list[int]) -> str:
+    """A letter for every token."""
+    return "".join(chr(97 + token % 26) for token in token_ids)

@@ -22,7 +22,7 @@ from shoal.cluster.workers import worker as worker_module
 from shoal.cluster.workers.assignment import Assignment
 from shoal.cluster.workers.engine_factory import BUILD_ENGINE
 from shoal.cluster.workers.spec import WorkerFailure, WorkerSpec
-from shoal.cluster.workers.wire import pack_command, unpack_event
+from shoal.cluster.workers.wire import COMMANDS, EVENTS
 from shoal.cluster.workers.worker import Worker
 from shoal.parallel.kv_transport import KVChunk, KVTransport
 from shoal.parallel.nixl_transport import NixlTransport
@@ -54,7 +54,7 @@ class _Rank:
     worker: Worker
     thread: threading.Thread
     failures: list[WorkerFailure]
-    num_told: int = 0
+    num_sends: int = 0
 
 
 class RolesCluster:
@@ -143,7 +143,7 @@ class RolesCluster:
             assert not (failures := [f for ranks in self._ranks for r in ranks for f in r.failures]), failures
             for group, leader in enumerate(self._leaders):
                 for message in leader.worker.poll(0.002):
-                    event = unpack_event(message)
+                    event = EVENTS.decode(message)
                     if isinstance(event, PromptLoaded):
                         self.loaded.append(event)
                     self._carry_out(router.handle(group, event), answers)
@@ -153,10 +153,10 @@ class RolesCluster:
         for effect in effects:
             if not isinstance(effect, Deliver):
                 leader = self._leaders[effect.group]
-                leader.worker.tell(leader.num_told, [pack_command(effect.command)])
-                leader.num_told += 1
-            elif isinstance(effect.event, RequestOutput) and effect.event.finished:
-                answers[effect.event.request_id] = bits(effect.event)
+                leader.worker.send(leader.num_sends, [COMMANDS.encode(effect.command)])
+                leader.num_sends += 1
+            elif isinstance(effect.output, RequestOutput):
+                answers[effect.output.request_id] = bits(effect.output)
 
     def audit(self) -> list[str]:
         return [problem for ranks in self._ranks for rank in ranks for problem in rank.worker.audit()]

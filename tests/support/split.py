@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from shoal.parallel.kv_transport import KVChunk, TransferError, check_payload
 from shoal.runtime.engine.engine import Engine
-from shoal.runtime.types import GeneratedTokens, PromptLoaded, Request, RequestOutput
+from shoal.runtime.types import GeneratedTokens, Prefilled, PromptLoaded, Request, RequestOutput
+from tests.support.answers import Answers
 
 Published = dict[tuple[int, int], Tensor]
 
@@ -64,26 +66,24 @@ class MemoryFetch:
         pass
 
 
-def generated_by(output: RequestOutput) -> tuple[GeneratedTokens, ...]:
-    return tuple(
-        GeneratedTokens(tuple(o.token_ids), None if o.logprobs is None else tuple(o.logprobs)) for o in output.outputs
-    )
-
-
 @dataclass
 class Split:
     """What a router does for one prefill and one decode engine (each the leader of its ranks)."""
 
     prefill: Engine
     decode: Engine
-    requests: dict[str, Request] = field(default_factory=dict)
+    answers: Answers = field(default_factory=Answers)
     begun: set[str] = field(default_factory=set)
-    prefilled: dict[str, RequestOutput] = field(default_factory=dict)
+    prefilled: dict[str, tuple[GeneratedTokens, ...]] = field(default_factory=dict)
+    """The first tokens of requests that were handed over."""
     loaded: list[PromptLoaded] = field(default_factory=list)
-    finished: dict[str, RequestOutput] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> dict[str, RequestOutput]:
+        return self.answers.finished
 
     def submit(self, request: Request) -> None:
-        self.requests[request.request_id] = request
+        self.answers.expect(request)
         self.prefill.add_request(replace(request, do_remote_decode=True, generated=()))
 
     def step_prefill(self) -> None:
@@ -91,26 +91,25 @@ class Split:
         for chunk in result.chunks:
             if chunk.request_id not in self.begun:
                 self.begun.add(chunk.request_id)
-                request = self.requests[chunk.request_id]
+                request = self.answers.responses[chunk.request_id].request
                 params = replace(request.params, prompt_logprobs=None)
                 self.decode.add_request(replace(request, params=params, do_remote_prefill=True))
             self.decode.add_chunk(chunk)
+        self.answers.take(result.outputs)
         for output in result.outputs:
-            if output.finished:
-                self.decode.abort(output.request_id)
-                self.finished[output.request_id] = output
-            else:
-                self.prefilled[output.request_id] = output
-                self.decode.end_prefill(output.request_id, generated_by(output))
+            if isinstance(output, Prefilled) and output.handed_over:
+                first = self.answers.responses[output.request_id].generated(limit=1)
+                self.prefilled[output.request_id] = first
+                self.decode.end_prefill(output.id, first)
+            elif output.request_id in self.finished:
+                self.decode.abort(output.id)
 
     def step_decode(self) -> None:
         result = self.decode.step()
         for one in result.loaded:
             self.loaded.append(one)
-            self.prefill.abort(one.request_id)
-        for output in result.outputs:
-            output.prompt_logprobs = self.prefilled[output.request_id].prompt_logprobs
-            self.finished[output.request_id] = output
+            self.prefill.abort(one.id)
+        self.answers.take(result.outputs)
 
     def run(self, requests: list[Request], *, max_steps: int = 2000) -> dict[str, RequestOutput]:
         for request in requests:
@@ -120,7 +119,7 @@ class Split:
             self.step_decode()
             for engine in (self.prefill, self.decode):
                 engine.block_manager.check_integrity()
-            if len(self.finished) == len(self.requests):
+            if len(self.finished) == len(self.answers.responses):
                 return self.finished
         raise AssertionError(f"only {sorted(self.finished)} finished in {max_steps} steps")
 

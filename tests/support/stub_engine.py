@@ -12,8 +12,9 @@ from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.workers.spec import StartReport
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk
+from shoal.parallel.request_id import RequestId
 from shoal.runtime.request_limits import RequestLimits
-from shoal.runtime.types import CompletionOutput, GeneratedTokens, PromptLoaded, Request, RequestOutput, RequestProgress
+from shoal.runtime.types import EngineOutput, Finished, GeneratedTokens, PromptLoaded, Request, Tokens
 
 STUB = f"{__name__}:build"
 BAD_VALUE = f"{__name__}:build_bad_value"
@@ -26,7 +27,7 @@ REFUSED, RAISES, KILLED, FROZEN = 900, 901, 902, 903
 
 @dataclass(slots=True)
 class Result:
-    outputs: list[RequestOutput] = field(default_factory=list)
+    outputs: list[EngineOutput] = field(default_factory=list)
     idle: bool = False
     woke: bool = False
     stopped: bool = False
@@ -40,41 +41,44 @@ class StubEngine:
     def __init__(self, groups: ParallelGroups, *, max_model_len: int = 128) -> None:
         self.groups = groups
         self.limits = RequestLimits(vocab_size=1000, max_model_len=max_model_len)
-        self.requests: dict[str, tuple[Request, list[int]]] = {}
-        self.aborted: list[str] = []
-        self.told: dict[str, int] = {}
+        self.requests: dict[RequestId, tuple[Request, list[int]]] = {}
+        self.aborted: list[RequestId] = []
+        self.num_reported: dict[RequestId, int] = {}
         self.stop = False
         self.num_steps = 0
 
-    def has_request(self, request_id: str) -> bool:
+    def has_request(self, request_id: RequestId) -> bool:
         return request_id in self.requests
 
     def add_request(self, request: Request) -> None:
         if request.prompt_token_ids[0] == REFUSED:
             raise ValueError("refused by the stub")
         tokens = [token for generated in request.generated for token in generated.token_ids]
-        self.requests[request.request_id] = (request, tokens)
-        self.told[request.request_id] = len(tokens)
+        self.requests[request.id] = (request, tokens)
+        self.num_reported[request.id] = 0
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: RequestId) -> None:
         self.aborted.append(request_id)
         self.requests.pop(request_id, None)
 
     def add_chunk(self, chunk: KVChunk) -> None:
         raise AssertionError("the stub hands nothing over")
 
-    def end_prefill(self, request_id: str, generated: tuple[GeneratedTokens, ...] | None) -> None:
+    def end_prefill(self, request_id: RequestId, generated: tuple[GeneratedTokens, ...] | None) -> None:
         raise AssertionError("the stub hands nothing over")
 
-    def take_progress(self) -> list[RequestProgress]:
-        progress = []
-        for request, tokens in self.requests.values():
-            start = self.told[request.request_id]
-            if request.report_progress and len(tokens) > start:
-                self.told[request.request_id] = len(tokens)
-                new = GeneratedTokens(tuple(tokens[start:]))
-                progress.append(RequestProgress(request_id=request.request_id, index=0, start=start, new=new))
-        return progress
+    def take_outputs(self) -> list[EngineOutput]:
+        return [output for request, tokens in self.requests.values() for output in self.report(request, tokens)]
+
+    def report(self, request: Request, tokens: list[int]) -> list[EngineOutput]:
+        """One character a token."""
+        start = self.num_reported[request.id]
+        self.num_reported[request.id] = len(tokens)
+        new = tuple(tokens[start:])
+        if not new:
+            return []
+        text = "x" * len(new)
+        return [Tokens(id=request.id, sample_index=0, start=start, token_ids=new, text_start=start, text=text)]
 
     def rejoin(self, replaced: Collection[int]) -> None:
         pass
@@ -92,25 +96,16 @@ class StubEngine:
         agreed = self.groups.world.all_gather_ints([len(self.requests), int(self.stop)], layer=-1, op="stub")
         if any(row[1] for row in agreed):
             return Result(stopped=True)
-        outputs = [o for request, tokens in list(self.requests.values()) if (o := self.advance(request, tokens))]
+        outputs = [o for request, tokens in list(self.requests.values()) for o in self.advance(request, tokens)]
         return Result(outputs, idle=not any(row[0] for row in agreed))
 
-    def advance(self, request: Request, tokens: list[int]) -> RequestOutput | None:
+    def advance(self, request: Request, tokens: list[int]) -> list[EngineOutput]:
         tokens.append(sum(request.prompt_token_ids) + len(tokens) + 1000 * self.groups.dp_rank)
-        finished = len(tokens) == request.params.max_tokens
-        if finished:
-            del self.requests[request.request_id]
-        if not finished and not request.stream:
-            return None
-        completion = CompletionOutput(
-            index=0, text="x" * len(tokens), token_ids=tokens, finish_reason="length" if finished else None
-        )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt_token_ids=list(request.prompt_token_ids),
-            outputs=[completion],
-            finished=finished,
-        )
+        if len(tokens) == request.params.max_tokens:
+            del self.requests[request.id]
+            end = Finished(id=request.id, sample_index=0, reason="length", num_tokens=len(tokens))
+            return [*self.report(request, tokens), end]
+        return self.report(request, tokens) if request.report == "step" else []
 
 
 def misbehave(token: int) -> None:

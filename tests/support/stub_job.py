@@ -18,9 +18,18 @@ from shoal.cluster.jobs.stop_signal import StopSignal
 from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.supervision.fault import Fault
 from shoal.parallel.failpoints import DRIVER, VARIABLE, Failpoints
+from shoal.parallel.request_id import RequestId
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.tokenization.chat import ChatPrompt
-from shoal.runtime.types import CompletionOutput, GeneratedTokens, Logprob, Request, RequestOutput, RequestProgress
+from shoal.runtime.types import (
+    CompletionOutput,
+    EngineOutput,
+    GeneratedTokens,
+    Logprob,
+    Request,
+    RequestOutput,
+    Tokens,
+)
 
 VOCAB_SIZE = 512
 MAX_MODEL_LEN = 128
@@ -136,31 +145,38 @@ class StubEngines:
         self.most_in_flight = max(self.most_in_flight, len(self._waiting))
         self.submitted = (self.submitted + [r.request_id for r in requests])[-1000:]
 
-    def poll(self, timeout_s: float) -> list[RequestOutput]:
+    def poll(self, timeout_s: float) -> list[EngineOutput | RequestOutput]:
         self._num_polls += 1
         self._on_poll(self._num_polls)
         if self._poll_s > 0:
             time.sleep(self._poll_s)
         random.shuffle(self._waiting)
         done, self._waiting = self._waiting[: self._per_poll], self._waiting[self._per_poll :]
-        return [self._reply(request) for request in done]
+        return [*[self._reply(request) for request in done], *self._advance()]
 
     def take_losses(self) -> dict[str, int]:
         losses, self.losses = self.losses, {}
         return losses
 
-    def take_progress(self) -> list[RequestProgress]:
-        progress = []
+    def _advance(self) -> list[Tokens]:
+        """Another token of every sample that is not finished."""
+        new = []
         for request in self._waiting:
-            for output in answer(request).outputs if request.report_progress else []:
+            for output in answer(request).outputs:
                 start = self._told.get((request.request_id, output.index), 0)
                 if start + 1 < len(output.token_ids):
                     self._told[request.request_id, output.index] = start + 1
-                    new = tokens_of(output, start, start + 1)
-                    progress.append(
-                        RequestProgress(request_id=request.request_id, index=output.index, start=start, new=new)
+                    part = tokens_of(output, start, start + 1)
+                    new.append(
+                        Tokens(
+                            id=RequestId(request.request_id),
+                            sample_index=output.index,
+                            start=start,
+                            token_ids=part.token_ids,
+                            logprobs=part.logprobs,
+                        )
                     )
-        return progress
+        return new
 
     def close(self) -> None:
         self.closed = True

@@ -5,10 +5,10 @@ import struct
 import zlib
 from pathlib import Path
 
-import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import msgpack
 
 from shoal.cluster.jobs.journal import MAGIC, Journal, ProgressRecord, Record, RowRecord
 from shoal.runtime.types import GeneratedTokens, Logprob
@@ -18,7 +18,7 @@ POSITIONS = st.dictionaries(TOKENS, st.builds(Logprob, st.floats(allow_nan=False
 progress_records = st.builds(
     ProgressRecord,
     index=st.integers(0, 2**40),
-    continuation=st.integers(0, 1000),
+    sample_index=st.integers(0, 1000),
     start=st.integers(0, 2**31),
     new=st.builds(
         GeneratedTokens,
@@ -132,12 +132,13 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert replayed(path) == ([record(i) for i in range(4)], 0)
 
 
-def test_another_file_is_not_taken_for_a_journal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"something else", MAGIC[:-2] + b"02" + bytes(100)])
+def test_a_file_that_is_no_journal_of_this_version_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "journal.log"
-    path.write_text("something else")
-    with pytest.raises(ValueError, match="is not a journal"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not a journal of this version; use another output directory"):
         Journal(path, lambda _: None)
-    assert path.read_text() == "something else"
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -146,13 +147,13 @@ def test_another_file_is_not_taken_for_a_journal(tmp_path: Path) -> None:
         b"\xc1",
         b"\x91" * 5000,
         b"\xdd\xff\xff\xff\xff",
-        msgpack.packb(1),
-        msgpack.packb([]),
-        msgpack.packb([3, 1]),
-        msgpack.packb([[1], 2]),
-        msgpack.packb([1, 2]),
-        msgpack.packb([2, 0, 0, 0, 5]),
-        msgpack.packb([2, 0, 0, 0, [[1], [[1, 2]]]]),
+        msgpack.encode(1),
+        msgpack.encode([]),
+        msgpack.encode([3, 1]),
+        msgpack.encode([[1], 2]),
+        msgpack.encode([1, 2]),
+        msgpack.encode([2, 0, 0, 0, 5]),
+        msgpack.encode([2, 0, 0, 0, [[1], [[1, 2]]]]),
     ],
 )
 def test_an_intact_record_of_another_kind_is_refused(tmp_path: Path, payload: bytes) -> None:

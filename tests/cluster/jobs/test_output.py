@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from shoal.cluster.jobs.output import BatchOutput
 from shoal.cluster.jobs.row_output import FinishedRow, failed_row
 from shoal.cluster.openai.errors import ApiError
-from shoal.runtime.types import GeneratedTokens, Logprob, RequestProgress
+from shoal.parallel.request_id import RequestId
+from shoal.runtime.types import GeneratedTokens, Logprob, Tokens
 
 NUM_ROWS = 12
 
@@ -39,8 +40,11 @@ def tokens(index: int, start: int, end: int) -> GeneratedTokens:
     return GeneratedTokens(ids, tuple({t: Logprob(-t / 7, 1)} for t in ids) if index % 2 else None)
 
 
-def progress(index: int, start: int, end: int) -> RequestProgress:
-    return RequestProgress(request_id=f"row-{index}", index=1, start=start, new=tokens(index, start, end))
+def progress(index: int, start: int, end: int) -> Tokens:
+    new = tokens(index, start, end)
+    return Tokens(
+        id=RequestId(f"row-{index}"), sample_index=1, start=start, token_ids=new.token_ids, logprobs=new.logprobs
+    )
 
 
 def open_output(directory: Path, commit_rows: int = 1024) -> BatchOutput:

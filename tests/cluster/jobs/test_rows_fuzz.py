@@ -22,7 +22,7 @@ from shoal.cluster.openai.errors import MAX_MESSAGE_CHARS
 from shoal.cluster.openai.fields import SAMPLING_FIELDS
 from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.prompts import ModelPrompts
-from shoal.cluster.workers import wire
+from shoal.cluster.workers.wire import COMMANDS
 from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
 from tests.support.stub_job import RULES
 
@@ -202,7 +202,7 @@ def check_file(path: Path, data: bytes, rules: RequestDefaults) -> tuple[set[int
         if line.index not in bad:
             row = read_row(line, rules)
             assert is_plain_object(line.data)
-            assert wire.unpack_request(wire.pack_request(row.request)) == row.request
+            assert COMMANDS.decode(COMMANDS.encode(row.request)) == row.request
             good.add(line.index)
             custom_ids.add(row.custom_id)
     assert good | bad.keys() == set(range(len(expected)))

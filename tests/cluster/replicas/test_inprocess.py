@@ -10,14 +10,15 @@ import torch
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.runtime.random_checkpoint import make_checkpoint
-from shoal.runtime.types import Request, SamplingParams
+from shoal.runtime.types import Request, RequestOutput, SamplingParams
 
 
 def token_ids(engine: InProcessEngine) -> list[int]:
     engine.submit([Request(request_id="a", prompt_token_ids=(3, 4), params=SamplingParams(max_tokens=2, seed=1))])
     while True:
         for output in engine.poll(5.0):
-            return list(output.outputs[0].token_ids)
+            if isinstance(output, RequestOutput):
+                return output.outputs[0].token_ids
 
 
 def test_engines_leave_the_threads_of_the_host_program_as_they_are(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import ray
@@ -15,7 +15,8 @@ from shoal.cluster.replicas.replica import EngineFailed, Replica
 from shoal.cluster.workers.actors import Launch, Seat
 from shoal.cluster.workers.ray_cluster import CoreShare, Layout, Placement, connect, node_address, nodes, place
 from shoal.cluster.workers.wire import Abort, Event
-from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, RequestProgress, SamplingParams
+from shoal.parallel.request_id import RequestId
+from shoal.runtime.types import Finished, GeneratedTokens, Request, SamplingParams, Tokens
 from tests.support import stub_engine
 from tests.support.stub_engine import KILLED, RAISES, REFUSED, STUB
 
@@ -68,13 +69,15 @@ def start() -> Iterator[Start]:
         time.sleep(0.05)
 
 
-def request(request_id: str, first: int = 1, *, max_tokens: int = 3, stream: bool = False) -> Request:
+def request(
+    request_id: str, first: int = 1, *, max_tokens: int = 3, report: Literal["interval", "step"] = "interval"
+) -> Request:
     params = SamplingParams(max_tokens=max_tokens)
-    return Request(request_id=request_id, prompt_token_ids=(first, 1), params=params, stream=stream)
+    return Request(request_id=request_id, prompt_token_ids=(first, 1), params=params, report=report)
 
 
 def events_of(replica: Replica, enough: Callable[[list[tuple[int, Event]]], bool]) -> list[tuple[int, Event]]:
-    """What the leaders tell until there is enough of it."""
+    """What the leaders report until there is enough of it."""
     events: list[tuple[int, Event]] = []
     deadline = time.monotonic() + DEADLINE_S
     while not enough(events):
@@ -84,15 +87,16 @@ def events_of(replica: Replica, enough: Callable[[list[tuple[int, Event]]], bool
     return events
 
 
-def outputs_of(replica: Replica, count: int) -> dict[str, list[tuple[int, RequestOutput]]]:
-    """Outputs, with their leaders, by request, until so many requests are finished."""
+def answers_of(replica: Replica, count: int) -> dict[str, list[tuple[int, Tokens | Finished]]]:
+    """Tokens and ends, with their leaders, by request, until so many requests are finished."""
 
-    def outputs(events: list[tuple[int, Event]]) -> list[tuple[int, RequestOutput]]:
-        return [(rank, event) for rank, event in events if isinstance(event, RequestOutput)]
+    def num_ended(events: list[tuple[int, Event]]) -> int:
+        return sum(isinstance(event, Finished) for _, event in events)
 
-    found: dict[str, list[tuple[int, RequestOutput]]] = {}
-    for rank, output in outputs(events_of(replica, lambda e: sum(o.finished for _, o in outputs(e)) >= count)):
-        found.setdefault(output.request_id, []).append((rank, output))
+    found: dict[str, list[tuple[int, Tokens | Finished]]] = {}
+    for rank, event in events_of(replica, lambda events: num_ended(events) >= count):
+        if isinstance(event, Tokens | Finished):
+            found.setdefault(event.request_id, []).append((rank, event))
     return found
 
 
@@ -104,19 +108,18 @@ def test_progress_arrives_while_a_request_runs(start: Start) -> None:
         request_id="long",
         prompt_token_ids=(1, 1),
         params=params,
-        report_progress=True,
         generated=(GeneratedTokens((2, 3)),),
     )
-    replica.tell(0, [long, request("short", max_tokens=10**7)])
+    replica.send(0, [long, request("short", max_tokens=10**7)])
     told = [event for _, event in events_of(replica, lambda events: len(events) >= 3)]
-    assert all(isinstance(event, RequestProgress) and event.request_id == "long" for event in told)
-    tokens = [t for event in told if isinstance(event, RequestProgress) for t in event.new.token_ids]
-    assert isinstance(told[0], RequestProgress)
-    assert told[0].start == 2
-    assert tokens == list(range(4, 4 + len(tokens)))
+    tokens = [event for event in told if isinstance(event, Tokens) and event.request_id == "long"]
+    assert len(tokens) > 1
+    assert tokens[0].start == 0
+    ids = [token_id for event in tokens for token_id in event.token_ids]
+    assert ids == list(range(2, 2 + len(ids)))
 
 
-def test_requests_are_answered_by_the_leader_that_was_told(start: Start) -> None:
+def test_requests_are_answered_by_the_leader_that_they_were_sent_to(start: Start) -> None:
     replica = start(dp=2)
     (first, second) = replica.wait_ready(DEADLINE_S)
     assert (list(first.phases), second.notices) == (["groups", "stub"], ["this is a stub"])
@@ -126,23 +129,22 @@ def test_requests_are_answered_by_the_leader_that_was_told(start: Start) -> None
     environment: Any = ray.get(replica.workers[1].actor.__ray_call__.remote(lambda _: dict(os.environ)))
     assert (environment["OMP_NUM_THREADS"], environment["MKL_NUM_THREADS"]) == ("3", "3")
 
-    replica.tell(0, [request("long", max_tokens=30)])
-    replica.tell(1, [request("a"), request("b", stream=True), request("bad", REFUSED)])
-    outputs = outputs_of(replica, 4)
-    assert {i: (o[-1][0], o[-1][1].outputs[0].token_ids) for i, o in outputs.items() if i != "bad"} == {
-        "long": (0, list(range(2, 32))),
-        "a": (1, [1002, 1003, 1004]),
-        "b": (1, [1002, 1003, 1004]),
-    }
-    assert [o.outputs[0].token_ids for _, o in outputs["b"]] == [[1002], [1002, 1003], [1002, 1003, 1004]]
-    assert [o.outputs[0].error for _, o in outputs["bad"]] == ["refused by the stub"]
+    replica.send(0, [request("long", max_tokens=30)])
+    replica.send(1, [request("a"), request("b", report="step"), request("bad", REFUSED)])
+    answers = answers_of(replica, 4)
+    tokens = {i: [(rank, e.token_ids) for rank, e in a if isinstance(e, Tokens)] for i, a in answers.items()}
+    (own,) = {rank for rank, _ in tokens["long"]}
+    assert (own, [t for _, ids in tokens["long"] for t in ids]) == (0, list(range(2, 32)))
+    assert [t for _, ids in tokens["a"] for t in ids] == [1002, 1003, 1004]
+    assert tokens["b"] == [(1, (1002,)), (1, (1003,)), (1, (1004,))]
+    assert [(rank, e.error) for rank, e in answers["bad"] if isinstance(e, Finished)] == [(1, "refused by the stub")]
 
-    # Commands are acted on in the order in which they were told, call after call.
+    # Commands are applied in the order in which they were sent, call after call.
     for number in range(50):
-        replica.tell(0, [request(f"{number}", max_tokens=10**6)])
-        replica.tell(0, [Abort(f"{number}")])
-    replica.tell(0, [request("last")])
-    assert list(outputs_of(replica, 1)) == ["last"]
+        replica.send(0, [request(f"{number}", max_tokens=10**6)])
+        replica.send(0, [Abort(RequestId(f"{number}"))])
+    replica.send(0, [request("last")])
+    assert [i for i, a in answers_of(replica, 1).items() if isinstance(a[-1][1], Finished)] == ["last"]
 
     assert replica.audit() == []
     workers: list[Any] = [worker.ended for worker in replica._running.values()]
@@ -151,26 +153,26 @@ def test_requests_are_answered_by_the_leader_that_was_told(start: Start) -> None
     replica.close()
 
 
-def test_a_worker_that_does_not_answer_is_told_of_and_what_it_is_told_is_lost(start: Start) -> None:
+def test_a_worker_that_does_not_answer_is_reported_and_its_commands_are_lost(start: Start) -> None:
     replica = start()
     replica.wait_ready(DEADLINE_S)
     name = replica.workers[0].name
-    replica.tell(0, [request("kill", KILLED)])
+    replica.send(0, [request("kill", KILLED)])
     deadline = time.monotonic() + DEADLINE_S
     while not replica.unreachable:
         assert time.monotonic() < deadline
         ready, _ = ray.wait(replica.refs(), timeout=0.1)
         assert replica.collect(set(ready)) == []
     assert [who for who, _ in replica.unreachable] == [name]
-    replica.tell(0, [request("b")])
+    replica.send(0, [request("b")])
     assert replica.lose(0)
 
 
 def test_a_rank_whose_loop_failed_is_told_of(start: Start) -> None:
     replica = start(dp=2)
     replica.wait_ready(DEADLINE_S)
-    replica.tell(0, [request("a", max_tokens=100)])
-    replica.tell(1, [request("break", RAISES)])
+    replica.send(0, [request("a", max_tokens=100)])
+    replica.send(1, [request("break", RAISES)])
     events_of(replica, lambda _: bool(replica.unreachable))
     assert replica.unreachable == [(replica.workers[1].name, "its loop failed: RuntimeError: the stub broke")]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from shoal.cluster.routing import prefixes as routing_prefixes
-from shoal.cluster.routing.groups import Group, GroupSpec, Ranking, Share, decode_load
+from shoal.cluster.routing.groups import GroupSpec, GroupState, Ranking, Share, decode_load
 from shoal.cluster.routing.prefixes import PREFIX_TOKENS, PrefixIndex, prefix_hashes
 from shoal.cluster.routing.requests import TrackedRequest
 from shoal.runtime.scheduling.block_manager import BlockManager
@@ -45,7 +45,7 @@ def test_all_that_a_group_has_room_for_runs_at_once(
     """The scheduler, with tokens enough for one step, starts every sequence that it has a place for, to its end."""
     num_blocks = max(num_blocks, -(-MAX_MODEL_LEN // block_size))
     spec = GroupSpec(role="mixed", max_num_seqs=max_num_seqs, num_kv_tokens=num_blocks * block_size)
-    group = Group(spec)
+    group = GroupState(spec)
     tracked_requests = [
         TrackedRequest.new(request, arrival=0, max_model_len=MAX_MODEL_LEN, block_size=block_size) for request in asked
     ]
@@ -58,7 +58,7 @@ def test_all_that_a_group_has_room_for_runs_at_once(
     scheduler = Scheduler(SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=10**6), manager)
     num_seqs = 0
     for tracked in (t for t in tracked_requests if t.request.request_id in group.requests):
-        for known in tracked.generated:
+        for known in tracked.response.generated():
             num_seqs += 1
             scheduler.add(
                 Sequence(
@@ -88,7 +88,7 @@ def test_room_counts_sequences_and_known_tokens_in_whole_blocks() -> None:
     assert tracked.answer_share == Share(num_seqs=2, num_tokens=2 * 6, num_kv_tokens=48)
     # The prefill group begins with the prompt alone.
     assert tracked.prompt_share == Share(num_seqs=2, num_tokens=14, num_kv_tokens=32, hands_over=True)
-    group = Group(spec)
+    group = GroupState(spec)
     group.add("a", tracked.whole_share)
     assert group.has_room(Share(3, 0, 16))
     assert not group.has_room(Share(4, 0, 16)), "of six sequences, five may be there"
@@ -107,7 +107,7 @@ def test_room_counts_sequences_and_known_tokens_in_whole_blocks() -> None:
 @settings(max_examples=100, deadline=None)
 def test_a_ranking_finds_what_a_search_finds(changes: list[tuple[int, str, int]]) -> None:
     roles = ["decode", "prefill", "mixed", "decode", "mixed"]
-    groups = [Group(GroupSpec(role=r, max_num_seqs=3, num_kv_tokens=20)) for r in roles]  # type: ignore[arg-type]
+    groups = [GroupState(GroupSpec(role=r, max_num_seqs=3, num_kv_tokens=20)) for r in roles]  # type: ignore[arg-type]
     ranking = Ranking(groups, decode_load, {"decode", "mixed"})
     for step, (number, what, size) in enumerate(changes):
         group = groups[number]
@@ -118,7 +118,7 @@ def test_a_ranking_finds_what_a_search_finds(changes: list[tuple[int, str, int]]
         elif what in ("lose", "restore"):
             group.alive = what == "restore"
         else:
-            group.kept_for = None if group.kept_for else "x"
+            group.reserved_for = None if group.reserved_for else "x"
         ranking.update(number)
         living = [i for i, g in enumerate(groups) if g.alive and roles[i] != "prefill"]
         assert ranking.first() == min(living, key=lambda i: (decode_load(groups[i]), i), default=None)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
 from shoal.cluster.replica_spec import Role
 from shoal.cluster.routing.groups import GroupSpec
 from shoal.cluster.routing.request_router import Deliver, Effect, RequestRouter
 from shoal.cluster.workers.wire import Event
-from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, RequestProgress, SamplingParams
-from tests.support.model_engine import ModelEngine, answer_of, scores_of
+from shoal.parallel.request_id import RequestId
+from shoal.runtime.types import EngineOutput, GeneratedTokens, Request, RequestOutput, SamplingParams, Tokens
+from tests.support.model_engine import ModelEngine, answer_of, letters, scores_of
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +48,6 @@ class RouterMachine(RuleBasedStateMachine):
         self.asked: dict[str, Request] = {}
         self.ended: set[str] = set()
         self.known: dict[str, list[list[int]]] = {}
-        self.seen: dict[str, list[int]] = {}
 
     # -- what the router wants ---------------------------------------------------------------------------------------
 
@@ -53,16 +55,16 @@ class RouterMachine(RuleBasedStateMachine):
         joined = set[int]()
         for effect in effects:
             if isinstance(effect, Deliver):
-                self.deliver(effect.event)
+                self.deliver(effect.output)
                 continue
-            assert not self.known_dead[effect.group], "told a group that is lost"
+            assert not self.known_dead[effect.group], "sent to a group that is lost"
             if isinstance(effect.command, Request) and not effect.command.do_remote_prefill:
-                tracked = self.router._tracked[effect.command.request_id.rpartition("#")[0]]
+                tracked = self.router._tracked[effect.command.request_id]
                 joined |= {group for group in (tracked.prefill, tracked.decode) if group is not None}
             engine = self.engines[effect.group]
             if engine is not None:
                 for _ in range(self.times):
-                    engine.obey(effect.command)
+                    engine.apply(effect.command)
         for number in joined:
             self.check_room(number)
 
@@ -81,28 +83,21 @@ class RouterMachine(RuleBasedStateMachine):
     def prefills(self, request_id: str, number: int) -> bool:
         return self.router._tracked[request_id].prefill == number
 
-    def deliver(self, event: RequestOutput | RequestProgress) -> None:
-        name = event.request_id
+    def deliver(self, output: EngineOutput | RequestOutput) -> None:
+        name = output.request_id
         request, answer = self.asked[name], answer_of(self.asked[name])
-        assert name not in self.ended, "told of a request that is over"
-        if isinstance(event, RequestProgress):
-            known = self.known[name][event.index]
-            assert event.start == len(known)
-            known.extend(event.new.token_ids)
-            assert known == answer[event.index][: len(known)]
-            return
-        tokens = [output.token_ids for output in event.outputs]
-        if event.finished:
-            assert tokens == answer
-            assert event.prompt_logprobs == scores_of(request)
+        assert name not in self.ended, "an output of a request that is over"
+        if isinstance(output, Tokens):
+            known = self.known[name][output.sample_index]
+            assert output.start == len(known)
+            known.extend(output.token_ids)
+            assert known == answer[output.sample_index][: len(known)]
+        elif isinstance(output, RequestOutput):
+            assert output.finished
+            assert [completion.token_ids for completion in output.outputs] == answer
+            assert [completion.text for completion in output.outputs] == [letters(tokens) for tokens in answer]
+            assert output.prompt_logprobs == scores_of(request)
             self.ended.add(name)
-        else:
-            assert request.stream
-            assert tokens == [a[: len(t)] for t, a in zip(tokens, answer, strict=True)]
-            lengths = [len(t) for t in tokens]
-            assert all(new >= old for new, old in zip(lengths, self.seen[name], strict=True)), "a stream goes back"
-            assert lengths != self.seen[name], "a stream stands still"
-            self.seen[name] = lengths
 
     # -- what can happen ---------------------------------------------------------------------------------------------
 
@@ -110,12 +105,18 @@ class RouterMachine(RuleBasedStateMachine):
         num_prompt=st.sampled_from([1, 1, 2, 7, 12]),
         max_tokens=st.sampled_from([1, 2, 5, 20, 20]),
         n=st.sampled_from([1, 1, 1, 2]),
-        stream=st.booleans(),
+        report=st.sampled_from(["interval", "step"]),
         scores=st.sampled_from([None, None, 0]),
         num_before=st.integers(0, 2),
     )
     def submit(
-        self, num_prompt: int, max_tokens: int, n: int, stream: bool, scores: int | None, num_before: int
+        self,
+        num_prompt: int,
+        max_tokens: int,
+        n: int,
+        report: Literal["interval", "step"],
+        scores: int | None,
+        num_before: int,
     ) -> None:
         """`num_before` tokens are known from an earlier run."""
         name = str(len(self.asked))
@@ -124,31 +125,28 @@ class RouterMachine(RuleBasedStateMachine):
             request_id=name,
             prompt_token_ids=(len(self.asked),) * num_prompt,
             params=params,
-            stream=stream,
-            report_progress=True,
+            report=report,
         )
         before = [answer[: min(num_before, len(answer) - 1)] for answer in answer_of(request)]
         generated = tuple(GeneratedTokens(tuple(tokens)) for tokens in before) if num_before else ()
         self.asked[name] = request
         self.known[name] = before
-        self.seen[name] = [0] * n
-        asked = Request(**{**{f: getattr(request, f) for f in request.__slots__}, "generated": generated})
-        self.carry_out(self.router.submit([asked]))
+        self.carry_out(self.router.submit([replace(request, generated=generated)]))
 
     @precondition(lambda self: self.runnable())
     @rule(data=st.data(), budget=st.sampled_from([1, 4, 12]))
     def work(self, data: st.DataObject, budget: int) -> None:
         self.advance(*data.draw(st.sampled_from(self.runnable())), budget)
 
-    def runnable(self) -> list[tuple[int, str]]:
+    def runnable(self) -> list[tuple[int, RequestId]]:
         return [(g, i) for g, engine in enumerate(self.engines) if engine for i, r in engine.rows.items() if r.runnable]
 
-    def advance(self, group: int, engine_id: str, budget: int) -> None:
+    def advance(self, group: int, attempt_id: RequestId, budget: int) -> None:
         engine = self.engines[group]
         assert engine is not None
-        events = engine.work(engine_id, budget)
-        if budget < 12 and engine_id in engine.rows:
-            events += engine.take_progress(engine_id)
+        events = engine.work(attempt_id, budget)
+        if budget < 12 and attempt_id in engine.rows:
+            events += engine.take_outputs(attempt_id)
         self.told += [(group, event) for event in events]
 
     @precondition(lambda self: self.told)
@@ -198,9 +196,9 @@ class RouterMachine(RuleBasedStateMachine):
         self.carry_out(self.router.abort(name))
         assert not self.whereabouts(name)
 
-    def whereabouts(self, name: str) -> list[tuple[int, str]]:
+    def whereabouts(self, name: str) -> list[tuple[int, RequestId]]:
         ids = [(g, i) for g, engine in enumerate(self.engines) if engine is not None for i in engine.rows]
-        return [(g, i) for g, i in ids if i.startswith(f"{name}#")]
+        return [(g, i) for g, i in ids if i.request_id == name]
 
     # -- what is always true -----------------------------------------------------------------------------------------
 
@@ -212,8 +210,8 @@ class RouterMachine(RuleBasedStateMachine):
         router.check_integrity()
         assert router.num_in_flight == len(self.asked) - len(self.ended)
         for name, tracked in router._tracked.items():
-            assert [list(g.token_ids) for g in tracked.generated] == self.known[name]
-        attempts = {tracked.engine_id for tracked in router._tracked.values()}
+            assert [list(g.token_ids) for g in tracked.response.generated()] == self.known[name]
+        attempts = {tracked.attempt_id for tracked in router._tracked.values()}
         for engine in self.engines:
             assert engine is None or engine.rows.keys() <= attempts, "an earlier attempt goes on"
         waiting = [name for name, tracked in router._tracked.items() if tracked.decode is None]

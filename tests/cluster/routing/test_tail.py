@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -12,17 +13,20 @@ from shoal.cluster.routing import requests as routing_requests
 from shoal.cluster.routing.groups import GroupSpec
 from shoal.cluster.routing.request_router import Effect, RequestRouter, Send
 from shoal.cluster.workers.wire import Event
-from shoal.runtime.types import Request, RequestOutput
-from tests.support.model_engine import ModelEngine, chunk
+from shoal.runtime.types import GeneratedTokens, Request, RequestOutput
+from tests.support.model_engine import ModelEngine
 
-from .test_request_router import ask, output, progress, router, sent, spec
+from .test_request_router import ask, chunk, end, router, sent, spec, tokens
 
 
 def finish(r: RequestRouter, group: int, *names: str) -> list[tuple[int, str]]:
-    """The answers of some requests; what is sent after the last one."""
+    """Some requests end with another token; what is sent after the last one."""
     effects: list[Effect] = []
     for name in names:
-        effects = r.handle(group, output(r._tracked[name].engine_id, 1, finished=True))
+        tracked = r._tracked[name]
+        attempt, num_known = f"{name}#{tracked.attempt}", tracked.num_known_tokens
+        effects = r.handle(group, tokens(attempt, num_known, 1))
+        effects += r.handle(group, end(attempt, num_known + 1))
     r.check_integrity()
     return sent(effects)
 
@@ -48,7 +52,7 @@ def test_prompts_that_nobody_began_move_to_an_idle_prefill_group() -> None:
     r.check_integrity()
 
 
-def begun(*rows: tuple[str, int], max_tokens: int = 100, **fields: bool) -> RequestRouter:
+def begun(*rows: tuple[str, int], max_tokens: int = 100, **fields: Any) -> RequestRouter:
     """Group 0 generates these requests, whose prompts have two tokens, and told so many; group 1 has one request."""
     r = router(spec("mixed", 8), spec("mixed", 8), max_model_len=1000)
     r.submit([ask("x", 1, 999), *(ask(name, 2, max_tokens, **fields) for name, _ in rows)])
@@ -56,7 +60,7 @@ def begun(*rows: tuple[str, int], max_tokens: int = 100, **fields: bool) -> Requ
     for name, _ in rows:
         assert r._tracked[name].decode == 1
     for name, num_known in rows:
-        r.handle(1, progress(f"{name}#0", 0, *range(num_known)))
+        r.handle(1, tokens(f"{name}#0", 0, *range(num_known)))
     return r
 
 
@@ -64,11 +68,11 @@ def test_what_is_generated_moves_one_at_a_time() -> None:
     r = begun(("a", 30), ("b", 20), ("c", 40), ("d", 50))
     # With b go 22 tokens, less than half of the 30 + 40 + 50 that the others expect to generate.
     assert finish(r, 0, "x") == [(1, "Abort b#0"), (0, "whole b#1")]
-    assert r._tracked["b"].known == (r._tracked["b"].generated[0],)
-    assert sent(r.handle(1, progress("c#0", 40, 1))) == []
+    assert r._tracked["b"].known == (GeneratedTokens(tuple(range(20))),)
+    assert sent(r.handle(1, tokens("c#0", 40, 1))) == []
     # b has caught up, and a would be computed again with 32 tokens, less than half of 41 + 50.
-    assert sent(r.handle(0, progress("b#1", 20, 1))) == [(1, "Abort a#0"), (0, "whole a#1")]
-    assert sent(r.handle(0, progress("a#1", 30, 1))) == [], "two here, two there"
+    assert sent(r.handle(0, tokens("b#1", 20, 1))) == [(1, "Abort a#0"), (0, "whole a#1")]
+    assert sent(r.handle(0, tokens("a#1", 30, 1))) == [], "two here, two there"
     assert r.num_moves == 2
     r.check_integrity()
 
@@ -86,15 +90,15 @@ def test_nothing_moves_while_something_is_queued() -> None:
     finish(r, 0, "x")
     r.submit([ask(str(i), 1, 1) for i in range(20)])
     assert r._queue
-    assert sent(r.handle(0, progress("b#1", 20, 1))) == []
+    assert sent(r.handle(0, tokens("b#1", 20, 1))) == []
 
 
 def test_a_move_becomes_worthwhile_with_what_is_generated() -> None:
     r = begun(("a", 1), ("b", 2), ("c", 2))
     assert finish(r, 0, "x") == [], "3 tokens again, and 4 expected"
-    assert sent(r.handle(1, progress("b#0", 2, 7))) == []
-    assert sent(r.handle(1, progress("b#0", 3, 7))) == [], "3, and 6: 4 of b and 2 of c"
-    assert sent(r.handle(1, progress("c#0", 2, 7, 7))) == [(1, "Abort a#0"), (0, "whole a#1")]
+    assert sent(r.handle(1, tokens("b#0", 2, 7))) == []
+    assert sent(r.handle(1, tokens("b#0", 3, 7))) == [], "3, and 6: 4 of b and 2 of c"
+    assert sent(r.handle(1, tokens("c#0", 2, 7, 7))) == [(1, "Abort a#0"), (0, "whole a#1")]
 
 
 def test_many_continuations_do_not_swap_sides() -> None:
@@ -113,17 +117,17 @@ def test_a_prompt_that_was_begun_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "max_tokens", "stream"),
+    ("rows", "max_tokens", "report"),
     [
-        ([("a", 30), ("b", 30), ("c", 30), ("d", 30)], 60, False),  # 30 are left, and 32 computed again
-        ([("a", 30), ("b", 30), ("c", 30), ("d", 30)], 100, True),
-        ([("a", 30), ("b", 30)], 100, False),  # the others expect 30
-        ([("a", 90)], 100, False),
-        ([("a", 0), ("b", 0), ("c", 0)], 100, False),  # nothing is known of them yet
+        ([("a", 30), ("b", 30), ("c", 30), ("d", 30)], 60, "interval"),  # 30 are left, and 32 computed again
+        ([("a", 30), ("b", 30), ("c", 30), ("d", 30)], 100, "step"),
+        ([("a", 30), ("b", 30)], 100, "interval"),  # the others expect 30
+        ([("a", 90)], 100, "interval"),
+        ([("a", 0), ("b", 0), ("c", 0)], 100, "interval"),  # nothing is known of them yet
     ],
 )
-def test_what_stays(rows: list[tuple[str, int]], max_tokens: int, stream: bool) -> None:
-    r = begun(*rows, max_tokens=max_tokens, stream=stream)
+def test_what_stays(rows: list[tuple[str, int]], max_tokens: int, report: str) -> None:
+    r = begun(*rows, max_tokens=max_tokens, report=report)
     assert finish(r, 0, "x") == []
     assert r.num_moves == 0
 
@@ -133,7 +137,7 @@ def test_a_request_moves_once() -> None:
     assert finish(r, 0, "x") == [(1, "Abort a#0"), (0, "whole a#1")]
     r.lose(0)
     assert r._tracked["a"].decode == 1
-    r.handle(1, progress("a#2", 10, *range(3)))
+    r.handle(1, tokens("a#2", 10, *range(3)))
     assert sent(r.restore(0)) == [(1, "Abort b#0"), (0, "whole b#1")], "a is cheaper, but was moved before"
     r.check_integrity()
 
@@ -157,7 +161,7 @@ class Batch:
         self.specs = [GroupSpec(role=role, max_num_seqs=16, num_kv_tokens=200_000) for role in roles]
         self.router = RequestRouter(self.specs, max_model_len=8192)
         lengths = {request.request_id: length for request, length in rows}
-        self.engines = [ModelEngine(lambda r: [[0] * lengths[r.request_id.split("#")[0]]]) for _ in roles]
+        self.engines = [ModelEngine(lambda r: [[0] * lengths[r.request_id]]) for _ in roles]
         self.todo = [request for request, _ in rows][::-1]
         self.cost = cost
         self.answered: set[str] = set()
@@ -179,7 +183,7 @@ class Batch:
             now, events = steps.pop(group)
             if now - told_at[group] >= PROGRESS_S:
                 told_at[group] = now
-                events += [e for i in self.engines[group].rows for e in self.engines[group].take_progress(i)]
+                events += [e for i in self.engines[group].rows for e in self.engines[group].take_outputs(i)]
             for event in events:
                 self.carry_out(self.router.handle(group, event))
         self.router.check_integrity()
@@ -187,11 +191,11 @@ class Batch:
 
     def step(self, engine: ModelEngine) -> tuple[float, list[Event]]:
         budget, events = STEP_TOKENS, list[Event]()
-        for engine_id in list(engine.rows)[: self.specs[0].max_num_seqs]:
-            row = engine.rows[engine_id]
+        for attempt_id in list(engine.rows)[: self.specs[0].max_num_seqs]:
+            row = engine.rows[attempt_id]
             if budget and row.runnable:
                 num_tokens = min(budget, max(1, row.num_pending))
-                events += engine.work(engine_id, num_tokens)
+                events += engine.work(attempt_id, num_tokens)
                 budget -= num_tokens
         base, per_token = self.cost
         return base + (STEP_TOKENS - budget) * per_token, events
@@ -199,10 +203,10 @@ class Batch:
     def carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Send):
-                self.engines[effect.group].obey(effect.command)
-            elif isinstance(effect.event, RequestOutput):
-                assert effect.event.request_id not in self.answered
-                self.answered.add(effect.event.request_id)
+                self.engines[effect.group].apply(effect.command)
+            elif isinstance(effect.output, RequestOutput):
+                assert effect.output.request_id not in self.answered
+                self.answered.add(effect.output.request_id)
 
 
 def uneven(rng: random.Random, number: int) -> int:

@@ -16,13 +16,26 @@ from typing import Any
 import pytest
 
 from shoal.cluster.exit_codes import ExitCode
-from shoal.cluster.workers.liveness import MAX_MESSAGE_BYTES, Liveness, LivenessLink, Process, pack, unpack
+from shoal.cluster.workers.liveness import Liveness, LivenessLink, Process
+from shoal.cluster.workers.wire import (
+    ORDERS,
+    REPORTS,
+    Heartbeat,
+    Hello,
+    Joined,
+    Joining,
+    LeaveEpoch,
+    Left,
+    WireError,
+    WorkerReport,
+)
 
 WORKER = """
 import sys, time
 from shoal.cluster.workers.liveness import LivenessLink
+from shoal.cluster.workers.wire import Left
 host, port, key, name = sys.argv[1:]
-link = LivenessLink((host, int(port)), key, name, node_id="n", on_message=lambda m: link.send(["echo", *m]))
+link = LivenessLink((host, int(port)), key, name, node_id="n", on_order=lambda o: link.send(Left(o.epoch, "echo")))
 link.start()
 print("up", flush=True)
 time.sleep(600)
@@ -43,9 +56,9 @@ class Observer:
         self.events.append(("hello", name))
         self.greet(name)
 
-    def on_message(self, name: str, message: list[Any]) -> None:
-        if message[0] != "beat":
-            self.events.append(("message", name, message))
+    def on_report(self, name: str, report: WorkerReport) -> None:
+        if not isinstance(report, Heartbeat):
+            self.events.append(("report", name, report))
 
     def on_lost(self, name: str, how: str, silent_s: float) -> None:
         assert 0 <= silent_s < WAIT_S
@@ -64,7 +77,7 @@ class Observer:
 @pytest.fixture
 def watched() -> Iterator[tuple[Liveness, Observer]]:
     liveness, observer = Liveness("127.0.0.1", timeout_s=3.0), Observer()
-    observer.greet = lambda name: liveness.send(name, ["rank", 3])
+    observer.greet = lambda name: liveness.send(name, LeaveEpoch(3))
     liveness.start(observer)
     yield liveness, observer
     liveness.close()
@@ -99,7 +112,7 @@ def spawn() -> Iterator[Callable[[Liveness, str], subprocess.Popen[str]]]:
 def test_a_worker_is_greeted_and_answers_and_its_death_is_known(watched: Any, spawn: Any) -> None:
     liveness, observer = watched
     process = spawn(liveness, "w0")
-    observer.wait_for("message", "w0", ["echo", "rank", 3])
+    observer.wait_for("report", "w0", Left(3, "echo"))
     assert liveness.process("w0") == Process("n", process.pid)
     time.sleep(4.0)  # it beats
     assert not [e for e in observer.events if e[0] == "lost"]
@@ -132,11 +145,11 @@ def test_an_orphan_ends_itself(spawn: Any) -> None:
     "sent",
     [
         b"GET / HTTP/1.1\r\n\r\n",
-        pack(["hello", "wrong key", "w9", "n", 1]),
-        pack(["beat"]),
-        pack(["hello"]),
-        (1 << 31).to_bytes(4, "little"),
-        b"\x01\x00\x00\x00\xc1",
+        REPORTS.encode(Hello("wrong key", "w9", "n", 1)),
+        REPORTS.encode(Heartbeat(1)),
+        ORDERS.encode(LeaveEpoch(1)),
+        REPORTS.magic + (1 << 31).to_bytes(4, "big"),
+        REPORTS.magic + b"\x00\x00\x00\x01\xc1",
     ],
 )
 def test_strangers_are_turned_away(watched: Any, sent: bytes) -> None:
@@ -152,11 +165,11 @@ def test_a_second_worker_of_the_same_name_is_turned_away(watched: Any) -> None:
     liveness, observer = watched
     ended = threading.Event()
     first = LivenessLink(
-        liveness.address, liveness.key, "w0", node_id="n", on_message=lambda m: None, on_end=lambda: None
+        liveness.address, liveness.key, "w0", node_id="n", on_order=lambda o: None, on_end=lambda: None
     )
     first.start()
     observer.wait_for("hello", "w0")
-    LivenessLink(liveness.address, liveness.key, "w0", node_id="n", on_message=lambda m: None, on_end=ended.set).start()
+    LivenessLink(liveness.address, liveness.key, "w0", node_id="n", on_order=lambda o: None, on_end=ended.set).start()
     assert ended.wait(WAIT_S)
     assert observer.events == [("hello", "w0")]
     first.close()
@@ -164,15 +177,17 @@ def test_a_second_worker_of_the_same_name_is_turned_away(watched: Any) -> None:
 
 
 def test_messages_come_in_any_pieces() -> None:
-    data = pack(["a", 1]) + pack(["b"])
+    data = REPORTS.encode(Joining(1)) + REPORTS.encode(Joined(2))
     received, found = bytearray(), []
     for byte in data:
         received.append(byte)
-        found += unpack(received)
-    assert found == [["a", 1], ["b"]]
+        found += REPORTS.take(received)
+    assert found == [Joining(1), Joined(2)]
     assert received == b""
-    with pytest.raises(ValueError, match="announces"):
-        unpack(bytearray((MAX_MESSAGE_BYTES + 1).to_bytes(4, "little")))
+    with pytest.raises(WireError, match="announces"):
+        REPORTS.take(bytearray(REPORTS.magic + (REPORTS.max_bytes + 1).to_bytes(4, "big")))
+    with pytest.raises(WireError, match="starts with b'GET '"):
+        REPORTS.take(bytearray(b"GET / HTTP/1.1"))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -184,7 +199,7 @@ def test_an_observer_that_fails_is_found_out(watched: tuple[Liveness, Observer])
         raise Broken
 
     observer.greet = greet
-    LivenessLink(liveness.address, liveness.key, "w0", node_id="n", on_message=print, on_end=lambda: None).start()
+    LivenessLink(liveness.address, liveness.key, "w0", node_id="n", on_order=print, on_end=lambda: None).start()
     deadline = time.monotonic() + WAIT_S
     while liveness.failure is None:
         assert time.monotonic() < deadline

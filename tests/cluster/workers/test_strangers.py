@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgpack
 import pytest
+from msgspec import msgpack
 
 from shoal.cluster.replicas.replica import listen
 from shoal.cluster.workers import liveness as liveness_module
-from shoal.cluster.workers.liveness import MAX_STRANGERS, Liveness, LivenessLink, pack
+from shoal.cluster.workers.liveness import MAX_PENDING_PEERS, Liveness, LivenessLink
+from shoal.cluster.workers.wire import REPORTS, Hello, Joined, WorkerReport
 from tests.support.sockets import listening
 
 WAIT_S = 20.0
@@ -29,8 +30,8 @@ class Observer:
     def on_hello(self, name: str) -> None:
         self.messages.append((name, "hello"))
 
-    def on_message(self, name: str, message: list[object]) -> None:
-        self.messages.append((name, message[0]))
+    def on_report(self, name: str, report: WorkerReport) -> None:
+        self.messages.append((name, report))
 
     def on_lost(self, name: str, how: str, silent_s: float) -> None:
         self.messages.append((name, how))
@@ -73,10 +74,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def check_it_works(liveness: Liveness, observer: Observer) -> None:
     """A worker connects, and is heard."""
-    link = LivenessLink(liveness.address, liveness.key, "w0", node_id="n", on_message=print, on_end=lambda: None)
+    link = LivenessLink(liveness.address, liveness.key, "w0", node_id="n", on_order=print, on_end=lambda: None)
     link.start()
-    link.send(["joined", 1])
-    wait_for(lambda: ("w0", "joined") in observer.messages)
+    link.send(Joined(1))
+    wait_for(lambda: ("w0", Joined(1)) in observer.messages)
     assert observer.messages[0] == ("w0", "hello")
     link.close()
     wait_for(lambda: ("w0", "its connection ended") in observer.messages)
@@ -96,16 +97,20 @@ def nested(depth: int) -> bytes:
 
 
 def framed(payload: bytes) -> bytes:
-    return len(payload).to_bytes(4, "little") + payload
+    return REPORTS.magic + len(payload).to_bytes(4, "big") + payload
+
+
+def hello(key: object, name: object, node_id: object, pid: object) -> bytes:
+    return framed(msgpack.encode(["hello", key, name, node_id, pid]))
 
 
 @pytest.mark.parametrize(
     "sent",
     [
-        pack(["hello", "clé", "w9", "n", 1]),
-        pack(["hello", 7, "w9", "n", 1]),
-        pack(["hello", ["k"], "w9", "n", 1]),
-        framed(b"\x95" + msgpack.packb("hello") + nested(900) + msgpack.packb("w9") + b"\x01\x01"),
+        hello("clé", "w9", "n", 1),
+        hello(7, "w9", "n", 1),
+        hello(["k"], "w9", "n", 1),
+        framed(b"\x95" + msgpack.encode("hello") + nested(900) + msgpack.encode("w9") + b"\x01\x01"),
         framed(nested(60_000)),
         framed(b"\xdd\xff\xff\xff\xff"),
         framed(b"\xdf\xff\xff\xff\xff"),
@@ -114,8 +119,9 @@ def framed(payload: bytes) -> bytes:
         framed(b"\xc7\x01\xff\x00"),
         framed(b"\x80"),
         framed(b""),
-        b"\xff\xff\xff\x7f",
-        b"\xff\xff\x00\x00" + bytes(2000),
+        REPORTS.magic + b"\x7f\xff\xff\xff",
+        REPORTS.magic + b"\x00\x00\xff\xff" + bytes(2000),
+        b"\xff",
     ],
 )
 def test_garbage_ends_the_connection_and_nothing_else(
@@ -132,12 +138,12 @@ def test_garbage_ends_the_connection_and_nothing_else(
 def test_each_part_of_a_hello_is_checked(
     liveness: Liveness, observer: Observer, connect: Callable[[], socket.socket], spoils: str
 ) -> None:
-    hello = {"key": liveness.key, "name": "w9", "node": "n", "pid": 1}
+    parts: dict[str, object] = {"key": liveness.key, "name": "w9", "node": "n", "pid": 1}
     connection = connect()
-    connection.sendall(pack(["hello", *{**hello, spoils: [[]]}.values()]))
+    connection.sendall(hello(*{**parts, spoils: [[]]}.values()))
     assert connection.recv(1) == b""
     connection = connect()
-    connection.sendall(pack(["hello", *hello.values()]))
+    connection.sendall(hello(*parts.values()))
     wait_for(lambda: ("w9", "hello") in observer.messages)
 
 
@@ -147,7 +153,7 @@ def test_who_says_nothing_or_says_it_slowly_is_turned_away(
     monkeypatch.setattr(liveness_module, "HELLO_TIMEOUT_S", 0.3)
     silent, slow = connect(), connect()
     ended = False
-    for byte in pack(["hello", liveness.key, "w9", "n", 1]):
+    for byte in REPORTS.encode(Hello(liveness.key, "w9", "n", 1)):
         try:
             slow.sendall(bytes([byte]))
         except OSError:
@@ -164,8 +170,8 @@ def test_a_crowd_of_strangers_keeps_no_worker_out(
     def num_open() -> int:
         return len(list(Path(f"/proc/{os.getpid()}/fd").iterdir()))
 
-    before, crowd = num_open(), 5 * MAX_STRANGERS
+    before, crowd = num_open(), 5 * MAX_PENDING_PEERS
     for _ in range(crowd):
-        connect().sendall(b"\x40")  # the first byte of a length
+        connect().sendall(REPORTS.magic[:1])
     check_it_works(liveness, observer)
-    assert num_open() - before <= crowd + MAX_STRANGERS, "of those that wait, only so many are kept"
+    assert num_open() - before <= crowd + MAX_PENDING_PEERS, "of those that wait, only so many are kept"

@@ -16,17 +16,11 @@ from shoal.cluster.replicas.replica import listen
 from shoal.cluster.workers import worker as worker_module
 from shoal.cluster.workers.assignment import Assignment
 from shoal.cluster.workers.spec import StartReport, WorkerFailure, WorkerSpec, failure_of
-from shoal.cluster.workers.wire import Abort, Event, pack_command, pack_request, unpack_event, unpack_output
+from shoal.cluster.workers.wire import COMMANDS, EVENTS, Abort, Event
 from shoal.cluster.workers.worker import Worker
 from shoal.parallel.collectives import CollectiveError
-from shoal.runtime.types import (
-    CompletionOutput,
-    GeneratedTokens,
-    Request,
-    RequestOutput,
-    RequestProgress,
-    SamplingParams,
-)
+from shoal.parallel.request_id import RequestId
+from shoal.runtime.types import Finished, GeneratedTokens, Request, SamplingParams, Tokens
 from tests.support import stub_engine
 from tests.support.stub_engine import RAISES, REFUSED, STUB
 
@@ -55,7 +49,12 @@ def spec(rank: int = 0, store: TCPStore | None = None, factory: str = STUB, **ar
 
 def message(request_id: str, first: int = 1, *, max_tokens: int = 3, **fields: Any) -> bytes:
     params = SamplingParams(max_tokens=max_tokens)
-    return pack_request(Request(request_id=request_id, prompt_token_ids=(first, 1), params=params, **fields))
+    request = Request(request_id=request_id, prompt_token_ids=(first, 1), params=params, **fields)
+    return COMMANDS.encode(request)
+
+
+def abort(request_id: str) -> bytes:
+    return COMMANDS.encode(Abort(RequestId(request_id)))
 
 
 class Running:
@@ -65,7 +64,8 @@ class Running:
         self.worker = worker
         self.report: StartReport | None = None
         self.end: WorkerFailure | None = None
-        self.num_told = 0
+        self.num_sends = 0
+        self.answers: dict[str, list[int]] = {}
         self.started = threading.Event()
         self.thread = threading.Thread(target=self.main, daemon=True)
         self.thread.start()
@@ -76,22 +76,32 @@ class Running:
         if self.report.failure is None:
             self.end = self.worker.run()
 
-    def tell(self, messages: list[bytes]) -> None:
-        self.worker.tell(self.num_told, messages)
-        self.num_told += 1
+    def send(self, messages: list[bytes]) -> None:
+        self.worker.send(self.num_sends, messages)
+        self.num_sends += 1
 
     def join(self) -> WorkerFailure | None:
         self.thread.join(JOIN_S)
         assert not self.thread.is_alive()
         return self.end
 
-    def outputs(self, count: int) -> list[RequestOutput]:
-        found: list[RequestOutput] = []
-        while len(found) < count:
+    def events(self, num_ends: int) -> list[Event]:
+        """What the worker reports, until so many requests are finished."""
+        found: list[Event] = []
+        while sum(isinstance(event, Finished) for event in found) < num_ends:
             messages = self.worker.poll(JOIN_S)
             assert messages, "nothing came before the deadline, or the loop ended"
-            found += map(unpack_output, messages)
+            found += map(EVENTS.decode, messages)
+        for tokens in found:
+            if isinstance(tokens, Tokens):
+                answer = self.answers.setdefault(tokens.request_id, [])
+                assert tokens.start == len(answer), "every token is reported once, in order"
+                answer += tokens.token_ids
         return found
+
+    def finished(self, count: int) -> list[str]:
+        """The next requests that are finished, in order."""
+        return [event.request_id for event in self.events(count) if isinstance(event, Finished)]
 
 
 @contextmanager
@@ -107,89 +117,91 @@ def running(count: int = 1, **args: Any) -> Iterator[list[Running]]:
         w.join()
 
 
-def tokens(output: RequestOutput) -> list[int]:
-    return output.outputs[0].token_ids
-
-
-def test_requests_go_in_and_outputs_come_out() -> None:
+def test_requests_go_in_and_tokens_come_out() -> None:
     with running() as (one,):
         assert one.report is not None
         assert list(one.report.phases) == ["groups", "stub"]
         assert one.report.notices == ["this is a stub"]
         assert one.report.limits is not None
         assert one.report.limits.max_model_len == 128
-        one.tell([message("a"), message("b", 10)])
-        assert sorted((o.request_id, tokens(o)) for o in one.outputs(2)) == [("a", [2, 3, 4]), ("b", [11, 12, 13])]
-        one.tell([message("c", 20)])  # after an idle time
-        assert tokens(one.outputs(1)[0]) == [21, 22, 23]
+        one.send([message("a"), message("b", 10)])
+        assert sorted(one.finished(2)) == ["a", "b"]
+        assert one.answers == {"a": [2, 3, 4], "b": [11, 12, 13]}
+        one.send([message("c", 20)])  # after an idle time
+        assert one.finished(1) == ["c"]
+        assert one.answers["c"] == [21, 22, 23]
 
 
-def test_a_stream_is_a_series_of_snapshots() -> None:
+def test_a_stream_is_reported_step_by_step_and_other_requests_at_their_end() -> None:
     with running() as (one,):
-        one.tell([message("a", stream=True)])
-        assert [(tokens(o), o.finished) for o in one.outputs(3)] == [([2], False), ([2, 3], False), ([2, 3, 4], True)]
+        one.send([message("a", report="step"), message("b", report="interval")])
+        told = [e for e in one.events(2) if isinstance(e, Tokens)]
+        assert [(t.start, t.token_ids, t.text) for t in told if t.request_id == "a"] == [
+            (0, (2,), "x"),
+            (1, (3,), "x"),
+            (2, (4,), "x"),
+        ]
+        assert one.answers == {"a": [2, 3, 4], "b": [2, 3, 4]}
 
 
-def test_progress_is_told_before_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "PROGRESS_INTERVAL_S", 0.0)
+def test_an_interval_that_is_over_brings_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "REPORT_INTERVAL_S", 0.0)
     with running() as (one,):
-        earlier = (GeneratedTokens((2, 3)),)
-        one.tell([message("a", max_tokens=6, report_progress=True, generated=earlier), message("b")])
-        events: list[Event] = []
-        while sum(isinstance(e, RequestOutput) for e in events) < 2:
-            new = one.worker.poll(JOIN_S)
-            assert new
-            events += map(unpack_event, new)
-    told = [e for e in events if isinstance(e, RequestProgress)]
-    assert [(p.request_id, p.index, p.start, p.new.token_ids) for p in told] == [
-        ("a", 0, 2, (4,)),
-        ("a", 0, 3, (5,)),
-        ("a", 0, 4, (6,)),
+        one.send([message("a", max_tokens=6, generated=(GeneratedTokens((2, 3)),))])
+        events = one.events(1)
+    told = [e for e in events if isinstance(e, Tokens)]
+    assert [(t.id, t.sample_index, t.start, t.token_ids) for t in told] == [
+        (RequestId("a"), 0, 0, (2, 3, 4)),
+        (RequestId("a"), 0, 3, (5,)),
+        (RequestId("a"), 0, 4, (6,)),
+        (RequestId("a"), 0, 5, (7,)),
     ]
-    outputs = {o.request_id: tokens(o) for o in events if isinstance(o, RequestOutput)}
-    assert outputs == {"a": [2, 3, 4, 5, 6, 7], "b": [2, 3, 4]}
+    assert events[-1] == Finished(id=RequestId("a"), sample_index=0, reason="length", num_tokens=6)
 
 
-def test_a_refused_request_is_answered_and_the_others_go_on() -> None:
+def test_a_refused_request_ends_in_all_its_samples_and_the_others_go_on() -> None:
     with running() as (one,):
-        one.tell([message("bad", REFUSED), message("good")])
-        outputs = {o.request_id: o for o in one.outputs(2)}
-        assert outputs["bad"].finished
-        assert outputs["bad"].outputs[0].finish_reason == "error"
-        assert outputs["bad"].outputs[0].error == "refused by the stub"
-        assert tokens(outputs["good"]) == [2, 3, 4]
+        params = SamplingParams(n=2)
+        bad = Request(request_id="bad", attempt=3, prompt_token_ids=(REFUSED, 1), params=params)
+        one.send([COMMANDS.encode(bad), message("good")])
+        ends = [e for e in one.events(3) if isinstance(e, Finished)]
+        assert [(e.id, e.sample_index, e.reason, e.error) for e in ends if e.request_id == "bad"] == [
+            (RequestId("bad", 3), 0, "error", "refused by the stub"),
+            (RequestId("bad", 3), 1, "error", "refused by the stub"),
+        ]
+        assert one.answers == {"good": [2, 3, 4]}
 
 
-def test_a_request_that_is_told_twice_is_answered_once() -> None:
+def test_a_request_that_is_sent_twice_is_answered_once() -> None:
     with running() as (one,):
-        one.tell([message("a", max_tokens=30), message("a", max_tokens=30)])
-        one.tell([message("a", max_tokens=30), message("b", 10)])
-        outputs = {o.request_id: o for o in one.outputs(2)}
-        assert tokens(outputs["a"]) == list(range(2, 32))
+        one.send([message("a", max_tokens=30), message("a", max_tokens=30)])
+        one.send([message("a", max_tokens=30), message("b", 10)])
+        assert sorted(one.finished(2)) == ["a", "b"]
+        assert one.answers["a"] == list(range(2, 32))
         assert one.worker.poll(0.05) == []
 
 
 def test_calls_that_overtake_each_other_are_put_in_order() -> None:
     with running() as (one,):
-        one.worker.tell(2, [message("b", 10)])
-        one.worker.tell(1, [pack_command(Abort("a"))])
+        one.worker.send(2, [message("b", 10)])
+        one.worker.send(1, [abort("a")])
         assert one.worker.audit() == []
-        one.worker.tell(0, [message("a", max_tokens=10**9)])
-        assert [o.request_id for o in one.outputs(1)] == ["b"]
+        one.worker.send(0, [message("a", max_tokens=10**9)])
+        assert one.finished(1) == ["b"]
         engine = one.worker._engine
         assert isinstance(engine, stub_engine.StubEngine)
-        assert engine.aborted == ["a"]
+        assert engine.aborted == [RequestId("a")]
 
 
 def test_an_aborted_request_leaves_the_engine() -> None:
     with running() as (one,):
-        one.tell([message("long", max_tokens=10**9)])
-        one.tell([pack_command(Abort("long")), pack_command(Abort("unknown"))])
-        one.tell([message("next")])
-        assert [o.request_id for o in one.outputs(1)] == ["next"]
+        one.send([message("long", max_tokens=10**9)])
+        one.send([abort("long"), abort("unknown")])
+        one.send([message("next")])
+        assert one.finished(1) == ["next"]
         engine = one.worker._engine
         assert isinstance(engine, stub_engine.StubEngine)
-        assert engine.aborted == ["long", "unknown"]
+        assert engine.aborted == [RequestId("long"), RequestId("unknown")]
         assert engine.requests == {}
 
 
@@ -200,12 +212,12 @@ def test_a_poll_with_nothing_to_say_returns_while_the_loop_lives() -> None:
         assert one.worker._num_steps > before
 
 
-def test_an_audit_sees_what_was_told_before_it() -> None:
+def test_an_audit_sees_what_was_sent_before_it() -> None:
     with running() as (one,):
         assert one.worker.audit() == []
-        one.tell([message("long", max_tokens=10**9)])
+        one.send([message("long", max_tokens=10**9)])
         assert one.worker.audit() == ["request long is not finished"]
-        one.tell([pack_command(Abort("long"))])
+        one.send([abort("long")])
         assert one.worker.audit() == []
 
 
@@ -218,19 +230,20 @@ def test_a_poll_is_bounded_in_bytes_but_never_empty(monkeypatch: pytest.MonkeyPa
     assert worker.poll(1.0) == [b"eeeeee"]
 
 
-def test_an_output_that_no_message_holds_becomes_an_error_of_that_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_that_no_message_holds_becomes_an_error_of_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(spec())
-    monkeypatch.setattr("shoal.cluster.workers.wire.MAX_MESSAGE_BYTES", 1000)
-    big = CompletionOutput(index=0, text="x" * 2000, token_ids=[1], finish_reason="stop")
-    worker._tell([RequestOutput(request_id="a", prompt_token_ids=[1], outputs=[big], finished=True)])
-    (found,) = map(unpack_output, worker.poll(1.0))
-    assert (found.request_id, found.finished, found.outputs[0].finish_reason) == ("a", True, "error")
-    assert "above the limit of 1000" in (found.outputs[0].error or "")
+    monkeypatch.setattr(EVENTS, "max_bytes", 1000)
+    request_id = RequestId("a", 1)
+    worker._emit([Tokens(id=request_id, sample_index=2, start=0, token_ids=(1,), text="x" * 2000)])
+    (found,) = map(EVENTS.decode, worker.poll(1.0))
+    assert isinstance(found, Finished)
+    assert (found.id, found.sample_index, found.reason) == (request_id, 2, "error")
+    assert "above the limit of 1000" in (found.error or "")
 
 
 def test_an_error_ends_the_loop_with_its_traceback_and_frees_the_polls() -> None:
     with running() as (one,):
-        one.tell([message("a", RAISES)])
+        one.send([message("a", RAISES)])
         end = one.join()
         assert end is not None
         assert (end.rank, end.kind, end.message) == (0, "error", "RuntimeError: the stub broke")
@@ -240,8 +253,9 @@ def test_an_error_ends_the_loop_with_its_traceback_and_frees_the_polls() -> None
 
 def test_one_rank_that_stops_stops_all_in_the_same_step() -> None:
     with running(2, tensor_parallel_size=2) as (first, second):
-        first.tell([message("a")])
-        assert tokens(first.outputs(1)[0]) == [2, 3, 4]
+        first.send([message("a")])
+        assert first.finished(1) == ["a"]
+        assert first.answers["a"] == [2, 3, 4]
         second.worker.stop()
         assert first.join() is None
         assert second.join() is None

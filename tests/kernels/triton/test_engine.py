@@ -16,6 +16,7 @@ from shoal.runtime.engine.engine import Engine
 from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.kernels.triton.interpreter import DEVICE
+from tests.support.answers import Answers
 from tests.support.fakes.install import install
 
 pytestmark = pytest.mark.slow
@@ -29,19 +30,23 @@ def make_engine(model: Path, **settings: Any) -> Engine:
     return build_engine(model, config, single_process_groups(device))
 
 
-def add(engine: Engine, prompts: list[list[int]]) -> None:
+def add(engine: Engine, prompts: list[list[int]]) -> Answers:
+    """Add a request per prompt; returns what takes their outputs."""
+    collected = Answers()
     for i, prompt in enumerate(prompts):
         params = SamplingParams(temperature=0.0, max_tokens=2, logprobs=0, ignore_eos=True)
-        engine.add_request(Request(request_id=str(i), index=i, prompt_token_ids=tuple(prompt), params=params))
+        request = Request(request_id=str(i), index=i, prompt_token_ids=tuple(prompt), params=params)
+        collected.expect(request)
+        engine.add_request(request)
+    return collected
 
 
 def answers(model: Path, prompts: list[list[int]], **settings: Any) -> list[RequestOutput]:
     engine = make_engine(model, **settings)
-    add(engine, prompts)
-    finished: dict[str, RequestOutput] = {}
+    collected = add(engine, prompts)
     while engine.has_unfinished:
-        finished |= {o.request_id: o for o in engine.step().outputs if o.finished}
-    return [finished[str(i)] for i in range(len(prompts))]
+        collected.take(engine.step().outputs)
+    return [collected.finished[str(i)] for i in range(len(prompts))]
 
 
 def logprobs(output: RequestOutput) -> list[float]:
@@ -115,14 +120,12 @@ def test_engines_on_all_backends_take_turns_in_one_process(tmp_path: Path) -> No
     backends = ("reference", "auto", "triton")
     alone = {backend: answers(tmp_path, PROMPTS, kernel_backend=backend, invariance="relaxed") for backend in backends}
     engines = {backend: make_engine(tmp_path, kernel_backend=backend, invariance="relaxed") for backend in backends}
-    for engine in engines.values():
-        add(engine, PROMPTS)
-    finished: dict[str, dict[str, RequestOutput]] = {backend: {} for backend in backends}
+    collected = {backend: add(engine, PROMPTS) for backend, engine in engines.items()}
     while any(engine.has_unfinished for engine in engines.values()):
         for backend, engine in engines.items():
-            finished[backend] |= {o.request_id: o for o in engine.step().outputs if o.finished}
+            collected[backend].take(engine.step().outputs)
     for backend in backends:
         for i, expected in enumerate(alone[backend]):
-            assert finished[backend][str(i)].outputs == expected.outputs
+            assert collected[backend].finished[str(i)].outputs == expected.outputs
     assert logprobs(alone["auto"][0]) != logprobs(alone["reference"][0])
     assert logprobs(alone["auto"][0]) != logprobs(alone["triton"][0])

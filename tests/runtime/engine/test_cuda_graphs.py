@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from shoal.runtime.engine.cuda_graphs import is_decode, padded_size
 from shoal.runtime.scheduling.batch import Batch, ScheduledSequence

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from shoal.parallel.collectives import Communicator
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import ParallelGroups, init_groups, single_process_groups
 from shoal.parallel.placement import default_placement
+from shoal.parallel.request_id import RequestId
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.engine import model_loading
 from shoal.runtime.engine.build import build_engine
@@ -30,7 +31,8 @@ from shoal.runtime.models.weights import TensorWeight
 from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.scheduling.batch import Batch
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
-from shoal.runtime.types import Request, RequestOutput, SamplingParams
+from shoal.runtime.types import Finished, Prefilled, Request, RequestOutput, SamplingParams, Tokens
+from tests.support.answers import Answers
 from tests.support.harness import logits_in_chunks, make_runner
 from tests.support.spawn import run_ranks
 
@@ -51,20 +53,20 @@ def make_engine(model_dir: Path, **settings: Any) -> Engine:
     return build_engine(model_dir, EngineConfig(**{**defaults, **settings}), single_process_groups())
 
 
-def request(name: str, prompt: list[int], stream: bool = False, **params: Any) -> Request:
+def request(name: str, prompt: list[int], report: Literal["interval", "step"] = "interval", **params: Any) -> Request:
     settings = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **params})
-    return Request(request_id=name, prompt_token_ids=tuple(prompt), params=settings, stream=stream)
+    return Request(request_id=name, prompt_token_ids=tuple(prompt), params=settings, report=report)
 
 
 def run(engine: Engine, *requests: Request) -> dict[str, RequestOutput]:
+    answers = Answers(requests)
     for one in requests:
         engine.add_request(one)
-    finished: dict[str, RequestOutput] = {}
     while engine.has_unfinished:
-        finished |= {o.request_id: o for o in engine.step().outputs if o.finished}
+        answers.take(engine.step().outputs)
         engine.block_manager.check_integrity()
     assert engine.step().idle
-    return finished
+    return answers.finished
 
 
 def greedy(model_dir: Path, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
@@ -150,13 +152,19 @@ def test_several_continuations_differ_and_do_not_depend_on_each_other(model_dir:
     assert alone[0].token_ids == both[0].token_ids
 
 
-def test_streams_show_every_token(model_dir: Path) -> None:
+def test_streams_report_every_token_once(model_dir: Path) -> None:
     engine = make_engine(model_dir)
-    engine.add_request(request("a", PROMPT, stream=True, ignore_eos=True))
-    lengths = []
+    engine.add_request(request("a", PROMPT, report="step", ignore_eos=True))
+    reports = []
     while engine.has_unfinished:
-        lengths += [len(o.outputs[0].token_ids) for o in engine.step().outputs]
-    assert lengths == list(range(1, 9))
+        reports += engine.step().outputs
+    tokens = [r for r in reports if isinstance(r, Tokens)]
+    assert [(t.start, len(t.token_ids)) for t in tokens] == [(i, 1) for i in range(8)]
+    assert [t.text_start for t in tokens] == [sum(len(t.text) for t in tokens[:i]) for i in range(8)]
+    assert [type(r) for r in reports] == [Tokens, Prefilled, *[Tokens] * 7, Finished]
+    whole = run(engine, request("b", PROMPT, ignore_eos=True))["b"].outputs[0]
+    assert [t for report in tokens for t in report.token_ids] == whole.token_ids
+    assert "".join(t.text for t in tokens) == whole.text
 
 
 def test_abort_frees_the_blocks(model_dir: Path) -> None:
@@ -164,8 +172,8 @@ def test_abort_frees_the_blocks(model_dir: Path) -> None:
     engine.add_request(request("a", PROMPT, n=2))
     engine.step()
     assert engine.block_manager.num_free_blocks < 64
-    engine.abort("a")
-    engine.abort("unknown")
+    engine.abort(RequestId("a"))
+    engine.abort(RequestId("unknown"))
     assert engine.block_manager.num_free_blocks == 64
     assert not engine.has_unfinished
     assert engine.step().idle

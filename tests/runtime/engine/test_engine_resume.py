@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import replace as replace_output
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from shoal.parallel.groups import single_process_groups
 from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.random_checkpoint import make_checkpoint
+from shoal.runtime.response import without_text
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
-from shoal.runtime.types import GeneratedTokens, Logprob, Request, RequestOutput, RequestProgress, SamplingParams
+from shoal.runtime.types import (
+    Finished,
+    GeneratedTokens,
+    Prefilled,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Tokens,
+)
+from tests.support.answers import Answers
 
 MAX_TOKENS = 12
 Generated = dict[str, dict[int, GeneratedTokens]]
@@ -42,7 +53,7 @@ def requests() -> list[Request]:
     def ask(name: str, first: int, **params: Any) -> Request:
         settings = SamplingParams(**{"max_tokens": MAX_TOKENS, "logprobs": 1, **params})
         prompt = tuple(range(first, first + 18))
-        return Request(request_id=name, prompt_token_ids=prompt, params=settings, report_progress=True)
+        return Request(request_id=name, prompt_token_ids=prompt, params=settings)
 
     return [
         ask("greedy", 3, temperature=0.0, logprobs=3, ignore_eos=True),
@@ -54,50 +65,41 @@ def requests() -> list[Request]:
     ]
 
 
-def run(engine: Engine, asked: list[Request]) -> tuple[dict[str, RequestOutput], list[list[RequestProgress]]]:
-    """The finished outputs, and what was reported after each step."""
+def run(engine: Engine, asked: list[Request]) -> tuple[dict[str, RequestOutput], list[list[Tokens]]]:
+    """The finished outputs, and the tokens that were new after each step."""
+    answers = Answers(asked)
     for one in asked:
         engine.add_request(one)
-    finished: dict[str, RequestOutput] = {}
-    reported: list[list[RequestProgress]] = []
+    reported: list[list[Tokens]] = []
     while engine.has_unfinished:
-        finished |= {o.request_id: o for o in engine.step().outputs if o.finished}
-        reported.append(engine.take_progress())
+        outputs = engine.step().outputs
+        reported.append(answers.take([*outputs, *engine.take_outputs()]))
         engine.block_manager.check_integrity()
-    return finished, reported
+    return answers.finished, reported
 
 
-def gathered(reported: list[list[RequestProgress]]) -> Generated:
+def gathered(reported: list[list[Tokens]]) -> Generated:
     """All that was reported, put together as a journal does it."""
     generated: Generated = {}
-    for progress in (p for of_step in reported for p in of_step):
-        row = generated.setdefault(progress.request_id, {})
-        before = row.get(progress.index, GeneratedTokens())
-        assert len(before.token_ids) == progress.start
-        row[progress.index] = before.extended(progress.new)
+    for tokens in (t for of_step in reported for t in of_step):
+        row = generated.setdefault(tokens.request_id, {})
+        before = row.get(tokens.sample_index, GeneratedTokens())
+        assert len(before.token_ids) == tokens.start
+        logprobs = None if tokens.logprobs is None else without_text(tokens.logprobs)
+        row[tokens.sample_index] = before.extended(GeneratedTokens(tokens.token_ids, logprobs))
     return generated
-
-
-def without_text(generated: GeneratedTokens) -> GeneratedTokens:
-    """As it comes out of a journal."""
-    if generated.logprobs is None:
-        return generated
-    return GeneratedTokens(
-        generated.token_ids,
-        tuple({t: Logprob(p.logprob, p.rank) for t, p in position.items()} for position in generated.logprobs),
-    )
 
 
 def resumed(asked: list[Request], generated: Generated) -> list[Request]:
     def of(one: Request) -> tuple[GeneratedTokens, ...]:
         row = generated.get(one.request_id, {})
-        return tuple(without_text(row.get(i, GeneratedTokens())) for i in range(one.params.n))
+        return tuple(row.get(i, GeneratedTokens()) for i in range(one.params.n))
 
     return [replace(one, generated=of(one)) for one in asked]
 
 
 def answers(outputs: dict[str, RequestOutput]) -> dict[str, RequestOutput]:
-    return {name: replace(output, num_cached_tokens=0) for name, output in outputs.items()}
+    return {name: replace_output(output, num_cached_tokens=0) for name, output in outputs.items()}
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_chunk_size": 5, "enable_prefix_caching": False}, {"num_kv_blocks": 24}])
@@ -108,33 +110,46 @@ def test_a_request_goes_on_where_an_earlier_engine_left_it(model_dir: Path, sett
     assert len(lengths) > 1, "one continuation should end before another"
     for num_steps in (1, 4, 9, len(reported) - 1):
         generated = gathered(reported[:num_steps])
-        unfinished = [one for one in asked if any(p.request_id == one.request_id for p in reported[num_steps])]
+        unfinished = [one for one in asked if any(t.request_id == one.request_id for t in reported[num_steps])]
         again, reported_again = run(make_engine(model_dir, **settings), resumed(unfinished, generated))
         assert answers(again) == {o.request_id: answers(expected)[o.request_id] for o in unfinished}
-        first_told = {(p.request_id, p.index): p.start for p in reversed([p for r in reported_again for p in r])}
-        for (name, index), start in first_told.items():
+        first_new = {(t.request_id, t.sample_index): t.start for t in reversed([t for r in reported_again for t in r])}
+        for (name, index), start in first_new.items():
             known = generated.get(name, {}).get(index, GeneratedTokens())
-            assert start == len(known.token_ids), "what came with a request is not told again"
+            assert start == len(known.token_ids), "tokens that came with a request are not new"
 
 
-def test_progress_is_what_the_outputs_have_before_they_finish(model_dir: Path) -> None:
+def test_a_request_that_comes_with_its_whole_answer_ends_at_once(model_dir: Path) -> None:
+    """The driver has all tokens, and missed only the report of the end."""
+    asked = requests()
+    expected, reported = run(make_engine(model_dir), asked)
+    again, _ = run(make_engine(model_dir), resumed(asked, gathered(reported)))
+    assert answers(again) == answers(expected)
+
+
+def test_reports_make_the_answers(model_dir: Path) -> None:
     asked = requests()
     outputs, reported = run(make_engine(model_dir), asked)
     generated = gathered(reported)
     for one in asked:
-        completions = outputs[one.request_id].outputs
-        assert all(
-            completion.token_ids[: len(told.token_ids)] == list(told.token_ids)
-            for completion in completions
-            if (told := generated[one.request_id].get(completion.index)) is not None
-        )
-        longest = max(len(c.token_ids) for c in completions)
-        assert max(len(g.token_ids) for g in generated[one.request_id].values()) == longest - 1, (
-            "the last token of a request comes with its output"
-        )
+        for completion in outputs[one.request_id].outputs:
+            found = generated[one.request_id][completion.index]
+            assert list(found.token_ids) == completion.token_ids
+            if completion.logprobs is not None:
+                assert found.logprobs == without_text(completion.logprobs)
     assert generated["silent"][0].logprobs is None
 
 
-def test_requests_that_do_not_ask_report_nothing(model_dir: Path) -> None:
-    _, reported = run(make_engine(model_dir), [replace(one, report_progress=False) for one in requests()])
-    assert not any(reported)
+def test_requests_report_at_their_end_what_nobody_took_before(model_dir: Path) -> None:
+    engine = make_engine(model_dir)
+    (one,) = [r for r in requests() if r.request_id == "greedy"]
+    engine.add_request(one)
+    reports = []
+    while engine.has_unfinished:
+        reports.append(engine.step().outputs)
+    assert [len(r) for r in reports] == [0] * (MAX_TOKENS - 1) + [3]
+    tokens, prefilled, end = reports[-1]
+    assert isinstance(tokens, Tokens)
+    assert (tokens.start, len(tokens.token_ids)) == (0, MAX_TOKENS)
+    assert isinstance(prefilled, Prefilled)
+    assert end == Finished(id=one.id, sample_index=0, reason="length", num_tokens=MAX_TOKENS)

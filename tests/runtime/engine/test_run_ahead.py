@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.parallel.groups import single_process_groups
+from shoal.parallel.request_id import RequestId
 from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
@@ -21,6 +22,7 @@ from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.sampling.device_sampler import DeviceSampler
 from shoal.runtime.sampling.sampler import Sampler, SamplingRow
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
+from tests.support.answers import Answers
 from tests.support.invariance import bits
 from tests.support.ops import CPU_OPS
 
@@ -65,21 +67,21 @@ def run(
     engine: Engine, arrivals: dict[int, list[Request]], aborts: dict[int, str], preempt_every: int = 0
 ) -> dict[str, RequestOutput]:
     """Requests come before the steps that they are listed under, and are aborted likewise; some lose their blocks."""
-    finished: dict[str, RequestOutput] = {}
+    answers = Answers(request for requests in arrivals.values() for request in requests)
     step = 0
     while engine.has_unfinished or step <= max(arrivals):
         for request in arrivals.get(step, []):
             engine.add_request(request)
         if step in aborts:
-            engine.abort(aborts[step])
+            engine.abort(RequestId(aborts[step]))
         if preempt_every and step % preempt_every == preempt_every - 1 and (running := engine.scheduler.running):
             engine.scheduler.preempt(running[step % len(running)].seq_id)
-        finished |= {o.request_id: o for o in engine.step().outputs if o.finished}
+        answers.take(engine.step().outputs)
         engine.block_manager.check_integrity()
         step += 1
         assert step < 1000
     assert engine.audit() == []
-    return finished
+    return answers.finished
 
 
 @settings(max_examples=12, deadline=None)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from shoal.parallel.groups import single_process_groups
 from shoal.parallel.kv_transport import KVChunk
+from shoal.parallel.request_id import RequestId
 from shoal.runtime.engine.build import TRANSFER_TIMEOUT_S, build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
 from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
+from tests.support.answers import Answers
 from tests.support.invariance import bits
-from tests.support.split import MemoryTransport, Published, Split, flip_a_byte, generated_by
+from tests.support.split import MemoryTransport, Published, Split, flip_a_byte
 
 OTHER_MODEL = "KV cache fingerprint mismatch: the sender runs another model, dtype or kernel backend"
 
@@ -88,12 +90,12 @@ def requests() -> list[Request]:
 def expected(model_dir: Path, asked: list[Request], **settings: Any) -> dict[str, tuple[Any, ...]]:
     """What one engine answers."""
     engine = make_engine(model_dir, None, **settings)
+    answers = Answers(asked)
     for one in asked:
         engine.add_request(one)
-    finished: dict[str, tuple[Any, ...]] = {}
     while engine.has_unfinished:
-        finished |= {o.request_id: bits(o) for o in engine.step().outputs if o.finished}
-    return finished
+        answers.take(engine.step().outputs)
+    return {name: bits(output) for name, output in answers.finished.items()}
 
 
 @pytest.mark.parametrize(
@@ -170,16 +172,13 @@ def test_what_the_decode_side_has_is_not_read_again(model_dir: Path) -> None:
 def test_a_resumed_request_goes_on_after_what_it_had(model_dir: Path) -> None:
     asked = [r for r in requests() if r.params.max_tokens != 1]
     reference = make_engine(model_dir, None)
-    generated: dict[str, list[GeneratedTokens]] = {r.request_id: [GeneratedTokens()] * r.params.n for r in asked}
+    answers = Answers(asked)
     for one in asked:
-        reference.add_request(replace(one, report_progress=True))
+        reference.add_request(one)
     for _ in range(5):
-        reference.step()
-        for p in reference.take_progress():
-            row = generated[p.request_id]
-            row[p.index] = row[p.index].extended(p.new)
+        answers.take([*reference.step().outputs, *reference.take_outputs()])
     split, published, _ = make_split(model_dir)
-    outputs = split.run([replace(r, generated=tuple(generated[r.request_id])) for r in asked])
+    outputs = split.run([replace(r, generated=answers.responses[r.request_id].generated()) for r in asked])
     assert {i: bits(o) for i, o in outputs.items()} == expected(model_dir, asked)
     assert not published
 
@@ -224,16 +223,15 @@ def test_a_prefill_that_fails_leaves_what_was_loaded(model_dir: Path, num_chunks
     split.step_decode()
     split.step_decode()
     split.step_decode()
-    split.decode.end_prefill(request.request_id, None)
-    finished: dict[str, tuple[Any, ...]] = {}
+    split.decode.end_prefill(request.id, None)
+    answers = Answers([request])
     computed = 0
-    while not finished:
-        result = split.decode.step()
-        finished = {o.request_id: bits(o) for o in result.outputs}
+    while not answers.finished:
+        answers.take(split.decode.step().outputs)
         computed += 1
-    assert finished == expected(model_dir, [request])
+    assert {name: bits(output) for name, output in answers.finished.items()} == expected(model_dir, [request])
     assert split.decode.scheduler.prefix_cache_hits == 0
-    split.prefill.abort(request.request_id)
+    split.prefill.abort(request.id)
     assert split.prefill.scheduler.transfer_buffer.num_tokens == 0
 
 
@@ -250,11 +248,11 @@ def test_a_resumed_request_without_records_goes_on_after_what_it_had(model_dir: 
     if ends == "no news":
         clock.now += TRANSFER_TIMEOUT_S + 1
     else:
-        split.decode.end_prefill("greedy", None)
-    finished: dict[str, tuple[Any, ...]] = {}
-    while not finished:
-        finished = {o.request_id: bits(o) for o in split.decode.step().outputs}
-    assert finished == whole
+        split.decode.end_prefill(request.id, None)
+    answers = Answers([request])
+    while not answers.finished:
+        answers.take(split.decode.step().outputs)
+    assert {name: bits(output) for name, output in answers.finished.items()} == whole
 
 
 def test_no_news_for_too_long(model_dir: Path) -> None:
@@ -293,8 +291,8 @@ def test_aborted_in_every_state(model_dir: Path) -> None:
         for _ in range(num_steps):
             split.step_prefill()
             split.step_decode()
-        split.prefill.abort("greedy")
-        split.decode.abort("greedy")
+        split.prefill.abort(RequestId("greedy"))
+        split.decode.abort(RequestId("greedy"))
         for engine in (split.prefill, split.decode):
             assert not engine.has_unfinished
             assert not engine.scheduler.has_unfinished
@@ -339,6 +337,7 @@ def test_the_first_tokens_are_those_of_one_engine(model_dir: Path) -> None:
     asked = requests()
     split.run(asked)
     whole = expected(model_dir, asked)
-    for request_id, output in split.prefilled.items():
-        for index, tokens in enumerate(generated_by(output)):
+    assert split.prefilled
+    for request_id, first in split.prefilled.items():
+        for index, tokens in enumerate(first):
             assert tokens.token_ids == whole[request_id][index][1][:1]
