@@ -11,7 +11,6 @@ keys as integers.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -65,8 +64,6 @@ class Heartbeat(_Control, frozen=True, tag="beat"):
 
     num_steps: int
     """Grows while its loop makes progress; -1 outside the loop."""
-    counters: Mapping[str, float] | None = None
-    """The counters of its engine by name; None where there is no engine."""
 
 
 class Loaded(_Control, frozen=True, tag="loaded"):

@@ -213,7 +213,8 @@ def test_requests_beyond_the_limits_are_refused(model_dir: Path) -> None:
     engine.add_request(request("a", [5]))
     with pytest.raises(ValueError, match="already running"):
         engine.add_request(request("a", [5]))
-    assert run(engine)["a"].finished
+    engine.abort(RequestId("a"))
+    assert run(engine, request("a", [5]))["a"].finished
 
 
 def test_output_ends_where_the_context_does(model_dir: Path) -> None:

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from shoal.runtime.scheduling.batch import EMPTY_BATCH, Batch
 from shoal.runtime.scheduling.block_manager import BlockManager

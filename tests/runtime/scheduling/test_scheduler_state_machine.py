@@ -6,12 +6,13 @@ shared too early, too late, too widely or overwritten while in use shows up as a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
 from shoal.runtime.scheduling.batch import Batch, ScheduledSequence
 from shoal.runtime.scheduling.block_manager import BlockManager
