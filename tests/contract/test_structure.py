@@ -31,7 +31,7 @@ ROOMS = {
     "runtime": [
         "plain_numbers cgroup",
         "memory types checkpoint",
-        "request_limits tokenization",
+        "request_limits response tokenization",
         "scheduling sampling generation_config",
         "kv_cache",
         "models",
