@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .backends import Backend
 from .build import c_function, num_threads
 from .quant import BLOCK, BlockFP8Weight, quantize_token_groups_reference
-from .registry import Backend, Kernel, register
+from .registry import Kernel, register
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 FP8_CODE = 2

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Concatenate, Generic, Literal, ParamSpec, TypeVar, get_args
+from typing import Concatenate, Generic, ParamSpec, TypeVar, get_args
 
 import torch
 
 from . import attention, dispatch, experts, fp8_rows, indexer, kv_format, norm, quant, rope, sampling, topk_router
 from . import linear as gemm
-from .registry import Backend, Kernel, Vendor, check_vendors, find_kernel, load_kernels
+from .backends import Backend, KernelBackend
+from .registry import Kernel, check_vendors, find_kernel, load_kernels
+from .vendor import Vendor
 
-KernelBackend = Literal["auto", "cpu", "triton", "reference"]
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.kv_format import FP8_RECORDS
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import create_groups

@@ -22,15 +22,15 @@ from ..triton.experts import swiglu_triton
 from ..triton.indexer import index_topk_triton
 from ..triton.quant import quantize_token_groups_triton
 from ..triton.topk import topk_positions_triton
-from . import LIBRARIES
+from . import ModelProperties
 
 INDEX_HEADS = (32, 64)
 INDEX_PAGE_SIZE = 64
 
 
 def check(device: torch.device) -> None:
-    """ValueError unless the library is there and multiplies something on this device."""
-    library = LIBRARIES["deep_gemm"].load()
+    """ValueError unless the library computes a GEMM on this device."""
+    library = _library()
     rows = library.get_mk_alignment_for_contiguous_layout()
     x = torch.zeros(rows, BLOCK, dtype=torch.bfloat16, device=device).to(torch.float8_e4m3fn)
     w = torch.zeros(1, BLOCK, BLOCK, dtype=torch.bfloat16, device=device).to(torch.float8_e4m3fn)
@@ -41,6 +41,14 @@ def check(device: torch.device) -> None:
         library.m_grouped_fp8_gemm_nt_contiguous((x, scales), (w, torch.ones(1, 1, 1, device=device)), y, layout)
     except Exception as error:  # its checks are C++ exceptions
         raise ValueError(f"vendor_kernels deep_gemm: the library does not run on {device}: {error}") from error
+
+
+def check_model(model: ModelProperties) -> None:
+    """ValueError for a model whose experts or index scores DeepGEMM does not compute."""
+    check_scales(model.device, ue8m0=model.ue8m0_scales)
+    check_experts(model.hidden_size, model.moe_intermediate_size, in_blocks=model.block_fp8_weights)
+    if model.index_shape is not None and model.fp8_cache:
+        check_index(*model.index_shape, model.block_size)
 
 
 def check_index(num_heads: int, head_dim: int, page_size: int) -> None:

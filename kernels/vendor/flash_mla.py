@@ -16,7 +16,7 @@ from ..attention import PagedLayout
 from ..kv_format import FP8_RECORDS
 from ..registry import register
 from ..triton.attention import find_lists
-from . import LIBRARIES
+from . import ModelProperties
 
 LATENT_DIM, ROPE_DIM = 512, 64
 HEADS = (64, 128)
@@ -28,8 +28,8 @@ FP8_RECORD_BYTES = 656
 
 
 def check(device: torch.device) -> None:
-    """ValueError unless the library is there and attends to something on this device."""
-    library = LIBRARIES["flash_mla"].load()
+    """ValueError unless the library computes attention on this device."""
+    library = _library()
     q = torch.zeros(1, HEADS[0], LATENT_DIM + ROPE_DIM, dtype=torch.bfloat16, device=device)
     slots = torch.zeros(1, 1, LIST_MULTIPLE, dtype=torch.int32, device=device)
     try:
@@ -37,6 +37,18 @@ def check(device: torch.device) -> None:
         library.get_mla_metadata()
     except Exception as error:  # its checks are C++ exceptions and assertions
         raise ValueError(f"vendor_kernels flash_mla: the library does not run on {device}: {error}") from error
+
+
+def check_model(model: ModelProperties) -> None:
+    """ValueError for a model whose attention FlashMLA does not compute."""
+    check_attention(
+        model.dtype,
+        (model.kv_lora_rank, model.qk_rope_head_dim),
+        model.num_heads,
+        fp8=model.fp8_cache,
+        sparse=model.index_shape is not None,
+        page_size=model.block_size,
+    )
 
 
 def _library() -> ModuleType:

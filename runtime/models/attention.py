@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
+from shoal.kernels.backends import Backend
 from shoal.kernels.linear import PackedWeight, packed_num_bytes
-from shoal.kernels.registry import Backend
 from shoal.kernels.rope import Rotation
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, shard

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
+from shoal.kernels.backends import Backend
 from shoal.kernels.kv_format import FP8_RECORDS, read_latents
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from tests.support.ops import CPU_OPS, REFERENCE_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.fp8_rows import fp8_row_bytes
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")

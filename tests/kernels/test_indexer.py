@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
+from shoal.kernels.backends import Backend
 from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, scatter_index_keys
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.kv_format import (
     FP8_RECORDS,
     gather_index_keys,
@@ -18,7 +19,6 @@ from shoal.kernels.kv_format import (
     scatter_index_keys,
 )
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
 from tests.support.ops import CPU_OPS
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from shoal.kernels.rope import Rotation, YarnConfig, cos_sin_table, inv_freq, yarn_mscale
 from tests.support.ops import CPU_OPS, REFERENCE_OPS
 

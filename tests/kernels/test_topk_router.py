@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")

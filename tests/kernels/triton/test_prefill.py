@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
+from shoal.kernels.backends import Backend
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from shoal.kernels.triton.prefill import prefill_attention
 from shoal.kernels.triton.token_tiles import token_tiles
 from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
