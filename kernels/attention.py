@@ -22,7 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
+from .cpu_library import CFunction, num_threads
 from .kv_format import FP8_RECORDS, Records, latent_width, read_latents, records_args
 from .linear import DTYPE_CODES, PackedWeight
 from .registry import Kernel, register
@@ -52,7 +52,7 @@ class PagedArgs(ctypes.Structure):
     _fields_ = (("records", Records), ("layout", LayoutArgs))
 
 
-_MLA_ATTENTION = (
+shoal_mla_attention = CFunction(
     "shoal_mla_attention",
     c_int64,
     *[c_void_p, c_int64, c_int64] * 2,
@@ -65,7 +65,7 @@ _MLA_ATTENTION = (
     c_int64,
     POINTER(c_int64),
 )
-_MHA_ATTENTION = (
+shoal_mha_attention = CFunction(
     "shoal_mha_attention",
     c_int64,
     *[c_void_p, c_int64, c_int64],
@@ -281,7 +281,7 @@ def _mla_attention_cpu(
     num_tokens, num_heads, latent_dim = q_latent.shape
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     status = c_int64()
-    c_function(*_MLA_ATTENTION)(
+    shoal_mla_attention(
         DTYPE_CODES[q_latent.dtype],
         q_latent.data_ptr(),
         q_latent.stride(0),
@@ -313,7 +313,7 @@ def _mha_attention_cpu(
     num_tokens, num_heads, key_dim = q.shape
     out = q.new_empty(num_tokens, num_heads, w_uv.out_features)
     status = c_int64()
-    c_function(*_MHA_ATTENTION)(
+    shoal_mha_attention(
         DTYPE_CODES[q.dtype],
         q.data_ptr(),
         q.stride(0),

@@ -14,12 +14,14 @@ from ctypes import byref, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
+from .cpu_library import CFunction, num_threads
 from .registry import Kernel, register
 
-_GROUP = ("shoal_group_pairs", c_void_p, c_int64, c_int64, c_void_p, c_int64, *[c_void_p] * 3)
-_PACK = ("shoal_pack_segments", *[c_void_p, c_int64, c_int64] * 2, *[c_void_p] * 2, c_int64, *[c_void_p] * 4, c_int64)
-_UNPACK = ("shoal_unpack_segments", c_void_p, *[c_int64] * 3, *[c_void_p] * 5)
+shoal_group_pairs = CFunction("shoal_group_pairs", c_void_p, c_int64, c_int64, c_void_p, c_int64, *[c_void_p] * 3)
+shoal_pack_segments = CFunction(
+    "shoal_pack_segments", *[c_void_p, c_int64, c_int64] * 2, *[c_void_p] * 2, c_int64, *[c_void_p] * 4, c_int64
+)
+shoal_unpack_segments = CFunction("shoal_unpack_segments", c_void_p, *[c_int64] * 3, *[c_void_p] * 5)
 _HEAD = struct.Struct("=ii")  # number of rows, number of pairs
 _ALIGNMENT = 8
 """Alignment of a send buffer's segments, in bytes."""
@@ -97,7 +99,7 @@ def _group_pairs_cpu(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple
     tokens, top_k = topk_idx.shape
     token_of = topk_idx.new_empty(topk_idx.numel())
     counts, row_of = topk_idx.new_empty(num_slots), torch.empty_like(topk_idx)
-    c_function(*_GROUP)(
+    shoal_group_pairs(
         topk_idx.data_ptr(),
         tokens,
         top_k,
@@ -121,7 +123,7 @@ def _pack_segments_cpu(
     capacity = num_ranks * (_HEAD.size + _ALIGNMENT) + 8 * topk_idx.numel() + most_rows * row_bytes
     buffer = torch.empty(capacity, dtype=torch.uint8)
     sizes, row_of = torch.empty(2, num_ranks, dtype=torch.int64), torch.empty_like(topk_idx)
-    c_function(*_PACK)(
+    shoal_pack_segments(
         x.data_ptr(),
         x.stride(0) * x.element_size(),
         row_bytes,
@@ -154,7 +156,7 @@ def _unpack_segments_cpu(
     counts, x_row, arrival = (torch.empty(n, dtype=torch.int64) for n in (num_slots, num_pairs, num_pairs))
     pointers = (c_void_p * len(segments))(*(segment.data_ptr() for segment in segments))
     status = c_int64()
-    c_function(*_UNPACK)(
+    shoal_unpack_segments(
         pointers,
         len(segments),
         rows.shape[1] * rows.element_size(),

@@ -10,7 +10,7 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
+from .cpu_library import CFunction, num_threads
 from .linear import DTYPE_CODES
 from .quant import BLOCK, FP8_MAX
 from .registry import Kernel, register
@@ -18,8 +18,8 @@ from .registry import Kernel, register
 MIN_AMAX = 1e-4
 """A group's largest magnitude counts as at least that."""
 
-_QUANTIZE = ("shoal_quantize_rows", c_int64, c_void_p, *[c_int64] * 3, *[c_void_p] * 2, c_int64)
-_DEQUANTIZE = ("shoal_dequantize_rows", c_int64, *[c_void_p] * 2, *[c_int64] * 2, c_void_p, c_int64)
+shoal_quantize_rows = CFunction("shoal_quantize_rows", c_int64, c_void_p, *[c_int64] * 3, *[c_void_p] * 2, c_int64)
+shoal_dequantize_rows = CFunction("shoal_dequantize_rows", c_int64, *[c_void_p] * 2, *[c_int64] * 2, c_void_p, c_int64)
 
 
 def fp8_row_bytes(columns: int) -> int:
@@ -62,7 +62,7 @@ def _quantize_rows_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
     scales = torch.empty(x.shape[0], -(-x.shape[1] // BLOCK))
     threads = num_threads(x.numel())
-    c_function(*_QUANTIZE)(
+    shoal_quantize_rows(
         DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), *x.shape, q.data_ptr(), scales.data_ptr(), threads
     )
     return q, scales
@@ -73,7 +73,7 @@ def _dequantize_rows_cpu(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
     q, scales = q.contiguous(), scales.contiguous()
     out = torch.empty(q.shape, dtype=dtype)
     threads = num_threads(q.numel())
-    c_function(*_DEQUANTIZE)(DTYPE_CODES[dtype], q.data_ptr(), scales.data_ptr(), *q.shape, out.data_ptr(), threads)
+    shoal_dequantize_rows(DTYPE_CODES[dtype], q.data_ptr(), scales.data_ptr(), *q.shape, out.data_ptr(), threads)
     return out
 
 

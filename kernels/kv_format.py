@@ -25,7 +25,7 @@ from ctypes import POINTER, byref, c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
+from .cpu_library import CFunction, num_threads
 from .fp8_rows import dequantize_rows_reference, fp8_row_bytes, quantize_rows_reference
 from .linear import DTYPE_CODES
 from .norm import layer_norm_reference, rms_norm_reference
@@ -51,7 +51,7 @@ class IndexKeys(ctypes.Structure):
     )
 
 
-_WRITE_LATENTS = (
+shoal_write_latents = CFunction(
     "shoal_write_latents",
     c_int64,
     c_void_p,
@@ -67,7 +67,7 @@ _WRITE_LATENTS = (
     c_int64,
     POINTER(c_int64),
 )
-_WRITE_INDEX_KEYS = (
+shoal_write_index_keys = CFunction(
     "shoal_write_index_keys",
     c_int64,
     c_void_p,
@@ -241,7 +241,7 @@ def _write_latents_cpu(
     assert records.stride(1) == 1
     assert kv.stride(1) == 1
     status = c_int64()
-    c_function(*_WRITE_LATENTS)(
+    shoal_write_latents(
         DTYPE_CODES[kv.dtype],
         kv.data_ptr(),
         kv.stride(0),
@@ -274,7 +274,7 @@ def _write_index_keys_cpu(
 ) -> None:
     assert k.stride(1) == 1
     status = c_int64()
-    c_function(*_WRITE_INDEX_KEYS)(
+    shoal_write_index_keys(
         DTYPE_CODES[k.dtype],
         k.data_ptr(),
         k.stride(0),

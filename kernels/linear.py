@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .build import c_function, num_threads
+from .cpu_library import CFunction, num_threads
 from .quant import BLOCK, BlockFP8Weight, quantize_token_groups_reference
 from .registry import Kernel, register
 
@@ -32,9 +32,11 @@ PANEL = 16
 ALIGNMENT = 16
 """Bytes that the rows of Triton's weights are padded to a multiple of."""
 
-_PACK = ("shoal_pack_weight", c_int64, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4)
-_PACK_FP8 = ("shoal_pack_fp8", c_int64, *[c_void_p] * 3, *[c_int64] * 3)
-_LINEAR = ("shoal_linear", *[c_int64] * 2, c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p, *[c_int64] * 7)
+shoal_pack_weight = CFunction("shoal_pack_weight", c_int64, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4)
+shoal_pack_fp8 = CFunction("shoal_pack_fp8", c_int64, *[c_void_p] * 3, *[c_int64] * 3)
+shoal_linear = CFunction(
+    "shoal_linear", *[c_int64] * 2, c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p, *[c_int64] * 7
+)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def _pack_weight_cpu(w: Tensor) -> Tensor:
     batch, n, k = w.shape
     width = 2 if w.dtype == torch.bfloat16 else 1
     data = w.new_empty(batch, -(-n // PANEL), -(-k // width), PANEL, width)
-    c_function(*_PACK)(
+    shoal_pack_weight(
         DTYPE_CODES[w.dtype],
         w.data_ptr(),
         w.stride(0),
@@ -223,7 +225,7 @@ def _pack_fp8_cpu(w: BlockFP8Weight, dtype: torch.dtype) -> PackedWeight:
     values, scales = w.values.contiguous(), w.scales.contiguous()
     panel_bytes = PANEL * (-(-k // width) * width + 4 * -(-k // BLOCK))
     data = torch.empty(1, -(-n // PANEL), panel_bytes, dtype=torch.uint8)
-    c_function(*_PACK_FP8)(
+    shoal_pack_fp8(
         DTYPE_CODES[dtype], values.data_ptr(), scales.data_ptr(), data.data_ptr(), n, k, num_threads(values.numel())
     )
     return PackedWeight(data, 1, n, k, dtype, "cpu", is_fp8=True)
@@ -251,7 +253,7 @@ def _batched_linear_cpu(x: Tensor, w: PackedWeight) -> Tensor:
 
 def _multiply(x: Tensor, x_strides: tuple[int, int], w: PackedWeight, y: Tensor, y_strides: tuple[int, int]) -> None:
     """y[b, i] = x[b, i] w[b]^T for all matrices b and rows i; strides are those of b and i."""
-    c_function(*_LINEAR)(
+    shoal_linear(
         DTYPE_CODES[x.dtype],
         DTYPE_CODES[y.dtype],
         x.data_ptr(),

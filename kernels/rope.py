@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
+from .cpu_library import CFunction, num_threads
 from .linear import DTYPE_CODES
 from .registry import Kernel, register
 
-_APPLY_ROPE = (
+shoal_apply_rope = CFunction(
     "shoal_apply_rope",
     c_int64,
     c_void_p,
@@ -134,7 +134,7 @@ def _apply_rope_cpu(x: Tensor, rotation: Rotation) -> Tensor:
     table, positions = rotation.table.contiguous(), rotation.positions.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     status = torch.zeros(1, dtype=torch.int64)
-    c_function(*_APPLY_ROPE)(
+    shoal_apply_rope(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
         x.stride(0),

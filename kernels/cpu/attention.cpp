@@ -322,3 +322,4 @@ extern "C" void shoal_mla_attention(int64_t dtype, const void* q_latent, int64_t
     *status = mla_attention(attention, num_threads);
   });
 }
+SHOAL_EXPORT(shoal_mla_attention)

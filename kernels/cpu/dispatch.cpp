@@ -48,6 +48,7 @@ void shoal_group_pairs(const int64_t* topk_idx, int64_t tokens, int64_t top_k, c
     if (row_of[i] >= 0) token_of[row_of[i]] = i / top_k;
   }
 }
+SHOAL_EXPORT(shoal_group_pairs)
 
 // One segment for each rank, each starting at the next multiple of 8 bytes:
 //   int32 number of rows, number of pairs | int32 row of each pair | int32 local slot of each pair | rows
@@ -96,6 +97,7 @@ void shoal_pack_segments(const char* x, int64_t stride, int64_t row_bytes, const
   }
   copy_rows(copies, row_bytes, num_threads);
 }
+SHOAL_EXPORT(shoal_pack_segments)
 
 // Copies the segments' rows into one matrix. x_row[i] is the row there of pair i, and arrival[i] the place among the
 // arrivals of pair i, for pairs in slot order, arrival order within a slot. Sets `status` to 1, and does nothing else,
@@ -125,5 +127,6 @@ void shoal_unpack_segments(const char* const* segments, int64_t num_segments, in
     first_row += rows;
   }
 }
+SHOAL_EXPORT(shoal_unpack_segments)
 
 }  // extern "C"

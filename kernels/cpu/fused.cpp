@@ -7,33 +7,37 @@
 
 namespace shoal {
 
-// How many threads an operation of `work` multiply-adds gets; kernels/build.py has the same rule.
+// How many threads an operation of `work` multiply-adds gets; kernels/cpu_library.py has the same rule.
 struct Threads {
+  static constexpr const char* abi_name = "Threads";
   int64_t count, min_parallel_work;
   int64_t operator()(int64_t work) const { return work >= min_parallel_work ? count : 1; }
 };
 
 // A packed weight and the code of its format.
-struct Weight {
+struct PackedWeightArgs {
+  static constexpr const char* abi_name = "PackedWeightArgs";
   const void* data;
   int64_t format;
 };
 
 // Sizes and weights of one layer's attention, the norm before it included.
 struct FusedAttention {
+  static constexpr const char* abi_name = "FusedAttention";
   int64_t dtype, hidden_size, num_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim;
   // q_lora_rank 0: w_a is kv_a alone, w_q multiplies the hidden states and there is no q_a_norm
   int64_t rope_interleave, rope_rows;
   const float *input_norm, *q_a_norm, *kv_a_norm, *rope_table;
-  Weight w_a, w_q, w_uk, w_uk_absorbed, w_uv, w_o;  // w_a: q_a over kv_a; uk and uv are of `dtype`
+  PackedWeightArgs w_a, w_q, w_uk, w_uk_absorbed, w_uv, w_o;  // w_a: q_a over kv_a; uk and uv are of `dtype`
   int64_t index_n_heads, index_head_dim, index_topk, index_rope_interleave;  // no heads: no indexer
-  Weight index_wq_b, index_wk;
+  PackedWeightArgs index_wq_b, index_wk;
   const float *index_k_norm, *index_k_norm_bias, *index_weights_proj;
   float index_weight_scale, rms_norm_eps, latent_norm_eps, scale;
 };
 
 // The arguments that change from step to step. Tokens of the MHA form come first.
 struct StepArgs {
+  static constexpr const char* abi_name = "StepArgs";
   int64_t num_tokens, num_mha_tokens;
   const int64_t *positions, *slots;
   LayoutArgs mha, mqa;
@@ -41,11 +45,12 @@ struct StepArgs {
 };
 
 struct FusedMoE {
+  static constexpr const char* abi_name = "FusedMoE";
   int64_t dtype, hidden_size, moe_intermediate_size, n_routed_experts, num_slots, n_group, topk_group, num_experts_per_tok,
       norm_topk_prob, shared_intermediate_size;  // 0: no shared expert
   const float *post_attention_norm, *gate, *bias;
   const int64_t* slot_of;
-  Weight gate_up, down, shared_gate_up, shared_down;
+  PackedWeightArgs gate_up, down, shared_gate_up, shared_down;
   float rms_norm_eps, routed_scaling_factor;
 };
 
@@ -126,12 +131,12 @@ class AttentionStep {
     return x;
   }
 
-  void linear(const T* x, int64_t x_row, Weight w, T* out, int64_t m, int64_t n, int64_t k) const {
+  void linear(const T* x, int64_t x_row, PackedWeightArgs w, T* out, int64_t m, int64_t n, int64_t k) const {
     shoal_linear(b_.dtype, b_.dtype, x, 0, x_row, w.data, w.format, out, 0, n, 1, m, n, k, s_.threads(m * n * k));
   }
 
   // y[:, b] = x[:, b] w[b] for all heads b; x's rows are `x_head` apart.
-  void batched_linear(const T* x, int64_t x_head, Weight w, T* out, int64_t m, int64_t n, int64_t k) const {
+  void batched_linear(const T* x, int64_t x_head, PackedWeightArgs w, T* out, int64_t m, int64_t n, int64_t k) const {
     const int64_t heads = b_.num_heads;
     shoal_linear(b_.dtype, b_.dtype, x, x_head, heads * x_head, w.data, w.format, out, n, heads * n, heads, m, n, k,
                  s_.threads(heads * m * n * k));
@@ -281,6 +286,7 @@ extern "C" void shoal_fused_attention(const shoal::FusedAttention* block, const 
                        topk_indices, static_cast<T*>(out));
   });
 }
+SHOAL_EXPORT(shoal_fused_attention)
 
 extern "C" void shoal_fused_moe_route(const shoal::FusedMoE* block, const shoal::Threads* threads, int64_t num_tokens,
                                 const void* attended, const void* residual, void* new_residual, void* x,
@@ -292,6 +298,7 @@ extern "C" void shoal_fused_moe_route(const shoal::FusedMoE* block, const shoal:
               static_cast<T*>(new_residual), static_cast<T*>(x), topk_idx, topk_weights);
   });
 }
+SHOAL_EXPORT(shoal_fused_moe_route)
 
 extern "C" void shoal_fused_moe(const shoal::FusedMoE* block, const shoal::Threads* threads, int64_t num_tokens,
                                 const void* attended, const void* residual, void* new_residual, void* out) {
@@ -302,3 +309,21 @@ extern "C" void shoal_fused_moe(const shoal::FusedMoE* block, const shoal::Threa
               static_cast<T*>(new_residual), static_cast<T*>(out));
   });
 }
+SHOAL_EXPORT(shoal_fused_moe)
+
+SHOAL_STRUCT(Threads, FIELD(count), FIELD(min_parallel_work))
+SHOAL_STRUCT(PackedWeightArgs, FIELD(data), FIELD(format))
+SHOAL_STRUCT(FusedAttention, FIELD(dtype), FIELD(hidden_size), FIELD(num_heads), FIELD(q_lora_rank), FIELD(kv_lora_rank),
+             FIELD(qk_nope_head_dim), FIELD(qk_rope_head_dim), FIELD(v_head_dim), FIELD(rope_interleave), FIELD(rope_rows),
+             FIELD(input_norm), FIELD(q_a_norm), FIELD(kv_a_norm), FIELD(rope_table), FIELD(w_a), FIELD(w_q), FIELD(w_uk),
+             FIELD(w_uk_absorbed), FIELD(w_uv), FIELD(w_o), FIELD(index_n_heads), FIELD(index_head_dim),
+             FIELD(index_topk), FIELD(index_rope_interleave), FIELD(index_wq_b), FIELD(index_wk), FIELD(index_k_norm),
+             FIELD(index_k_norm_bias), FIELD(index_weights_proj), FIELD(index_weight_scale), FIELD(rms_norm_eps),
+             FIELD(latent_norm_eps), FIELD(scale))
+SHOAL_STRUCT(StepArgs, FIELD(num_tokens), FIELD(num_mha_tokens), FIELD(positions), FIELD(slots), FIELD(mha), FIELD(mqa),
+             FIELD(threads))
+SHOAL_STRUCT(FusedMoE, FIELD(dtype), FIELD(hidden_size), FIELD(moe_intermediate_size), FIELD(n_routed_experts),
+             FIELD(num_slots), FIELD(n_group), FIELD(topk_group), FIELD(num_experts_per_tok), FIELD(norm_topk_prob),
+             FIELD(shared_intermediate_size), FIELD(post_attention_norm), FIELD(gate), FIELD(bias), FIELD(slot_of),
+             FIELD(gate_up), FIELD(down), FIELD(shared_gate_up), FIELD(shared_down), FIELD(rms_norm_eps),
+             FIELD(routed_scaling_factor))

@@ -264,3 +264,4 @@ extern "C" void shoal_mha_attention(int64_t dtype, const void* q, int64_t token_
     *status = mha_attention(attention, num_threads);
   });
 }
+SHOAL_EXPORT(shoal_mha_attention)

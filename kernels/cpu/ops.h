@@ -1,6 +1,7 @@
 // The operations of the C interface that fused.cpp is made of; the files that define them say what they do.
 #pragma once
 
+#include "abi.h"
 #include "paged.h"
 
 extern "C" {

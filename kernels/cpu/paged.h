@@ -13,6 +13,7 @@ enum Status : int64_t { kOk = 0, kOutOfRange = 1 };
 
 // The records of a layer, rows `stride` bytes apart: rows of the dtype that is computed in, or in the FP8 format.
 struct Records {
+  static constexpr const char* abi_name = "Records";
   char* data;
   int64_t stride, num_slots, fp8;
 
@@ -27,6 +28,7 @@ struct Place {
 
 // The tokens of a step and where their sequences' blocks are, as Python's PagedLayout passes them.
 struct LayoutArgs {
+  static constexpr const char* abi_name = "LayoutArgs";
   const int32_t* block_tables;  // [B, max_blocks]
   int64_t max_blocks, block_size;
   const int32_t* cu_seqlens_q;  // [B + 1]
@@ -47,6 +49,7 @@ struct LayoutArgs {
 
 // The same with the records of a layer.
 struct PagedArgs {
+  static constexpr const char* abi_name = "PagedArgs";
   Records records;
   LayoutArgs layout;
 
@@ -65,6 +68,7 @@ struct IndexKey {
 // The index keys of a layer, a page of numbers and then scales for each block; without scales in the dtype that is
 // computed in.
 struct IndexKeys {
+  static constexpr const char* abi_name = "IndexKeys";
   char* pages;
   int64_t num_blocks, block_size, data_bytes, scale_bytes;  // the last two of a key
 

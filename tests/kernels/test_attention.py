@@ -186,7 +186,7 @@ def test_any_chunking_gives_the_same_bits(
     sequences = Sequences([length], dtype, form, heads=heads)
     whole = sequences.run([(0, length)])
     assert not whole.isnan().any()
-    monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 2**60)  # many small calls: one thread each
+    monkeypatch.setattr("shoal.kernels.cpu_library.MIN_PARALLEL_WORK", 2**60)  # many small calls: one thread each
     for step in (1, 7, 64, 100) if length < 1000 else (500, 513):
         chunks = [sequences.run([(start, min(start + step, length))]) for start in range(0, length, step)]
         assert torch.equal(torch.cat(chunks), whole)
@@ -209,7 +209,7 @@ def test_many_heads_are_independent(dtype: torch.dtype, heads: int) -> None:
 def test_company_block_size_placement_and_threads_change_nothing(
     dtype: torch.dtype, form: Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr("shoal.kernels.cpu_library.MIN_PARALLEL_WORK", 0)
     sequences = Sequences([70, 1, 130, 9, 64, 65], dtype, form)
     expected = [sequences.whole(b) for b in range(6)]
     spans = [(69, 70), (0, 1), (0, 130), (9, 9), (60, 64), (3, 65)]

@@ -142,7 +142,7 @@ def test_topk_of_paged_keys_matches_scores_and_sort(
 def test_a_token_selects_the_same_in_any_company_block_size_and_thread_count(
     dtype: torch.dtype, records_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr("shoal.kernels.cpu_library.MIN_PARALLEL_WORK", 0)
     torch.manual_seed(1)
     keys = _keys((150, 33), 8, dtype)
     spans = [(60, 150), (32, 33)]
