@@ -30,7 +30,7 @@ from .fp8_rows import dequantize_rows_reference, fp8_row_bytes, quantize_rows_re
 from .linear import DTYPE_CODES
 from .norm import layer_norm_reference, rms_norm_reference
 from .registry import Kernel, register
-from .rope import Rotation, apply_rope_reference
+from .rope import RopeTable, apply_rope_reference
 
 FP8_RECORDS = torch.uint8
 """The dtype of records and index keys in FP8."""
@@ -176,23 +176,23 @@ def write_latents(
     kv: Tensor,
     norm: Tensor,
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     """records[slots[t]] = rms_norm(latent) | apply_rope(rope key) | as before, where kv[t] = [latent | rope key].
 
-    records: in kv's dtype or in FP8; slots: [T] int64; kv: [T, Dl + Dr]; norm: [Dl] fp32; rotation: of Dr columns.
+    records: in kv's dtype or in FP8; slots: [T] int64; kv: [T, Dl + Dr]; norm: [Dl] fp32; rope: of Dr columns.
     Slots are written once. The bits are those of `rms_norm`, `apply_rope` and `quantize_rows_fp8`. ValueError for a
     slot outside the records or a position outside the table.
     """
     latent_dim = norm.shape[0]
-    width = latent_width(records.dtype, latent_dim, rotation.dim)
-    _check_rows("write_latents", kv, latent_dim + rotation.dim, slots, rotation)
+    width = latent_width(records.dtype, latent_dim, rope.dim)
+    _check_rows("write_latents", kv, latent_dim + rope.dim, slots, rope)
     if records.dim() != 2 or records.shape[1] < width or records.dtype not in (kv.dtype, FP8_RECORDS):
         raise ValueError(
             f"write_latents needs records [num_slots, >= {width}] in {kv.dtype} or in {FP8_RECORDS}, got "
             f"{list(records.shape)} in {records.dtype}"
         )
-    kernel.run(records, slots, kv, norm, eps, rotation)
+    kernel.run(records, slots, kv, norm, eps, rope)
 
 
 def write_index_keys(
@@ -202,7 +202,7 @@ def write_index_keys(
     k: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     """Index key of slots[t] = layer_norm(k[t]), first Dr columns then rotated.
 
@@ -210,17 +210,17 @@ def write_index_keys(
     each [D] fp32; the others as in `write_latents`. ValueError for a slot outside the pages or a position outside the
     table.
     """
-    _check_rows("write_index_keys", k, norm[0].shape[0], slots, rotation)
+    _check_rows("write_index_keys", k, norm[0].shape[0], slots, rope)
     index_page_size("write_index_keys", keys, k.shape[1], k.dtype)
-    kernel.run(keys, slots, k, norm, eps, rotation)
+    kernel.run(keys, slots, k, norm, eps, rope)
 
 
-def _check_rows(op: str, rows: Tensor, columns: int, slots: Tensor, rotation: Rotation) -> None:
+def _check_rows(op: str, rows: Tensor, columns: int, slots: Tensor, rope: RopeTable) -> None:
     if rows.dim() != 2 or rows.shape[1] != columns or rows.dtype not in DTYPE_CODES:
         raise ValueError(
             f"{op} needs rows [T, {columns}] in float32 or in bfloat16, got {list(rows.shape)} in {rows.dtype}"
         )
-    for name, tensor in (("slots", slots), ("positions", rotation.positions)):
+    for name, tensor in (("slots", slots), ("positions", rope.positions)):
         if tensor.shape != rows.shape[:1] or tensor.dtype != torch.int64:
             raise ValueError(f"{op}: {name} must be [{rows.shape[0]}] int64, got {list(tensor.shape)} {tensor.dtype}")
 
@@ -236,7 +236,7 @@ def _write_latents_cpu(
     kv: Tensor,
     norm: Tensor,
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     assert records.stride(1) == 1
     assert kv.stride(1) == 1
@@ -247,13 +247,13 @@ def _write_latents_cpu(
         kv.stride(0),
         kv.shape[0],
         norm.shape[0],
-        rotation.dim,
+        rope.dim,
         norm.data_ptr(),
         eps,
-        rotation.table.data_ptr(),
-        rotation.table.shape[0],
-        rotation.positions.data_ptr(),
-        int(rotation.interleaved),
+        rope.table.data_ptr(),
+        rope.table.shape[0],
+        rope.positions.data_ptr(),
+        int(rope.interleaved),
         byref(records_args(records)),
         slots.data_ptr(),
         num_threads(kv.numel()),
@@ -270,7 +270,7 @@ def _write_index_keys_cpu(
     k: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     assert k.stride(1) == 1
     status = c_int64()
@@ -279,14 +279,14 @@ def _write_index_keys_cpu(
         k.data_ptr(),
         k.stride(0),
         *k.shape,
-        rotation.dim,
+        rope.dim,
         norm[0].data_ptr(),
         norm[1].data_ptr(),
         eps,
-        rotation.table.data_ptr(),
-        rotation.table.shape[0],
-        rotation.positions.data_ptr(),
-        int(rotation.interleaved),
+        rope.table.data_ptr(),
+        rope.table.shape[0],
+        rope.positions.data_ptr(),
+        int(rope.interleaved),
         byref(index_keys_args(keys, k.shape[1])),
         slots.data_ptr(),
         num_threads(k.numel()),
@@ -303,11 +303,11 @@ def _write_latents_reference(
     kv: Tensor,
     norm: Tensor,
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     latent_dim = norm.shape[0]
     latent = rms_norm_reference(kv[:, :latent_dim], norm, eps)
-    k_rope = apply_rope_reference(kv[:, None, latent_dim:], rotation).squeeze(1)
+    k_rope = apply_rope_reference(kv[:, None, latent_dim:], rope).squeeze(1)
     if records.dtype == FP8_RECORDS:
         fields = [_quantized_bytes(latent), k_rope.bfloat16().contiguous().view(FP8_RECORDS)]
     else:
@@ -324,11 +324,11 @@ def _write_index_keys_reference(
     k: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     normed = layer_norm_reference(k, *norm, eps)
-    rotated = apply_rope_reference(normed[:, None, : rotation.dim], rotation).squeeze(1)
-    rows, dim = torch.cat([rotated, normed[:, rotation.dim :]], dim=1), k.shape[1]
+    rotated = apply_rope_reference(normed[:, None, : rope.dim], rope).squeeze(1)
+    rows, dim = torch.cat([rotated, normed[:, rope.dim :]], dim=1), k.shape[1]
     if keys.dtype == FP8_RECORDS:
         rows = _quantized_bytes(rows)
     _check_slots("write_index_keys", slots, keys.numel() // rows.shape[1])

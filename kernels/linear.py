@@ -92,7 +92,7 @@ def pack_weight(
         if backend == "cpu":
             return _pack_fp8_cpu(w, dtype)
         if backend == "triton" and dtype == torch.bfloat16:
-            rows = w.scales[::BLOCK] if w.in_blocks else torch.nn.functional.pad(w.scales, (0, 0, 0, BLOCK))
+            rows = w.scales[::BLOCK] if w.is_block_aligned else torch.nn.functional.pad(w.scales, (0, 0, 0, BLOCK))
             return _packed_fp8(kernel, w.values.unsqueeze(0), rows.unsqueeze(0), ue8m0=ue8m0)
         w = w.dequantize(dtype)
     if w.dim() not in (2, 3) or w.dtype not in DTYPE_CODES:
@@ -288,7 +288,7 @@ def multiply_reference(x: Tensor, w: PackedWeight, index: int) -> Tensor:
     q, scales = quantize_token_groups_reference(rows, w.ue8m0)
     wide = q.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : w.in_features]
     if w.has_row_scales:
-        stored = BlockFP8Weight(w.data[index], w.scale_inv[index, : w.out_features], in_blocks=False)
+        stored = BlockFP8Weight(w.data[index], w.scale_inv[index, : w.out_features], is_block_aligned=False)
     else:
         stored = BlockFP8Weight.of_rows(w.data[index], w.scale_inv[index])
     weight = stored.dequantize(torch.float32)

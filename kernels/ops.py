@@ -112,9 +112,9 @@ class Ops:
     topk_positions = Op(indexer.topk_positions)
 
     # Dispatch of tokens to experts
-    group_pairs = Op(dispatch.group_pairs)
-    pack_segments = Op(dispatch.pack_segments)
-    unpack_segments = Op(dispatch.unpack_segments)
+    permute_by_expert = Op(dispatch.permute_by_expert)
+    pack_send_buffers = Op(dispatch.pack_send_buffers)
+    unpack_recv_buffers = Op(dispatch.unpack_recv_buffers)
 
     # FP8
     quantize_token_groups = Op(quant.quantize_token_groups)

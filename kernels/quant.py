@@ -26,7 +26,7 @@ class BlockFP8Weight:
     """[N, K] float8_e4m3fn without NaN."""
     scales: Tensor
     """[N, ceil(K / 128)] float32."""
-    in_blocks: bool
+    is_block_aligned: bool
     """Rows 128 i .. 128 i + 127 have the same scales for every i, as nothing was cut or put together in between."""
 
     @classmethod
@@ -50,15 +50,17 @@ class BlockFP8Weight:
                 f"{list(needed)}, got {list(scale_inv.shape)}: is the block size 128 x 128?"
             )
         blocks = torch.arange(row_offset, row_offset + rows, device=scale_inv.device) // BLOCK
-        return cls(values, scale_inv[blocks], in_blocks=row_offset % BLOCK == 0)
+        return cls(values, scale_inv[blocks], is_block_aligned=row_offset % BLOCK == 0)
 
     @classmethod
     def cat(cls, parts: Sequence[BlockFP8Weight]) -> BlockFP8Weight:
         """One matrix over the other."""
         # as bytes: not every version of torch puts FP8 tensors together
         values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
-        in_blocks = all(p.in_blocks for p in parts) and all(len(p.values) % BLOCK == 0 for p in parts[:-1])
-        return cls(values, torch.cat([part.scales for part in parts]), in_blocks)
+        is_block_aligned = all(p.is_block_aligned for p in parts) and all(
+            len(p.values) % BLOCK == 0 for p in parts[:-1]
+        )
+        return cls(values, torch.cat([part.scales for part in parts]), is_block_aligned)
 
     def to(self, device: torch.device) -> BlockFP8Weight:
         return replace(self, values=self.values.to(device), scales=self.scales.to(device))

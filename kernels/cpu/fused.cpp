@@ -256,7 +256,7 @@ void fused_moe(const FusedMoE& b, const Threads& threads, int64_t t, const T* at
   fused_moe_route(b, threads, t, attended, residual, new_residual, x, topk_idx, weights);
   T* y = reserve<T>(memory.large[0], pairs * h);
   T* hidden = reserve<T>(memory.large[1], std::max(pairs * inner, t * b.shared_intermediate_size));
-  shoal_group_pairs(topk_idx, t, top_k, b.slot_of, b.num_slots, counts, row_of, token_of);
+  shoal_permute_by_expert(topk_idx, t, top_k, b.slot_of, b.num_slots, counts, row_of, token_of);
   shoal_experts_mlp(b.dtype, x, h, token_of, counts, b.num_slots, b.gate_up.data, b.gate_up.format, b.down.data,
                     b.down.format, hidden, y, nullptr, h, inner, threads(3 * pairs * inner * h));
   T* shared = nullptr;

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import register
-from ..rope import Rotation
+from ..rope import RopeTable
 from .launch import has_fp8, round_to
 from .norm import rms_norm_rows
 from .quant import group_maximum, group_scale, to_e4m3
@@ -66,7 +66,7 @@ def _rope_kernel(
 
 
 @register("apply_rope", "triton")
-def _apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
+def _apply_rope(x: Tensor, rope: RopeTable) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     num_tokens, num_heads, dim = x.shape
     _check_width(dim)
@@ -75,16 +75,16 @@ def _apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
         heads = min(triton.next_power_of_2(num_heads), max(1, 8192 // dim))
         _rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
             x,
-            rotation.table.contiguous(),
-            rotation.positions.contiguous(),
+            rope.table.contiguous(),
+            rope.positions.contiguous(),
             out,
             x.stride(0),
             x.stride(1),
             num_heads,
-            rotation.table.shape[0],
+            rope.table.shape[0],
             HEADS=heads,
             HALF=dim // 2,
-            INTERLEAVED=rotation.interleaved,
+            INTERLEAVED=rope.interleaved,
             num_warps=min(8, max(1, heads * dim // 1024)),
             enable_fp_fusion=False,  # each operation rounds
         )
@@ -167,13 +167,13 @@ def _write_latents(
     kv: Tensor,
     norm: Tensor,
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     latent = rms_norm_rows(kv[:, : norm.shape[0]], norm, eps)
-    _write_records(latent, kv[:, norm.shape[0] :], rotation, slots, records)
+    _write_records(latent, kv[:, norm.shape[0] :], rope, slots, records)
 
 
-def _write_records(latent: Tensor, rope_key: Tensor, rotation: Rotation, slots: Tensor, records: Tensor) -> None:
+def _write_records(latent: Tensor, rope_key: Tensor, rope: RopeTable, slots: Tensor, records: Tensor) -> None:
     """The normed latent and the turned rope key; a position outside the table is NaN, a slot is not checked."""
     num_tokens, latent_dim = latent.shape
     if not num_tokens:
@@ -181,8 +181,8 @@ def _write_records(latent: Tensor, rope_key: Tensor, rotation: Rotation, slots: 
     _check_width(rope_key.shape[1])
     latent = latent if latent.stride(1) == 1 else latent.contiguous()
     rope_key = rope_key if rope_key.stride(1) == 1 else rope_key.contiguous()
-    inputs = (latent, rope_key, rotation.table.contiguous(), rotation.positions.contiguous(), slots.contiguous())
-    strides = (latent.stride(0), rope_key.stride(0), records.stride(0), rotation.table.shape[0], num_tokens)
+    inputs = (latent, rope_key, rope.table.contiguous(), rope.positions.contiguous(), slots.contiguous())
+    strides = (latent.stride(0), rope_key.stride(0), records.stride(0), rope.table.shape[0], num_tokens)
     grid = (triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),)
     half = rope_key.shape[1] // 2
     if records.dtype == torch.uint8:
@@ -197,7 +197,7 @@ def _write_records(latent: Tensor, rope_key: Tensor, rotation: Rotation, slots: 
             TOKENS=TOKENS_PER_PROGRAM,
             GROUPS=triton.next_power_of_2(groups),
             HALF=half,
-            INTERLEAVED=rotation.interleaved,
+            INTERLEAVED=rope.interleaved,
             NATIVE=native,
             num_warps=4,
             enable_fp_fusion=False,
@@ -211,7 +211,7 @@ def _write_records(latent: Tensor, rope_key: Tensor, rotation: Rotation, slots: 
             TOKENS=TOKENS_PER_PROGRAM,
             LATENT=triton.next_power_of_2(latent_dim),
             HALF=half,
-            INTERLEAVED=rotation.interleaved,
+            INTERLEAVED=rope.interleaved,
             num_warps=4,
             enable_fp_fusion=False,
         )

@@ -46,7 +46,7 @@ def check(device: torch.device) -> None:
 def check_model(model: ModelProperties) -> None:
     """ValueError for a model whose experts or index scores DeepGEMM does not compute."""
     check_scales(model.device, ue8m0=model.ue8m0_scales)
-    check_experts(model.hidden_size, model.moe_intermediate_size, in_blocks=model.block_fp8_weights)
+    check_experts(model.hidden_size, model.moe_intermediate_size, is_block_aligned=model.block_fp8_weights)
     if model.index_shape is not None and model.fp8_cache:
         check_index(*model.index_shape, model.block_size)
 
@@ -60,13 +60,13 @@ def check_index(num_heads: int, head_dim: int, page_size: int) -> None:
         )
 
 
-def check_experts(hidden_size: int, intermediate_size: int, *, in_blocks: bool) -> None:
+def check_experts(hidden_size: int, intermediate_size: int, *, is_block_aligned: bool) -> None:
     """ValueError for weights that DeepGEMM does not multiply by."""
-    if not in_blocks or hidden_size % BLOCK or intermediate_size % BLOCK:
+    if not is_block_aligned or hidden_size % BLOCK or intermediate_size % BLOCK:
         raise ValueError(
             f"deep_gemm multiplies by FP8 weights with a scale for each {BLOCK} x {BLOCK} block and whole blocks, the "
             f"model has hidden_size {hidden_size}, experts of {intermediate_size} and "
-            + ("FP8 weights" if in_blocks else "other weights")
+            + ("FP8 weights" if is_block_aligned else "other weights")
         )
 
 
@@ -96,8 +96,8 @@ def experts_mlp_deep_gemm(
     out_row: Tensor | None,
 ) -> Tensor:
     """Inputs of both products are quantised per row and 128 channels, as for Triton's kernels."""
-    in_blocks = all(w.scale_inv is not None and not w.has_row_scales for w in (gate_up, down))
-    check_experts(x.shape[1], down.in_features, in_blocks=in_blocks)
+    is_block_aligned = all(w.scale_inv is not None and not w.has_row_scales for w in (gate_up, down))
+    check_experts(x.shape[1], down.in_features, is_block_aligned=is_block_aligned)
     num_rows = len(x if x_row is None else x_row)
     if num_rows == 0:
         return torch.empty_like(x[:0])

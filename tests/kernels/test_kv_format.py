@@ -19,7 +19,7 @@ from shoal.kernels.kv_format import (
     scatter_index_keys,
 )
 from shoal.kernels.ops import Ops
-from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
+from shoal.kernels.rope import RopeTable, cos_sin_table, inv_freq
 from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
@@ -49,8 +49,8 @@ class Written:
     def write(self) -> Tensor:
         """The records."""
         kv = self.kv[:, : self.latent + self.rope]
-        rotation = Rotation(self.table, self.positions, True)
-        self.ops.write_latents(self.records, self.slots, kv, self.norm, 1e-6, rotation)
+        rope = RopeTable(self.table, self.positions, True)
+        self.ops.write_latents(self.records, self.slots, kv, self.norm, 1e-6, rope)
         return self.records[self.slots]
 
     def write_keys(self) -> Tensor:
@@ -61,7 +61,7 @@ class Written:
             self.k,
             self.key_norm,
             1e-6,
-            Rotation(self.table, self.positions, False),
+            RopeTable(self.table, self.positions, False),
         )
         return self.index_keys
 
@@ -71,9 +71,9 @@ class Written:
         rope = self.kv[:, None, self.latent : self.latent + self.rope]
         keys = self.ops.layer_norm(self.k, *self.key_norm, 1e-6)
         keys[:, : self.rope] = self.ops.apply_rope(
-            keys[:, None, : self.rope], Rotation(self.table, self.positions, False)
+            keys[:, None, : self.rope], RopeTable(self.table, self.positions, False)
         )[:, 0]
-        return latents, self.ops.apply_rope(rope, Rotation(self.table, self.positions, True))[:, 0], keys
+        return latents, self.ops.apply_rope(rope, RopeTable(self.table, self.positions, True))[:, 0], keys
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -144,7 +144,7 @@ def test_the_page_of_deepgemm_at_its_offsets() -> None:
     weight, bias, table = torch.ones(128), torch.zeros(128), cos_sin_table(inv_freq(64, 10000.0), 8)
     pages = torch.zeros(3, 64 * 132, dtype=torch.uint8)
     positions = torch.zeros(3, dtype=torch.int64)  # nothing turns
-    CPU_OPS.write_index_keys(pages, slots, k, (weight, bias), 1e-6, Rotation(table, positions, False))
+    CPU_OPS.write_index_keys(pages, slots, k, (weight, bias), 1e-6, RopeTable(table, positions, False))
     codes, scales = CPU_OPS.quantize_rows_fp8(CPU_OPS.layer_norm(k, weight, bias, 1e-6))
     expected = torch.zeros(3, 8448, dtype=torch.uint8)
     for row, (page, offset) in enumerate([(2, 63), (1, 0), (0, 5)]):

@@ -68,7 +68,7 @@ def row_kernels() -> Iterator[Case]:
     rank_types = rank_types | dict.fromkeys(("slot_of", "row_of", "row_places"), "*i64")
     rank_types = rank_types | {"totals": "*i32", "integers": "*i32", "num_chunks": "i32", "row_bytes": "i32!"}
     yield dispatch._route_kernel, rank_types, rank_blocks, {}
-    copy_types = {"x": "*bf16", "row_places": "*i64", "segments": "*bf16", "stride": "i32!", "width": "i32!"}
+    copy_types = {"x": "*bf16", "row_places": "*i64", "send_buffers": "*bf16", "stride": "i32!", "width": "i32!"}
     yield dispatch._copy_rows_kernel, copy_types, {"TOP_K": 8, "BLOCK": 1024}, {}
     sampling_types = {"logits": "*fp32", "highest": "*fp32", "stride": "i32!", "vocab_size": "i32!"}
     yield sampling._highest_kernel, {**sampling_types, "tokens": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8}

@@ -11,7 +11,7 @@ from torch import Tensor
 from shoal.kernels.kv_format import FP8_RECORDS
 from shoal.kernels.ops import Ops
 from shoal.kernels.registry import check_vendors
-from shoal.kernels.rope import Rotation
+from shoal.kernels.rope import RopeTable
 from shoal.kernels.vendor.flash_mla import check_attention, padded_heads
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.paging import Sequences, random_selection, to_device
@@ -62,7 +62,7 @@ def in_fp8(records: Tensor) -> Tensor:
     table = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], dim=1)
     slots = torch.arange(len(records))
     kv = records[:, :576].nan_to_num(0.0)
-    CPU_OPS.write_latents(stored, slots, kv, torch.ones(512), 1e-6, Rotation(table, torch.zeros_like(slots), True))
+    CPU_OPS.write_latents(stored, slots, kv, torch.ones(512), 1e-6, RopeTable(table, torch.zeros_like(slots), True))
     return stored
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, read_index_keys
 from shoal.kernels.ops import Ops
-from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
+from shoal.kernels.rope import RopeTable, cos_sin_table, inv_freq
 from shoal.kernels.triton.indexer import paged_scores
 from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
 from tests.kernels.triton.paging import Sequences, index_pages, to_device
@@ -182,8 +182,8 @@ def test_keys_are_written_like_those_of_the_reference(
     def written(ops: Ops, device: str) -> Tensor:
         pages = torch.zeros(2, 6 * index_key_width(dtype, dim), dtype=dtype, device=device)
         weight, bias = (x.to(device) for x in norm)
-        rotation = Rotation(table.to(device), positions.to(device), interleaved)
-        ops.write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, rotation)
+        rope = RopeTable(table.to(device), positions.to(device), interleaved)
+        ops.write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, rope)
         return read_index_keys(pages.cpu(), torch.arange(12), dim, computed)
 
     found = written(TRITON_OPS, DEVICE)
@@ -199,7 +199,7 @@ def test_a_key_at_a_position_outside_the_table_is_nan() -> None:
     pages = torch.zeros(1, 4 * 8, device=DEVICE)
     table, positions, slots = torch.ones(3, 4), torch.tensor([3, 2]), torch.tensor([1, 2])
     weight, bias, table, positions, slots, k = (x.to(DEVICE) for x in (*norm, table, positions, slots, k))
-    TRITON_OPS.write_index_keys(pages, slots, k, (weight, bias), 1e-6, Rotation(table, positions, False))
+    TRITON_OPS.write_index_keys(pages, slots, k, (weight, bias), 1e-6, RopeTable(table, positions, False))
     written = pages.view(4, 8).cpu()
     assert written[1].isnan().tolist() == [True] * 4 + [False] * 4
     assert not written[[0, 2, 3]].isnan().any()
@@ -210,5 +210,5 @@ def test_keys_that_it_does_not_write() -> None:
     pages = torch.zeros(1, index_key_width(FP8_RECORDS, 256), dtype=FP8_RECORDS)
     with pytest.raises(ValueError, match=r"up to 128 columns, .* got 64 of 256 columns"):
         TRITON_OPS.write_index_keys(
-            pages, one, torch.ones(1, 256).bfloat16(), norm, 1e-6, Rotation(torch.ones(1, 64), one, True)
+            pages, one, torch.ones(1, 256).bfloat16(), norm, 1e-6, RopeTable(torch.ones(1, 64), one, True)
         )
