@@ -22,11 +22,12 @@ import torch
 from shoal import LLM, SamplingParams
 from shoal.cluster.bundled import TASKS, questions
 from shoal.cluster.commands.eval import final_answer, score
-from shoal.kernels.attention import PagedLayout, mla_attention
-from shoal.kernels.fp8_rows import quantize_rows_fp8
+from shoal.kernels.attention import PagedLayout
 from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, latent_width
+from shoal.kernels.ops import Ops
 from shoal.runtime.types import RequestOutput
 
+OPS = Ops("cpu")
 # float32 is the yardstick: how far bf16 itself is from it.
 CACHES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
@@ -109,12 +110,12 @@ def decode_attention(sequences: int, context: int, rounds: int) -> dict[str, Any
             torch.randn(sequences * context, ROPE).bfloat16(),
         )
         caches["bfloat16"].append(torch.cat([latent, rope], dim=1))
-        caches["fp8"].append(torch.cat([x.view(FP8_RECORDS) for x in (*quantize_rows_fp8(latent), rope)], dim=1))
+        caches["fp8"].append(torch.cat([x.view(FP8_RECORDS) for x in (*OPS.quantize_rows_fp8(latent), rope)], dim=1))
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for number, (name, layers) in itertools.product(range(rounds + 1), caches.items()):
         begin = time.perf_counter()
         for records in layers:
-            mla_attention(q_latent, q_rope, records, layout, 0.1)
+            OPS.mla_attention(q_latent, q_rope, records, layout, 0.1)
         if number:  # the first is the warm-up
             seconds[name].append((time.perf_counter() - begin) / LAYERS)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -22,9 +22,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .cpu_library import CFunction, num_threads
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .kv_format import FP8_RECORDS, Records, latent_width, read_latents, records_args
-from .linear import DTYPE_CODES, PackedWeight
+from .linear import PackedWeight
 from .registry import Kernel, register
 
 BLOCK_KEYS = 64

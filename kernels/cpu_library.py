@@ -11,6 +11,8 @@ import torch
 
 from .build import load_library
 
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+"""shoal::DType of the dtypes that the kernels compute in."""
 MIN_PARALLEL_WORK = 2**19
 """Multiply-adds below which starting threads costs more than it gains."""
 

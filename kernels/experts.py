@@ -7,8 +7,8 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .cpu_library import CFunction, num_threads
-from .linear import DTYPE_CODES, PackedWeight, check_input, multiply_reference
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
+from .linear import PackedWeight, check_input, multiply_reference
 from .registry import Kernel, register
 
 shoal_swiglu = CFunction("shoal_swiglu", c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3)

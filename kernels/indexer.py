@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from .attention import LayoutArgs, PagedLayout, slot_error
-from .cpu_library import CFunction, num_threads
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .kv_format import IndexKeys, index_keys_args, index_page_size, read_index_keys
-from .linear import DTYPE_CODES
 from .registry import Kernel, register
 
 shoal_index_topk = CFunction(

@@ -25,10 +25,9 @@ from ctypes import POINTER, byref, c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .cpu_library import CFunction, num_threads
-from .fp8_rows import dequantize_rows_reference, fp8_row_bytes, quantize_rows_reference
-from .linear import DTYPE_CODES
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .norm import layer_norm_reference, rms_norm_reference
+from .quant import dequantize_rows_reference, fp8_row_bytes, quantize_rows_reference
 from .registry import Kernel, register
 from .rope import RopeTable, apply_rope_reference
 

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .cpu_library import CFunction, num_threads
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .quant import BLOCK, BlockFP8Weight, quantize_token_groups_reference
 from .registry import Kernel, register
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 FP8_CODE = 2
 PANEL = 16
 ALIGNMENT = 16

@@ -12,8 +12,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .cpu_library import CFunction, num_threads
-from .linear import DTYPE_CODES
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .registry import Kernel, register
 
 shoal_rms_norm = CFunction("shoal_rms_norm", c_int64, c_void_p, *[c_int64] * 3, c_void_p, c_float, c_void_p, c_int64)

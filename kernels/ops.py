@@ -9,7 +9,7 @@ from typing import Concatenate, Generic, ParamSpec, TypeVar, get_args
 
 import torch
 
-from . import attention, dispatch, experts, fp8_rows, indexer, kv_format, norm, quant, rope, sampling, topk_router
+from . import attention, dispatch, experts, indexer, kv_format, norm, quant, rope, sampling, topk_router
 from . import linear as gemm
 from .backends import Backend, KernelBackend
 from .registry import Kernel, check_vendors, find_kernel, load_kernels
@@ -118,8 +118,8 @@ class Ops:
 
     # FP8
     quantize_token_groups = Op(quant.quantize_token_groups)
-    quantize_rows_fp8 = Op(fp8_rows.quantize_rows_fp8)
-    dequantize_rows_fp8 = Op(fp8_rows.dequantize_rows_fp8)
+    quantize_rows_fp8 = Op(quant.quantize_rows_fp8)
+    dequantize_rows_fp8 = Op(quant.dequantize_rows_fp8)
 
     # Sampling
     sample_tokens = Op(sampling.sample_tokens)

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_library import CFunction, num_threads
-from .linear import DTYPE_CODES
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .registry import Kernel, register
 
 shoal_apply_rope = CFunction(

@@ -1,7 +1,7 @@
 // What a token leaves in the cache of a layer, a record and an index key; kernels/records.py describes both formats.
 #pragma once
 
-#include "fp8_rows.h"
+#include "quant.h"
 #include "paged.h"
 
 namespace shoal {

@@ -1,5 +1,5 @@
 // Norms, rotary embedding, quantisation and routing: every row on its own. kernels/norm.py, rope.py, records.py,
-// fp8_rows.py and router.py state the contracts.
+// quant.py and topk_router.py state the contracts.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

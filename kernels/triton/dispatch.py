@@ -1,8 +1,8 @@
 """Counting sorts of (token, expert) pairs: by slot on one rank, by rank into send buffers over several.
 
 Each chunk of pairs counts its pairs per slot or rank. The index of a pair is then the number of pairs of lower slots or
-ranks, plus those of its own in earlier chunks, plus those of its own before it in its chunk. `permute_by_expert` does not
-synchronise; send buffers are split by sizes that the host waits for.
+ranks, plus those of its own in earlier chunks, plus those of its own before it in its chunk. `permute_by_expert` does
+not synchronise; send buffers are split by sizes that the host waits for.
 """
 
 from __future__ import annotations
