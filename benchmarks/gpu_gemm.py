@@ -135,11 +135,11 @@ def bench_rows(bench: Bench, tokens: int) -> None:
     for order in ("interleaved", "halves"):
         call = partial(OPS.apply_rope, q_rope, RopeTable(table, positions[: tokens // 2], order == "interleaved"))
         bench.case(f"apply_rope {order} {tokens // 2} x 128 x 64", call, bytes_=2 * 2 * q_rope.numel())
-    pages = torch.randperm(tokens // 8, device=DEVICE)[: tokens // 16]  # of 64 records
+    pages = torch.randperm(tokens // 8, device=DEVICE)[: tokens // 16]  # of 64 entries
     slots = (pages[:, None] * 64 + torch.arange(64, device=DEVICE)).flatten()
     for dtype, width, written in ((BF16, 576, 1152), (torch.uint8, 656, 656)):
-        records = torch.zeros(8 * tokens, width, dtype=dtype, device=DEVICE)
-        call = partial(OPS.write_latents, records, slots, kv, latent_weight, 1e-6, RopeTable(table, positions, True))
+        kv_cache = torch.zeros(8 * tokens, width, dtype=dtype, device=DEVICE)
+        call = partial(OPS.write_latents, kv_cache, slots, kv, latent_weight, 1e-6, RopeTable(table, positions, True))
         bench.case(f"write_latents {str(dtype)[6:]} {4 * tokens}", call, bytes_=4 * tokens * (1152 + written))
     gate_up = randn(tokens, 2 * INNER)
     bench.case(f"swiglu {tokens} x {INNER}", partial(OPS.swiglu, gate_up), bytes_=gate_up.nbytes * 3 // 2)

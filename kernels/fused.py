@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attention import LayoutArgs, PagedLayout, slot_error
 from .cpu_library import MIN_PARALLEL_WORK, CFunction
-from .kv_format import IndexKeys, Records, index_keys_args, records_args
+from .kv_format import IndexKeys, KVCacheArgs, index_keys_args, kv_cache_args
 from .linear import PackedWeight
 
 
@@ -82,7 +82,7 @@ shoal_fused_attention = CFunction(
     POINTER(FusedAttention),
     POINTER(StepArgs),
     *[c_void_p] * 2,
-    POINTER(Records),
+    POINTER(KVCacheArgs),
     POINTER(IndexKeys),
     *[c_void_p] * 3,
     POINTER(c_int64),
@@ -131,7 +131,7 @@ def fused_attention(
         byref(step),
         hidden.data_ptr(),
         None if residual is None else residual.data_ptr(),
-        byref(records_args(kv_cache)),
+        byref(kv_cache_args(kv_cache)),
         None if index_keys is None else byref(index_keys_args(index_keys, args.index_head_dim)),
         total.data_ptr(),
         None if topk_indices is None else topk_indices.data_ptr(),

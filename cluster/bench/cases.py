@@ -54,7 +54,7 @@ def rope_table(r: Inputs, dim: int, tokens: int, *, interleaved: bool) -> RopeTa
 
 def cases(s: Shapes) -> Iterator[Case]:
     """Every public op of the kernels, and the sampler."""
-    for group in (_gemms, _rows, _attention, _records, _index, _exchange, _sampling):
+    for group in (_gemms, _rows, _attention, _cache_writes, _index, _exchange, _sampling):
         yield from group(s)
 
 
@@ -210,7 +210,7 @@ def _attention(s: Shapes) -> Iterator[Case]:
     )
 
 
-def _records(s: Shapes) -> Iterator[Case]:
+def _cache_writes(s: Shapes) -> Iterator[Case]:
     """What writes and reads the cache."""
     dl, dr, d, t = s.kv_lora_rank, s.qk_rope_head_dim, s.index_head_dim, s.rows[-1]
     width = dl + dr
@@ -418,9 +418,9 @@ def _experts_mlp(rows: int, experts: int, h: int, inner: int) -> Case:
 def _written(write: Callable[..., None]) -> Callable[..., Tensor]:
     """A call that writes to its first argument, as one that returns it."""
 
-    def call(records: Tensor, *args: Any) -> Tensor:
-        write(records, *args)
-        return records
+    def call(kv_cache: Tensor, *args: Any) -> Tensor:
+        write(kv_cache, *args)
+        return kv_cache
 
     return call
 

@@ -7,11 +7,11 @@
 
 #include "paged.h"
 
-SHOAL_STRUCT(Records, FIELD(data), FIELD(stride), FIELD(num_slots), FIELD(fp8))
+SHOAL_STRUCT(KVCacheArgs, FIELD(data), FIELD(stride), FIELD(num_slots), FIELD(fp8))
 SHOAL_STRUCT(IndexKeys, FIELD(pages), FIELD(num_blocks), FIELD(block_size), FIELD(data_bytes), FIELD(scale_bytes))
 SHOAL_STRUCT(LayoutArgs, FIELD(block_tables), FIELD(max_blocks), FIELD(block_size), FIELD(cu_seqlens_q),
              FIELD(num_sequences), FIELD(positions))
-SHOAL_STRUCT(PagedArgs, FIELD(records), FIELD(layout))
+SHOAL_STRUCT(PagedArgs, FIELD(kv_cache), FIELD(layout))
 
 namespace shoal {
 namespace {

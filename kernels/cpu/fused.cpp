@@ -91,8 +91,8 @@ void linear_fp32(const T* x, const float* w, float* out, int64_t t, int64_t n, i
 template <typename T>
 class AttentionStep {
  public:
-  AttentionStep(const FusedAttention& block, const StepArgs& step, const Records& records, const IndexKeys* index_keys)
-      : b_(block), s_(step), mha_{records, step.mha}, mqa_{records, step.mqa}, index_keys_(index_keys) {}
+  AttentionStep(const FusedAttention& block, const StepArgs& step, const KVCacheArgs& kv_cache, const IndexKeys* index_keys)
+      : b_(block), s_(step), mha_{kv_cache, step.mha}, mqa_{kv_cache, step.mqa}, index_keys_(index_keys) {}
 
   // hidden, residual (or nullptr), new_residual and out: [T, hidden_size]; topk_indices: [MQA tokens, index_topk].
   // new_residual may be residual, out may be hidden.
@@ -103,7 +103,7 @@ class AttentionStep {
     T* a = reserve<T>(memory_.a, t * width);
     linear(x, h, b_.w_a, a, t, width, h);
     const T* q_latent = b_.q_lora_rank > 0 ? query_latents(a, width) : x;
-    if (!write_records(x, a + b_.q_lora_rank, width)) return kOutOfRange;
+    if (!write_latents(x, a + b_.q_lora_rank, width)) return kOutOfRange;
     const T* q = queries(q_latent);
     T* heads = reserve<T>(memory_.large[1], t * b_.num_heads * b_.v_head_dim);
     if (first > 0 && !attend_mha(q, heads)) return kOutOfRange;
@@ -150,11 +150,11 @@ class AttentionStep {
     return status == kOk;
   }
 
-  bool write_records(const T* x, const T* kv, int64_t stride) {
+  bool write_latents(const T* x, const T* kv, int64_t stride) {
     int64_t status = kOk;
     const int64_t t = s_.num_tokens, dim = b_.index_head_dim;
     shoal_write_latents(b_.dtype, kv, stride, t, b_.kv_lora_rank, b_.qk_rope_head_dim, b_.kv_a_norm, b_.latent_norm_eps,
-                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, &mqa_.records, s_.slots,
+                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, &mqa_.kv_cache, s_.slots,
                         s_.threads(t * b_.kv_lora_rank), &status);
     if (b_.index_n_heads == 0 || status != kOk) return status == kOk;
     T* k = reserve<T>(memory_.index_k, t * dim);
@@ -275,13 +275,13 @@ void fused_moe(const FusedMoE& b, const Threads& threads, int64_t t, const T* at
 // hidden, residual (or nullptr), new_residual, out: [T, hidden_size] contiguous. index_keys: nullptr without an indexer.
 // Writes a shoal::Status.
 extern "C" void shoal_fused_attention(const shoal::FusedAttention* block, const shoal::StepArgs* step, const void* hidden,
-                                      const void* residual, const shoal::Records* records,
+                                      const void* residual, const shoal::KVCacheArgs* kv_cache,
                                       const shoal::IndexKeys* index_keys, void* new_residual, int32_t* topk_indices,
                                       void* out, int64_t* status) {
   using namespace shoal;
   with_dtype(block->dtype, [&](auto element) {
     using T = decltype(element);
-    *status = AttentionStep<T>(*block, *step, *records, index_keys)
+    *status = AttentionStep<T>(*block, *step, *kv_cache, index_keys)
                   .run(static_cast<const T*>(hidden), static_cast<const T*>(residual), static_cast<T*>(new_residual),
                        topk_indices, static_cast<T*>(out));
   });

@@ -28,7 +28,7 @@ void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_stride, int64_
                       int64_t num_threads, int64_t* status);
 void shoal_write_latents(int64_t dtype, const void* kv, int64_t stride, int64_t num_tokens, int64_t latent_dim,
                          int64_t rope_dim, const float* weight, float eps, const float* table, int64_t table_rows,
-                         const int64_t* positions, int64_t interleaved, const shoal::Records* records,
+                         const int64_t* positions, int64_t interleaved, const shoal::KVCacheArgs* kv_cache,
                          const int64_t* slots, int64_t num_threads, int64_t* status);
 void shoal_write_index_keys(int64_t dtype, const void* k, int64_t stride, int64_t num_tokens, int64_t dim,
                             int64_t rope_dim, const float* weight, const float* bias, float eps, const float* table,

@@ -1,4 +1,4 @@
-// Norms, rotary embedding, quantisation and routing: every row on its own. kernels/norm.py, rope.py, records.py,
+// Norms, rotary embedding, quantisation and routing: every row on its own. kernels/norm.py, rope.py, kv_format.py,
 // quant.py and topk_router.py state the contracts.
 #include <algorithm>
 #include <atomic>
@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "ops.h"
-#include "record.h"
+#include "kv_format.h"
 #include "vec.h"
 
 namespace shoal {
@@ -213,28 +213,28 @@ extern "C" void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_str
 }
 SHOAL_EXPORT(shoal_apply_rope)
 
-// kv: rows [latent | rope key], `stride` elements apart; fills latent and rope key of the tokens' records. Writes a
+// kv: rows [latent | rope key], `stride` elements apart; fills latent and rope key of the tokens' entries. Writes a
 // shoal::Status.
 extern "C" void shoal_write_latents(int64_t dtype, const void* kv, int64_t stride, int64_t num_tokens,
                                     int64_t latent_dim, int64_t rope_dim, const float* weight, float eps,
                                     const float* table, int64_t table_rows, const int64_t* positions,
-                                    int64_t interleaved, const shoal::Records* records, const int64_t* slots,
+                                    int64_t interleaved, const shoal::KVCacheArgs* kv_cache, const int64_t* slots,
                                     int64_t num_threads, int64_t* status) {
   using namespace shoal;
   std::atomic<int64_t> result{kOk};
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for_rows(num_tokens, num_threads, [&](int64_t t) {
-      char* record = records->find(slots[t]);
-      if (!in_range(positions[t], table_rows) || record == nullptr) {
+      char* entry = kv_cache->find(slots[t]);
+      if (!in_range(positions[t], table_rows) || entry == nullptr) {
         result = kOutOfRange;
         return;
       }
       const T* row = static_cast<const T*>(kv) + t * stride;
-      T* made = records->fp8 ? row_memory<T>(latent_dim + rope_dim) : reinterpret_cast<T*>(record);
+      T* made = kv_cache->fp8 ? row_memory<T>(latent_dim + rope_dim) : reinterpret_cast<T*>(entry);
       rms_norm_row(row, weight, latent_dim, eps, made);
       rotate_row(row + latent_dim, table + positions[t] * rope_dim, rope_dim, interleaved != 0, made + latent_dim);
-      if (records->fp8) write_latent(made, latent_dim, rope_dim, record);
+      if (kv_cache->fp8) write_latent(made, latent_dim, rope_dim, entry);
     });
   });
   *status = result;

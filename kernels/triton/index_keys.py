@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kv_format import FP8_RECORDS, index_page_size
+from ..kv_format import FP8_CACHE, index_page_size
 from ..quant import BLOCK
 from ..registry import register
 from ..rope import RopeTable
@@ -103,7 +103,7 @@ def _write_index_keys(
 ) -> None:
     """A position outside the table is NaN, a slot is not checked."""
     num_tokens, dim = k.shape
-    if rope.dim & (rope.dim - 1) or (keys.dtype == FP8_RECORDS and (dim > BLOCK or dim % 4)):
+    if rope.dim & (rope.dim - 1) or (keys.dtype == FP8_CACHE and (dim > BLOCK or dim % 4)):
         raise ValueError(
             f"the Triton kernels turn vectors whose width is a power of two, and have FP8 index keys of up to {BLOCK} "
             f"columns, a multiple of 4: got {rope.dim} of {dim} columns"
@@ -111,7 +111,7 @@ def _write_index_keys(
     if not num_tokens:
         return
     k = k if k.stride(1) == 1 else k.contiguous()
-    fp8, native = keys.dtype == FP8_RECORDS, has_fp8(k.device)
+    fp8, native = keys.dtype == FP8_CACHE, has_fp8(k.device)
     _write_index_keys_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),)](
         k,
         norm[0].contiguous(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attention import PagedLayout
-from ..kv_format import FP8_RECORDS
+from ..kv_format import FP8_CACHE
 from ..linear import PackedWeight
 from ..quant import BLOCK, scale_columns
 from ..registry import register
@@ -156,7 +156,7 @@ def index_topk_deep_gemm(q: Tensor, weights: Tensor, keys: Tensor, layout: Paged
     Keys that are not in FP8 are for Triton's kernels, and so are prompts, where a tile of keys serves many tokens.
     """
     num_tokens, num_heads, dim = q.shape
-    if keys.dtype != FP8_RECORDS or not 0 < num_tokens <= layout.block_tables.shape[0]:
+    if keys.dtype != FP8_CACHE or not 0 < num_tokens <= layout.block_tables.shape[0]:
         return index_topk_triton(q, weights, keys, layout, topk)
     check_index(num_heads, dim, layout.block_size)
     library = _library()

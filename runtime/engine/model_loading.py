@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from shoal.kernels.kv_format import FP8_RECORDS
+from shoal.kernels.kv_format import FP8_CACHE
 from shoal.kernels.numerics import set_deterministic_fp_mode
 from shoal.kernels.ops import Ops, choose_backend
 from shoal.kernels.registry import check_model, is_invariant
@@ -20,7 +20,7 @@ from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.placement import ExpertPlacement, default_placement
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..kv_cache.cache import KVCache, RecordSpec, bytes_per_block
+from ..kv_cache.cache import KVCache, KVCacheSpec, bytes_per_block
 from ..memory import available_memory, release_freed_memory
 from ..models.config import ModelConfig
 from ..models.families import FAMILIES, read_config
@@ -42,7 +42,7 @@ class LoadedModel:
     config: ModelConfig
     max_model_len: int
     """Most tokens of a sequence: as asked for, or what the model and the cache can take."""
-    record_fingerprint: bytes
+    kv_fingerprint: bytes
     """SHA-256 of everything that decides about the bits of a KV cache entry: checkpoint, dtypes and kernels."""
 
 
@@ -64,8 +64,8 @@ def load_model(
     model_config = read_config(model_dir)
     check_layout(model_config, groups.config.tensor_parallel_size)
     dtype = compute_dtype(model_config, config.dtype)
-    cache_dtype = FP8_RECORDS if config.kv_cache_dtype == "fp8" else dtype
-    if cache_dtype == FP8_RECORDS and ops.backend == "triton":
+    cache_dtype = FP8_CACHE if config.kv_cache_dtype == "fp8" else dtype
+    if cache_dtype == FP8_CACHE and ops.backend == "triton":
         _check_fp8_cache(model_config, dtype)
     check_model(ops.vendors, _model_properties(config, model_config, dtype, groups))
     wanted_len = config.max_model_len or model_config.max_position_embeddings
@@ -105,7 +105,7 @@ def load_model(
         ops=ops,
         config=model_config,
         max_model_len=max_model_len,
-        record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
+        kv_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
     )
 
 
@@ -192,7 +192,7 @@ def _dispatcher(
     )
 
 
-def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[RecordSpec], max_len: int) -> int:
+def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[KVCacheSpec], max_len: int) -> int:
     """KV cache blocks of this attention group: as asked for, else what its sequences can use and its memory holds."""
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks

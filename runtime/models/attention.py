@@ -110,7 +110,7 @@ class MLAttention(Layer):
     def forward(self, x: Tensor, ctx: StepContext, topk_indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x [T, H] after the input norm -> (attention output [T, H], selection that the next layer may share)."""
         ops, metadata = self.ops, ctx.metadata
-        kv_cache, index_keys = ctx.cache.records[self.layer], ctx.cache.index_keys[self.layer]
+        kv_cache, index_keys = ctx.cache.latents[self.layer], ctx.cache.index_keys[self.layer]
         rope = RopeTable(self.rope_table, metadata.positions, self.interleaved)
         a = ops.linear(x, self.a_proj.data)
         q_latent = x

@@ -58,7 +58,7 @@ class FusedDecoderLayer(DecoderLayer):
             ctx.once(_step_args),
             h.delta,
             h.residual,
-            ctx.cache.records[self.layer],
+            ctx.cache.latents[self.layer],
             ctx.cache.index_keys[self.layer],
             h.topk_indices,
         )

@@ -15,7 +15,7 @@ import torch
 import shoal.kernels
 from shoal.kernels import cpu_library
 from shoal.kernels.cpu_library import CFunction, check_declaration, declared_functions, exported
-from shoal.kernels.kv_format import Records, shoal_write_latents
+from shoal.kernels.kv_format import KVCacheArgs, shoal_write_latents
 from shoal.kernels.norm import shoal_rms_norm
 
 SOURCES = Path(shoal.kernels.__path__[0]) / "cpu"
@@ -50,8 +50,11 @@ def test_every_function_of_the_sources_is_exported_and_declared_once() -> None:
 def test_descriptions_of_the_library() -> None:
     assert exported()["shoal_swiglu"] == "shoal_swiglu(int64, *, int64, *, int64, int64, int64)"
     assert exported()["shoal_rms_norm"] == "shoal_rms_norm(int64, *, int64, int64, int64, *, float32, *, int64)"
-    assert exported()["Records"] == "Records{data * @0, stride int64 @8, num_slots int64 @16, fp8 int64 @24} 32 bytes"
-    assert exported()["PagedArgs"] == "PagedArgs{records Records @0, layout LayoutArgs @32} 80 bytes"
+    assert (
+        exported()["KVCacheArgs"]
+        == "KVCacheArgs{data * @0, stride int64 @8, num_slots int64 @16, fp8 int64 @24} 32 bytes"
+    )
+    assert exported()["PagedArgs"] == "PagedArgs{kv_cache KVCacheArgs @0, layout LayoutArgs @32} 80 bytes"
     assert (
         "shoal_index_topk(int64, *, int64, int64, *, int64, int64, int64, LayoutArgs*, IndexKeys*, "
         in (exported()["shoal_index_topk"])
@@ -63,7 +66,7 @@ def test_descriptions_of_the_library() -> None:
     [
         [c_int64, c_void_p, *[c_int64] * 2, c_void_p, c_float, c_void_p, c_int64],
         [c_int64, c_void_p, *[c_int64] * 3, c_void_p, c_int64, c_void_p, c_int64],
-        [c_int64, c_void_p, *[c_int64] * 3, c_void_p, c_float, c_void_p, POINTER(Records)],
+        [c_int64, c_void_p, *[c_int64] * 3, c_void_p, c_float, c_void_p, POINTER(KVCacheArgs)],
     ],
     ids=["one missing", "not a float", "a struct for a number"],
 )
@@ -94,10 +97,10 @@ FIELDS: list[tuple[str, type]] = [("data", c_void_p), ("stride", c_int64), ("num
     ids=["one missing", "exchanged", "another type", "one too many"],
 )
 def test_a_wrong_field_is_refused_before_the_call(fields: list[tuple[str, type]]) -> None:
-    records = POINTER(struct("Records", fields))
-    types = [records if kind is POINTER(Records) else kind for kind in shoal_write_latents.argument_types]
-    assert records in types
-    with pytest.raises(RuntimeError, match="Records of the CPU kernels differs from its declaration in Python"):
+    kv_cache = POINTER(struct("KVCacheArgs", fields))
+    types = [kv_cache if kind is POINTER(KVCacheArgs) else kind for kind in shoal_write_latents.argument_types]
+    assert kv_cache in types
+    with pytest.raises(RuntimeError, match="KVCacheArgs of the CPU kernels differs from its declaration in Python"):
         redeclare("shoal_write_latents", *types)()
 
 

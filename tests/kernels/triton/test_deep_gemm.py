@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
-from shoal.kernels.kv_format import FP8_RECORDS, read_index_keys
+from shoal.kernels.kv_format import FP8_CACHE, read_index_keys
 from shoal.kernels.linear import PackedWeight
 from shoal.kernels.ops import Ops
 from shoal.kernels.quant import quantize_block_fp8
@@ -106,7 +106,7 @@ def index_inputs(tokens: int, lengths: list[int], heads: int = 32) -> tuple[Tens
     generator = torch.Generator().manual_seed(0)
     blocks = max(-(-length // 64) for length in lengths) + 1
     tables = torch.randperm(len(lengths) * blocks, generator=generator).view(-1, blocks).int()
-    pages = torch.zeros(tables.numel(), 64 * 132, dtype=FP8_RECORDS)
+    pages = torch.zeros(tables.numel(), 64 * 132, dtype=FP8_CACHE)
     slots = torch.arange(tables.numel() * 64)
     k = torch.randn(len(slots), 128, generator=generator).bfloat16()
     angles = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], dim=1)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.kernels.kv_format import FP8_RECORDS, read_latents
+from shoal.kernels.kv_format import FP8_CACHE, read_latents
 from shoal.kernels.ops import Ops
 from shoal.kernels.rope import RopeTable, cos_sin_table, inv_freq
 from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
@@ -191,21 +191,21 @@ def test_rope_outside_the_table_is_nan() -> None:
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("record_dtype", [torch.float32, torch.bfloat16, FP8_RECORDS])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, FP8_CACHE])
 @pytest.mark.parametrize("latent_dim", [384, 512])
-def test_records(record_dtype: torch.dtype, latent_dim: int, interleaved: bool) -> None:
-    dtype = torch.bfloat16 if record_dtype == FP8_RECORDS else record_dtype
+def test_cache_entries(cache_dtype: torch.dtype, latent_dim: int, interleaved: bool) -> None:
+    dtype = torch.bfloat16 if cache_dtype == FP8_CACHE else cache_dtype
     table = cos_sin_table(inv_freq(64, 1e4), 50)
     kv, norm = randn(4, latent_dim + 64, dtype=dtype), randn(latent_dim, seed=1)
     positions, slots = torch.tensor([3, 0, 49, 7]), torch.tensor([5, 0, 3, 8])
-    records = torch.full((9, 660), 7, dtype=record_dtype)
-    TRITON_OPS.write_latents(records, slots, kv, norm, 1e-6, RopeTable(table, positions, interleaved))
+    kv_cache = torch.full((9, 660), 7, dtype=cache_dtype)
+    TRITON_OPS.write_latents(kv_cache, slots, kv, norm, 1e-6, RopeTable(table, positions, interleaved))
     latent = TRITON_OPS.rms_norm(kv[:, :latent_dim], norm, 1e-6)
     rope_key = TRITON_OPS.apply_rope(kv[:, None, latent_dim:], RopeTable(table, positions, interleaved)).squeeze(1)
-    if record_dtype == FP8_RECORDS:
+    if cache_dtype == FP8_CACHE:
         latent = TRITON_OPS.dequantize_rows_fp8(*TRITON_OPS.quantize_rows_fp8(latent), dtype)
-    assert torch.equal(read_latents(records[slots], latent_dim, 64, dtype), torch.cat([latent, rope_key], dim=1))
-    assert bool((records[[1, 2, 4, 6, 7]] == 7).all())
+    assert torch.equal(read_latents(kv_cache[slots], latent_dim, 64, dtype), torch.cat([latent, rope_key], dim=1))
+    assert bool((kv_cache[[1, 2, 4, 6, 7]] == 7).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
