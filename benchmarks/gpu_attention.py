@@ -118,14 +118,14 @@ def main() -> None:
     report = Report()
     batch, context, prefill = args.batch, args.context, args.prefill
     decode, prompt = make_layout(batch, context), make_layout(1, context, prefill)
-    records = torch.empty(batch * context, LATENT + ROPE, dtype=torch.bfloat16, device=DEVICE).normal_()
+    kv_cache = torch.empty(batch * context, LATENT + ROPE, dtype=torch.bfloat16, device=DEVICE).normal_()
 
     attention = ops.mla_attention
     flop_per_key = 2 * HEADS * (2 * LATENT + ROPE)
 
     def attend(layout: PagedLayout, selected: Tensor | None) -> Callable[[], Tensor]:
         q = normal(len(layout.positions), HEADS, LATENT + ROPE)
-        return lambda: attention(q[..., :LATENT], q[..., LATENT:], records, layout, SCALE, selected=selected)
+        return lambda: attention(q[..., :LATENT], q[..., LATENT:], kv_cache, layout, SCALE, selected=selected)
 
     key_bytes = 2 * (LATENT + ROPE)
     for tokens in sorted({1, 8, batch, 2 * batch}):
@@ -172,9 +172,9 @@ def main() -> None:
     fp8[:, 512:528] = torch.full((batch * context, 4), 2.0**-6, device=DEVICE).view(torch.uint8)
     fp8[:, 528:656] = normal(batch * context, ROPE).view(torch.uint8)
 
-    def attend_fp8(records: Tensor, layout: PagedLayout, selected: Tensor) -> Callable[[], Tensor]:
+    def attend_fp8(kv_cache: Tensor, layout: PagedLayout, selected: Tensor) -> Callable[[], Tensor]:
         q = normal(len(layout.positions), HEADS, LATENT + ROPE)
-        return lambda: attention(q[..., :LATENT], q[..., LATENT:], records, layout, SCALE, selected=selected)
+        return lambda: attention(q[..., :LATENT], q[..., LATENT:], kv_cache, layout, SCALE, selected=selected)
 
     for name, layout in (("decode", decode), ("prefill", prompt)):
         tokens = len(layout.positions)

@@ -26,7 +26,7 @@ from triton.testing import do_bench
 
 from shoal.kernels.linear import PackedWeight
 from shoal.kernels.ops import Ops
-from shoal.kernels.rope import Rotation
+from shoal.kernels.rope import RopeTable
 from shoal.kernels.triton.experts import multiply_grouped, tile_table
 from shoal.kernels.triton.gemm_config import tiles_for
 from shoal.kernels.triton.linear import Operands, multiply
@@ -133,13 +133,13 @@ def bench_rows(bench: Bench, tokens: int) -> None:
     positions = torch.randint(0, 4096, (4 * tokens,), device=DEVICE)
     q_rope = randn(tokens // 2, 128, 192)[..., 128:]
     for order in ("interleaved", "halves"):
-        call = partial(OPS.apply_rope, q_rope, Rotation(table, positions[: tokens // 2], order == "interleaved"))
+        call = partial(OPS.apply_rope, q_rope, RopeTable(table, positions[: tokens // 2], order == "interleaved"))
         bench.case(f"apply_rope {order} {tokens // 2} x 128 x 64", call, bytes_=2 * 2 * q_rope.numel())
-    pages = torch.randperm(tokens // 8, device=DEVICE)[: tokens // 16]  # of 64 records
+    pages = torch.randperm(tokens // 8, device=DEVICE)[: tokens // 16]  # of 64 entries
     slots = (pages[:, None] * 64 + torch.arange(64, device=DEVICE)).flatten()
     for dtype, width, written in ((BF16, 576, 1152), (torch.uint8, 656, 656)):
-        records = torch.zeros(8 * tokens, width, dtype=dtype, device=DEVICE)
-        call = partial(OPS.write_latents, records, slots, kv, latent_weight, 1e-6, Rotation(table, positions, True))
+        kv_cache = torch.zeros(8 * tokens, width, dtype=dtype, device=DEVICE)
+        call = partial(OPS.write_latents, kv_cache, slots, kv, latent_weight, 1e-6, RopeTable(table, positions, True))
         bench.case(f"write_latents {str(dtype)[6:]} {4 * tokens}", call, bytes_=4 * tokens * (1152 + written))
     gate_up = randn(tokens, 2 * INNER)
     bench.case(f"swiglu {tokens} x {INNER}", partial(OPS.swiglu, gate_up), bytes_=gate_up.nbytes * 3 // 2)

@@ -22,11 +22,12 @@ import torch
 from shoal import LLM, SamplingParams
 from shoal.cluster.bundled import TASKS, questions
 from shoal.cluster.commands.eval import final_answer, score
-from shoal.kernels.attention import PagedLayout, mla_attention
-from shoal.kernels.fp8_rows import quantize_rows_fp8
-from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, latent_width
+from shoal.kernels.attention import PagedLayout
+from shoal.kernels.kv_format import FP8_CACHE, index_key_width, latent_width
+from shoal.kernels.ops import Ops
 from shoal.runtime.types import RequestOutput
 
+OPS = Ops("cpu")
 # float32 is the yardstick: how far bf16 itself is from it.
 CACHES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
@@ -37,7 +38,7 @@ LATENT, ROPE, INDEX_KEY = 512, 64, 128
 HEADS, BLOCK_SIZE = 16, 64
 SHAPES = {"16 sequences x 1024 keys": (16, 1024), "2 sequences x 8192 keys": (2, 8192)}
 LAYERS = 8
-"""Caches that take turns, so that records come from memory as in a model."""
+"""Caches that take turns, so that entries come from memory as in a model."""
 
 
 def answers(settings: dict[str, Any], limit: int | None) -> dict[str, list[RequestOutput]]:
@@ -109,12 +110,12 @@ def decode_attention(sequences: int, context: int, rounds: int) -> dict[str, Any
             torch.randn(sequences * context, ROPE).bfloat16(),
         )
         caches["bfloat16"].append(torch.cat([latent, rope], dim=1))
-        caches["fp8"].append(torch.cat([x.view(FP8_RECORDS) for x in (*quantize_rows_fp8(latent), rope)], dim=1))
+        caches["fp8"].append(torch.cat([x.view(FP8_CACHE) for x in (*OPS.quantize_rows_fp8(latent), rope)], dim=1))
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for number, (name, layers) in itertools.product(range(rounds + 1), caches.items()):
         begin = time.perf_counter()
-        for records in layers:
-            mla_attention(q_latent, q_rope, records, layout, 0.1)
+        for kv_cache in layers:
+            OPS.mla_attention(q_latent, q_rope, kv_cache, layout, 0.1)
         if number:  # the first is the warm-up
             seconds[name].append((time.perf_counter() - begin) / LAYERS)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -131,9 +132,9 @@ def decode_attention(sequences: int, context: int, rounds: int) -> dict[str, Any
     }
 
 
-def record_bytes() -> dict[str, dict[str, int]]:
+def entry_bytes() -> dict[str, dict[str, int]]:
     """Per token and layer of DeepSeek-V3.2's sizes."""
-    sizes = {"bfloat16": torch.bfloat16, "fp8": FP8_RECORDS}
+    sizes = {"bfloat16": torch.bfloat16, "fp8": FP8_CACHE}
     return {
         name: {
             "latent and rope key": latent_width(dtype, LATENT, ROPE) * dtype.itemsize,
@@ -160,7 +161,7 @@ def main() -> None:
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "bytes per token and layer": record_bytes(),
+        "bytes per token and layer": entry_bytes(),
         "decode attention, 16 heads, latent 512, rope key 64": attention,
         "accuracy of shoal-tiny, thinking": accuracy(args.limit),
     }

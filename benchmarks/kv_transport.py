@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The transports of cache records in turn, from one process to another of this machine: medians and ratios.
+"""The transports of KV cache entries in turn, from one process to another of this machine: medians and ratios.
 
     python benchmarks/kv_transport.py --rounds 5 --output benchmarks/results/kv-transport.json
 

@@ -12,7 +12,7 @@ context  one generated token for each of 4 sequences, and a chunk of 512 prompt 
 batch    one generated token for each of 1 to 256 sequences with 512 tokens
 ranks    a whole job: 32 prompts of 128 tokens, 32 generated, on one rank and on two
 
-A step of the first two curves is one call of the model runner over a cache of random records.
+A step of the first two curves is one call of the model runner over a cache of random entries.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Steps:
             model = checkpoint(self._models, self._kind)
             self._runner = load_model(model, config, single_process_groups(), lambda _: None).runner
             cache = self._runner.cache
-            for layer in (*cache.records, *(keys for keys in cache.index_keys if keys is not None)):
+            for layer in (*cache.latents, *(keys for keys in cache.index_keys if keys is not None)):
                 layer.normal_(generator=torch.Generator().manual_seed(0))
         return self._runner
 

@@ -1,14 +1,14 @@
-"""Multi-head latent attention over paged records, in two forms with the same mathematics and different roundings.
+"""Multi-head latent attention over a paged KV cache, in two forms with the same mathematics and different roundings.
 
 T tokens of B sequences, h heads; Dl latent, Dr rotary, Dn other key and Dv value columns.
 
-per head (`mha_attention`)    keys [W_UK latent | rotary] and values W_UV latent are made for each head: few operations
-                              per pair of tokens, for prompts
-absorbed (`mla_attention`)    queries are brought to the latents (q W_UK) and so are the outputs: all heads of a token
-                              share one key [latent | rotary] and one value, the latent; for generated tokens and for
-                              sparse selections
+MHA form (`mha_attention`)            keys [W_UK latent | rotary] and values W_UV latent are computed per head: few
+                                      operations per pair of tokens, for prompts
+MQA form, absorbed (`mla_attention`)  queries (q W_UK) and outputs are in latent space: all heads of a token share one
+                                      key [latent | rotary] and one value, the latent; for generated tokens and for
+                                      sparse attention
 
-Which one a token takes is a function of its row alone, never of the schedule: the two differ in their last bits.
+The form of a token depends on its row alone, never on the schedule, as the two differ in their last bits.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
-from .kv_format import FP8_RECORDS, Records, latent_width, read_latents, records_args
-from .linear import DTYPE_CODES, PackedWeight
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
+from .kv_format import FP8_CACHE, KVCacheArgs, kv_cache_args, latent_width, read_latents
+from .linear import PackedWeight
 from .registry import Kernel, register
 
 BLOCK_KEYS = 64
-"""Keys between two rescalings of the online softmax; part of the contract, not a tuning knob."""
+"""Keys between two rescalings of the online softmax; part of the numeric contract, not a tuning parameter."""
 SPLIT_KEYS = 512
-"""Keys of a split of the absorbed form; part of the contract as well."""
+"""Keys per split of the absorbed form; part of the numeric contract as well."""
 
 
 class LayoutArgs(ctypes.Structure):
@@ -49,10 +49,10 @@ class LayoutArgs(ctypes.Structure):
 class PagedArgs(ctypes.Structure):
     """shoal::PagedArgs of the compiled kernels."""
 
-    _fields_ = (("records", Records), ("layout", LayoutArgs))
+    _fields_ = (("kv_cache", KVCacheArgs), ("layout", LayoutArgs))
 
 
-_MLA_ATTENTION = (
+shoal_mla_attention = CFunction(
     "shoal_mla_attention",
     c_int64,
     *[c_void_p, c_int64, c_int64] * 2,
@@ -65,7 +65,7 @@ _MLA_ATTENTION = (
     c_int64,
     POINTER(c_int64),
 )
-_MHA_ATTENTION = (
+shoal_mha_attention = CFunction(
     "shoal_mha_attention",
     c_int64,
     *[c_void_p, c_int64, c_int64],
@@ -81,15 +81,15 @@ _MHA_ATTENTION = (
 
 @dataclass(frozen=True)
 class PagedLayout:
-    """Where the tokens of a step sit in their sequences, and where the sequences' records are.
+    """Positions of a step's tokens in their sequences, and the cache blocks of the sequences.
 
-    Token t of sequence b attends to positions 0..positions[t] of b, and the record of position p is in slot
-    block_tables[b, p // block_size] * block_size + p % block_size. ValueError unless shapes and dtypes fit each other;
-    in host memory also unless the numbers do, for which nobody should wait on a GPU.
+    Token t of sequence b attends to positions 0..positions[t] of b, and the KV cache entry of position p is in slot
+    block_tables[b, p // block_size] * block_size + p % block_size. ValueError for shapes or dtypes that do not fit; in
+    host memory also for values (on a GPU that check would synchronise).
     """
 
     block_tables: Tensor
-    """[B, max_blocks] int32; entries that hold no position of their sequence are never read."""
+    """[B, max_blocks] int32; elements beyond the blocks of a sequence are never read."""
     cu_seqlens_q: Tensor
     """[B + 1] int32: tokens [cu_seqlens_q[b], cu_seqlens_q[b + 1]) belong to sequence b, which may have none."""
     positions: Tensor
@@ -124,15 +124,15 @@ class PagedLayout:
         return self.positions.shape[0]
 
     def sequence_of_tokens(self) -> Tensor:
-        """The sequence of every token, [T] int64."""
+        """Sequence of every token, [T] int64."""
         tokens = torch.arange(self.num_tokens, dtype=torch.int32, device=self.cu_seqlens_q.device)
         return torch.searchsorted(self.cu_seqlens_q[1:], tokens, right=True)
 
     @cached_property
     def contexts(self) -> tuple[Tensor, Tensor]:
-        """Slots of all contexts, one behind the other [S] int64, and where each of them begins [B + 1] int32.
+        """Slots of all contexts, concatenated [S] int64, and the start of each of them [B + 1] int32.
 
-        A context ends with its sequence's last token here; without a token it is empty. Asks the device for S, once.
+        A context ends with its sequence's last token in the step; without a token it is empty. Synchronises, for S.
         """
         num_sequences, device = self.block_tables.shape[0], self.positions.device
         begins, ends = self.cu_seqlens_q[:-1].long(), self.cu_seqlens_q[1:].long()
@@ -146,7 +146,7 @@ class PagedLayout:
         return blocks * self.block_size + places % self.block_size, starts.int()
 
     def args(self) -> LayoutArgs:
-        """For the compiled kernels; its pointers live as long as the tensors."""
+        """Argument of the compiled kernels; the tensors must outlive it."""
         return LayoutArgs(
             self.block_tables.data_ptr(),
             self.block_tables.shape[1],
@@ -157,13 +157,13 @@ class PagedLayout:
         )
 
     def slots(self, sequence: int, positions: Tensor) -> Tensor:
-        """Slots of some positions ([n] int64) of a sequence -> [n] int64."""
+        """Slots of positions [n] int64 of a sequence -> [n] int64."""
         blocks = self.block_tables[sequence].long()[positions // self.block_size]
         return blocks * self.block_size + positions % self.block_size
 
 
 def slot_error(op: str) -> ValueError:
-    """What to raise when a context reaches outside its block table or the cache."""
+    """Error for a context outside its block table or the cache."""
     return ValueError(f"{op}: a position has no slot in its sequence's block table, or the slot is outside the cache")
 
 
@@ -171,42 +171,42 @@ def mla_attention(
     kernel: Kernel,
     q_latent: Tensor,
     q_rope: Tensor,
-    records: Tensor,
+    kv_cache: Tensor,
     layout: PagedLayout,
     scale: float,
     *,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """The absorbed form: softmax(scale * q . key) . value per token and head -> [T, h, Dl] in the queries' dtype.
+    """Absorbed form: softmax(scale * q . key) . value per token and head -> [T, h, Dl] in the queries' dtype.
 
-    q_latent: [T, h, Dl], q_rope: [T, h, Dr], both fp32 or both bf16, last dimension contiguous. records: [num_slots,
-    W] as kernels/kv_format.py says, in the queries' dtype or in FP8, rows at any distance.
-    selected: [T, topk] int32, the positions a token attends to, ascending, -1 from the first unused entry on; None is
-    every position up to its own.
+    q_latent: [T, h, Dl], q_rope: [T, h, Dr], both fp32 or both bf16, last dimension contiguous. kv_cache: [num_slots,
+    W] in a format of kernels/kv_format.py, in the queries' dtype or in FP8, any row stride.
+    selected: [T, topk] int32, positions that a token attends to, ascending, then -1; None: every position up to its
+    own.
 
     Numerics, per row (token, head); bf16 operands are widened to fp32, which is exact:
     1. s[j] = scale * (one fma chain from 0 over the columns of [latent | rotary key], ascending); j is the key's index
        in the row's list.
-    2. Splits of 512 list entries, each in blocks of 64: m' = max(m, s of the block); a = exp(m - m');
+    2. Splits of 512 keys of the list, each in blocks of 64: m' = max(m, s of the block); a = exp(m - m');
        p[j] = exp(s[j] - m'); l = l * a, then + p[j] ascending; o = o * a, then fma(p[j], value[j], o) ascending, where
        p[j] is rounded to the queries' dtype.
     3. Splits join in order: m' = max(m, m2); o = o * exp(m - m') + o2 * exp(m2 - m'), l likewise.
     4. o / l, rounded once. A row with no key is zero.
     Keys outside a row's list take no part, so its bits depend on its own list only: not on other rows, chunking, block
     size, where blocks are, or threads; and selecting every position changes nothing.
-    ValueError when a position lies outside the block table or a slot outside the records.
+    ValueError for a position outside the block table or a slot outside the cache.
     """
-    shapes_fit = q_latent.dim() == q_rope.dim() == 3 and q_latent.shape[:2] == q_rope.shape[:2] and records.dim() == 2
-    if not shapes_fit or records.shape[1] < latent_width(records.dtype, q_latent.shape[2], q_rope.shape[2]):
+    shapes_fit = q_latent.dim() == q_rope.dim() == 3 and q_latent.shape[:2] == q_rope.shape[:2] and kv_cache.dim() == 2
+    if not shapes_fit or kv_cache.shape[1] < latent_width(kv_cache.dtype, q_latent.shape[2], q_rope.shape[2]):
         raise ValueError(
-            f"mla_attention needs q_latent [T, h, Dl], q_rope [T, h, Dr] and records [num_slots, >= Dl + Dr] (in FP8: "
-            f"bytes), got {list(q_latent.shape)}, {list(q_rope.shape)}, {list(records.shape)}"
+            f"mla_attention needs q_latent [T, h, Dl], q_rope [T, h, Dr] and kv_cache [num_slots, >= Dl + Dr] (in FP8: "
+            f"bytes), got {list(q_latent.shape)}, {list(q_rope.shape)}, {list(kv_cache.shape)}"
         )
-    dtypes_fit = q_latent.dtype == q_rope.dtype and records.dtype in (q_latent.dtype, FP8_RECORDS)
+    dtypes_fit = q_latent.dtype == q_rope.dtype and kv_cache.dtype in (q_latent.dtype, FP8_CACHE)
     if not dtypes_fit or q_latent.dtype not in DTYPE_CODES:
         raise ValueError(
-            f"mla_attention needs queries and records all in float32 or all in bfloat16, or records in {FP8_RECORDS}, "
-            f"got {q_latent.dtype}, {q_rope.dtype}, {records.dtype}"
+            f"mla_attention needs queries and kv_cache of one dtype, float32 or bfloat16, or kv_cache in {FP8_CACHE}, "
+            f"got {q_latent.dtype}, {q_rope.dtype}, {kv_cache.dtype}"
         )
     _check_tokens("mla_attention", q_latent, layout)
     if selected is not None and (
@@ -215,50 +215,50 @@ def mla_attention(
         raise ValueError(
             f"mla_attention: selected must be [T, topk] int32, got {list(selected.shape)} {selected.dtype}"
         )
-    out: Tensor = kernel.run(q_latent, q_rope, records, layout, scale, selected)
+    out: Tensor = kernel.run(q_latent, q_rope, kv_cache, layout, scale, selected)
     return out
 
 
 def mha_attention(
     kernel: Kernel,
     q: Tensor,
-    records: Tensor,
+    kv_cache: Tensor,
     layout: PagedLayout,
     w_uk: PackedWeight,
     w_uv: PackedWeight,
     scale: float,
 ) -> Tensor:
-    """The per-head form: causal softmax(scale * q . key) . value per token and head -> [T, h, Dv] in q's dtype.
+    """MHA form: causal softmax(scale * q . key) . value per token and head -> [T, h, Dv] in q's dtype.
 
-    q: [T, h, Dn + Dr], last dimension contiguous: what meets W_UK | what meets the rotary key. records: as in
-    `mla_attention`. w_uk: h weights [Dn, Dl]; w_uv: h weights [Dv, Dl]. All fp32 or all bf16, or records in FP8.
+    q: [T, h, Dn + Dr], last dimension contiguous: part without | part with rotary embedding. kv_cache: as in
+    `mla_attention`. w_uk: h weights [Dn, Dl]; w_uv: h weights [Dv, Dl]. All fp32 or all bf16, or kv_cache in FP8.
 
     Numerics, per row (token, head):
-    1. key[j] = [W_UK latent[j] | rotary key[j]], value[j] = W_UV latent[j], products as those of `linear`.
+    1. key[j] = [W_UK latent[j] | rotary key[j]], value[j] = W_UV latent[j], GEMMs as in `linear`.
     2. s[j] = scale * (one fma chain from 0 over the columns, ascending).
     3. Blocks of 64 positions as in `mla_attention` (no splits), except that l has 16 parts: part i sums the p[j] with
        j % 16 = i, ascending; at the end they add up in a tree (halves, quarters, ..).
     4. o / l, rounded once.
     Positions after a token's own take no part in its row, not even as zeros; bits depend on the row only, as above.
-    ValueError when a position lies outside the block table or a slot outside the records.
+    ValueError for a position outside the block table or a slot outside the cache.
     """
-    fits = q.dim() == 3 and records.dim() == 2 and w_uk.num_matrices == w_uv.num_matrices == q.shape[1]
+    fits = q.dim() == 3 and kv_cache.dim() == 2 and w_uk.num_matrices == w_uv.num_matrices == q.shape[1]
     latent_dim, rope_dim = w_uk.in_features, q.shape[-1] - w_uk.out_features
     fits = fits and w_uv.in_features == latent_dim and rope_dim >= 0
-    if not fits or records.shape[1] < latent_width(records.dtype, latent_dim, rope_dim):
+    if not fits or kv_cache.shape[1] < latent_width(kv_cache.dtype, latent_dim, rope_dim):
         raise ValueError(
-            f"mha_attention needs q [T, h, Dn + Dr], h weights [Dn, Dl] and [Dv, Dl], records [num_slots, >= Dl + Dr], "
-            f"got {list(q.shape)}, {w_uk.num_matrices} of [{w_uk.out_features}, {w_uk.in_features}], "
-            f"{w_uv.num_matrices} of [{w_uv.out_features}, {w_uv.in_features}], {list(records.shape)}"
+            f"mha_attention needs q [T, h, Dn + Dr], h weights [Dn, Dl] and [Dv, Dl], kv_cache [num_slots, >= Dl + Dr],"
+            f" got {list(q.shape)}, {w_uk.num_matrices} of [{w_uk.out_features}, {w_uk.in_features}], "
+            f"{w_uv.num_matrices} of [{w_uv.out_features}, {w_uv.in_features}], {list(kv_cache.shape)}"
         )
-    dtypes_fit = q.dtype == w_uk.dtype == w_uv.dtype and records.dtype in (q.dtype, FP8_RECORDS)
+    dtypes_fit = q.dtype == w_uk.dtype == w_uv.dtype and kv_cache.dtype in (q.dtype, FP8_CACHE)
     if not dtypes_fit or w_uk.backend != w_uv.backend:
         raise ValueError(
-            f"mha_attention needs queries, records and weights of one dtype and backend, or records in {FP8_RECORDS}, "
-            f"got {q.dtype}, {records.dtype}, {w_uk.dtype}, {w_uv.dtype}"
+            f"mha_attention needs q, kv_cache and weights of one dtype and backend, or kv_cache in {FP8_CACHE}, "
+            f"got {q.dtype}, {kv_cache.dtype}, {w_uk.dtype}, {w_uv.dtype}"
         )
     _check_tokens("mha_attention", q, layout)
-    out: Tensor = kernel.run(q, records, layout, w_uk, w_uv, scale)
+    out: Tensor = kernel.run(q, kv_cache, layout, w_uk, w_uv, scale)
     return out
 
 
@@ -273,15 +273,15 @@ def _rows(x: Tensor) -> Tensor:
 
 @register("mla_attention", "cpu")
 def _mla_attention_cpu(
-    q_latent: Tensor, q_rope: Tensor, records: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
+    q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
 ) -> Tensor:
-    q_latent, q_rope, records = _rows(q_latent), _rows(q_rope), _rows(records)
+    q_latent, q_rope, kv_cache = _rows(q_latent), _rows(q_rope), _rows(kv_cache)
     if selected is not None:
         selected = selected.contiguous()
     num_tokens, num_heads, latent_dim = q_latent.shape
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     status = c_int64()
-    c_function(*_MLA_ATTENTION)(
+    shoal_mla_attention(
         DTYPE_CODES[q_latent.dtype],
         q_latent.data_ptr(),
         q_latent.stride(0),
@@ -289,7 +289,7 @@ def _mla_attention_cpu(
         q_rope.data_ptr(),
         q_rope.stride(0),
         q_rope.stride(1),
-        byref(PagedArgs(records_args(records), layout.args())),
+        byref(PagedArgs(kv_cache_args(kv_cache), layout.args())),
         num_heads,
         latent_dim,
         q_rope.shape[2],
@@ -307,18 +307,18 @@ def _mla_attention_cpu(
 
 @register("mha_attention", "cpu")
 def _mha_attention_cpu(
-    q: Tensor, records: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
+    q: Tensor, kv_cache: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
 ) -> Tensor:
-    q, records = _rows(q), _rows(records)
+    q, kv_cache = _rows(q), _rows(kv_cache)
     num_tokens, num_heads, key_dim = q.shape
     out = q.new_empty(num_tokens, num_heads, w_uv.out_features)
     status = c_int64()
-    c_function(*_MHA_ATTENTION)(
+    shoal_mha_attention(
         DTYPE_CODES[q.dtype],
         q.data_ptr(),
         q.stride(0),
         q.stride(1),
-        byref(PagedArgs(records_args(records), layout.args())),
+        byref(PagedArgs(kv_cache_args(kv_cache), layout.args())),
         w_uk.data.data_ptr(),
         w_uv.data.data_ptr(),
         num_heads,
@@ -338,7 +338,7 @@ def _mha_attention_cpu(
 
 @register("mla_attention", "reference")
 def _mla_attention_reference(
-    q_latent: Tensor, q_rope: Tensor, records: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
+    q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
 ) -> Tensor:
     out = torch.zeros_like(q_latent, memory_format=torch.contiguous_format)
     queries = torch.cat([q_latent, q_rope], dim=-1).float()
@@ -346,10 +346,10 @@ def _mla_attention_reference(
     for sequence, (first, last) in enumerate(pairwise(layout.cu_seqlens_q.tolist())):
         for t in range(first, last):
             if selected is None:
-                context = torch.arange(int(layout.positions[t]) + 1, device=records.device)
+                context = torch.arange(int(layout.positions[t]) + 1, device=kv_cache.device)
             else:
                 context = selected[t][(selected[t] < 0).cumsum(0) == 0].long()
-            gathered = _gather("mla_attention", records, layout, sequence, context)
+            gathered = _gather("mla_attention", kv_cache, layout, sequence, context)
             keys = read_latents(gathered, latent_dim, rope_dim, q_latent.dtype).float()
             weights = torch.softmax(queries[t] @ keys.T * scale, dim=1) if len(context) else keys.new_zeros(1, 0)
             out[t] = (weights @ keys[:, :latent_dim]).to(out.dtype)
@@ -358,7 +358,7 @@ def _mla_attention_reference(
 
 @register("mha_attention", "reference")
 def _mha_attention_reference(
-    q: Tensor, records: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
+    q: Tensor, kv_cache: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
 ) -> Tensor:
     out = q.new_zeros(q.shape[0], q.shape[1], w_uv.out_features)
     latent_dim, rope_dim = w_uk.in_features, q.shape[2] - w_uk.out_features
@@ -366,8 +366,8 @@ def _mha_attention_reference(
         if first == last:
             continue
         positions = layout.positions[first:last]
-        context = torch.arange(int(positions[-1]) + 1, device=records.device)
-        gathered = _gather("mha_attention", records, layout, sequence, context)
+        context = torch.arange(int(positions[-1]) + 1, device=kv_cache.device)
+        gathered = _gather("mha_attention", kv_cache, layout, sequence, context)
         read = read_latents(gathered, latent_dim, rope_dim, q.dtype).float()
         latents, rope = read[:, :latent_dim], read[:, latent_dim:]
         made = torch.einsum("sl,hnl->hsn", latents, w_uk.data.float()).to(q.dtype).float()
@@ -379,9 +379,9 @@ def _mha_attention_reference(
     return out
 
 
-def _gather(op: str, records: Tensor, layout: PagedLayout, sequence: int, context: Tensor) -> Tensor:
-    """Records of some positions of a sequence."""
+def _gather(op: str, kv_cache: Tensor, layout: PagedLayout, sequence: int, context: Tensor) -> Tensor:
+    """Cache entries of some positions of a sequence."""
     try:
-        return records[layout.slots(sequence, context)]
+        return kv_cache[layout.slots(sequence, context)]
     except IndexError as error:
         raise slot_error(op) from error

@@ -12,10 +12,9 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
@@ -23,7 +22,6 @@ SOURCE_DIR = Path(__file__).parent / "cpu"
 # No -ffast-math and no contraction: bits depend on the source, not on what the optimiser chose.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
 COMPILE_TIMEOUT_S = 300.0
-MIN_PARALLEL_WORK = 2**19
 
 
 def find_compiler() -> str:
@@ -124,17 +122,3 @@ def _compile(command: list[str], library: Path, timeout_s: float) -> None:
 def load_library() -> ctypes.CDLL:
     """The compiled CPU kernels, built if need be."""
     return ctypes.CDLL(str(build_library()))
-
-
-@functools.cache
-def c_function(name: str, *argument_types: type[Any]) -> Callable[..., None]:
-    """`name` of the library, taking these argument types and returning nothing."""
-    function = getattr(load_library(), name)
-    function.argtypes = argument_types
-    function.restype = None
-    return cast(Callable[..., None], function)
-
-
-def num_threads(work: int) -> int:
-    """Threads for a kernel call of `work` multiply-adds: torch's setting, or one when starting more costs more."""
-    return torch.get_num_threads() if work >= MIN_PARALLEL_WORK else 1

@@ -1,8 +1,7 @@
-"""Bringing token rows into the order in which experts read them, on one rank or over several.
+"""Permutation of token rows by expert, on one rank or over several.
 
-T tokens, K experts per token, H hidden, P (token, top-k slot) pairs with an expert. `rank_of` and `slot_of`, both
-[num_experts] int64, say which rank holds an expert and in which of its slots; topk_idx is [T, K] int64, -1 where there
-is no expert.
+T tokens, K experts per token, H hidden size, P (token, k) pairs with an expert. `rank_of` and `slot_of`, both
+[num_experts] int64, hold an expert's rank and its slot there; topk_idx is [T, K] int64, -1 for no expert.
 """
 
 from __future__ import annotations
@@ -14,25 +13,31 @@ from ctypes import byref, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
+from .cpu_library import CFunction, num_threads
 from .registry import Kernel, register
 
-_GROUP = ("shoal_group_pairs", c_void_p, c_int64, c_int64, c_void_p, c_int64, *[c_void_p] * 3)
-_PACK = ("shoal_pack_segments", *[c_void_p, c_int64, c_int64] * 2, *[c_void_p] * 2, c_int64, *[c_void_p] * 4, c_int64)
-_UNPACK = ("shoal_unpack_segments", c_void_p, *[c_int64] * 3, *[c_void_p] * 5)
+shoal_permute_by_expert = CFunction(
+    "shoal_permute_by_expert", c_void_p, c_int64, c_int64, c_void_p, c_int64, *[c_void_p] * 3
+)
+shoal_pack_send_buffers = CFunction(
+    "shoal_pack_send_buffers", *[c_void_p, c_int64, c_int64] * 2, *[c_void_p] * 2, c_int64, *[c_void_p] * 4, c_int64
+)
+shoal_unpack_recv_buffers = CFunction("shoal_unpack_recv_buffers", c_void_p, *[c_int64] * 3, *[c_void_p] * 5)
 _HEAD = struct.Struct("=ii")  # number of rows, number of pairs
 _ALIGNMENT = 8
-"""Alignment of a send buffer's segments, in bytes."""
+"""Alignment of send buffers, in bytes."""
 
 
-def group_pairs(kernel: Kernel, topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The order in which experts that are all on this rank read their tokens.
+def permute_by_expert(
+    kernel: Kernel, topk_idx: Tensor, slot_of: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort pairs by expert slot where all experts are on this rank.
 
-    -> (the token of every pair, grouped by slot, ascending, in (token, k) order within a slot [P] int64;
-        pairs of each slot [num_slots] int64 in host memory;
-        the place of each pair in that order [T, K] int64, -1 where topk_idx is -1).
+    -> (token of every pair, slots ascending, in (token, k) order within a slot [P] int64;
+        number of pairs per slot [num_slots] int64 in host memory;
+        index of each pair in that order [T, K] int64, -1 where topk_idx is -1).
 
-    On a GPU: [T * K] tokens, where those after the first P mean nothing, and counts are in the memory of the GPU.
+    On a GPU there are [T * K] tokens, undefined after the first P, and the counts are in GPU memory.
     """
     token_of: Tensor
     counts: Tensor
@@ -41,63 +46,63 @@ def group_pairs(kernel: Kernel, topk_idx: Tensor, slot_of: Tensor, num_slots: in
     return token_of, counts, row_of
 
 
-def pack_segments(
+def pack_send_buffers(
     kernel: Kernel, x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
 ) -> tuple[list[Tensor], list[int], Tensor]:
-    """What each rank needs to apply its experts to this rank's tokens: a token goes once to a rank.
+    """Pack one send buffer per rank: the rows and routes that its experts need; a token is sent once per rank.
 
-    -> (one uint8 segment for each rank;
-        pairs for each rank;
-        the place of each pair when pairs are grouped by rank, in (token, k) order within a rank [T, K] int64, or -1).
+    -> (one uint8 send buffer per rank;
+        number of pairs per rank;
+        index of each pair when pairs are sorted by rank, in (token, k) order within a rank [T, K] int64, or -1).
 
-    segment   [ int32 number of rows, number of pairs | int32 row of each pair | int32 slot of each pair | rows ]
+    send buffer   [ int32 number of rows, number of pairs | int32 row of each pair | int32 slot of each pair | rows ]
     """
-    segments: list[Tensor]
+    send_buffers: list[Tensor]
     num_pairs: list[int]
     row_of: Tensor
-    segments, num_pairs, row_of = kernel.run(x, topk_idx, rank_of, slot_of, num_ranks)
-    return segments, num_pairs, row_of
+    send_buffers, num_pairs, row_of = kernel.run(x, topk_idx, rank_of, slot_of, num_ranks)
+    return send_buffers, num_pairs, row_of
 
 
-def unpack_segments(
-    kernel: Kernel, segments: Sequence[Tensor], like: Tensor, num_slots: int
+def unpack_recv_buffers(
+    kernel: Kernel, recv_buffers: Sequence[Tensor], like: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
-    """What this rank's experts read, from the segments that every rank sent; `like` [.., H] says dtype and width.
+    """Unpack the buffers received from every rank into expert inputs; rows have the dtype and width of `like` [.., H].
 
-    -> (the rows of all segments [N, H];
-        the row there of every pair, grouped by slot, ascending, in arrival order within a slot [R] int64;
-        pairs of each slot [num_slots] int64, in host memory or, on a GPU, in its own;
-        the place of each of those pairs among the arrivals [R] int64, a permutation;
-        pairs in each segment).
+    -> (rows of all buffers [N, H];
+        row of every pair in it, slots ascending, in arrival order within a slot [R] int64;
+        number of pairs per slot [num_slots] int64, in host memory or, on a GPU, in GPU memory;
+        arrival index of each of those pairs [R] int64, a permutation;
+        number of pairs per buffer).
     """
     row_bytes = like.shape[-1] * like.element_size()
-    heads = _heads(segments)
-    for source, (segment, (num_rows, num_pairs)) in enumerate(zip(segments, heads, strict=True)):
+    heads = _heads(recv_buffers)
+    for source, (buffer, (num_rows, num_pairs)) in enumerate(zip(recv_buffers, heads, strict=True)):
         expected = _HEAD.size + 8 * num_pairs + num_rows * row_bytes
-        assert segment.numel() == expected, f"rank {source} sent {segment.numel()} bytes, its head says {expected}"
+        assert buffer.numel() == expected, f"rank {source} sent {buffer.numel()} bytes, its head says {expected}"
     rows: Tensor
     x_row: Tensor
     counts: Tensor
     arrival: Tensor
-    rows, x_row, counts, arrival = kernel.run(segments, heads, like, num_slots)
+    rows, x_row, counts, arrival = kernel.run(recv_buffers, heads, like, num_slots)
     return rows, x_row, counts, arrival, [num_pairs for _, num_pairs in heads]
 
 
-def _heads(segments: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """(number of rows, number of pairs) of each, for which a device is waited for once."""
-    parts = [segment[: _HEAD.size] for segment in segments]
+def _heads(recv_buffers: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(number of rows, number of pairs) of each buffer; on a GPU this synchronises once."""
+    parts = [buffer[: _HEAD.size] for buffer in recv_buffers]
     if not parts[0].is_cpu:
         parts = list(torch.stack(parts).cpu())
     return [_HEAD.unpack(part.numpy().data) for part in parts]
 
 
-@register("group_pairs", "cpu")
-def _group_pairs_cpu(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+@register("permute_by_expert", "cpu")
+def _permute_by_expert_cpu(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     topk_idx = topk_idx.contiguous()
     tokens, top_k = topk_idx.shape
     token_of = topk_idx.new_empty(topk_idx.numel())
     counts, row_of = topk_idx.new_empty(num_slots), torch.empty_like(topk_idx)
-    c_function(*_GROUP)(
+    shoal_permute_by_expert(
         topk_idx.data_ptr(),
         tokens,
         top_k,
@@ -110,8 +115,8 @@ def _group_pairs_cpu(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple
     return token_of[: sum(counts.tolist())], counts, row_of
 
 
-@register("pack_segments", "cpu")
-def _pack_segments_cpu(
+@register("pack_send_buffers", "cpu")
+def _pack_send_buffers_cpu(
     x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
 ) -> tuple[list[Tensor], list[int], Tensor]:
     x, topk_idx = _rows(x), topk_idx.contiguous()
@@ -121,7 +126,7 @@ def _pack_segments_cpu(
     capacity = num_ranks * (_HEAD.size + _ALIGNMENT) + 8 * topk_idx.numel() + most_rows * row_bytes
     buffer = torch.empty(capacity, dtype=torch.uint8)
     sizes, row_of = torch.empty(2, num_ranks, dtype=torch.int64), torch.empty_like(topk_idx)
-    c_function(*_PACK)(
+    shoal_pack_send_buffers(
         x.data_ptr(),
         x.stride(0) * x.element_size(),
         row_bytes,
@@ -137,26 +142,26 @@ def _pack_segments_cpu(
         row_of.data_ptr(),
         num_threads(most_rows * x.shape[1]),
     )
-    segment_bytes, num_pairs = sizes.tolist()
-    segments, begin = [], 0
-    for size in segment_bytes:
-        segments.append(buffer[begin : begin + size])
+    buffer_bytes, num_pairs = sizes.tolist()
+    send_buffers, begin = [], 0
+    for size in buffer_bytes:
+        send_buffers.append(buffer[begin : begin + size])
         begin += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return segments, num_pairs, row_of
+    return send_buffers, num_pairs, row_of
 
 
-@register("unpack_segments", "cpu")
-def _unpack_segments_cpu(
-    segments: Sequence[Tensor], heads: Sequence[tuple[int, int]], like: Tensor, num_slots: int
+@register("unpack_recv_buffers", "cpu")
+def _unpack_recv_buffers_cpu(
+    recv_buffers: Sequence[Tensor], heads: Sequence[tuple[int, int]], like: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_pairs = (sum(numbers) for numbers in zip(*heads, strict=True))
     rows = like.new_empty(num_rows, like.shape[-1])
     counts, x_row, arrival = (torch.empty(n, dtype=torch.int64) for n in (num_slots, num_pairs, num_pairs))
-    pointers = (c_void_p * len(segments))(*(segment.data_ptr() for segment in segments))
+    pointers = (c_void_p * len(recv_buffers))(*(buffer.data_ptr() for buffer in recv_buffers))
     status = c_int64()
-    c_function(*_UNPACK)(
+    shoal_unpack_recv_buffers(
         pointers,
-        len(segments),
+        len(recv_buffers),
         rows.shape[1] * rows.element_size(),
         num_slots,
         rows.data_ptr(),
@@ -173,8 +178,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@register("group_pairs", "reference")
-def _group_pairs_reference(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+@register("permute_by_expert", "reference")
+def _permute_by_expert_reference(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     flat_idx = topk_idx.flatten()
     pairs = (flat_idx >= 0).nonzero().squeeze(1)
     slots = slot_of.to(topk_idx.device)[flat_idx[pairs]]
@@ -185,8 +190,8 @@ def _group_pairs_reference(topk_idx: Tensor, slot_of: Tensor, num_slots: int) ->
     return pairs // topk_idx.shape[1], counts, row_of.view_as(topk_idx)
 
 
-@register("pack_segments", "reference")
-def _pack_segments_reference(
+@register("pack_send_buffers", "reference")
+def _pack_send_buffers_reference(
     x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
 ) -> tuple[list[Tensor], list[int], Tensor]:
     rank_of, slot_of = rank_of.to(x.device), slot_of.to(x.device)
@@ -212,25 +217,25 @@ def _pack_segments_reference(
     )
     rows = torch.split(x[tokens[is_new]], num_rows.tolist())
     heads = torch.stack([num_rows, num_pairs], dim=1).to(torch.int32)
-    segments = []
+    send_buffers = []
     for head, route, part in zip(heads, routes, rows, strict=True):
         integers = torch.cat([head, route.flatten()])
-        segments.append(torch.cat([integers.view(torch.uint8), part.flatten().view(torch.uint8)]))
-    return segments, num_pairs.tolist(), row_of.view_as(topk_idx)
+        send_buffers.append(torch.cat([integers.view(torch.uint8), part.flatten().view(torch.uint8)]))
+    return send_buffers, num_pairs.tolist(), row_of.view_as(topk_idx)
 
 
-@register("unpack_segments", "reference")
-def _unpack_segments_reference(
-    segments: Sequence[Tensor], heads: Sequence[tuple[int, int]], like: Tensor, num_slots: int
+@register("unpack_recv_buffers", "reference")
+def _unpack_recv_buffers_reference(
+    recv_buffers: Sequence[Tensor], heads: Sequence[tuple[int, int]], like: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows: list[Tensor] = []
     row_of_pair: list[Tensor] = []
     slots: list[Tensor] = []
-    for segment, (_, pairs) in zip(segments, heads, strict=True):
-        row, slot = segment[_HEAD.size : _HEAD.size + 8 * pairs].view(torch.int32).view(2, pairs)
+    for buffer, (_, pairs) in zip(recv_buffers, heads, strict=True):
+        row, slot = buffer[_HEAD.size : _HEAD.size + 8 * pairs].view(torch.int32).view(2, pairs)
         row_of_pair.append(row + sum(map(len, rows)))
         slots.append(slot)
-        rows.append(segment[_HEAD.size + 8 * pairs :].view(like.dtype).view(-1, like.shape[-1]))
+        rows.append(buffer[_HEAD.size + 8 * pairs :].view(like.dtype).view(-1, like.shape[-1]))
     # Arrivals, source-major -> slot-major:   (r0,e0) (r0,e1) | (r1,e0) (r1,e1)
     #                                         (r0,e0) (r1,e0) | (r0,e1) (r1,e1)
     slot_of_pair = torch.cat(slots)

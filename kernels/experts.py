@@ -7,12 +7,12 @@ from ctypes import c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
-from .linear import DTYPE_CODES, PackedWeight, check_input, multiply_reference
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
+from .linear import PackedWeight, check_input, multiply_reference
 from .registry import Kernel, register
 
-_SWIGLU = ("shoal_swiglu", c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3)
-_EXPERTS = (
+shoal_swiglu = CFunction("shoal_swiglu", c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3)
+shoal_experts_mlp = CFunction(
     "shoal_experts_mlp",
     c_int64,
     c_void_p,
@@ -23,7 +23,7 @@ _EXPERTS = (
     *[c_void_p] * 3,
     *[c_int64] * 3,
 )
-_COMBINE = ("shoal_combine_topk", c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4)
+shoal_combine_topk = CFunction("shoal_combine_topk", c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 4)
 
 
 def swiglu(kernel: Kernel, gate_up: Tensor) -> Tensor:
@@ -126,9 +126,7 @@ def _swiglu_cpu(gate_up: Tensor) -> Tensor:
     rows, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, intermediate)
     threads = num_threads(16 * y.numel())
-    c_function(*_SWIGLU)(
-        DTYPE_CODES[y.dtype], gate_up.data_ptr(), gate_up.stride(0), y.data_ptr(), rows, intermediate, threads
-    )
+    shoal_swiglu(DTYPE_CODES[y.dtype], gate_up.data_ptr(), gate_up.stride(0), y.data_ptr(), rows, intermediate, threads)
     return y
 
 
@@ -146,7 +144,7 @@ def _experts_mlp_cpu(
     rows, h = len(x if x_row is None else x_row), x.shape[1]
     hidden = x.new_empty(rows, down.in_features)
     y = x.new_empty(rows, h)
-    c_function(*_EXPERTS)(
+    shoal_experts_mlp(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
         x.stride(0),
@@ -173,7 +171,7 @@ def _combine_topk_cpu(y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: T
     shared = None if shared is None else shared.contiguous()
     tokens, top_k = row_of.shape
     out = y.new_empty(tokens, y.shape[1])
-    c_function(*_COMBINE)(
+    shoal_combine_topk(
         DTYPE_CODES[y.dtype],
         y.data_ptr(),
         y.stride(0),

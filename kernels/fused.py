@@ -12,9 +12,9 @@ from ctypes import POINTER, byref, c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from . import build
 from .attention import LayoutArgs, PagedLayout, slot_error
-from .kv_format import IndexKeys, Records, index_keys_args, records_args
+from .cpu_library import MIN_PARALLEL_WORK, CFunction
+from .kv_format import IndexKeys, KVCacheArgs, index_keys_args, kv_cache_args
 from .linear import PackedWeight
 
 
@@ -25,7 +25,7 @@ class Threads(ctypes.Structure):
 
 
 class PackedWeightArgs(ctypes.Structure):
-    """shoal::Weight."""
+    """shoal::PackedWeightArgs."""
 
     _fields_ = (("data", c_void_p), ("format", c_int64))
 
@@ -77,23 +77,25 @@ class StepArgs(ctypes.Structure):
     )
 
 
-_FUSED_ATTENTION = (
+shoal_fused_attention = CFunction(
     "shoal_fused_attention",
     POINTER(FusedAttention),
     POINTER(StepArgs),
     *[c_void_p] * 2,
-    POINTER(Records),
+    POINTER(KVCacheArgs),
     POINTER(IndexKeys),
     *[c_void_p] * 3,
     POINTER(c_int64),
 )
-_FUSED_MOE_ROUTE = ("shoal_fused_moe_route", POINTER(FusedMoE), POINTER(Threads), c_int64, *[c_void_p] * 6)
-_FUSED_MOE = ("shoal_fused_moe", POINTER(FusedMoE), POINTER(Threads), c_int64, *[c_void_p] * 4)
+shoal_fused_moe_route = CFunction(
+    "shoal_fused_moe_route", POINTER(FusedMoE), POINTER(Threads), c_int64, *[c_void_p] * 6
+)
+shoal_fused_moe = CFunction("shoal_fused_moe", POINTER(FusedMoE), POINTER(Threads), c_int64, *[c_void_p] * 4)
 
 
 def step_args(mha: PagedLayout, mqa: PagedLayout, positions: Tensor, slots: Tensor) -> StepArgs:
     """positions and slots: [T] int64, tokens of `mha` first; the arguments must outlive the result."""
-    threads = Threads(torch.get_num_threads(), build.MIN_PARALLEL_WORK)
+    threads = Threads(torch.get_num_threads(), MIN_PARALLEL_WORK)
     return StepArgs(
         positions.shape[0],
         mha.num_tokens,
@@ -124,12 +126,12 @@ def fused_attention(
         num_mqa_tokens = step.num_tokens - step.num_mha_tokens
         topk_indices = torch.empty(num_mqa_tokens, args.index_topk, dtype=torch.int32)
     status = c_int64()
-    build.c_function(*_FUSED_ATTENTION)(
+    shoal_fused_attention(
         byref(args),
         byref(step),
         hidden.data_ptr(),
         None if residual is None else residual.data_ptr(),
-        byref(records_args(kv_cache)),
+        byref(kv_cache_args(kv_cache)),
         None if index_keys is None else byref(index_keys_args(index_keys, args.index_head_dim)),
         total.data_ptr(),
         None if topk_indices is None else topk_indices.data_ptr(),
@@ -149,7 +151,7 @@ def fused_moe_route(args: FusedMoE, step: StepArgs, attended: Tensor, residual: 
     top_k = args.num_experts_per_tok
     topk_idx = torch.empty(step.num_tokens, top_k, dtype=torch.int64)
     topk_weights = torch.empty(step.num_tokens, top_k)
-    build.c_function(*_FUSED_MOE_ROUTE)(
+    shoal_fused_moe_route(
         byref(args),
         byref(step.threads),
         step.num_tokens,
@@ -168,7 +170,7 @@ def fused_moe(args: FusedMoE, step: StepArgs, attended: Tensor, residual: Tensor
 
     All experts are on this rank.
     """
-    build.c_function(*_FUSED_MOE)(
+    shoal_fused_moe(
         byref(args),
         byref(step.threads),
         step.num_tokens,

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from .attention import LayoutArgs, PagedLayout, slot_error
-from .build import c_function, num_threads
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .kv_format import IndexKeys, index_keys_args, index_page_size, read_index_keys
-from .linear import DTYPE_CODES
 from .registry import Kernel, register
 
-_INDEX_TOPK = (
+shoal_index_topk = CFunction(
     "shoal_index_topk",
     c_int64,
     c_void_p,
@@ -31,7 +30,7 @@ _INDEX_TOPK = (
     c_int64,
     POINTER(c_int64),
 )
-_INDEX_SCORES = (
+shoal_index_scores = CFunction(
     "shoal_index_scores",
     c_int64,
     c_void_p,
@@ -42,7 +41,7 @@ _INDEX_SCORES = (
     c_void_p,
     c_int64,
 )
-_TOPK_POSITIONS = ("shoal_topk_positions", c_void_p, c_int64, c_void_p, *[c_int64] * 2, c_void_p, c_int64)
+shoal_topk_positions = CFunction("shoal_topk_positions", c_void_p, c_int64, c_void_p, *[c_int64] * 2, c_void_p, c_int64)
 
 
 def index_topk(kernel: Kernel, q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
@@ -110,7 +109,7 @@ def _index_topk_cpu(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayou
     q, weights = q if q.stride(-1) == 1 else q.contiguous(), weights.contiguous()
     out = torch.empty(q.shape[0], topk, dtype=torch.int32)
     status = c_int64()
-    c_function(*_INDEX_TOPK)(
+    shoal_index_topk(
         DTYPE_CODES[q.dtype],
         q.data_ptr(),
         q.stride(0),
@@ -133,7 +132,7 @@ def _index_topk_cpu(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayou
 def _index_scores_cpu(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     q, weights, keys = q.contiguous(), weights.contiguous(), keys.contiguous()
     out = torch.empty(q.shape[0], keys.shape[0])
-    c_function(*_INDEX_SCORES)(
+    shoal_index_scores(
         DTYPE_CODES[q.dtype],
         q.data_ptr(),
         weights.data_ptr(),
@@ -152,7 +151,7 @@ def _topk_positions_cpu(scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
         scores = scores.contiguous()
     lengths = lengths.contiguous()
     out = torch.empty(scores.shape[0], topk, dtype=torch.int32)
-    c_function(*_TOPK_POSITIONS)(
+    shoal_topk_positions(
         scores.data_ptr(),
         scores.stride(0),
         lengths.data_ptr(),

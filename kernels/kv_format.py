@@ -1,20 +1,21 @@
-"""Records and index keys: what a token leaves in the cache of a layer, in two formats, each written in one pass.
+"""Formats of the KV cache of a layer: latents with rope keys, and indexer keys, each in the compute dtype or in FP8.
 
-T tokens; Dl latent and Dr rotary columns, index keys of D columns. Records are rows [num_slots, W] of
+T tokens; Dl latent and Dr rotary columns, index keys of D columns. `kv_cache` has one entry per slot, a row of
+[num_slots, W]:
 
-the computing dtype   latent (Dl) | rope key (Dr)
-bytes, in FP8         Dl e4m3 | ceil(Dl / 128) fp32 scales | Dr bf16 rope key
+compute dtype   latent (Dl) | rope key (Dr)
+FP8, in bytes   Dl e4m3 | ceil(Dl / 128) fp32 scales | Dr bf16 rope key
 
-where W may be larger. Index keys, where a layer has an indexer, are in pages [num_blocks, block_size * width], one for
-each block of the cache; the key of slot s is number s % block_size of page s // block_size, which is
+W may be larger than an entry. Index keys of a layer with an indexer are in pages [num_blocks, block_size * width], one
+per cache block; the key of slot s is number s % block_size of page s // block_size:
 
-the computing dtype   block_size x D
-bytes, in FP8         block_size x D e4m3 | block_size x ceil(D / 128) fp32 scales
+compute dtype   block_size x D
+FP8, in bytes   block_size x D e4m3 | block_size x ceil(D / 128) fp32 scales
 
-For Dl = 512 and Dr = 64 the FP8 record is the 656 bytes per token that FlashMLA reads. For D = 128 the FP8 page is what
-DeepGEMM's paged index logits read: of 64 keys, codes in bytes [0, 8192) and scales in [8192, 8448).
+With Dl = 512 and Dr = 64 an FP8 entry has the 656 bytes per token that FlashMLA reads. With D = 128 and 64 keys an FP8
+page is what DeepGEMM's paged index logits read: codes in bytes [0, 8192), scales in [8192, 8448).
 
-Who reads FP8 gets `dequantize_rows_fp8` and the rope key in the computing dtype, and goes on as with that dtype.
+Readers of FP8 apply `dequantize_rows_fp8`, widen the rope key to the compute dtype, and then compute as in that dtype.
 """
 
 from __future__ import annotations
@@ -25,19 +26,18 @@ from ctypes import POINTER, byref, c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
-from .fp8_rows import dequantize_rows_reference, fp8_row_bytes, quantize_rows_reference
-from .linear import DTYPE_CODES
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .norm import layer_norm_reference, rms_norm_reference
+from .quant import dequantize_rows_reference, fp8_row_bytes, quantize_rows_reference
 from .registry import Kernel, register
-from .rope import Rotation, apply_rope_reference
+from .rope import RopeTable, apply_rope_reference
 
-FP8_RECORDS = torch.uint8
-"""The dtype of records and index keys in FP8."""
+FP8_CACHE = torch.uint8
+"""Dtype of cache tensors in FP8."""
 
 
-class Records(ctypes.Structure):
-    """shoal::Records of the compiled kernels."""
+class KVCacheArgs(ctypes.Structure):
+    """shoal::KVCacheArgs of the compiled kernels."""
 
     _fields_ = (("data", c_void_p), ("stride", c_int64), ("num_slots", c_int64), ("fp8", c_int64))
 
@@ -51,7 +51,7 @@ class IndexKeys(ctypes.Structure):
     )
 
 
-_WRITE_LATENTS = (
+shoal_write_latents = CFunction(
     "shoal_write_latents",
     c_int64,
     c_void_p,
@@ -62,12 +62,12 @@ _WRITE_LATENTS = (
     c_int64,
     c_void_p,
     c_int64,
-    POINTER(Records),
+    POINTER(KVCacheArgs),
     c_void_p,
     c_int64,
     POINTER(c_int64),
 )
-_WRITE_INDEX_KEYS = (
+shoal_write_index_keys = CFunction(
     "shoal_write_index_keys",
     c_int64,
     c_void_p,
@@ -85,54 +85,54 @@ _WRITE_INDEX_KEYS = (
 )
 
 
-def records_args(records: Tensor) -> Records:
-    """For the compiled kernels; its pointer lives as long as the tensor."""
-    size = records.element_size()
-    return Records(records.data_ptr(), records.stride(0) * size, records.shape[0], records.dtype == FP8_RECORDS)
+def kv_cache_args(kv_cache: Tensor) -> KVCacheArgs:
+    """Argument of the compiled kernels; the tensor must outlive it."""
+    size = kv_cache.element_size()
+    return KVCacheArgs(kv_cache.data_ptr(), kv_cache.stride(0) * size, kv_cache.shape[0], kv_cache.dtype == FP8_CACHE)
 
 
 def index_keys_args(keys: Tensor, dim: int) -> IndexKeys:
-    """For the compiled kernels; its pointer lives as long as the tensor."""
+    """Argument of the compiled kernels; the tensor must outlive it."""
     size, width = keys.element_size(), index_key_width(keys.dtype, dim)
     return IndexKeys(keys.data_ptr(), keys.shape[0], keys.shape[1] // width, dim * size, (width - dim) * size)
 
 
 def latent_width(dtype: torch.dtype, latent_dim: int, rope_dim: int) -> int:
-    """Columns of a record in a dtype of records."""
-    return fp8_row_bytes(latent_dim) + 2 * rope_dim if dtype == FP8_RECORDS else latent_dim + rope_dim
+    """Columns of an entry in a cache of this dtype."""
+    return fp8_row_bytes(latent_dim) + 2 * rope_dim if dtype == FP8_CACHE else latent_dim + rope_dim
 
 
 def index_key_width(dtype: torch.dtype, dim: int) -> int:
-    """Columns that an index key takes in pages of a dtype."""
-    return fp8_row_bytes(dim) if dtype == FP8_RECORDS else dim
+    """Columns of an index key in pages of this dtype."""
+    return fp8_row_bytes(dim) if dtype == FP8_CACHE else dim
 
 
-def read_latents(records: Tensor, latent_dim: int, rope_dim: int, dtype: torch.dtype) -> Tensor:
-    """[latent | rope key] of records [n, >= W] as `dtype` [n, Dl + Dr]; records of another dtype than FP8 have it."""
-    if records.dtype != FP8_RECORDS:
-        assert records.dtype == dtype
-        return records[:, : latent_dim + rope_dim]
+def read_latents(kv_cache: Tensor, latent_dim: int, rope_dim: int, dtype: torch.dtype) -> Tensor:
+    """kv_cache [n, >= W], in FP8 or in `dtype` -> [latent | rope key] in `dtype` [n, Dl + Dr]."""
+    if kv_cache.dtype != FP8_CACHE:
+        assert kv_cache.dtype == dtype
+        return kv_cache[:, : latent_dim + rope_dim]
     width = fp8_row_bytes(latent_dim)
-    rope = _aligned(records[:, width : width + 2 * rope_dim]).view(torch.bfloat16)
-    return torch.cat([_read_quantized(records[:, :width], latent_dim, dtype), rope.to(dtype)], dim=1)
+    rope = _aligned(kv_cache[:, width : width + 2 * rope_dim]).view(torch.bfloat16)
+    return torch.cat([_read_quantized(kv_cache[:, :width], latent_dim, dtype), rope.to(dtype)], dim=1)
 
 
 def read_index_keys(keys: Tensor, slots: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Index keys of slots [n] int64 as `dtype` [n, D]; keys: pages in `dtype` or in FP8. ValueError for others."""
+    """Index keys of slots [n] int64 -> [n, D] in `dtype`; keys: pages in `dtype` or in FP8. ValueError for others."""
     index_page_size("read_index_keys", keys, dim, dtype)
     rows = gather_index_keys(keys, slots, dim)
-    return _read_quantized(rows, dim, dtype) if keys.dtype == FP8_RECORDS else rows
+    return _read_quantized(rows, dim, dtype) if keys.dtype == FP8_CACHE else rows
 
 
 def gather_index_keys(keys: Tensor, slots: Tensor, dim: int) -> Tensor:
-    """What pages hold of the index keys of slots [n], [n, width] in their dtype: D numbers, in FP8 then the scales."""
+    """Stored index keys of slots [n] -> [n, width] in the pages' dtype: D values, in FP8 followed by the scales."""
     numbers, scales = _numbers_and_scales(keys, dim)
     place = (slots // numbers.shape[1], slots % numbers.shape[1])
     return torch.cat([numbers[place], scales[place]], dim=1)
 
 
 def scatter_index_keys(keys: Tensor, slots: Tensor, rows: Tensor, dim: int) -> None:
-    """The inverse of `gather_index_keys`."""
+    """Inverse of `gather_index_keys`."""
     numbers, scales = _numbers_and_scales(keys, dim)
     place = (slots // numbers.shape[1], slots % numbers.shape[1])
     numbers[place], scales[place] = rows[:, :dim], rows[:, dim:]
@@ -147,12 +147,12 @@ def _numbers_and_scales(keys: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def index_page_size(op: str, keys: Tensor, dim: int, dtype: torch.dtype) -> int:
-    """How many index keys a page holds; ValueError unless they are pages in `dtype` or in FP8, for `op`."""
+    """Number of index keys in a page; ValueError, in the name of `op`, unless keys are pages in `dtype` or in FP8."""
     width = index_key_width(keys.dtype, dim)
     fits = keys.dim() == 2 and 0 < width <= keys.shape[1] and keys.shape[1] % width == 0 and keys.is_contiguous()
-    if not fits or keys.dtype not in (dtype, FP8_RECORDS):
+    if not fits or keys.dtype not in (dtype, FP8_CACHE):
         raise ValueError(
-            f"{op} needs contiguous index keys [num_blocks, block_size * {width}] in {dtype} or in {FP8_RECORDS}, got "
+            f"{op} needs contiguous index keys [num_blocks, block_size * {width}] in {dtype} or in {FP8_CACHE}, got "
             f"{list(keys.shape)} in {keys.dtype}"
         )
     return keys.shape[1] // width
@@ -171,28 +171,28 @@ def _aligned(rows: Tensor) -> Tensor:
 
 def write_latents(
     kernel: Kernel,
-    records: Tensor,
+    kv_cache: Tensor,
     slots: Tensor,
     kv: Tensor,
     norm: Tensor,
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
-    """records[slots[t]] = rms_norm(latent) | apply_rope(rope key) | as before, where kv[t] = [latent | rope key].
+    """kv_cache[slots[t]] = rms_norm(latent) | apply_rope(rope key) | as before, where kv[t] = [latent | rope key].
 
-    records: in kv's dtype or in FP8; slots: [T] int64; kv: [T, Dl + Dr]; norm: [Dl] fp32; rotation: of Dr columns.
-    Slots are written once. The bits are those of `rms_norm`, `apply_rope` and `quantize_rows_fp8`. ValueError for a
-    slot outside the records or a position outside the table.
+    kv_cache: in kv's dtype or in FP8; slots: [T] int64; kv: [T, Dl + Dr]; norm: [Dl] fp32; rope: of Dr columns.
+    Slots are distinct. The bits are those of `rms_norm`, `apply_rope` and `quantize_rows_fp8`. ValueError for a slot
+    outside the cache or a position outside the table.
     """
     latent_dim = norm.shape[0]
-    width = latent_width(records.dtype, latent_dim, rotation.dim)
-    _check_rows("write_latents", kv, latent_dim + rotation.dim, slots, rotation)
-    if records.dim() != 2 or records.shape[1] < width or records.dtype not in (kv.dtype, FP8_RECORDS):
+    width = latent_width(kv_cache.dtype, latent_dim, rope.dim)
+    _check_rows("write_latents", kv, latent_dim + rope.dim, slots, rope)
+    if kv_cache.dim() != 2 or kv_cache.shape[1] < width or kv_cache.dtype not in (kv.dtype, FP8_CACHE):
         raise ValueError(
-            f"write_latents needs records [num_slots, >= {width}] in {kv.dtype} or in {FP8_RECORDS}, got "
-            f"{list(records.shape)} in {records.dtype}"
+            f"write_latents needs kv_cache [num_slots, >= {width}] in {kv.dtype} or in {FP8_CACHE}, got "
+            f"{list(kv_cache.shape)} in {kv_cache.dtype}"
         )
-    kernel.run(records, slots, kv, norm, eps, rotation)
+    kernel.run(kv_cache, slots, kv, norm, eps, rope)
 
 
 def write_index_keys(
@@ -202,25 +202,25 @@ def write_index_keys(
     k: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
-    """Index key of slots[t] = layer_norm(k[t]), first Dr columns then rotated.
+    """Index key of slots[t] = layer_norm(k[t]), then `apply_rope` of its first Dr columns.
 
     keys: pages [num_blocks, block_size * width] in k's dtype or in FP8, contiguous; k: [T, D]; norm: weight and bias,
     each [D] fp32; the others as in `write_latents`. ValueError for a slot outside the pages or a position outside the
     table.
     """
-    _check_rows("write_index_keys", k, norm[0].shape[0], slots, rotation)
+    _check_rows("write_index_keys", k, norm[0].shape[0], slots, rope)
     index_page_size("write_index_keys", keys, k.shape[1], k.dtype)
-    kernel.run(keys, slots, k, norm, eps, rotation)
+    kernel.run(keys, slots, k, norm, eps, rope)
 
 
-def _check_rows(op: str, rows: Tensor, columns: int, slots: Tensor, rotation: Rotation) -> None:
+def _check_rows(op: str, rows: Tensor, columns: int, slots: Tensor, rope: RopeTable) -> None:
     if rows.dim() != 2 or rows.shape[1] != columns or rows.dtype not in DTYPE_CODES:
         raise ValueError(
             f"{op} needs rows [T, {columns}] in float32 or in bfloat16, got {list(rows.shape)} in {rows.dtype}"
         )
-    for name, tensor in (("slots", slots), ("positions", rotation.positions)):
+    for name, tensor in (("slots", slots), ("positions", rope.positions)):
         if tensor.shape != rows.shape[:1] or tensor.dtype != torch.int64:
             raise ValueError(f"{op}: {name} must be [{rows.shape[0]}] int64, got {list(tensor.shape)} {tensor.dtype}")
 
@@ -231,30 +231,30 @@ def _outside(op: str) -> ValueError:
 
 @register("write_latents", "cpu")
 def _write_latents_cpu(
-    records: Tensor,
+    kv_cache: Tensor,
     slots: Tensor,
     kv: Tensor,
     norm: Tensor,
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
-    assert records.stride(1) == 1
+    assert kv_cache.stride(1) == 1
     assert kv.stride(1) == 1
     status = c_int64()
-    c_function(*_WRITE_LATENTS)(
+    shoal_write_latents(
         DTYPE_CODES[kv.dtype],
         kv.data_ptr(),
         kv.stride(0),
         kv.shape[0],
         norm.shape[0],
-        rotation.dim,
+        rope.dim,
         norm.data_ptr(),
         eps,
-        rotation.table.data_ptr(),
-        rotation.table.shape[0],
-        rotation.positions.data_ptr(),
-        int(rotation.interleaved),
-        byref(records_args(records)),
+        rope.table.data_ptr(),
+        rope.table.shape[0],
+        rope.positions.data_ptr(),
+        int(rope.interleaved),
+        byref(kv_cache_args(kv_cache)),
         slots.data_ptr(),
         num_threads(kv.numel()),
         byref(status),
@@ -270,23 +270,23 @@ def _write_index_keys_cpu(
     k: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     assert k.stride(1) == 1
     status = c_int64()
-    c_function(*_WRITE_INDEX_KEYS)(
+    shoal_write_index_keys(
         DTYPE_CODES[k.dtype],
         k.data_ptr(),
         k.stride(0),
         *k.shape,
-        rotation.dim,
+        rope.dim,
         norm[0].data_ptr(),
         norm[1].data_ptr(),
         eps,
-        rotation.table.data_ptr(),
-        rotation.table.shape[0],
-        rotation.positions.data_ptr(),
-        int(rotation.interleaved),
+        rope.table.data_ptr(),
+        rope.table.shape[0],
+        rope.positions.data_ptr(),
+        int(rope.interleaved),
         byref(index_keys_args(keys, k.shape[1])),
         slots.data_ptr(),
         num_threads(k.numel()),
@@ -298,23 +298,23 @@ def _write_index_keys_cpu(
 
 @register("write_latents", "reference")
 def _write_latents_reference(
-    records: Tensor,
+    kv_cache: Tensor,
     slots: Tensor,
     kv: Tensor,
     norm: Tensor,
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     latent_dim = norm.shape[0]
     latent = rms_norm_reference(kv[:, :latent_dim], norm, eps)
-    k_rope = apply_rope_reference(kv[:, None, latent_dim:], rotation).squeeze(1)
-    if records.dtype == FP8_RECORDS:
-        fields = [_quantized_bytes(latent), k_rope.bfloat16().contiguous().view(FP8_RECORDS)]
+    k_rope = apply_rope_reference(kv[:, None, latent_dim:], rope).squeeze(1)
+    if kv_cache.dtype == FP8_CACHE:
+        fields = [_quantized_bytes(latent), k_rope.bfloat16().contiguous().view(FP8_CACHE)]
     else:
         fields = [latent, k_rope]
     rows = torch.cat(fields, dim=1)
-    _check_slots("write_latents", slots, records.shape[0])
-    records[slots, : rows.shape[1]] = rows
+    _check_slots("write_latents", slots, kv_cache.shape[0])
+    kv_cache[slots, : rows.shape[1]] = rows
 
 
 @register("write_index_keys", "reference")
@@ -324,12 +324,12 @@ def _write_index_keys_reference(
     k: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     normed = layer_norm_reference(k, *norm, eps)
-    rotated = apply_rope_reference(normed[:, None, : rotation.dim], rotation).squeeze(1)
-    rows, dim = torch.cat([rotated, normed[:, rotation.dim :]], dim=1), k.shape[1]
-    if keys.dtype == FP8_RECORDS:
+    rotated = apply_rope_reference(normed[:, None, : rope.dim], rope).squeeze(1)
+    rows, dim = torch.cat([rotated, normed[:, rope.dim :]], dim=1), k.shape[1]
+    if keys.dtype == FP8_CACHE:
         rows = _quantized_bytes(rows)
     _check_slots("write_index_keys", slots, keys.numel() // rows.shape[1])
     scatter_index_keys(keys, slots, rows, dim)
@@ -337,9 +337,9 @@ def _write_index_keys_reference(
 
 def _quantized_bytes(x: Tensor) -> Tensor:
     """[n, D] -> [n, fp8_row_bytes(D)] uint8."""
-    return torch.cat([part.view(FP8_RECORDS) for part in quantize_rows_reference(x)], dim=1)
+    return torch.cat([part.view(FP8_CACHE) for part in quantize_rows_reference(x)], dim=1)
 
 
 def _check_slots(op: str, slots: Tensor, num_slots: int) -> None:
     if slots.is_cpu and slots.numel() and not 0 <= int(slots.min()) <= int(slots.max()) < num_slots:
-        raise _outside(op)  # nobody waits for a device to look
+        raise _outside(op)  # on a GPU the check would synchronise

@@ -21,19 +21,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
+from .backends import Backend
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .quant import BLOCK, BlockFP8Weight, quantize_token_groups_reference
-from .registry import Backend, Kernel, register
+from .registry import Kernel, register
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 FP8_CODE = 2
 PANEL = 16
 ALIGNMENT = 16
 """Bytes that the rows of Triton's weights are padded to a multiple of."""
 
-_PACK = ("shoal_pack_weight", c_int64, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4)
-_PACK_FP8 = ("shoal_pack_fp8", c_int64, *[c_void_p] * 3, *[c_int64] * 3)
-_LINEAR = ("shoal_linear", *[c_int64] * 2, c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p, *[c_int64] * 7)
+shoal_pack_weight = CFunction("shoal_pack_weight", c_int64, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4)
+shoal_pack_fp8 = CFunction("shoal_pack_fp8", c_int64, *[c_void_p] * 3, *[c_int64] * 3)
+shoal_linear = CFunction(
+    "shoal_linear", *[c_int64] * 2, c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p, *[c_int64] * 7
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def pack_weight(
         if backend == "cpu":
             return _pack_fp8_cpu(w, dtype)
         if backend == "triton" and dtype == torch.bfloat16:
-            rows = w.scales[::BLOCK] if w.in_blocks else torch.nn.functional.pad(w.scales, (0, 0, 0, BLOCK))
+            rows = w.scales[::BLOCK] if w.is_block_aligned else torch.nn.functional.pad(w.scales, (0, 0, 0, BLOCK))
             return _packed_fp8(kernel, w.values.unsqueeze(0), rows.unsqueeze(0), ue8m0=ue8m0)
         w = w.dequantize(dtype)
     if w.dim() not in (2, 3) or w.dtype not in DTYPE_CODES:
@@ -203,7 +205,7 @@ def _pack_weight_cpu(w: Tensor) -> Tensor:
     batch, n, k = w.shape
     width = 2 if w.dtype == torch.bfloat16 else 1
     data = w.new_empty(batch, -(-n // PANEL), -(-k // width), PANEL, width)
-    c_function(*_PACK)(
+    shoal_pack_weight(
         DTYPE_CODES[w.dtype],
         w.data_ptr(),
         w.stride(0),
@@ -222,7 +224,7 @@ def _pack_fp8_cpu(w: BlockFP8Weight, dtype: torch.dtype) -> PackedWeight:
     values, scales = w.values.contiguous(), w.scales.contiguous()
     panel_bytes = PANEL * (-(-k // width) * width + 4 * -(-k // BLOCK))
     data = torch.empty(1, -(-n // PANEL), panel_bytes, dtype=torch.uint8)
-    c_function(*_PACK_FP8)(
+    shoal_pack_fp8(
         DTYPE_CODES[dtype], values.data_ptr(), scales.data_ptr(), data.data_ptr(), n, k, num_threads(values.numel())
     )
     return PackedWeight(data, 1, n, k, dtype, "cpu", is_fp8=True)
@@ -250,7 +252,7 @@ def _batched_linear_cpu(x: Tensor, w: PackedWeight) -> Tensor:
 
 def _multiply(x: Tensor, x_strides: tuple[int, int], w: PackedWeight, y: Tensor, y_strides: tuple[int, int]) -> None:
     """y[b, i] = x[b, i] w[b]^T for all matrices b and rows i; strides are those of b and i."""
-    c_function(*_LINEAR)(
+    shoal_linear(
         DTYPE_CODES[x.dtype],
         DTYPE_CODES[y.dtype],
         x.data_ptr(),
@@ -285,7 +287,7 @@ def multiply_reference(x: Tensor, w: PackedWeight, index: int) -> Tensor:
     q, scales = quantize_token_groups_reference(rows, w.ue8m0)
     wide = q.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : w.in_features]
     if w.has_row_scales:
-        stored = BlockFP8Weight(w.data[index], w.scale_inv[index, : w.out_features], in_blocks=False)
+        stored = BlockFP8Weight(w.data[index], w.scale_inv[index, : w.out_features], is_block_aligned=False)
     else:
         stored = BlockFP8Weight.of_rows(w.data[index], w.scale_inv[index])
     weight = stored.dequantize(torch.float32)

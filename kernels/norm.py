@@ -12,13 +12,14 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
-from .linear import DTYPE_CODES
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .registry import Kernel, register
 
-_RMS_NORM = ("shoal_rms_norm", c_int64, c_void_p, *[c_int64] * 3, c_void_p, c_float, c_void_p, c_int64)
-_LAYER_NORM = ("shoal_layer_norm", c_int64, c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_float, c_void_p, c_int64)
-_ADD_RMS_NORM = (
+shoal_rms_norm = CFunction("shoal_rms_norm", c_int64, c_void_p, *[c_int64] * 3, c_void_p, c_float, c_void_p, c_int64)
+shoal_layer_norm = CFunction(
+    "shoal_layer_norm", c_int64, c_void_p, *[c_int64] * 3, c_void_p, c_void_p, c_float, c_void_p, c_int64
+)
+shoal_add_rms_norm = CFunction(
     "shoal_add_rms_norm",
     *[c_int64] * 2,
     c_void_p,
@@ -85,7 +86,7 @@ def _rows(x: Tensor) -> Tensor:
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, weight = _rows(x), weight.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    c_function(*_RMS_NORM)(
+    shoal_rms_norm(
         DTYPE_CODES[x.dtype],
         rows.data_ptr(),
         rows.stride(0),
@@ -102,7 +103,7 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _layer_norm_cpu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     rows, weight, bias = _rows(x), weight.contiguous(), bias.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    c_function(*_LAYER_NORM)(
+    shoal_layer_norm(
         DTYPE_CODES[x.dtype],
         rows.data_ptr(),
         rows.stride(0),
@@ -120,7 +121,7 @@ def _layer_norm_cpu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
 def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows, residual, weight = _rows(x), residual.contiguous(), weight.contiguous()
     normed, total = torch.empty_like(residual), torch.empty_like(residual)
-    c_function(*_ADD_RMS_NORM)(
+    shoal_add_rms_norm(
         DTYPE_CODES[x.dtype],
         DTYPE_CODES[residual.dtype],
         rows.data_ptr(),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Concatenate, Generic, Literal, ParamSpec, TypeVar, get_args
+from typing import Concatenate, Generic, ParamSpec, TypeVar, get_args
 
 import torch
 
-from . import attention, dispatch, experts, fp8_rows, indexer, kv_format, norm, quant, rope, sampling, topk_router
+from . import attention, dispatch, experts, indexer, kv_format, norm, quant, rope, sampling, topk_router
 from . import linear as gemm
-from .registry import Backend, Kernel, Vendor, check_vendors, find_kernel, load_kernels
+from .backends import Backend, KernelBackend
+from .registry import Kernel, check_vendors, find_kernel, load_kernels
+from .vendor import Vendor
 
-KernelBackend = Literal["auto", "cpu", "triton", "reference"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -111,14 +112,14 @@ class Ops:
     topk_positions = Op(indexer.topk_positions)
 
     # Dispatch of tokens to experts
-    group_pairs = Op(dispatch.group_pairs)
-    pack_segments = Op(dispatch.pack_segments)
-    unpack_segments = Op(dispatch.unpack_segments)
+    permute_by_expert = Op(dispatch.permute_by_expert)
+    pack_send_buffers = Op(dispatch.pack_send_buffers)
+    unpack_recv_buffers = Op(dispatch.unpack_recv_buffers)
 
     # FP8
     quantize_token_groups = Op(quant.quantize_token_groups)
-    quantize_rows_fp8 = Op(fp8_rows.quantize_rows_fp8)
-    dequantize_rows_fp8 = Op(fp8_rows.dequantize_rows_fp8)
+    quantize_rows_fp8 = Op(quant.quantize_rows_fp8)
+    dequantize_rows_fp8 = Op(quant.dequantize_rows_fp8)
 
     # Sampling
     sample_tokens = Op(sampling.sample_tokens)

@@ -7,21 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Literal, TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
-Backend = Literal["cpu", "reference", "triton"]
-"""cpu: compiled at first use. triton: NVIDIA GPUs. reference: plain torch, not batch-invariant."""
-Vendor = Literal["flash_mla", "deep_gemm"]
-"""Libraries with kernels for some of Triton's operations, each adapted by a module of its name in kernels/vendor."""
-F = TypeVar("F", bound=Callable[..., Any])
+from .backends import Backend
+from .vendor import LIBRARIES, ModelProperties, Vendor
 
-NOT_STRICT: dict[Vendor, str] = {
-    "flash_mla": "its decode kernels split a context by what else is in the batch",
-    "deep_gemm": "it chooses tiles by the size of the batch, and nobody has shown that this changes no bit",
-}
-"""Why no vendor's kernels are used where bits must not depend on the batch."""
+F = TypeVar("F", bound=Callable[..., Any])
 
 _table: dict[tuple[str, Backend | Vendor], Callable[..., Any]] = {}
 
@@ -59,13 +53,26 @@ def load_kernels(backend: Backend, vendors: Sequence[Vendor] = ()) -> None:
     if backend == "triton":
         _import_triton_kernels()
     for vendor in vendors:
-        import_module(f".vendor.{vendor}", __package__)
+        _adaptor(vendor)
 
 
 def check_vendors(vendors: Sequence[Vendor], device: torch.device) -> None:
-    """ValueError unless each library is there and its kernels run on this device."""
+    """ValueError unless each library is installed and its kernels run on this device."""
     for vendor in vendors:
-        import_module(f".vendor.{vendor}", __package__).check(device)
+        LIBRARIES[vendor].load()
+        LIBRARIES[vendor].check_device(device)
+        _adaptor(vendor).check(device)
+
+
+def check_model(vendors: Sequence[Vendor], model: ModelProperties) -> None:
+    """ValueError for a model that one of the libraries has no kernels for."""
+    for vendor in vendors:
+        LIBRARIES[vendor].check_dtype(model.dtype)
+        _adaptor(vendor).check_model(model)
+
+
+def _adaptor(vendor: Vendor) -> ModuleType:
+    return import_module(f".vendor.{vendor}", __package__)
 
 
 def _import_triton_kernels() -> None:

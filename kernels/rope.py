@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
-from .linear import DTYPE_CODES
+from .cpu_library import DTYPE_CODES, CFunction, num_threads
 from .registry import Kernel, register
 
-_APPLY_ROPE = (
+shoal_apply_rope = CFunction(
     "shoal_apply_rope",
     c_int64,
     c_void_p,
@@ -87,7 +86,7 @@ def cos_sin_table(inv_freq: Tensor, max_positions: int, scale: float = 1.0) -> T
 
 
 @dataclass(frozen=True, slots=True)
-class Rotation:
+class RopeTable:
     """How the pairs of each token's columns turn: (a, b) -> (a cos - b sin, b cos + a sin)."""
 
     table: Tensor
@@ -103,13 +102,13 @@ class Rotation:
         return self.table.shape[1]
 
 
-def apply_rope(kernel: Kernel, x: Tensor, rotation: Rotation) -> Tensor:
+def apply_rope(kernel: Kernel, x: Tensor, rope: RopeTable) -> Tensor:
     """Turn the pairs of x [T, h, d] by the angles of its tokens' positions -> [T, h, d] in x's dtype.
 
     In fp32, each operation rounded, then one rounding to x's dtype. ValueError for a position outside the table, or NaN
     from kernels that run on a device and do not wait for it to look at the positions.
     """
-    table, positions = rotation.table, rotation.positions
+    table, positions = rope.table, rope.positions
     if x.dim() != 3 or x.dtype not in DTYPE_CODES or table.dim() != 2 or table.shape[1] != x.shape[2]:
         raise ValueError(
             f"apply_rope needs x [T, h, d] in float32 or bfloat16 and a table [P, d], got {list(x.shape)} in {x.dtype} "
@@ -119,7 +118,7 @@ def apply_rope(kernel: Kernel, x: Tensor, rotation: Rotation) -> Tensor:
         raise ValueError(
             f"apply_rope needs {x.shape[0]} int64 positions and a float32 table, got {list(positions.shape)}"
         )
-    y: Tensor = kernel.run(x, rotation)
+    y: Tensor = kernel.run(x, rope)
     return y
 
 
@@ -128,13 +127,13 @@ def _outside(table: Tensor) -> ValueError:
 
 
 @register("apply_rope", "cpu")
-def _apply_rope_cpu(x: Tensor, rotation: Rotation) -> Tensor:
+def _apply_rope_cpu(x: Tensor, rope: RopeTable) -> Tensor:
     if x.stride(2) != 1:
         x = x.contiguous()
-    table, positions = rotation.table.contiguous(), rotation.positions.contiguous()
+    table, positions = rope.table.contiguous(), rope.positions.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     status = torch.zeros(1, dtype=torch.int64)
-    c_function(*_APPLY_ROPE)(
+    shoal_apply_rope(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
         x.stride(0),
@@ -143,7 +142,7 @@ def _apply_rope_cpu(x: Tensor, rotation: Rotation) -> Tensor:
         table.data_ptr(),
         table.shape[0],
         positions.data_ptr(),
-        int(rotation.interleaved),
+        int(rope.interleaved),
         out.data_ptr(),
         out.stride(0),
         out.stride(1),
@@ -156,12 +155,12 @@ def _apply_rope_cpu(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 @register("apply_rope", "reference")
-def apply_rope_reference(x: Tensor, rotation: Rotation) -> Tensor:
-    table, positions = rotation.table, rotation.positions
+def apply_rope_reference(x: Tensor, rope: RopeTable) -> Tensor:
+    table, positions = rope.table, rope.positions
     if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < table.shape[0]:
         raise _outside(table)
     cos, sin = table[positions].unsqueeze(1).chunk(2, dim=-1)
-    if rotation.interleaved:
+    if rope.interleaved:
         a, b = x.float().reshape(*x.shape[:2], x.shape[2] // 2, 2).unbind(-1)
         return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
     a, b = x.float().chunk(2, dim=-1)

@@ -7,10 +7,10 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .build import c_function, num_threads
+from .cpu_library import CFunction, num_threads
 from .registry import Kernel, register
 
-_ROUTE = (
+shoal_route = CFunction(
     "shoal_route",
     c_void_p,
     *[c_int64] * 2,
@@ -74,7 +74,7 @@ def _route_cpu(
     num_tokens, num_experts = logits.shape
     topk_idx = torch.empty(num_tokens, top_k, dtype=torch.int64)
     topk_weights = torch.empty(num_tokens, top_k)
-    c_function(*_ROUTE)(
+    shoal_route(
         logits.data_ptr(),
         num_tokens,
         num_experts,

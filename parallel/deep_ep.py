@@ -93,7 +93,7 @@ class DeepEPTokenDispatcher:
         pairs = x.repeat_interleave(top_k, dim=0)
         with self._diagnosing("moe.dispatch", layer):
             rows, slots, received = self._connected().dispatch(pairs, experts.view(-1, 1))
-        x_row, num_tokens_per_expert, _ = self._ops.group_pairs(slots, self._own_slots, self._num_local_experts)
+        x_row, num_tokens_per_expert, _ = self._ops.permute_by_expert(slots, self._own_slots, self._num_local_experts)
         row_of = torch.arange(topk_idx.numel(), device=x.device).view_as(topk_idx).masked_fill(absent, -1)
         tokens = DispatchedTokens(rows, x_row, num_tokens_per_expert, out_row=x_row)
         return tokens, DispatchHandle(topk_weights, row_of, received=received)

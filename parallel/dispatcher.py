@@ -93,7 +93,9 @@ class LocalTokenDispatcher:
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, layer: int
     ) -> tuple[DispatchedTokens, DispatchHandle]:
-        x_row, num_tokens_per_expert, row_of = self._ops.group_pairs(topk_idx, self.slot_of, self._num_local_experts)
+        x_row, num_tokens_per_expert, row_of = self._ops.permute_by_expert(
+            topk_idx, self.slot_of, self._num_local_experts
+        )
         return DispatchedTokens(x, x_row, num_tokens_per_expert), DispatchHandle(topk_weights, row_of)
 
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
@@ -120,9 +122,11 @@ class AllToAllTokenDispatcher:
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, layer: int
     ) -> tuple[DispatchedTokens, DispatchHandle]:
-        segments, num_sent, row_of = self._ops.pack_segments(x, topk_idx, self._rank_of, self._slot_of, self._comm.size)
-        received = self._comm.all_to_all_bytes(segments, layer=layer, op="moe.dispatch")
-        rows, x_row, num_tokens_per_expert, arrival, num_received = self._ops.unpack_segments(
+        send_buffers, num_sent, row_of = self._ops.pack_send_buffers(
+            x, topk_idx, self._rank_of, self._slot_of, self._comm.size
+        )
+        received = self._comm.all_to_all_bytes(send_buffers, layer=layer, op="moe.dispatch")
+        rows, x_row, num_tokens_per_expert, arrival, num_received = self._ops.unpack_recv_buffers(
             received, x, self._num_local_experts
         )
         handle = DispatchHandle(topk_weights, row_of, num_sent, num_received)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.kernels.kv_format import FP8_RECORDS
+from shoal.kernels.backends import Backend
+from shoal.kernels.kv_format import FP8_CACHE
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import create_groups
@@ -84,7 +84,7 @@ def rank_weight_bytes(
 
 def kv_bytes_per_token(config: ModelConfig, storage: StorageFormat) -> int:
     """Bytes of a token's KV cache entries in all layers; every rank of an attention group stores them."""
-    specs = declare_model(config).cache_specs(FP8_RECORDS if storage.fp8_cache else storage.dtype)
+    specs = declare_model(config).cache_specs(FP8_CACHE if storage.fp8_cache else storage.dtype)
     return sum(spec.num_bytes for spec in specs)
 
 

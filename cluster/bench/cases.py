@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.ops import Ops
-from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
+from shoal.kernels.rope import RopeTable, cos_sin_table, inv_freq
 from shoal.runtime.sampling.sampler import Sampler, SamplingRow
 from shoal.runtime.types import SamplingParams
 
@@ -47,14 +47,14 @@ def index_keys(r: Inputs, sequences: int, context: int, dim: int) -> Tensor:
     return r.normal(num_slots(sequences, context), dim).view(-1, BLOCK_SIZE * dim)
 
 
-def rotation(r: Inputs, dim: int, tokens: int, *, interleaved: bool) -> Rotation:
+def rope_table(r: Inputs, dim: int, tokens: int, *, interleaved: bool) -> RopeTable:
     """Rotary tables and positions of tokens, drawn from 4096 positions."""
-    return Rotation(cos_sin_table(inv_freq(dim, 10000.0), 4096), r.positions(tokens, 4096), interleaved)
+    return RopeTable(cos_sin_table(inv_freq(dim, 10000.0), 4096), r.positions(tokens, 4096), interleaved)
 
 
 def cases(s: Shapes) -> Iterator[Case]:
     """Every public op of the kernels, and the sampler."""
-    for group in (_gemms, _rows, _attention, _records, _index, _exchange, _sampling):
+    for group in (_gemms, _rows, _attention, _cache_writes, _index, _exchange, _sampling):
         yield from group(s)
 
 
@@ -95,7 +95,7 @@ def _gemms(s: Shapes) -> Iterator[Case]:
 
 
 def _rows(s: Shapes) -> Iterator[Case]:
-    """Norms, rotations, routing, quantisation."""
+    """Norms, rotary embedding, routing, quantisation."""
     h, dr, d, t = s.hidden_size, s.qk_rope_head_dim, s.index_head_dim, s.rows[-1]
     heads, top_k = s.num_attention_heads, s.num_experts_per_tok
     norm_weight = partial(Inputs.normal, dtype=torch.float32)
@@ -126,7 +126,7 @@ def _rows(s: Shapes) -> Iterator[Case]:
     yield Case(
         "apply_rope",
         f"{t} x {heads} x {dr}",
-        lambda r: (r.normal(t, heads, dr), rotation(r, dr, t, interleaved=True)),
+        lambda r: (r.normal(t, heads, dr), rope_table(r, dr, t, interleaved=True)),
         lambda ops: ops.apply_rope,
         3 * t * heads * dr,
         4 * t * heads * dr,
@@ -210,7 +210,7 @@ def _attention(s: Shapes) -> Iterator[Case]:
     )
 
 
-def _records(s: Shapes) -> Iterator[Case]:
+def _cache_writes(s: Shapes) -> Iterator[Case]:
     """What writes and reads the cache."""
     dl, dr, d, t = s.kv_lora_rank, s.qk_rope_head_dim, s.index_head_dim, s.rows[-1]
     width = dl + dr
@@ -224,7 +224,7 @@ def _records(s: Shapes) -> Iterator[Case]:
             r.normal(t, width),
             norm_weight(r, dl),
             EPS,
-            rotation(r, dr, t, interleaved=True),
+            rope_table(r, dr, t, interleaved=True),
         ),
         lambda ops: _written(ops.write_latents),
         4 * t * width,
@@ -256,7 +256,7 @@ def _records(s: Shapes) -> Iterator[Case]:
             r.normal(t, d),
             (norm_weight(r, d), norm_weight(r, d)),
             EPS,
-            rotation(r, dr, t, interleaved=False),
+            rope_table(r, dr, t, interleaved=False),
         ),
         lambda ops: _written(ops.write_index_keys),
         7 * t * d,
@@ -306,26 +306,26 @@ def _exchange(s: Shapes) -> Iterator[Case]:
     identity = torch.arange(s.n_routed_experts)
     halves = (identity * 2 // s.n_routed_experts, identity % (s.n_routed_experts // 2))
     yield Case(
-        "group_pairs",
+        "permute_by_expert",
         f"{t} x {top_k}",
         lambda r: (r.experts(t, s.n_routed_experts, top_k), identity, s.n_routed_experts),
-        lambda ops: ops.group_pairs,
+        lambda ops: ops.permute_by_expert,
         0,
         8 * t * top_k * 3,
     )
     yield Case(
-        "pack_segments",
+        "pack_send_buffers",
         f"{t} x {h} to 2 ranks",
         lambda r: (r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), *halves, 2),
-        lambda ops: ops.pack_segments,
+        lambda ops: ops.pack_send_buffers,
         0,
         2 * t * h * 3,
     )
     yield Case(
-        "unpack_segments",
+        "unpack_recv_buffers",
         f"{t} x {h} from 2 ranks",
         lambda r: _unpack_inputs(r.ops, r.normal(t, h), r.experts(t, s.n_routed_experts, top_k), halves),
-        lambda ops: ops.unpack_segments,
+        lambda ops: ops.unpack_recv_buffers,
         0,
         4 * t * h,
     )
@@ -418,9 +418,9 @@ def _experts_mlp(rows: int, experts: int, h: int, inner: int) -> Case:
 def _written(write: Callable[..., None]) -> Callable[..., Tensor]:
     """A call that writes to its first argument, as one that returns it."""
 
-    def call(records: Tensor, *args: Any) -> Tensor:
-        write(records, *args)
-        return records
+    def call(kv_cache: Tensor, *args: Any) -> Tensor:
+        write(kv_cache, *args)
+        return kv_cache
 
     return call
 
@@ -452,5 +452,5 @@ def _unpack_inputs(
     ops: Ops, x: Tensor, topk_idx: Tensor, halves: tuple[Tensor, Tensor]
 ) -> tuple[list[Tensor], Tensor, int]:
     """What a rank receives when both ranks send it what this one would."""
-    segments, _, _ = ops.pack_segments(x, topk_idx, *halves, 2)
-    return [segments[0], segments[0]], x, len(halves[0]) // 2
+    send_buffers, _, _ = ops.pack_send_buffers(x, topk_idx, *halves, 2)
+    return [send_buffers[0], send_buffers[0]], x, len(halves[0]) // 2

@@ -20,7 +20,7 @@ from torch import Tensor
 from shoal.kernels.attention import PagedLayout
 from shoal.kernels.linear import PackedWeight
 from shoal.kernels.ops import Ops
-from shoal.kernels.rope import Rotation
+from shoal.kernels.rope import RopeTable
 
 from ..environment import environment
 from ..exit_codes import ExitCode
@@ -34,7 +34,7 @@ COLD_BYTES, MAX_COPIES = 1 << 27, 64
 MIN_SECONDS, MIN_CALLS, MAX_CALLS = 0.2, 5, 2000
 MAX_SECONDS = 10.0
 """Once the calls of a case took so long, three of them are enough."""
-OPS_THAT_WAIT = ("mha_attention", "pack_segments", "unpack_segments")
+OPS_THAT_WAIT = ("mha_attention", "pack_send_buffers", "unpack_recv_buffers")
 """For the device, to learn sizes, and so cannot be in a graph."""
 TOLERANCES = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-14}
 """Tolerances of float outputs, relative to the largest one; all other outputs must be equal."""
@@ -178,7 +178,7 @@ def _to(inputs: Any, device: torch.device) -> Any:
         return inputs.to(device)
     if isinstance(inputs, PackedWeight):
         return replace(inputs, data=inputs.data.to(device))
-    if isinstance(inputs, Rotation):
+    if isinstance(inputs, RopeTable):
         return replace(inputs, table=inputs.table.to(device), positions=inputs.positions.to(device))
     if isinstance(inputs, PagedLayout):
         tables, bounds, positions = inputs.block_tables, inputs.cu_seqlens_q, inputs.positions

@@ -146,7 +146,7 @@ class Inputs:
         return draws.topk(top_k, dim=1).indices
 
     def layout(self, sequences: int, length: int, context: int) -> PagedLayout:
-        """The last `length` tokens of contexts whose blocks lie anywhere among `num_slots` records."""
+        """The last `length` tokens of contexts whose blocks lie anywhere among `num_slots` entries."""
         blocks = -(-context // BLOCK_SIZE)
         order = torch.randperm(sequences * blocks, generator=self._generator, device=self._device)
         return PagedLayout(

@@ -16,7 +16,8 @@ import torch
 
 from shoal.kernels.build import build_library, find_compiler
 from shoal.kernels.ops import choose_backend
-from shoal.kernels.registry import NOT_STRICT, Vendor, check_vendors
+from shoal.kernels.registry import check_vendors
+from shoal.kernels.vendor import LIBRARIES, Library
 from shoal.parallel.deep_ep import INTERFACES
 
 from ..environment import environment
@@ -46,7 +47,7 @@ class Module:
     """As it is imported."""
     purpose: str
     generation: Callable[[ModuleType], str] = lambda _: ""
-    """Which of its interfaces the installed version has; "" if there is only one."""
+    """Interface of the installed version, or what it lacks; "" where there is only one."""
     setting: str = ""
     """What asks for it, and then needs a GPU; "" for one that is used wherever it is installed."""
     check: Callable[[torch.device], None] | None = None
@@ -58,8 +59,16 @@ def _has(*names: str) -> Callable[[ModuleType], str]:
     return lambda module: next((f"has {name}" for name in names if hasattr(module, name)), "of an unknown interface")
 
 
-def _runs(vendor: Vendor) -> Callable[[torch.device], None]:
-    return lambda device: check_vendors([vendor], device)
+def _vendor_module(library: Library) -> Module:
+    """A vendor library, tried on a device with its adaptor."""
+    why = library.not_invariant
+    return Module(
+        library.module,
+        library.purpose,
+        lambda module: ", ".join(f"without {name}" for name in library.missing_functions(module)),
+        f"vendor_kernels {library.module}" + (f" and invariance relaxed, because {why}" if why else ""),
+        lambda device: check_vendors([library.module], device),
+    )
 
 
 MODULES = (
@@ -67,20 +76,7 @@ MODULES = (
     Module("ray", "more than one worker"),
     Module("nixl_cu13", "cache records from one replica to another on a node"),
     Module("deep_ep", "exchange of tokens between GPUs", _has(*INTERFACES), "all2all_backend deepep"),
-    Module(
-        "flash_mla",
-        "attention on Hopper and Blackwell",
-        _has("flash_mla_sparse_fwd", "get_mla_metadata"),
-        f"vendor_kernels flash_mla and invariance relaxed, because {NOT_STRICT['flash_mla']}",
-        _runs("flash_mla"),
-    ),
-    Module(
-        "deep_gemm",
-        "FP8 products on Hopper and Blackwell",
-        _has("fp8_fp4_gemm_nt", "fp8_gemm_nt"),
-        f"vendor_kernels deep_gemm and invariance relaxed, because {NOT_STRICT['deep_gemm']}",
-        _runs("deep_gemm"),
-    ),
+    *(_vendor_module(library) for library in LIBRARIES.values()),
 )
 
 

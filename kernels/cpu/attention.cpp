@@ -1,14 +1,14 @@
-// Multi-head latent attention in the absorbed form over paged records; mla_attention in kernels/attention.py states the
+// Multi-head latent attention in the absorbed form over a paged KV cache; mla_attention in kernels/attention.py states the
 // contract.
 //
 // A task is one token and one split of its keys. In the scores and in the softmax the heads are lanes, in the sum of the
 // values the columns, so no sum crosses lanes:
-//   S [key][head] = records x packed queries      O [head][column] += P [head][key] x interleaved records
+//   S [key][head] = latents x packed queries      O [head][column] += P [head][key] x interleaved latents
 #include <atomic>
 #include <vector>
 
 #include "ops.h"
-#include "record.h"
+#include "kv_format.h"
 #include "vec.h"
 
 namespace shoal {
@@ -53,7 +53,7 @@ struct Workspace {
   Buffer<T> values;   // [panel of columns][key step][16]
   Buffer<T> weights;  // [head][key] as rows of A
   Buffer<T> rows;     // 16 padded rows of something to pack
-  Buffer<T> records;  // those of a step, where they are not rows of T
+  Buffer<T> latents;  // of a step, where the cache does not hold rows of T
   Buffer<float> scores;
   Buffer<float> state;
 };
@@ -119,36 +119,36 @@ class SplitAttention {
   // The keys as rows, and their latents interleaved as the terms of a sum over keys.
   bool gather(int64_t begin, int64_t count) {
     constexpr int64_t width = Step<T>::width;
-    const bool fp8 = a_.paged.records.fp8;
+    const bool fp8 = a_.paged.kv_cache.fp8;
     const int64_t num_bytes = latent_bytes<T>(fp8, a_.latent_dim, a_.rope_dim);
     T* zero = w_.rows.reserve(a_.width());
-    T* rows = w_.records.reserve(width * a_.key_dim());
+    T* rows = w_.latents.reserve(width * a_.key_dim());
     std::fill_n(zero, a_.width(), T{});
     for (int64_t j = 0; j < count; j += width) {
-      const T* records[width];
+      const T* latents[width];
       for (int64_t i = 0; i < width; ++i) {
-        records[i] = zero;
+        latents[i] = zero;
         if (j + i >= count) continue;
-        const char* record = find_key(s_, begin + j + i);
-        if (record == nullptr) return false;
-        records[i] = read_latent(record, fp8, a_.latent_dim, a_.rope_dim, rows + i * a_.key_dim());
-        copy_terms(records[i], a_.key_dim(), keys_ + (j + i) * key_stride_);
+        const char* entry = find_key(s_, begin + j + i);
+        if (entry == nullptr) return false;
+        latents[i] = read_latent(entry, fp8, a_.latent_dim, a_.rope_dim, rows + i * a_.key_dim());
+        copy_terms(latents[i], a_.key_dim(), keys_ + (j + i) * key_stride_);
         prefetch(find_ahead(begin + j + i), num_bytes);
       }
-      interleave_latents(records, j / width);
+      interleave_latents(latents, j / width);
     }
     return true;
   }
 
-  void interleave_latents(const T* const (&records)[Step<T>::width], int64_t step) {
+  void interleave_latents(const T* const (&latents)[Step<T>::width], int64_t step) {
     T* values = values_ + step * Step<T>::step;
     const int64_t full = a_.latent_dim / kPanel * kPanel;
-    interleave(records, full, values, kValueStride);
+    interleave(latents, full, values, kValueStride);
     if (full == a_.latent_dim) return;
     T last[Step<T>::width][kPanel] = {};  // nothing is read past the latent
     const T* rows[Step<T>::width];
     for (int64_t i = 0; i < Step<T>::width; ++i) {
-      std::copy_n(records[i] + full, a_.latent_dim - full, last[i]);
+      std::copy_n(latents[i] + full, a_.latent_dim - full, last[i]);
       rows[i] = last[i];
     }
     interleave(rows, kPanel, values + full / kPanel * kValueStride, kValueStride);
@@ -322,3 +322,4 @@ extern "C" void shoal_mla_attention(int64_t dtype, const void* q_latent, int64_t
     *status = mla_attention(attention, num_threads);
   });
 }
+SHOAL_EXPORT(shoal_mla_attention)

@@ -1,5 +1,4 @@
-// Brings token rows to their experts: an order to read them in, or one segment for each rank that holds experts.
-// kernels/dispatch.py states the contracts.
+// Permutes token rows by expert on one rank, or packs them into one send buffer per rank; contracts in kernels/dispatch.py.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -36,8 +35,8 @@ using namespace shoal;
 
 extern "C" {
 
-// counts[slot], row_of[token, k] and the inverse, token_of[row], for pairs in slot order, (token, k) order within a slot.
-void shoal_group_pairs(const int64_t* topk_idx, int64_t tokens, int64_t top_k, const int64_t* slot_of,
+// counts[slot], row_of[token, k] and its inverse token_of[row], for pairs sorted by slot, (token, k) order within a slot.
+void shoal_permute_by_expert(const int64_t* topk_idx, int64_t tokens, int64_t top_k, const int64_t* slot_of,
                        int64_t num_slots, int64_t* counts, int64_t* row_of, int64_t* token_of) {
   std::fill(counts, counts + num_slots, 0);
   for (int64_t i = 0; i < tokens * top_k; ++i)
@@ -48,14 +47,15 @@ void shoal_group_pairs(const int64_t* topk_idx, int64_t tokens, int64_t top_k, c
     if (row_of[i] >= 0) token_of[row_of[i]] = i / top_k;
   }
 }
+SHOAL_EXPORT(shoal_permute_by_expert)
 
-// One segment for each rank, each starting at the next multiple of 8 bytes:
+// One send buffer per rank, each starting at a multiple of 8 bytes:
 //   int32 number of rows, number of pairs | int32 row of each pair | int32 local slot of each pair | rows
-// A token goes once to a rank, its pairs point at that row. Writes each segment's bytes and pairs, and the place of each
-// (token, k) among all pairs grouped by rank.
-void shoal_pack_segments(const char* x, int64_t stride, int64_t row_bytes, const int64_t* topk_idx, int64_t tokens,
+// A token is sent once per rank, its pairs point at that row. Writes the bytes and pairs of each buffer, and the index of
+// each (token, k) among all pairs sorted by rank.
+void shoal_pack_send_buffers(const char* x, int64_t stride, int64_t row_bytes, const int64_t* topk_idx, int64_t tokens,
                          int64_t top_k, const int64_t* rank_of, const int64_t* slot_of, int64_t num_ranks, char* out,
-                         int64_t* segment_bytes, int64_t* num_pairs, int64_t* row_of, int64_t num_threads) {
+                         int64_t* buffer_bytes, int64_t* num_pairs, int64_t* row_of, int64_t num_threads) {
   std::vector<int64_t> num_rows(size_t(num_ranks), 0), last_token(size_t(num_ranks), -1);
   std::fill(num_pairs, num_pairs + num_ranks, 0);
   for (int64_t i = 0; i < tokens * top_k; ++i) {
@@ -74,8 +74,8 @@ void shoal_pack_segments(const char* x, int64_t stride, int64_t row_bytes, const
     heads[rank][0] = int32_t(num_rows[rank]);
     heads[rank][1] = int32_t(num_pairs[rank]);
     rows[rank] = out + kHeadBytes + 2 * sizeof(int32_t) * num_pairs[rank];
-    segment_bytes[rank] = rows[rank] + num_rows[rank] * row_bytes - out;
-    out += (segment_bytes[rank] + 7) / 8 * 8;
+    buffer_bytes[rank] = rows[rank] + num_rows[rank] * row_bytes - out;
+    out += (buffer_bytes[rank] + 7) / 8 * 8;
   }
 
   std::vector<RowCopy> copies;
@@ -96,15 +96,16 @@ void shoal_pack_segments(const char* x, int64_t stride, int64_t row_bytes, const
   }
   copy_rows(copies, row_bytes, num_threads);
 }
+SHOAL_EXPORT(shoal_pack_send_buffers)
 
-// Copies the segments' rows into one matrix. x_row[i] is the row there of pair i, and arrival[i] the place among the
+// Copies the buffers' rows into one matrix. x_row[i] is the row there of pair i, and arrival[i] the place among the
 // arrivals of pair i, for pairs in slot order, arrival order within a slot. Sets `status` to 1, and does nothing else,
 // when a pair names no row or no slot.
-void shoal_unpack_segments(const char* const* segments, int64_t num_segments, int64_t row_bytes, int64_t num_slots,
-                           char* out, int64_t* counts, int64_t* x_row, int64_t* arrival, int64_t* status) {
+void shoal_unpack_recv_buffers(const char* const* recv_buffers, int64_t num_buffers, int64_t row_bytes, int64_t num_slots,
+                               char* out, int64_t* counts, int64_t* x_row, int64_t* arrival, int64_t* status) {
   std::fill(counts, counts + num_slots, 0);
-  const auto head = [&](int64_t s) { return reinterpret_cast<const int32_t*>(segments[s]); };
-  for (int64_t s = 0; s < num_segments; ++s)
+  const auto head = [&](int64_t s) { return reinterpret_cast<const int32_t*>(recv_buffers[s]); };
+  for (int64_t s = 0; s < num_buffers; ++s)
     for (int64_t p = 0, pairs = head(s)[1]; p < pairs; ++p) {
       const int64_t row = head(s)[2 + p], slot = head(s)[2 + pairs + p];
       *status = row < 0 || row >= head(s)[0] || slot < 0 || slot >= num_slots;
@@ -113,17 +114,18 @@ void shoal_unpack_segments(const char* const* segments, int64_t num_segments, in
     }
   std::vector<int64_t> next = starts_of(counts, num_slots);
   int64_t arrived = 0, first_row = 0;
-  for (int64_t s = 0; s < num_segments; ++s) {
+  for (int64_t s = 0; s < num_buffers; ++s) {
     const int64_t rows = head(s)[0], pairs = head(s)[1];
     for (int64_t p = 0; p < pairs; ++p, ++arrived) {
       const int64_t place = next[head(s)[2 + pairs + p]]++;
       arrival[place] = arrived;
       x_row[place] = first_row + head(s)[2 + p];
     }
-    std::memcpy(out + first_row * row_bytes, segments[s] + kHeadBytes + 2 * sizeof(int32_t) * pairs,
+    std::memcpy(out + first_row * row_bytes, recv_buffers[s] + kHeadBytes + 2 * sizeof(int32_t) * pairs,
                 size_t(rows * row_bytes));
     first_row += rows;
   }
 }
+SHOAL_EXPORT(shoal_unpack_recv_buffers)
 
 }  // extern "C"

@@ -7,33 +7,37 @@
 
 namespace shoal {
 
-// How many threads an operation of `work` multiply-adds gets; kernels/build.py has the same rule.
+// How many threads an operation of `work` multiply-adds gets; kernels/cpu_library.py has the same rule.
 struct Threads {
+  static constexpr const char* abi_name = "Threads";
   int64_t count, min_parallel_work;
   int64_t operator()(int64_t work) const { return work >= min_parallel_work ? count : 1; }
 };
 
 // A packed weight and the code of its format.
-struct Weight {
+struct PackedWeightArgs {
+  static constexpr const char* abi_name = "PackedWeightArgs";
   const void* data;
   int64_t format;
 };
 
 // Sizes and weights of one layer's attention, the norm before it included.
 struct FusedAttention {
+  static constexpr const char* abi_name = "FusedAttention";
   int64_t dtype, hidden_size, num_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim;
   // q_lora_rank 0: w_a is kv_a alone, w_q multiplies the hidden states and there is no q_a_norm
   int64_t rope_interleave, rope_rows;
   const float *input_norm, *q_a_norm, *kv_a_norm, *rope_table;
-  Weight w_a, w_q, w_uk, w_uk_absorbed, w_uv, w_o;  // w_a: q_a over kv_a; uk and uv are of `dtype`
+  PackedWeightArgs w_a, w_q, w_uk, w_uk_absorbed, w_uv, w_o;  // w_a: q_a over kv_a; uk and uv are of `dtype`
   int64_t index_n_heads, index_head_dim, index_topk, index_rope_interleave;  // no heads: no indexer
-  Weight index_wq_b, index_wk;
+  PackedWeightArgs index_wq_b, index_wk;
   const float *index_k_norm, *index_k_norm_bias, *index_weights_proj;
   float index_weight_scale, rms_norm_eps, latent_norm_eps, scale;
 };
 
 // The arguments that change from step to step. Tokens of the MHA form come first.
 struct StepArgs {
+  static constexpr const char* abi_name = "StepArgs";
   int64_t num_tokens, num_mha_tokens;
   const int64_t *positions, *slots;
   LayoutArgs mha, mqa;
@@ -41,11 +45,12 @@ struct StepArgs {
 };
 
 struct FusedMoE {
+  static constexpr const char* abi_name = "FusedMoE";
   int64_t dtype, hidden_size, moe_intermediate_size, n_routed_experts, num_slots, n_group, topk_group, num_experts_per_tok,
       norm_topk_prob, shared_intermediate_size;  // 0: no shared expert
   const float *post_attention_norm, *gate, *bias;
   const int64_t* slot_of;
-  Weight gate_up, down, shared_gate_up, shared_down;
+  PackedWeightArgs gate_up, down, shared_gate_up, shared_down;
   float rms_norm_eps, routed_scaling_factor;
 };
 
@@ -86,8 +91,8 @@ void linear_fp32(const T* x, const float* w, float* out, int64_t t, int64_t n, i
 template <typename T>
 class AttentionStep {
  public:
-  AttentionStep(const FusedAttention& block, const StepArgs& step, const Records& records, const IndexKeys* index_keys)
-      : b_(block), s_(step), mha_{records, step.mha}, mqa_{records, step.mqa}, index_keys_(index_keys) {}
+  AttentionStep(const FusedAttention& block, const StepArgs& step, const KVCacheArgs& kv_cache, const IndexKeys* index_keys)
+      : b_(block), s_(step), mha_{kv_cache, step.mha}, mqa_{kv_cache, step.mqa}, index_keys_(index_keys) {}
 
   // hidden, residual (or nullptr), new_residual and out: [T, hidden_size]; topk_indices: [MQA tokens, index_topk].
   // new_residual may be residual, out may be hidden.
@@ -98,7 +103,7 @@ class AttentionStep {
     T* a = reserve<T>(memory_.a, t * width);
     linear(x, h, b_.w_a, a, t, width, h);
     const T* q_latent = b_.q_lora_rank > 0 ? query_latents(a, width) : x;
-    if (!write_records(x, a + b_.q_lora_rank, width)) return kOutOfRange;
+    if (!write_latents(x, a + b_.q_lora_rank, width)) return kOutOfRange;
     const T* q = queries(q_latent);
     T* heads = reserve<T>(memory_.large[1], t * b_.num_heads * b_.v_head_dim);
     if (first > 0 && !attend_mha(q, heads)) return kOutOfRange;
@@ -126,12 +131,12 @@ class AttentionStep {
     return x;
   }
 
-  void linear(const T* x, int64_t x_row, Weight w, T* out, int64_t m, int64_t n, int64_t k) const {
+  void linear(const T* x, int64_t x_row, PackedWeightArgs w, T* out, int64_t m, int64_t n, int64_t k) const {
     shoal_linear(b_.dtype, b_.dtype, x, 0, x_row, w.data, w.format, out, 0, n, 1, m, n, k, s_.threads(m * n * k));
   }
 
   // y[:, b] = x[:, b] w[b] for all heads b; x's rows are `x_head` apart.
-  void batched_linear(const T* x, int64_t x_head, Weight w, T* out, int64_t m, int64_t n, int64_t k) const {
+  void batched_linear(const T* x, int64_t x_head, PackedWeightArgs w, T* out, int64_t m, int64_t n, int64_t k) const {
     const int64_t heads = b_.num_heads;
     shoal_linear(b_.dtype, b_.dtype, x, x_head, heads * x_head, w.data, w.format, out, n, heads * n, heads, m, n, k,
                  s_.threads(heads * m * n * k));
@@ -145,11 +150,11 @@ class AttentionStep {
     return status == kOk;
   }
 
-  bool write_records(const T* x, const T* kv, int64_t stride) {
+  bool write_latents(const T* x, const T* kv, int64_t stride) {
     int64_t status = kOk;
     const int64_t t = s_.num_tokens, dim = b_.index_head_dim;
     shoal_write_latents(b_.dtype, kv, stride, t, b_.kv_lora_rank, b_.qk_rope_head_dim, b_.kv_a_norm, b_.latent_norm_eps,
-                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, &mqa_.records, s_.slots,
+                        b_.rope_table, b_.rope_rows, s_.positions, b_.rope_interleave, &mqa_.kv_cache, s_.slots,
                         s_.threads(t * b_.kv_lora_rank), &status);
     if (b_.index_n_heads == 0 || status != kOk) return status == kOk;
     T* k = reserve<T>(memory_.index_k, t * dim);
@@ -251,7 +256,7 @@ void fused_moe(const FusedMoE& b, const Threads& threads, int64_t t, const T* at
   fused_moe_route(b, threads, t, attended, residual, new_residual, x, topk_idx, weights);
   T* y = reserve<T>(memory.large[0], pairs * h);
   T* hidden = reserve<T>(memory.large[1], std::max(pairs * inner, t * b.shared_intermediate_size));
-  shoal_group_pairs(topk_idx, t, top_k, b.slot_of, b.num_slots, counts, row_of, token_of);
+  shoal_permute_by_expert(topk_idx, t, top_k, b.slot_of, b.num_slots, counts, row_of, token_of);
   shoal_experts_mlp(b.dtype, x, h, token_of, counts, b.num_slots, b.gate_up.data, b.gate_up.format, b.down.data,
                     b.down.format, hidden, y, nullptr, h, inner, threads(3 * pairs * inner * h));
   T* shared = nullptr;
@@ -270,17 +275,18 @@ void fused_moe(const FusedMoE& b, const Threads& threads, int64_t t, const T* at
 // hidden, residual (or nullptr), new_residual, out: [T, hidden_size] contiguous. index_keys: nullptr without an indexer.
 // Writes a shoal::Status.
 extern "C" void shoal_fused_attention(const shoal::FusedAttention* block, const shoal::StepArgs* step, const void* hidden,
-                                      const void* residual, const shoal::Records* records,
+                                      const void* residual, const shoal::KVCacheArgs* kv_cache,
                                       const shoal::IndexKeys* index_keys, void* new_residual, int32_t* topk_indices,
                                       void* out, int64_t* status) {
   using namespace shoal;
   with_dtype(block->dtype, [&](auto element) {
     using T = decltype(element);
-    *status = AttentionStep<T>(*block, *step, *records, index_keys)
+    *status = AttentionStep<T>(*block, *step, *kv_cache, index_keys)
                   .run(static_cast<const T*>(hidden), static_cast<const T*>(residual), static_cast<T*>(new_residual),
                        topk_indices, static_cast<T*>(out));
   });
 }
+SHOAL_EXPORT(shoal_fused_attention)
 
 extern "C" void shoal_fused_moe_route(const shoal::FusedMoE* block, const shoal::Threads* threads, int64_t num_tokens,
                                 const void* attended, const void* residual, void* new_residual, void* x,
@@ -292,6 +298,7 @@ extern "C" void shoal_fused_moe_route(const shoal::FusedMoE* block, const shoal:
               static_cast<T*>(new_residual), static_cast<T*>(x), topk_idx, topk_weights);
   });
 }
+SHOAL_EXPORT(shoal_fused_moe_route)
 
 extern "C" void shoal_fused_moe(const shoal::FusedMoE* block, const shoal::Threads* threads, int64_t num_tokens,
                                 const void* attended, const void* residual, void* new_residual, void* out) {
@@ -302,3 +309,21 @@ extern "C" void shoal_fused_moe(const shoal::FusedMoE* block, const shoal::Threa
               static_cast<T*>(new_residual), static_cast<T*>(out));
   });
 }
+SHOAL_EXPORT(shoal_fused_moe)
+
+SHOAL_STRUCT(Threads, FIELD(count), FIELD(min_parallel_work))
+SHOAL_STRUCT(PackedWeightArgs, FIELD(data), FIELD(format))
+SHOAL_STRUCT(FusedAttention, FIELD(dtype), FIELD(hidden_size), FIELD(num_heads), FIELD(q_lora_rank), FIELD(kv_lora_rank),
+             FIELD(qk_nope_head_dim), FIELD(qk_rope_head_dim), FIELD(v_head_dim), FIELD(rope_interleave), FIELD(rope_rows),
+             FIELD(input_norm), FIELD(q_a_norm), FIELD(kv_a_norm), FIELD(rope_table), FIELD(w_a), FIELD(w_q), FIELD(w_uk),
+             FIELD(w_uk_absorbed), FIELD(w_uv), FIELD(w_o), FIELD(index_n_heads), FIELD(index_head_dim),
+             FIELD(index_topk), FIELD(index_rope_interleave), FIELD(index_wq_b), FIELD(index_wk), FIELD(index_k_norm),
+             FIELD(index_k_norm_bias), FIELD(index_weights_proj), FIELD(index_weight_scale), FIELD(rms_norm_eps),
+             FIELD(latent_norm_eps), FIELD(scale))
+SHOAL_STRUCT(StepArgs, FIELD(num_tokens), FIELD(num_mha_tokens), FIELD(positions), FIELD(slots), FIELD(mha), FIELD(mqa),
+             FIELD(threads))
+SHOAL_STRUCT(FusedMoE, FIELD(dtype), FIELD(hidden_size), FIELD(moe_intermediate_size), FIELD(n_routed_experts),
+             FIELD(num_slots), FIELD(n_group), FIELD(topk_group), FIELD(num_experts_per_tok), FIELD(norm_topk_prob),
+             FIELD(shared_intermediate_size), FIELD(post_attention_norm), FIELD(gate), FIELD(bias), FIELD(slot_of),
+             FIELD(gate_up), FIELD(down), FIELD(shared_gate_up), FIELD(shared_down), FIELD(rms_norm_eps),
+             FIELD(routed_scaling_factor))

@@ -280,6 +280,7 @@ void shoal_pack_weight(int64_t dtype, const void* w, int64_t batch_stride, int64
     pack_weight((const T*)w, batch_stride, stride, (T*)out, batch, n, k, int(threads));
   });
 }
+SHOAL_EXPORT(shoal_pack_weight)
 
 // out: panels as fp8.h says, of e4m3 values [n, k] and their scales [n, ceil(k/128)], both contiguous.
 void shoal_pack_fp8(int64_t dtype, const void* values, const float* scales, void* out, int64_t n, int64_t k,
@@ -293,6 +294,7 @@ void shoal_pack_fp8(int64_t dtype, const void* values, const float* scales, void
                   (uint8_t*)out + p * fp8_panel_bytes<T>(k));
   });
 }
+SHOAL_EXPORT(shoal_pack_fp8)
 
 void shoal_linear(int64_t dtype, int64_t out_dtype, const void* x, int64_t x_batch, int64_t x_row, const void* w,
                   int64_t w_format, void* out, int64_t out_batch, int64_t out_row, int64_t batch, int64_t m, int64_t n,
@@ -306,6 +308,7 @@ void shoal_linear(int64_t dtype, int64_t out_dtype, const void* x, int64_t x_bat
     });
   });
 }
+SHOAL_EXPORT(shoal_linear)
 
 void shoal_swiglu(int64_t dtype, const void* gate_up, int64_t row_stride, void* out, int64_t rows, int64_t intermediate,
                   int64_t threads) {
@@ -314,6 +317,7 @@ void shoal_swiglu(int64_t dtype, const void* gate_up, int64_t row_stride, void* 
     swiglu((const T*)gate_up, row_stride, (T*)out, rows, intermediate, int(threads));
   });
 }
+SHOAL_EXPORT(shoal_swiglu)
 
 void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_t* rows_of_x, const int64_t* num_tokens,
                        int64_t experts, const void* gate_up, int64_t gate_up_format, const void* down,
@@ -325,6 +329,7 @@ void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_
                 matrix<T>(down, down_format, h, intermediate), (T*)hidden, (T*)out, rows_of_out, int(threads));
   });
 }
+SHOAL_EXPORT(shoal_experts_mlp)
 
 void shoal_combine_topk(int64_t dtype, const void* y, int64_t y_row, const int64_t* row_of, const float* weights,
                         const void* shared, void* out, int64_t tokens, int64_t top_k, int64_t h, int64_t threads) {
@@ -333,5 +338,6 @@ void shoal_combine_topk(int64_t dtype, const void* y, int64_t y_row, const int64
     combine_topk((const T*)y, y_row, row_of, weights, (const T*)shared, (T*)out, tokens, top_k, h, int(threads));
   });
 }
+SHOAL_EXPORT(shoal_combine_topk)
 
 }  // extern "C"

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "ops.h"
-#include "record.h"
+#include "kv_format.h"
 #include "vec.h"
 
 namespace shoal {
@@ -311,6 +311,7 @@ extern "C" void shoal_index_topk(int64_t dtype, const void* q, int64_t token_str
     *status = index_topk(queries, *layout, *keys, topk, num_tokens, out, num_threads);
   });
 }
+SHOAL_EXPORT(shoal_index_topk)
 
 // keys: [num_keys, dim] contiguous; q: [T, num_heads, dim] contiguous; out: [T, num_keys].
 extern "C" void shoal_index_scores(int64_t dtype, const void* q, const float* weights, int64_t num_tokens,
@@ -332,6 +333,7 @@ extern "C" void shoal_index_scores(int64_t dtype, const void* q, const float* we
     }
   });
 }
+SHOAL_EXPORT(shoal_index_scores)
 
 // scores: [T, num_keys] with rows `row_stride` apart; of row t the first lengths[t] count.
 extern "C" void shoal_topk_positions(const float* scores, int64_t row_stride, const int64_t* lengths,
@@ -344,3 +346,4 @@ extern "C" void shoal_topk_positions(const float* scores, int64_t row_stride, co
     for (int64_t t = 0; t < num_tokens; ++t) state.select(scores + t * row_stride, lengths[t], topk, out + t * topk);
   }
 }
+SHOAL_EXPORT(shoal_topk_positions)

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "ops.h"
-#include "record.h"
+#include "kv_format.h"
 #include "vec.h"
 
 namespace shoal {
@@ -43,7 +43,7 @@ struct Workspace {
   Buffer<T> values;    // [block][panel of columns][key step][16]
   Buffer<T> latents;   // 64 rows of A
   Buffer<T> rows;      // 64 padded keys or values
-  Buffer<T> record;    // one that is not a row of T
+  Buffer<T> latent;   // of one position, where the cache does not hold rows of T
   Buffer<T> queries;   // 64 rows of A
   Buffer<T> weights;   // 64 rows of A
   Buffer<float> product, scores, max, sum, output;
@@ -89,12 +89,12 @@ class HeadTask {
     const int64_t key_stride = round_up(a_.key_dim(), kVector<T>), value_stride = a_.width();
     T* latents = w_.latents.reserve(kBlockKeys * latent_stride);
     T* rows = w_.rows.reserve(kBlockKeys * std::max(key_stride, value_stride));
-    T* row = w_.record.reserve(a_.latent_dim + a_.rope_dim);
+    T* row = w_.latent.reserve(a_.latent_dim + a_.rope_dim);
     std::memset(static_cast<void*>(rows), 0, size_t(kBlockKeys * key_stride) * sizeof(T));
     for (int64_t j = 0; j < count; ++j) {
-      const char* record = a_.paged.find(h_.sequence, position + j);
-      if (record == nullptr) return false;
-      const T* latent = read_latent(record, a_.paged.records.fp8, a_.latent_dim, a_.rope_dim, row);
+      const char* entry = a_.paged.find(h_.sequence, position + j);
+      if (entry == nullptr) return false;
+      const T* latent = read_latent(entry, a_.paged.kv_cache.fp8, a_.latent_dim, a_.rope_dim, row);
       copy_terms(latent, a_.latent_dim, latents + j * latent_stride);
       std::copy_n(latent + a_.latent_dim, a_.rope_dim, rows + j * key_stride + a_.nope_dim);
     }
@@ -264,3 +264,4 @@ extern "C" void shoal_mha_attention(int64_t dtype, const void* q, int64_t token_
     *status = mha_attention(attention, num_threads);
   });
 }
+SHOAL_EXPORT(shoal_mha_attention)

@@ -1,6 +1,7 @@
 // The operations of the C interface that fused.cpp is made of; the files that define them say what they do.
 #pragma once
 
+#include "abi.h"
 #include "paged.h"
 
 extern "C" {
@@ -14,7 +15,7 @@ void shoal_experts_mlp(int64_t dtype, const void* x, int64_t x_row, const int64_
                        int64_t intermediate, int64_t threads);
 void shoal_combine_topk(int64_t dtype, const void* y, int64_t y_row, const int64_t* row_of, const float* weights,
                         const void* shared, void* out, int64_t tokens, int64_t top_k, int64_t h, int64_t threads);
-void shoal_group_pairs(const int64_t* topk_idx, int64_t tokens, int64_t top_k, const int64_t* slot_of,
+void shoal_permute_by_expert(const int64_t* topk_idx, int64_t tokens, int64_t top_k, const int64_t* slot_of,
                        int64_t num_slots, int64_t* counts, int64_t* row_of, int64_t* token_of);
 void shoal_rms_norm(int64_t dtype, const void* x, int64_t stride, int64_t rows, int64_t n, const float* weight,
                     float eps, void* out, int64_t num_threads);
@@ -27,7 +28,7 @@ void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_stride, int64_
                       int64_t num_threads, int64_t* status);
 void shoal_write_latents(int64_t dtype, const void* kv, int64_t stride, int64_t num_tokens, int64_t latent_dim,
                          int64_t rope_dim, const float* weight, float eps, const float* table, int64_t table_rows,
-                         const int64_t* positions, int64_t interleaved, const shoal::Records* records,
+                         const int64_t* positions, int64_t interleaved, const shoal::KVCacheArgs* kv_cache,
                          const int64_t* slots, int64_t num_threads, int64_t* status);
 void shoal_write_index_keys(int64_t dtype, const void* k, int64_t stride, int64_t num_tokens, int64_t dim,
                             int64_t rope_dim, const float* weight, const float* bias, float eps, const float* table,

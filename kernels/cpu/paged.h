@@ -1,4 +1,4 @@
-// The way from a token to its context in the cache.
+// Addressing of the paged KV cache: from a token to the entries of its context.
 #pragma once
 
 #include <algorithm>
@@ -8,32 +8,34 @@
 
 namespace shoal {
 
-// What an operation reports; kernels/attention.py turns it into an error.
+// Status of an operation; kernels/attention.py raises an error for it.
 enum Status : int64_t { kOk = 0, kOutOfRange = 1 };
 
-// The records of a layer, rows `stride` bytes apart: rows of the dtype that is computed in, or in the FP8 format.
-struct Records {
+// KV cache of a layer: one entry per slot, `stride` bytes apart, in the compute dtype or in the FP8 format.
+struct KVCacheArgs {
+  static constexpr const char* abi_name = "KVCacheArgs";
   char* data;
   int64_t stride, num_slots, fp8;
 
-  // nullptr where there is no such slot
+  // nullptr for a slot outside the cache
   char* find(int64_t slot) const { return slot < 0 || slot >= num_slots ? nullptr : data + slot * stride; }
 };
 
-// A block of the cache and a place in it; the number of no block is negative.
+// A block of the cache and an offset in it; a negative number is no block.
 struct Place {
   int64_t block, offset;
 };
 
-// The tokens of a step and where their sequences' blocks are, as Python's PagedLayout passes them.
+// Tokens of a step and cache blocks of their sequences, passed by PagedLayout in Python.
 struct LayoutArgs {
+  static constexpr const char* abi_name = "LayoutArgs";
   const int32_t* block_tables;  // [B, max_blocks]
   int64_t max_blocks, block_size;
   const int32_t* cu_seqlens_q;  // [B + 1]
   int64_t num_sequences;
   const int64_t* positions;  // [T]
 
-  // Where a position is: outside the table in no block.
+  // Block and offset of a position; no block outside the table.
   Place find(int64_t sequence, int64_t position) const {
     const int64_t index = position / block_size;
     if (position < 0 || index >= max_blocks) return {-1, 0};
@@ -45,28 +47,29 @@ struct LayoutArgs {
   }
 };
 
-// The same with the records of a layer.
+// LayoutArgs with the KV cache of a layer.
 struct PagedArgs {
-  Records records;
+  static constexpr const char* abi_name = "PagedArgs";
+  KVCacheArgs kv_cache;
   LayoutArgs layout;
 
-  // The record of a position; a position outside the table or the cache has none.
+  // Entry of a position; nullptr outside the table or the cache.
   const char* find(int64_t sequence, int64_t position) const {
     const Place place = layout.find(sequence, position);
-    return records.find(place.block * layout.block_size + place.offset);
+    return kv_cache.find(place.block * layout.block_size + place.offset);
   }
 };
 
-// Where an index key is: its numbers, and in FP8 its scales; nullptr where there is none.
+// Addresses of an index key's values and, in FP8, scales; nullptr for no key.
 struct IndexKey {
   char *data, *scales;
 };
 
-// The index keys of a layer, a page of numbers and then scales for each block; without scales in the dtype that is
-// computed in.
+// Index keys of a layer: a page per block, values then scales; no scales in the compute dtype.
 struct IndexKeys {
+  static constexpr const char* abi_name = "IndexKeys";
   char* pages;
-  int64_t num_blocks, block_size, data_bytes, scale_bytes;  // the last two of a key
+  int64_t num_blocks, block_size, data_bytes, scale_bytes;  // the last two per key
 
   bool fp8() const { return scale_bytes > 0; }
 
@@ -79,7 +82,7 @@ struct IndexKeys {
   IndexKey find_slot(int64_t slot) const { return slot < 0 ? IndexKey{} : find({slot / block_size, slot % block_size}); }
 };
 
-// Ask for n bytes that will be read soon.
+// Prefetches n bytes.
 inline void prefetch(const char* bytes, int64_t n) {
   if (bytes == nullptr) return;
   for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(bytes + i);

@@ -1,12 +1,12 @@
-// Norms, rotary embedding, quantisation and routing: every row on its own. kernels/norm.py, rope.py, records.py,
-// fp8_rows.py and router.py state the contracts.
+// Norms, rotary embedding, quantisation and routing: every row on its own. kernels/norm.py, rope.py, kv_format.py,
+// quant.py and topk_router.py state the contracts.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <vector>
 
 #include "ops.h"
-#include "record.h"
+#include "kv_format.h"
 #include "vec.h"
 
 namespace shoal {
@@ -153,6 +153,7 @@ extern "C" void shoal_rms_norm(int64_t dtype, const void* x, int64_t stride, int
     });
   });
 }
+SHOAL_EXPORT(shoal_rms_norm)
 
 extern "C" void shoal_layer_norm(int64_t dtype, const void* x, int64_t stride, int64_t rows, int64_t n,
                                  const float* weight, const float* bias, float eps, void* out, int64_t num_threads) {
@@ -164,6 +165,7 @@ extern "C" void shoal_layer_norm(int64_t dtype, const void* x, int64_t stride, i
     });
   });
 }
+SHOAL_EXPORT(shoal_layer_norm)
 
 // residual and both outputs: `dtype`, [rows, n] contiguous; x: `x_dtype`, rows `stride` elements apart.
 extern "C" void shoal_add_rms_norm(int64_t x_dtype, int64_t dtype, const void* x, int64_t stride, const void* residual,
@@ -184,6 +186,7 @@ extern "C" void shoal_add_rms_norm(int64_t x_dtype, int64_t dtype, const void* x
   if (x_dtype == kBFloat16) return run(bf16{}, bf16{});
   dtype == kBFloat16 ? run(0.0f, bf16{}) : run(0.0f, 0.0f);
 }
+SHOAL_EXPORT(shoal_add_rms_norm)
 
 // x and out: [T, h, dim] with strides in elements, apart or the same; table: [table_rows, dim] = [cos | sin]. Writes a
 // shoal::Status.
@@ -208,33 +211,35 @@ extern "C" void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_str
   });
   *status = result;
 }
+SHOAL_EXPORT(shoal_apply_rope)
 
-// kv: rows [latent | rope key], `stride` elements apart; fills latent and rope key of the tokens' records. Writes a
+// kv: rows [latent | rope key], `stride` elements apart; fills latent and rope key of the tokens' entries. Writes a
 // shoal::Status.
 extern "C" void shoal_write_latents(int64_t dtype, const void* kv, int64_t stride, int64_t num_tokens,
                                     int64_t latent_dim, int64_t rope_dim, const float* weight, float eps,
                                     const float* table, int64_t table_rows, const int64_t* positions,
-                                    int64_t interleaved, const shoal::Records* records, const int64_t* slots,
+                                    int64_t interleaved, const shoal::KVCacheArgs* kv_cache, const int64_t* slots,
                                     int64_t num_threads, int64_t* status) {
   using namespace shoal;
   std::atomic<int64_t> result{kOk};
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     for_rows(num_tokens, num_threads, [&](int64_t t) {
-      char* record = records->find(slots[t]);
-      if (!in_range(positions[t], table_rows) || record == nullptr) {
+      char* entry = kv_cache->find(slots[t]);
+      if (!in_range(positions[t], table_rows) || entry == nullptr) {
         result = kOutOfRange;
         return;
       }
       const T* row = static_cast<const T*>(kv) + t * stride;
-      T* made = records->fp8 ? row_memory<T>(latent_dim + rope_dim) : reinterpret_cast<T*>(record);
+      T* made = kv_cache->fp8 ? row_memory<T>(latent_dim + rope_dim) : reinterpret_cast<T*>(entry);
       rms_norm_row(row, weight, latent_dim, eps, made);
       rotate_row(row + latent_dim, table + positions[t] * rope_dim, rope_dim, interleaved != 0, made + latent_dim);
-      if (records->fp8) write_latent(made, latent_dim, rope_dim, record);
+      if (kv_cache->fp8) write_latent(made, latent_dim, rope_dim, entry);
     });
   });
   *status = result;
 }
+SHOAL_EXPORT(shoal_write_latents)
 
 // k: rows of `dim`, `stride` elements apart, whose first rope_dim columns turn; fills the tokens' index keys. Writes a
 // shoal::Status.
@@ -261,6 +266,7 @@ extern "C" void shoal_write_index_keys(int64_t dtype, const void* k, int64_t str
   });
   *status = result;
 }
+SHOAL_EXPORT(shoal_write_index_keys)
 
 // x: rows `stride` elements apart; codes: [rows, n] contiguous; scales: [rows, ceil(n / 128)] contiguous.
 extern "C" void shoal_quantize_rows(int64_t dtype, const void* x, int64_t stride, int64_t rows, int64_t n, char* codes,
@@ -274,6 +280,7 @@ extern "C" void shoal_quantize_rows(int64_t dtype, const void* x, int64_t stride
     });
   });
 }
+SHOAL_EXPORT(shoal_quantize_rows)
 
 // The inverse of shoal_quantize_rows, up to the rounding; out: [rows, n] contiguous.
 extern "C" void shoal_dequantize_rows(int64_t dtype, const char* codes, const float* scales, int64_t rows, int64_t n,
@@ -287,6 +294,7 @@ extern "C" void shoal_dequantize_rows(int64_t dtype, const char* codes, const fl
     });
   });
 }
+SHOAL_EXPORT(shoal_dequantize_rows)
 
 extern "C" void shoal_route(const float* logits, int64_t num_tokens, int64_t num_experts, const float* bias,
                             int64_t n_group, int64_t topk_group, int64_t top_k, int64_t norm_topk_prob,
@@ -297,3 +305,4 @@ extern "C" void shoal_route(const float* logits, int64_t num_tokens, int64_t num
     Router(config).route(logits + t * num_experts, bias, topk_idx + t * top_k, topk_weights + t * top_k);
   });
 }
+SHOAL_EXPORT(shoal_route)

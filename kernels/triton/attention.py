@@ -1,8 +1,8 @@
-"""`mla_attention`: flash attention in the absorbed form, over bf16, fp32 or FP8 records.
+"""`mla_attention`: flash attention in the absorbed form, over a KV cache in bf16, fp32 or FP8.
 
 One program takes a token, up to 64 of its heads and SPLIT_KEYS entries of its list. Tiles and splits begin at fixed
 entries of the list, and splits are merged in order, so a row's bits depend on its own list only: not on other rows,
-chunks, block size or the number of heads. Weights are rounded to the records' dtype before they multiply the values. A
+chunks, block size or the number of heads. Weights are rounded to the cache's dtype before they multiply the values. A
 position without a slot makes its row NaN instead of an error, because asking the device whether there was one would
 stall it.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import PagedLayout
-from ..kv_format import FP8_RECORDS
+from ..kv_format import FP8_CACHE
 from ..registry import register
 from . import attention_hopper as hopper
 from .launch import decode_e4m3, dot, has_fp8, round_to, shared_memory
@@ -102,15 +102,15 @@ def expand_kernel(block_tables, slots, width, max_blocks, block_size, num_slots,
 
 
 @triton.jit
-def _load_fp8_latents(values, scales, slot, record_bytes, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
+def _load_fp8_latents(values, scales, slot, entry_bytes, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
     """[keys, 512] in DTYPE: 512 FP8 codes times the scale of their group of 128, the scales behind the codes."""
     rows = slot.to(tl.int64)[:, None, None]
     groups = tl.arange(0, 4)
     columns = tl.arange(0, 128)
     found = rows >= 0
-    places = rows * record_bytes + groups[None, :, None] * 128 + columns[None, None, :]
+    places = rows * entry_bytes + groups[None, :, None] * 128 + columns[None, None, :]
     codes = tl.load(values + places, mask=found, other=0)
-    scale = tl.load(scales + rows * (record_bytes // 4) + 128 + groups[None, :, None], mask=found, other=0)
+    scale = tl.load(scales + rows * (entry_bytes // 4) + 128 + groups[None, :, None], mask=found, other=0)
     if NATIVE_FP8:
         widened = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
@@ -126,8 +126,8 @@ def mla_kernel(
     q_rope,
     rope_token_stride,
     rope_head_stride,
-    records,
-    record_stride,
+    kv_cache,
+    kv_stride,
     fp8_values,
     fp8_scales,
     slots,
@@ -156,10 +156,10 @@ def mla_kernel(
 ):
     """Attention of a token's heads to one split of its list. `scale` includes log2(e).
 
-    record_stride counts elements of `records`, or with FP8 16 bytes, so that loads know how rows are aligned.
+    kv_stride is in elements of `kv_cache`, with FP8 in units of 16 bytes, so that loads know the alignment of rows.
     """
     if FP8:
-        record_stride *= 8
+        kv_stride *= 8
     head_blocks = tl.cdiv(num_heads, BLOCK_HEADS)
     token = (tl.program_id(0) // head_blocks).to(tl.int64)
     heads = tl.program_id(0) % head_blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -183,10 +183,10 @@ def mla_kernel(
         entries = start + tl.arange(0, BLOCK_KEYS)
         slot = tl.load(slots + entries, mask=entries < end, other=NO_SLOT)
         found = (slot >= 0)[:, None]
-        rows = records + slot.to(tl.int64)[:, None] * record_stride
+        rows = kv_cache + slot.to(tl.int64)[:, None] * kv_stride
         key_rope = tl.load(rows + ROPE_OFFSET + ropes[None, :], mask=found & (ropes < ROPE)[None, :], other=0.0)
         if FP8:
-            latent = _load_fp8_latents(fp8_values, fp8_scales, slot, record_stride * 2, NATIVE_FP8, query.dtype)
+            latent = _load_fp8_latents(fp8_values, fp8_scales, slot, kv_stride * 2, NATIVE_FP8, query.dtype)
         else:
             latent = tl.load(rows + latents[None, :], mask=found & (latents < LATENT)[None, :], other=0.0)
         scores = tl.zeros([BLOCK_HEADS, BLOCK_KEYS], tl.float32)
@@ -259,31 +259,31 @@ def mla_options(dtype: torch.dtype, capability: tuple[int, int], shared_bytes: i
 
 @register("mla_attention", "triton")
 def mla_attention_triton(
-    q_latent: Tensor, q_rope: Tensor, records: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
+    q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
 ) -> Tensor:
-    """FP8 records, `kernels/kv_format.py`, go with bf16 queries of 512 and 64 columns; ValueError for others."""
-    if records.dtype == FP8_RECORDS:
+    """An FP8 cache needs bf16 queries of 512 and 64 columns; ValueError for others."""
+    if kv_cache.dtype == FP8_CACHE:
         dims = (q_latent.shape[2], q_rope.shape[2])
         if q_latent.dtype != torch.bfloat16 or dims != (FP8_LATENT_DIM, FP8_ROPE_DIM):
             raise ValueError(
-                f"FP8 records go with bfloat16 queries [T, h, {FP8_LATENT_DIM}] and [T, h, {FP8_ROPE_DIM}] on a GPU, "
+                f"an FP8 cache needs bfloat16 queries [T, h, {FP8_LATENT_DIM}] and [T, h, {FP8_ROPE_DIM}] on a GPU, "
                 f"got {list(dims)} in {q_latent.dtype}"
             )
-        check_fp8_rows(records)
-    records = records if records.stride(-1) == 1 else records.contiguous()
-    return _attend(q_latent, q_rope, records, layout, scale, selected, fp8=records.dtype == FP8_RECORDS)
+        check_fp8_rows(kv_cache)
+    kv_cache = kv_cache if kv_cache.stride(-1) == 1 else kv_cache.contiguous()
+    return _attend(q_latent, q_rope, kv_cache, layout, scale, selected, fp8=kv_cache.dtype == FP8_CACHE)
 
 
-def check_fp8_rows(records: Tensor) -> None:
-    """ValueError unless rows of FP8 records begin at multiples of 16 bytes."""
-    if records.stride(0) % 16 or records.data_ptr() % 16:
-        raise ValueError(f"FP8 records on a GPU begin at multiples of 16 bytes, these are {records.stride(0)} apart")
+def check_fp8_rows(kv_cache: Tensor) -> None:
+    """ValueError unless entries of an FP8 cache begin at multiples of 16 bytes."""
+    if kv_cache.stride(0) % 16 or kv_cache.data_ptr() % 16:
+        raise ValueError(f"FP8 entries on a GPU begin at multiples of 16 bytes, these are {kv_cache.stride(0)} apart")
 
 
 def _attend(
     q_latent: Tensor,
     q_rope: Tensor,
-    records: Tensor,
+    kv_cache: Tensor,
     layout: PagedLayout,
     scale: float,
     selected: Tensor | None,
@@ -296,9 +296,9 @@ def _attend(
     if out.numel() == 0:
         return out
     device = q_latent.device
-    sequences, slots, lengths = find_lists(layout, records.shape[0], selected)
+    sequences, slots, lengths = find_lists(layout, kv_cache.shape[0], selected)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    by_hand = device.type == "cuda" and hopper.supports(capability, records, latent_dim, q_rope.shape[2])
+    by_hand = device.type == "cuda" and hopper.supports(capability, kv_cache, latent_dim, q_rope.shape[2])
     options = mla_options(q_latent.dtype, capability, shared_memory(device), fp8=fp8)
     head_blocks = triton.cdiv(num_heads, options["BLOCK_HEADS"])
     num_splits = triton.cdiv(slots.shape[1], SPLIT_KEYS)
@@ -309,9 +309,9 @@ def _attend(
         partial_out = torch.empty(num_splits * step * num_heads, latent_dim, dtype=torch.float32, device=device)
         partial_stats = torch.empty(num_splits * step * num_heads, 2, dtype=torch.float32, device=device)
     block_latent = max(16, triton.next_power_of_2(latent_dim))
-    stored = (records, records.stride(0), records, records)
+    stored = (kv_cache, kv_cache.stride(0), kv_cache, kv_cache)
     if fp8:
-        stored = (records.view(torch.bfloat16), records.stride(0) // 16, records, records.view(torch.float32))
+        stored = (kv_cache.view(torch.bfloat16), kv_cache.stride(0) // 16, kv_cache, kv_cache.view(torch.float32))
     for first in range(0, num_tokens, step):
         chunk = slice(first, min(first + step, num_tokens))
         count = chunk.stop - first

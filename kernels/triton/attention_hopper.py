@@ -1,6 +1,6 @@
-"""`mla_kernel` of attention.py for records of 512 + 64 columns on sm_90, with its layouts and copies by hand.
+"""`mla_kernel` of attention.py for cache entries of 512 + 64 columns on sm_90, with its layouts and copies by hand.
 
-Tiles of 64 keys go in pairs, and three groups of four warps work at once: one copies records, and two multiply. Of
+Tiles of 64 keys go in pairs, and three groups of four warps work at once: one copies entries, and two multiply. Of
 these the first scores the even tiles and keeps the left half of the output, the second the odd tiles and the right
 half; they pass each other the weights, which take the place of the tile's rotary keys, and the running maximum. So one
 of them multiplies while the other exponentiates. FP8 latents are widened to bf16 on their way, by the group that
@@ -24,10 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 NUM_WARPS = 4
 
 
-def supports(capability: tuple[int, int], records: Tensor, latent_dim: int, rope_dim: int) -> bool:
-    """Whether `mla_kernel` takes these records on such a device: it copies 16 bytes at a time."""
-    aligned = records.data_ptr() % 16 == 0 and records.stride(0) * records.element_size() % 16 == 0
-    fits = records.dtype in (torch.bfloat16, torch.uint8) and (latent_dim, rope_dim) == (512, 64)
+def supports(capability: tuple[int, int], kv_cache: Tensor, latent_dim: int, rope_dim: int) -> bool:
+    """Whether `mla_kernel` supports this cache on such a device: it copies 16 bytes at a time."""
+    aligned = kv_cache.data_ptr() % 16 == 0 and kv_cache.stride(0) * kv_cache.element_size() % 16 == 0
+    fits = kv_cache.dtype in (torch.bfloat16, torch.uint8) and (latent_dim, rope_dim) == (512, 64)
     return capability[0] == 9 and aligned and fits
 
 
@@ -38,19 +38,19 @@ def _load_slots(slots, start, end, count: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _copy(records, record_stride, slot, column: gl.constexpr, tile, layout: gl.constexpr):
-    """Start to copy some columns of the records in these slots; rows without one become zero."""
+def _copy(kv_cache, kv_stride, slot, column: gl.constexpr, tile, layout: gl.constexpr):
+    """Start to copy some columns of the entries in these slots; rows without an entry become zero."""
     columns = column + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, layout))
-    rows = records + slot.to(gl.int64) * record_stride
+    rows = kv_cache + slot.to(gl.int64) * kv_stride
     pointers = gl.expand_dims(rows, 1) + gl.expand_dims(columns, 0)
     async_copy.async_copy_global_to_shared(tile, pointers, mask=gl.expand_dims(slot >= 0, 1))
 
 
 @gluon.jit
-def _load_codes(codes, scales, record_stride, slot, column: gl.constexpr, layout: gl.constexpr):
+def _load_codes(codes, scales, kv_stride, slot, column: gl.constexpr, layout: gl.constexpr):
     """256 codes of each key from `column` on, in two groups of 128, and the two scales of each key."""
     found = slot >= 0
-    rows = slot.to(gl.int64) * record_stride
+    rows = slot.to(gl.int64) * kv_stride
     columns = column + gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
     pointers = codes + gl.expand_dims(rows * 16, 1) + gl.expand_dims(columns, 0)
     mask = gl.expand_dims(found, 1)
@@ -68,8 +68,8 @@ def _widen(tile, codes, scale, column: gl.constexpr):
 
 
 @gluon.jit
-def _widen_tiles(records, codes, scales, record_stride, slots, begin, end, latents, ropes, full, free):
-    """`_copy_tiles` of FP8 records, whose latents go through registers; `record_stride` counts 16 bytes."""
+def _widen_tiles(kv_cache, codes, scales, kv_stride, slots, begin, end, latents, ropes, full, free):
+    """`_copy_tiles` of FP8 entries, whose latents go through registers; `kv_stride` counts 16 bytes."""
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     rope_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     phase = 1
@@ -81,14 +81,14 @@ def _widen_tiles(records, codes, scales, record_stride, slots, begin, end, laten
             lower = _load_slots(slots, first + 32, end, 32, gl.SliceLayout(1, layout))
             left = latents.index(2 * place)
             right = latents.index(2 * place + 1)
-            c0, c1, s0, s1 = _load_codes(codes, scales, record_stride, upper, 0, layout)
-            c2, c3, s2, s3 = _load_codes(codes, scales, record_stride, upper, 256, layout)
+            c0, c1, s0, s1 = _load_codes(codes, scales, kv_stride, upper, 0, layout)
+            c2, c3, s2, s3 = _load_codes(codes, scales, kv_stride, upper, 256, layout)
             mbarrier.wait(free.index(place), phase)
-            _copy(records, record_stride * 8, rope_slot, 264, ropes.index(place), rope_layout)
-            d0, d1, t0, t1 = _load_codes(codes, scales, record_stride, lower, 0, layout)
+            _copy(kv_cache, kv_stride * 8, rope_slot, 264, ropes.index(place), rope_layout)
+            d0, d1, t0, t1 = _load_codes(codes, scales, kv_stride, lower, 0, layout)
             _widen(left.slice(0, 32, dim=0), c0, s0, 0)
             _widen(left.slice(0, 32, dim=0), c1, s1, 128)
-            d2, d3, t2, t3 = _load_codes(codes, scales, record_stride, lower, 256, layout)
+            d2, d3, t2, t3 = _load_codes(codes, scales, kv_stride, lower, 256, layout)
             _widen(right.slice(0, 32, dim=0), c2, s2, 0)
             _widen(right.slice(0, 32, dim=0), c3, s3, 128)
             _widen(left.slice(32, 32, dim=0), d0, t0, 0)
@@ -102,17 +102,15 @@ def _widen_tiles(records, codes, scales, record_stride, slots, begin, end, laten
 
 
 @gluon.jit
-def _bring_tiles(
-    records, codes, scales, record_stride, slots, begin, end, latents, ropes, full, free, FP8: gl.constexpr
-):
+def _bring_tiles(kv_cache, codes, scales, kv_stride, slots, begin, end, latents, ropes, full, free, FP8: gl.constexpr):
     if FP8:
-        _widen_tiles(records, codes, scales, record_stride, slots, begin, end, latents, ropes, full, free)
+        _widen_tiles(kv_cache, codes, scales, kv_stride, slots, begin, end, latents, ropes, full, free)
     else:
-        _copy_tiles(records, record_stride, slots, begin, end, latents, ropes, full, free)
+        _copy_tiles(kv_cache, kv_stride, slots, begin, end, latents, ropes, full, free)
 
 
 @gluon.jit
-def _copy_tiles(records, record_stride, slots, begin, end, latents, ropes, full, free):
+def _copy_tiles(kv_cache, kv_stride, slots, begin, end, latents, ropes, full, free):
     """The group that copies: tile after tile, as soon as both others are done with its place."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     rope_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -126,11 +124,11 @@ def _copy_tiles(records, record_stride, slots, begin, end, latents, ropes, full,
             left = latents.index(2 * place)
             right = latents.index(2 * place + 1)
             mbarrier.wait(free.index(place), phase)
-            _copy(records, record_stride, upper, 0, left.slice(0, 32, dim=0), layout)
-            _copy(records, record_stride, upper, 256, right.slice(0, 32, dim=0), layout)
-            _copy(records, record_stride, lower, 0, left.slice(32, 32, dim=0), layout)
-            _copy(records, record_stride, lower, 256, right.slice(32, 32, dim=0), layout)
-            _copy(records, record_stride, rope_slot, 512, ropes.index(place), rope_layout)
+            _copy(kv_cache, kv_stride, upper, 0, left.slice(0, 32, dim=0), layout)
+            _copy(kv_cache, kv_stride, upper, 256, right.slice(0, 32, dim=0), layout)
+            _copy(kv_cache, kv_stride, lower, 0, left.slice(32, 32, dim=0), layout)
+            _copy(kv_cache, kv_stride, lower, 256, right.slice(32, 32, dim=0), layout)
+            _copy(kv_cache, kv_stride, rope_slot, 512, ropes.index(place), rope_layout)
             async_copy.mbarrier_arrive(full.index(place), increment_count=False)
         phase ^= 1
     async_copy.wait_group(0)
@@ -293,8 +291,8 @@ def mla_kernel(
     q_rope,
     rope_token_stride,
     rope_head_stride,
-    records,
-    record_stride,
+    kv_cache,
+    kv_stride,
     codes,
     scales,
     slots,
@@ -408,7 +406,7 @@ def mla_kernel(
             ),
             (
                 _bring_tiles,
-                (records, codes, scales, record_stride, slots, begin, end, latents, ropes, full, free, FP8),
+                (kv_cache, codes, scales, kv_stride, slots, begin, end, latents, ropes, full, free, FP8),
             ),
         ],
         [4, 4],

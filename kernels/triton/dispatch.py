@@ -1,8 +1,8 @@
-"""Counting sorts of (token, expert) pairs: by slot on one rank, by rank and into segments over several.
+"""Counting sorts of (token, expert) pairs: by slot on one rank, by rank into send buffers over several.
 
-Chunks of pairs count how many there are of each slot or rank; then each pair finds its place: behind the pairs of lower
-ones, behind those of its own in earlier chunks, behind those of its own in its chunk. `group_pairs` asks the device
-nothing; segments are cut by sizes that the host waits for.
+Each chunk of pairs counts its pairs per slot or rank. The index of a pair is then the number of pairs of lower slots or
+ranks, plus those of its own in earlier chunks, plus those of its own before it in its chunk. `permute_by_expert` does
+not synchronise; send buffers are split by sizes that the host waits for.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def _place_kernel(
     tl.store(row_of + pairs, tl.where(slot == num_slots, -1, place).to(tl.int64), mask=inside)
 
 
-@register("group_pairs", "triton")
-def _group_pairs(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+@register("permute_by_expert", "triton")
+def _permute_by_expert(topk_idx: Tensor, slot_of: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     topk_idx, slot_of = topk_idx.contiguous(), slot_of.to(topk_idx.device)
     num_pairs, top_k = topk_idx.numel(), topk_idx.shape[1]
     token_of, row_of = topk_idx.new_empty(num_pairs), torch.empty_like(topk_idx)
@@ -168,7 +168,7 @@ def _route_kernel(
     SLOTS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """Heads and routes of all segments, in int32, and for each pair the byte that its row goes to; -1: to none."""
+    """Heads and routes of all send buffers, in int32, and the byte offset of each pair's row, -1 for none."""
     this = tl.program_id(0)
     ranks = tl.arange(0, RANKS)
     pairs_all = tl.zeros((RANKS,), dtype=tl.int32)
@@ -183,7 +183,7 @@ def _route_kernel(
         rows_all += num_rows
         pairs_before += tl.where(chunk < this, num_pairs, 0)
         rows_before += tl.where(chunk < this, num_rows, 0)
-    # segment   [ rows, pairs | row of each pair | slot of each pair | rows ], beginning at a multiple of 8 bytes
+    # send buffer   [ rows, pairs | row of each pair | slot of each pair | rows ], beginning at a multiple of 8 bytes
     size = 8 + 8 * pairs_all.to(tl.int64) + rows_all.to(tl.int64) * row_bytes
     size = tl.where(ranks < num_ranks, (size + 7) // 8 * 8, 0)
     begin = tl.cumsum(size, 0) - size
@@ -213,19 +213,19 @@ def _route_kernel(
 
 
 @triton.jit
-def _copy_rows_kernel(x, row_places, segments, stride, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """x's row of a pair to its place in `segments`, which has x's dtype."""
+def _copy_rows_kernel(x, row_places, send_buffers, stride, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy x's row of a pair to its place in `send_buffers`, which has x's dtype."""
     pair = tl.program_id(0).to(tl.int64)
     place = tl.load(row_places + pair)
     if place >= 0:
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         values = tl.load(x + pair // TOP_K * stride + columns, mask=columns < width)
         size: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
-        tl.store(segments + place // size + columns, values, mask=columns < width)
+        tl.store(send_buffers + place // size + columns, values, mask=columns < width)
 
 
-@register("pack_segments", "triton")
-def _pack_segments(
+@register("pack_send_buffers", "triton")
+def _pack_send_buffers(
     x: Tensor, topk_idx: Tensor, rank_of: Tensor, slot_of: Tensor, num_ranks: int
 ) -> tuple[list[Tensor], list[int], Tensor]:
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -264,26 +264,26 @@ def _pack_segments(
         typed = buffer.view(x.dtype)
         _copy_rows_kernel[grid](x, row_places, typed, x.stride(0), width, TOP_K=top_k, BLOCK=1024, num_warps=4)
     num_pairs, num_rows = totals.tolist()
-    segments, begin = [], 0
+    send_buffers, begin = [], 0
     for pairs, rows in zip(num_pairs, num_rows, strict=True):
         size = 8 + 8 * pairs + rows * row_bytes
-        segments.append(buffer[begin : begin + size])
+        send_buffers.append(buffer[begin : begin + size])
         begin += -(-size // 8) * 8
-    return segments, num_pairs, row_of
+    return send_buffers, num_pairs, row_of
 
 
-@register("unpack_segments", "triton")
-def _unpack_segments(
-    segments: Sequence[Tensor], heads: Sequence[tuple[int, int]], like: Tensor, num_slots: int
+@register("unpack_recv_buffers", "triton")
+def _unpack_recv_buffers(
+    recv_buffers: Sequence[Tensor], heads: Sequence[tuple[int, int]], like: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts stay on the device. A pair that names a row or a slot that is not there is not found."""
+    """Counts stay on the device. Pairs with an invalid row or slot are not detected."""
     routes, rows, first_row = [], [], 0
-    for segment, (num_rows, num_pairs) in zip(segments, heads, strict=True):
-        row, slot = segment[8 : 8 + 8 * num_pairs].view(torch.int32).view(2, num_pairs)
+    for buffer, (num_rows, num_pairs) in zip(recv_buffers, heads, strict=True):
+        row, slot = buffer[8 : 8 + 8 * num_pairs].view(torch.int32).view(2, num_pairs)
         routes.append(torch.stack([row + first_row, slot]))
-        rows.append(segment[8 + 8 * num_pairs :].view(like.dtype).view(num_rows, like.shape[-1]))
+        rows.append(buffer[8 + 8 * num_pairs :].view(like.dtype).view(num_rows, like.shape[-1]))
         first_row += num_rows
     row_of_pair, slot_of_pair = torch.cat(routes, dim=1).long()
     identity = torch.arange(num_slots, device=slot_of_pair.device)
-    arrival, counts, _ = _group_pairs(slot_of_pair.unsqueeze(1), identity, num_slots)
+    arrival, counts, _ = _permute_by_expert(slot_of_pair.unsqueeze(1), identity, num_slots)
     return torch.cat(rows), row_of_pair[arrival], counts, arrival

@@ -1,4 +1,4 @@
-"""`write_index_keys`: norm, rotation, quantisation and store of index keys in one kernel."""
+"""`write_index_keys`: norm, rotary embedding, quantisation and store of index keys in one kernel."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..kv_format import FP8_RECORDS, index_page_size
+from ..kv_format import FP8_CACHE, index_page_size
 from ..quant import BLOCK
 from ..registry import register
-from ..rope import Rotation
+from ..rope import RopeTable
 from .launch import has_fp8, round_to
 from .quant import group_maximum, group_scale, to_e4m3
 
@@ -99,39 +99,39 @@ def _write_index_keys(
     k: Tensor,
     norm: tuple[Tensor, Tensor],
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     """A position outside the table is NaN, a slot is not checked."""
     num_tokens, dim = k.shape
-    if rotation.dim & (rotation.dim - 1) or (keys.dtype == FP8_RECORDS and (dim > BLOCK or dim % 4)):
+    if rope.dim & (rope.dim - 1) or (keys.dtype == FP8_CACHE and (dim > BLOCK or dim % 4)):
         raise ValueError(
             f"the Triton kernels turn vectors whose width is a power of two, and have FP8 index keys of up to {BLOCK} "
-            f"columns, a multiple of 4: got {rotation.dim} of {dim} columns"
+            f"columns, a multiple of 4: got {rope.dim} of {dim} columns"
         )
     if not num_tokens:
         return
     k = k if k.stride(1) == 1 else k.contiguous()
-    fp8, native = keys.dtype == FP8_RECORDS, has_fp8(k.device)
+    fp8, native = keys.dtype == FP8_CACHE, has_fp8(k.device)
     _write_index_keys_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),)](
         k,
         norm[0].contiguous(),
         norm[1].contiguous(),
-        rotation.table.contiguous(),
-        rotation.positions.contiguous(),
+        rope.table.contiguous(),
+        rope.positions.contiguous(),
         slots.contiguous(),
         keys,
         keys.view(torch.float8_e4m3fn) if fp8 and native else keys,
-        keys.view(torch.float32) if fp8 else rotation.table,
+        keys.view(torch.float32) if fp8 else rope.table,
         k.stride(0),
-        rotation.table.shape[0],
+        rope.table.shape[0],
         num_tokens,
         dim,
         index_page_size("write_index_keys", keys, dim, k.dtype),
         eps,
         TOKENS=TOKENS_PER_PROGRAM,
         DIM=triton.next_power_of_2(dim),
-        HALF=rotation.dim // 2,
-        INTERLEAVED=rotation.interleaved,
+        HALF=rope.dim // 2,
+        INTERLEAVED=rope.interleaved,
         FP8=fp8,
         NATIVE=native,
         num_warps=4,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import PagedLayout
-from ..kv_format import FP8_RECORDS
+from ..kv_format import FP8_CACHE
 from ..registry import register
 from .attention import find_blocks, find_sequence
 from .launch import decode_e4m3, dot, has_fp8, round_to
@@ -249,7 +249,7 @@ def paged_scores(
 
     keys: as for `index_topk`. Contexts of at most `unscored` positions are left out.
     """
-    fp8 = keys.dtype == FP8_RECORDS
+    fp8 = keys.dtype == FP8_CACHE
     num_tokens, num_heads, dim = q.shape
     num_sequences, max_blocks = layout.block_tables.shape
     device = q.device

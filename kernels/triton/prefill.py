@@ -189,13 +189,13 @@ def prefill_attention(
 
 @register("mha_attention", "triton")
 def _mha_attention(
-    q: Tensor, records: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
+    q: Tensor, kv_cache: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
 ) -> Tensor:
     """Keys and values of all contexts are made first, for as many heads at a time as MAX_KEY_BYTES hold."""
     num_heads, key_dim = q.shape[1:]
     latent_dim, nope_dim = w_uk.in_features, w_uk.out_features
     slots, cu_seqlens_k = layout.contexts
-    gathered = read_latents(records[slots], latent_dim, key_dim - nope_dim, q.dtype)
+    gathered = read_latents(kv_cache[slots], latent_dim, key_dim - nope_dim, q.dtype)
     bytes_per_head = max(1, len(slots) * (nope_dim + w_uv.out_features) * q.element_size())
     at_once = max(1, min(num_heads, MAX_KEY_BYTES // bytes_per_head))
     out = []

@@ -1,4 +1,4 @@
-"""Rotary position embedding, all heads of a token at once, and the records of tokens in the cache."""
+"""Rotary position embedding, all heads of a token at once, and writes to the KV cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import register
-from ..rope import Rotation
+from ..rope import RopeTable
 from .launch import has_fp8, round_to
 from .norm import rms_norm_rows
 from .quant import group_maximum, group_scale, to_e4m3
@@ -66,7 +66,7 @@ def _rope_kernel(
 
 
 @register("apply_rope", "triton")
-def _apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
+def _apply_rope(x: Tensor, rope: RopeTable) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     num_tokens, num_heads, dim = x.shape
     _check_width(dim)
@@ -75,16 +75,16 @@ def _apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
         heads = min(triton.next_power_of_2(num_heads), max(1, 8192 // dim))
         _rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
             x,
-            rotation.table.contiguous(),
-            rotation.positions.contiguous(),
+            rope.table.contiguous(),
+            rope.positions.contiguous(),
             out,
             x.stride(0),
             x.stride(1),
             num_heads,
-            rotation.table.shape[0],
+            rope.table.shape[0],
             HEADS=heads,
             HALF=dim // 2,
-            INTERLEAVED=rotation.interleaved,
+            INTERLEAVED=rope.interleaved,
             num_warps=min(8, max(1, heads * dim // 1024)),
             enable_fp_fusion=False,  # each operation rounds
         )
@@ -92,13 +92,13 @@ def _apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 @triton.jit
-def _write_records_kernel(
+def _write_latents_kernel(
     latent,
     rope_key,
     table,
     positions,
     slots,
-    records,
+    kv_cache,
     stride_l,
     stride_r,
     stride_s,
@@ -112,16 +112,16 @@ def _write_records_kernel(
 ):
     tokens = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None]
     inside = tokens < num_tokens
-    record = records + tl.load(slots + tokens, mask=inside, other=0) * stride_s
+    entry = kv_cache + tl.load(slots + tokens, mask=inside, other=0) * stride_s
     columns = tl.arange(0, LATENT)[None, :]
     mask = inside & (columns < latent_dim)
-    tl.store(record + columns, tl.load(latent + tokens * stride_l + columns, mask=mask), mask=mask)
+    tl.store(entry + columns, tl.load(latent + tokens * stride_l + columns, mask=mask), mask=mask)
     cos, sin = _angles(table, positions, tokens, inside, num_positions, HALF)
-    _rotate(rope_key + tokens * stride_r, record + latent_dim, inside, cos, sin, TOKENS, HALF, INTERLEAVED)
+    _rotate(rope_key + tokens * stride_r, entry + latent_dim, inside, cos, sin, TOKENS, HALF, INTERLEAVED)
 
 
 @triton.jit
-def _write_fp8_records_kernel(
+def _write_fp8_latents_kernel(
     latent,
     rope_key,
     table,
@@ -142,7 +142,7 @@ def _write_fp8_records_kernel(
     INTERLEAVED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """codes, scales and rope_keys are the records' memory as FP8, fp32 and bf16; stride_s counts bytes."""
+    """codes, scales and rope_keys are the entries' memory as FP8, fp32 and bf16; stride_s counts bytes."""
     rows = tl.program_id(0).to(tl.int64) * (TOKENS * GROUPS) + tl.arange(0, TOKENS * GROUPS)
     token, group = rows // GROUPS, rows % GROUPS
     inside = (token < num_tokens) & (group < num_groups)
@@ -162,18 +162,18 @@ def _write_fp8_records_kernel(
 
 @register("write_latents", "triton")
 def _write_latents(
-    records: Tensor,
+    kv_cache: Tensor,
     slots: Tensor,
     kv: Tensor,
     norm: Tensor,
     eps: float,
-    rotation: Rotation,
+    rope: RopeTable,
 ) -> None:
     latent = rms_norm_rows(kv[:, : norm.shape[0]], norm, eps)
-    _write_records(latent, kv[:, norm.shape[0] :], rotation, slots, records)
+    _write_entries(latent, kv[:, norm.shape[0] :], rope, slots, kv_cache)
 
 
-def _write_records(latent: Tensor, rope_key: Tensor, rotation: Rotation, slots: Tensor, records: Tensor) -> None:
+def _write_entries(latent: Tensor, rope_key: Tensor, rope: RopeTable, slots: Tensor, kv_cache: Tensor) -> None:
     """The normed latent and the turned rope key; a position outside the table is NaN, a slot is not checked."""
     num_tokens, latent_dim = latent.shape
     if not num_tokens:
@@ -181,37 +181,37 @@ def _write_records(latent: Tensor, rope_key: Tensor, rotation: Rotation, slots: 
     _check_width(rope_key.shape[1])
     latent = latent if latent.stride(1) == 1 else latent.contiguous()
     rope_key = rope_key if rope_key.stride(1) == 1 else rope_key.contiguous()
-    inputs = (latent, rope_key, rotation.table.contiguous(), rotation.positions.contiguous(), slots.contiguous())
-    strides = (latent.stride(0), rope_key.stride(0), records.stride(0), rotation.table.shape[0], num_tokens)
+    inputs = (latent, rope_key, rope.table.contiguous(), rope.positions.contiguous(), slots.contiguous())
+    strides = (latent.stride(0), rope_key.stride(0), kv_cache.stride(0), rope.table.shape[0], num_tokens)
     grid = (triton.cdiv(num_tokens, TOKENS_PER_PROGRAM),)
     half = rope_key.shape[1] // 2
-    if records.dtype == torch.uint8:
+    if kv_cache.dtype == torch.uint8:
         native, groups = has_fp8(latent.device), latent_dim // 128
-        _write_fp8_records_kernel[grid](
+        _write_fp8_latents_kernel[grid](
             *inputs,
-            records.view(torch.float8_e4m3fn) if native else records,
-            records.view(torch.float32),
-            records.view(torch.bfloat16),
+            kv_cache.view(torch.float8_e4m3fn) if native else kv_cache,
+            kv_cache.view(torch.float32),
+            kv_cache.view(torch.bfloat16),
             *strides,
             groups,
             TOKENS=TOKENS_PER_PROGRAM,
             GROUPS=triton.next_power_of_2(groups),
             HALF=half,
-            INTERLEAVED=rotation.interleaved,
+            INTERLEAVED=rope.interleaved,
             NATIVE=native,
             num_warps=4,
             enable_fp_fusion=False,
         )
     else:
-        _write_records_kernel[grid](
+        _write_latents_kernel[grid](
             *inputs,
-            records,
+            kv_cache,
             *strides,
             latent_dim,
             TOKENS=TOKENS_PER_PROGRAM,
             LATENT=triton.next_power_of_2(latent_dim),
             HALF=half,
-            INTERLEAVED=rotation.interleaved,
+            INTERLEAVED=rope.interleaved,
             num_warps=4,
             enable_fp_fusion=False,
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..attention import PagedLayout
-from ..kv_format import FP8_RECORDS
+from ..kv_format import FP8_CACHE
 from ..linear import PackedWeight
 from ..quant import BLOCK, scale_columns
 from ..registry import register
@@ -22,15 +22,15 @@ from ..triton.experts import swiglu_triton
 from ..triton.indexer import index_topk_triton
 from ..triton.quant import quantize_token_groups_triton
 from ..triton.topk import topk_positions_triton
-from . import LIBRARIES
+from . import ModelProperties
 
 INDEX_HEADS = (32, 64)
 INDEX_PAGE_SIZE = 64
 
 
 def check(device: torch.device) -> None:
-    """ValueError unless the library is there and multiplies something on this device."""
-    library = LIBRARIES["deep_gemm"].load()
+    """ValueError unless the library computes a GEMM on this device."""
+    library = _library()
     rows = library.get_mk_alignment_for_contiguous_layout()
     x = torch.zeros(rows, BLOCK, dtype=torch.bfloat16, device=device).to(torch.float8_e4m3fn)
     w = torch.zeros(1, BLOCK, BLOCK, dtype=torch.bfloat16, device=device).to(torch.float8_e4m3fn)
@@ -43,6 +43,14 @@ def check(device: torch.device) -> None:
         raise ValueError(f"vendor_kernels deep_gemm: the library does not run on {device}: {error}") from error
 
 
+def check_model(model: ModelProperties) -> None:
+    """ValueError for a model whose experts or index scores DeepGEMM does not compute."""
+    check_scales(model.device, ue8m0=model.ue8m0_scales)
+    check_experts(model.hidden_size, model.moe_intermediate_size, is_block_aligned=model.block_fp8_weights)
+    if model.index_shape is not None and model.fp8_cache:
+        check_index(*model.index_shape, model.block_size)
+
+
 def check_index(num_heads: int, head_dim: int, page_size: int) -> None:
     """ValueError for an indexer whose scores DeepGEMM does not compute from pages of that size."""
     if num_heads not in INDEX_HEADS or head_dim != BLOCK or page_size != INDEX_PAGE_SIZE:
@@ -52,13 +60,13 @@ def check_index(num_heads: int, head_dim: int, page_size: int) -> None:
         )
 
 
-def check_experts(hidden_size: int, intermediate_size: int, *, in_blocks: bool) -> None:
+def check_experts(hidden_size: int, intermediate_size: int, *, is_block_aligned: bool) -> None:
     """ValueError for weights that DeepGEMM does not multiply by."""
-    if not in_blocks or hidden_size % BLOCK or intermediate_size % BLOCK:
+    if not is_block_aligned or hidden_size % BLOCK or intermediate_size % BLOCK:
         raise ValueError(
             f"deep_gemm multiplies by FP8 weights with a scale for each {BLOCK} x {BLOCK} block and whole blocks, the "
             f"model has hidden_size {hidden_size}, experts of {intermediate_size} and "
-            + ("FP8 weights" if in_blocks else "other weights")
+            + ("FP8 weights" if is_block_aligned else "other weights")
         )
 
 
@@ -88,8 +96,8 @@ def experts_mlp_deep_gemm(
     out_row: Tensor | None,
 ) -> Tensor:
     """Inputs of both products are quantised per row and 128 channels, as for Triton's kernels."""
-    in_blocks = all(w.scale_inv is not None and not w.has_row_scales for w in (gate_up, down))
-    check_experts(x.shape[1], down.in_features, in_blocks=in_blocks)
+    is_block_aligned = all(w.scale_inv is not None and not w.has_row_scales for w in (gate_up, down))
+    check_experts(x.shape[1], down.in_features, is_block_aligned=is_block_aligned)
     num_rows = len(x if x_row is None else x_row)
     if num_rows == 0:
         return torch.empty_like(x[:0])
@@ -148,7 +156,7 @@ def index_topk_deep_gemm(q: Tensor, weights: Tensor, keys: Tensor, layout: Paged
     Keys that are not in FP8 are for Triton's kernels, and so are prompts, where a tile of keys serves many tokens.
     """
     num_tokens, num_heads, dim = q.shape
-    if keys.dtype != FP8_RECORDS or not 0 < num_tokens <= layout.block_tables.shape[0]:
+    if keys.dtype != FP8_CACHE or not 0 < num_tokens <= layout.block_tables.shape[0]:
         return index_topk_triton(q, weights, keys, layout, topk)
     check_index(num_heads, dim, layout.block_size)
     library = _library()

@@ -1,4 +1,4 @@
-"""FlashMLA for `mla_attention`: its sparse kernel for bf16 records, its decode kernels for FP8 or for all positions.
+"""FlashMLA for `mla_attention`: its sparse kernel for a bf16 cache, its decode kernels for FP8 or dense attention.
 
 FlashMLA sees 64 or 128 heads: missing ones are zeros. Every token is a sequence of its own to the decode kernels. Lists
 of selected positions become lists of slots, filled up with -1. Slots are not checked here.
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..attention import PagedLayout
-from ..kv_format import FP8_RECORDS
+from ..kv_format import FP8_CACHE
 from ..registry import register
 from ..triton.attention import find_lists
-from . import LIBRARIES
+from . import ModelProperties
 
 LATENT_DIM, ROPE_DIM = 512, 64
 HEADS = (64, 128)
@@ -24,12 +24,12 @@ LIST_MULTIPLE = 128
 """Multiple that lists of keys are padded to: the size of the kernels' tiles."""
 PAGE_SIZE = 64
 """Page size that the dense kernel reads, in tokens."""
-FP8_RECORD_BYTES = 656
+FP8_ENTRY_BYTES = 656
 
 
 def check(device: torch.device) -> None:
-    """ValueError unless the library is there and attends to something on this device."""
-    library = LIBRARIES["flash_mla"].load()
+    """ValueError unless the library computes attention on this device."""
+    library = _library()
     q = torch.zeros(1, HEADS[0], LATENT_DIM + ROPE_DIM, dtype=torch.bfloat16, device=device)
     slots = torch.zeros(1, 1, LIST_MULTIPLE, dtype=torch.int32, device=device)
     try:
@@ -37,6 +37,18 @@ def check(device: torch.device) -> None:
         library.get_mla_metadata()
     except Exception as error:  # its checks are C++ exceptions and assertions
         raise ValueError(f"vendor_kernels flash_mla: the library does not run on {device}: {error}") from error
+
+
+def check_model(model: ModelProperties) -> None:
+    """ValueError for a model whose attention FlashMLA does not compute."""
+    check_attention(
+        model.dtype,
+        (model.kv_lora_rank, model.qk_rope_head_dim),
+        model.num_heads,
+        fp8=model.fp8_cache,
+        sparse=model.index_shape is not None,
+        page_size=model.block_size,
+    )
 
 
 def _library() -> ModuleType:
@@ -48,11 +60,11 @@ def _library() -> ModuleType:
 
 @register("mla_attention", "flash_mla")
 def mla_attention_flash_mla(
-    q_latent: Tensor, q_rope: Tensor, records: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
+    q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
 ) -> Tensor:
     """ValueError for what FlashMLA does not take: see `check_attention`."""
     num_tokens, num_heads, latent_dim = q_latent.shape
-    fp8 = records.dtype == FP8_RECORDS
+    fp8 = kv_cache.dtype == FP8_CACHE
     check_attention(
         q_latent.dtype,
         (latent_dim, q_rope.shape[2]),
@@ -66,19 +78,19 @@ def mla_attention_flash_mla(
     q = pad(torch.cat([q_latent, q_rope], dim=2), (0, 0, 0, padded_heads(num_heads) - num_heads))
     if selected is None:
         block_table, lengths = layout.block_tables[layout.sequence_of_tokens()], (layout.positions + 1).int()
-        out = _dense(q, records, block_table, lengths, scale)
+        out = _dense(q, kv_cache, block_table, lengths, scale)
     else:
-        _, slots, _ = find_lists(layout, records.shape[0], selected)
+        _, slots, _ = find_lists(layout, kv_cache.shape[0], selected)
         width = slots.shape[1]
         slots = pad(slots.clamp_min(-1), (0, -width % LIST_MULTIPLE), value=-1)
-        out = _sparse_fp8(q, records, slots, layout.block_size, scale) if fp8 else _sparse(q, records, slots, scale)
+        out = _sparse_fp8(q, kv_cache, slots, layout.block_size, scale) if fp8 else _sparse(q, kv_cache, slots, scale)
     return out[:, :num_heads]
 
 
 def check_attention(
     dtype: torch.dtype, dims: tuple[int, int], num_heads: int, *, fp8: bool, sparse: bool, page_size: int
 ) -> None:
-    """ValueError for queries, numbers of heads, records or pages that FlashMLA has no kernel for."""
+    """ValueError for queries, numbers of heads, caches or pages that FlashMLA has no kernel for."""
     if dtype != torch.bfloat16 or dims != (LATENT_DIM, ROPE_DIM) or num_heads > HEADS[-1]:
         raise ValueError(
             f"flash_mla attends in bfloat16 with kv_lora_rank {LATENT_DIM}, qk_rope_head_dim {ROPE_DIM} and up to "
@@ -95,16 +107,16 @@ def padded_heads(num_heads: int) -> int:
     return next(heads for heads in HEADS if num_heads <= heads)
 
 
-def _sparse(q: Tensor, records: Tensor, slots: Tensor, scale: float) -> Tensor:
-    """q [T, H, 576], records [num_slots, >= 576] bf16, slots [T, topk] -> [T, H, 512]."""
-    kv = records[:, None, : q.shape[2]]
+def _sparse(q: Tensor, kv_cache: Tensor, slots: Tensor, scale: float) -> Tensor:
+    """q [T, H, 576], kv_cache [num_slots, >= 576] bf16, slots [T, topk] -> [T, H, 512]."""
+    kv = kv_cache[:, None, : q.shape[2]]
     out: Tensor = _library().flash_mla_sparse_fwd(q, kv, slots[:, None], scale)[0]
     return out
 
 
-def _sparse_fp8(q: Tensor, records: Tensor, slots: Tensor, page_size: int, scale: float) -> Tensor:
+def _sparse_fp8(q: Tensor, kv_cache: Tensor, slots: Tensor, page_size: int, scale: float) -> Tensor:
     library = _library()
-    pages = records.view(-1, page_size, 1, records.shape[1])[..., :FP8_RECORD_BYTES]
+    pages = kv_cache.view(-1, page_size, 1, kv_cache.shape[1])[..., :FP8_ENTRY_BYTES]
     out: Tensor
     out, _ = library.flash_mla_with_kvcache(
         q[:, None],
@@ -120,10 +132,10 @@ def _sparse_fp8(q: Tensor, records: Tensor, slots: Tensor, page_size: int, scale
     return out[:, 0]
 
 
-def _dense(q: Tensor, records: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def _dense(q: Tensor, kv_cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """block_table [T, max_blocks], lengths [T], both int32."""
     library = _library()
-    pages = records.view(-1, PAGE_SIZE, 1, records.shape[1])[..., : q.shape[2]]
+    pages = kv_cache.view(-1, PAGE_SIZE, 1, kv_cache.shape[1])[..., : q.shape[2]]
     out: Tensor
     out, _ = library.flash_mla_with_kvcache(
         q[:, None], pages, block_table, lengths, LATENT_DIM, library.get_mla_metadata()[0], softmax_scale=scale

@@ -79,7 +79,7 @@ def _scheduler(config: EngineConfig, loaded: LoadedModel) -> Scheduler:
         cache.num_blocks,
         cache.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
-        fingerprint=loaded.record_fingerprint,
+        fingerprint=loaded.kv_fingerprint,
     )
     return Scheduler(limits, block_manager, TransferBuffer(max(1, config.kv_buffer_size // cache.bytes_per_token)))
 
@@ -96,7 +96,7 @@ def _kv_transfer(
         transport,
         loaded.runner.cache,
         scheduler.transfer_buffer,
-        fingerprint=loaded.record_fingerprint,
+        fingerprint=loaded.kv_fingerprint,
         chunk_tokens=config.max_num_batched_tokens,
         lease_s=LEASE_S,
         clock=clock,
@@ -105,7 +105,7 @@ def _kv_transfer(
     receiver = KVReceiver(
         transport,
         scheduler,
-        fingerprint=loaded.record_fingerprint,
+        fingerprint=loaded.kv_fingerprint,
         bytes_per_token=loaded.runner.cache.bytes_per_token,
         max_step_tokens=config.max_num_batched_tokens,
         timeout_s=TRANSFER_TIMEOUT_S,

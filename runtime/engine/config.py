@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from shoal.kernels.backends import KernelBackend
+from shoal.kernels.vendor import VendorKernels, describe_libraries
 from shoal.parallel.settings import Setting, check_settings
 
 DType = Literal["auto", "float32", "bfloat16"]
 KVCacheDType = Literal["auto", "fp8"]
 Invariance = Literal["strict", "relaxed"]
 All2AllBackend = Literal["default", "deepep"]
-VendorKernels = Literal["none", "flash_mla", "deep_gemm", "all"]
-KernelBackend = Literal["auto", "cpu", "triton", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,13 +69,7 @@ class EngineConfig:
     kernel_backend: Annotated[
         KernelBackend, Setting("Kernels to compute with; auto is cpu on a CPU and triton on a GPU.")
     ] = "auto"
-    vendor_kernels: Annotated[
-        VendorKernels,
-        Setting(
-            "Installed libraries that replace Triton kernels on a GPU: FlashMLA for attention over latents, DeepGEMM "
-            "for experts with FP8 weights and for index scores over an FP8 cache. Needs invariance relaxed."
-        ),
-    ] = "none"
+    vendor_kernels: Annotated[VendorKernels, Setting(describe_libraries())] = "none"
     all2all_backend: Annotated[
         All2AllBackend,
         Setting(

@@ -114,7 +114,7 @@ class Lockstep:
             assert payload is not None
             return payload
         data = None if payload is None else payload.numpy().tobytes()
-        received = tp.broadcast_bytes(data, num_bytes, 0, layer=-1, op="engine.records")
+        received = tp.broadcast_bytes(data, num_bytes, 0, layer=-1, op="engine.kv_entries")
         return torch.frombuffer(bytearray(received), dtype=torch.uint8) if payload is None else payload
 
     def rejoin(self, replaced: Collection[int]) -> bool:

@@ -9,32 +9,26 @@ from pathlib import Path
 
 import torch
 
-from shoal.kernels.kv_format import FP8_RECORDS
+from shoal.kernels.kv_format import FP8_CACHE
 from shoal.kernels.numerics import set_deterministic_fp_mode
 from shoal.kernels.ops import Ops, choose_backend
-from shoal.kernels.registry import NOT_STRICT, Vendor, is_invariant
+from shoal.kernels.registry import check_model, is_invariant
+from shoal.kernels.vendor import ModelProperties, select_vendors, why_not_invariant
 from shoal.parallel.deep_ep import deep_ep_dispatcher
 from shoal.parallel.dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher, TokenDispatcher
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.placement import ExpertPlacement, default_placement
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..kv_cache.cache import KVCache, RecordSpec, bytes_per_block
+from ..kv_cache.cache import KVCache, KVCacheSpec, bytes_per_block
 from ..memory import available_memory, release_freed_memory
 from ..models.config import ModelConfig
 from ..models.families import FAMILIES, read_config
 from ..models.model import Model
 from ..models.weights import tensor_shapes
-from .config import DType, EngineConfig, VendorKernels
+from .config import DType, EngineConfig
 from .cuda_graphs import DecodeGraphs
 from .model_runner import ModelRunner
-
-VENDORS: dict[VendorKernels, tuple[Vendor, ...]] = {
-    "none": (),
-    "flash_mla": ("flash_mla",),
-    "deep_gemm": ("deep_gemm",),
-    "all": ("flash_mla", "deep_gemm"),
-}
 
 OnPhase = Callable[[str], None]
 
@@ -48,7 +42,7 @@ class LoadedModel:
     config: ModelConfig
     max_model_len: int
     """Most tokens of a sequence: as asked for, or what the model and the cache can take."""
-    record_fingerprint: bytes
+    kv_fingerprint: bytes
     """SHA-256 of everything that decides about the bits of a KV cache entry: checkpoint, dtypes and kernels."""
 
 
@@ -70,10 +64,10 @@ def load_model(
     model_config = read_config(model_dir)
     check_layout(model_config, groups.config.tensor_parallel_size)
     dtype = compute_dtype(model_config, config.dtype)
-    cache_dtype = FP8_RECORDS if config.kv_cache_dtype == "fp8" else dtype
-    if cache_dtype == FP8_RECORDS and ops.backend == "triton":
+    cache_dtype = FP8_CACHE if config.kv_cache_dtype == "fp8" else dtype
+    if cache_dtype == FP8_CACHE and ops.backend == "triton":
         _check_fp8_cache(model_config, dtype)
-    _check_vendor_kernels(config, model_config, ops, dtype, groups)
+    check_model(ops.vendors, _model_properties(config, model_config, dtype, groups))
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     if wanted_len > model_config.max_position_embeddings:
         raise ValueError(
@@ -111,24 +105,20 @@ def load_model(
         ops=ops,
         config=model_config,
         max_model_len=max_model_len,
-        record_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
+        kv_fingerprint=hashlib.sha256(depends_on.encode()).digest(),
     )
 
 
 def _choose_ops(config: EngineConfig, device: torch.device) -> Ops:
     """The kernels of the engine. ValueError for kernels that do not run there or are not as invariant as asked."""
     backend = choose_backend(config.kernel_backend, device)
-    vendors = VENDORS[config.vendor_kernels]
+    vendors = select_vendors(config.vendor_kernels)
     if config.invariance == "strict" and not is_invariant(backend):
+        raise ValueError(f"kernels {backend!r} are not batch-invariant; choose others or set invariance to relaxed")
+    if config.invariance == "strict" and (why := why_not_invariant(vendors)):
         raise ValueError(
-            f"kernels {backend!r} do not promise that a row's result is independent of its batch; "
-            f"choose others or set invariance to relaxed"
-        )
-    if config.invariance == "strict" and vendors:
-        why = "; ".join(f"{vendor}: {NOT_STRICT[vendor]}" for vendor in vendors)
-        raise ValueError(
-            f"vendor_kernels {config.vendor_kernels} do not promise that a row's result is independent of its batch "
-            f"({why}); set vendor_kernels to none or invariance to relaxed"
+            f"vendor_kernels {config.vendor_kernels} are not batch-invariant ({why}); "
+            f"set vendor_kernels to none or invariance to relaxed"
         )
     return Ops.choose(device, backend, vendors)
 
@@ -144,28 +134,23 @@ def _check_fp8_cache(config: ModelConfig, dtype: torch.dtype) -> None:
         )
 
 
-def _check_vendor_kernels(
-    config: EngineConfig, model: ModelConfig, ops: Ops, dtype: torch.dtype, groups: ParallelGroups
-) -> None:
-    """ValueError for a model that the chosen libraries have no kernels for."""
-    if "flash_mla" in ops.vendors:
-        from shoal.kernels.vendor.flash_mla import check_attention
-
-        check_attention(
-            dtype,
-            (model.kv_lora_rank, model.qk_rope_head_dim),
-            model.num_attention_heads // groups.tp.size,
-            fp8=config.kv_cache_dtype == "fp8",
-            sparse=model.has_index,
-            page_size=config.block_size,
-        )
-    if "deep_gemm" in ops.vendors:
-        from shoal.kernels.vendor.deep_gemm import check_experts, check_index, check_scales
-
-        check_scales(groups.device, ue8m0=model.ue8m0_scales)
-        check_experts(model.hidden_size, model.moe_intermediate_size, in_blocks=model.weight_block_size is not None)
-        if model.has_index and config.kv_cache_dtype == "fp8":
-            check_index(model.index_n_heads, model.index_head_dim, config.block_size)
+def _model_properties(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, groups: ParallelGroups
+) -> ModelProperties:
+    return ModelProperties(
+        device=groups.device,
+        dtype=dtype,
+        num_heads=model.num_attention_heads // groups.tp.size,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_rope_head_dim=model.qk_rope_head_dim,
+        block_size=config.block_size,
+        fp8_cache=config.kv_cache_dtype == "fp8",
+        index_shape=(model.index_n_heads, model.index_head_dim) if model.has_index else None,
+        hidden_size=model.hidden_size,
+        moe_intermediate_size=model.moe_intermediate_size,
+        block_fp8_weights=model.weight_block_size is not None,
+        ue8m0_scales=model.ue8m0_scales,
+    )
 
 
 def _load_weights(model: Model, model_dir: str | Path, on_phase: OnPhase) -> str:
@@ -207,7 +192,7 @@ def _dispatcher(
     )
 
 
-def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[RecordSpec], max_len: int) -> int:
+def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[KVCacheSpec], max_len: int) -> int:
     """KV cache blocks of this attention group: as asked for, else what its sequences can use and its memory holds."""
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks

@@ -16,7 +16,7 @@ ROW_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class RecordSpec:
+class KVCacheSpec:
     """The KV cache entry of a token in one layer, in the formats of kernels/kv_format.py."""
 
     width: int
@@ -24,7 +24,7 @@ class RecordSpec:
     index_dim: int
     """Dimensions of the indexer key; 0 in a layer without an indexer of its own."""
     dtype: torch.dtype
-    """Storage dtype of latent and indexer key: the compute dtype, or `FP8_RECORDS`."""
+    """Storage dtype of latent and indexer key: the compute dtype, or `FP8_CACHE`."""
 
     @property
     def index_width(self) -> int:
@@ -43,19 +43,19 @@ class KVCache:
     carry the latents and forget the indexer keys.
     """
 
-    records: list[Tensor]
+    latents: list[Tensor]
     """Latents, per layer [num_blocks * block_size, width]."""
     index_keys: list[Tensor | None]
     """Indexer keys, per layer one page per block, [num_blocks, block_size * index_width]; None without an indexer."""
 
-    def __init__(self, specs: list[RecordSpec], *, num_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(self, specs: list[KVCacheSpec], *, num_blocks: int, block_size: int, device: torch.device) -> None:
         self.specs = specs
         self.num_blocks = num_blocks
         self.block_size = block_size
         huge_pages = any(spec.index_dim for spec in specs)
-        self.records, self.index_keys = [], []
+        self.latents, self.index_keys = [], []
         for spec in specs:
-            self.records.append(_allocate_records(num_blocks * block_size, spec, device, huge_pages=huge_pages))
+            self.latents.append(_allocate_latents(num_blocks * block_size, spec, device, huge_pages=huge_pages))
             page = block_size * spec.index_width
             self.index_keys.append(
                 _allocate(num_blocks, page, spec.dtype, device, huge_pages=huge_pages) if page else None
@@ -70,7 +70,7 @@ class KVCache:
         """Slots of positions `[start, end)` of a sequence, [end - start] int64."""
         positions = torch.arange(start, end)
         blocks = torch.tensor(block_table, dtype=torch.int64)[positions // self.block_size]
-        return (blocks * self.block_size + positions % self.block_size).to(self.records[0].device)
+        return (blocks * self.block_size + positions % self.block_size).to(self.latents[0].device)
 
     def read_kv(self, slots: Tensor) -> Tensor:
         """The entries of T tokens in all layers, [T * bytes_per_token] uint8 in host memory.
@@ -78,8 +78,8 @@ class KVCache:
         layer 0: T latents, then T indexer keys in the order of `gather_index_keys` | layer 1: the same | ..
         """
         rows = []
-        for spec, records, index_keys in zip(self.specs, self.records, self.index_keys, strict=True):
-            rows.append(records[slots])
+        for spec, latents, index_keys in zip(self.specs, self.latents, self.index_keys, strict=True):
+            rows.append(latents[slots])
             if index_keys is not None:
                 rows.append(gather_index_keys(index_keys, slots, spec.index_dim))
         return torch.cat([part.flatten().view(torch.uint8) for part in rows]).cpu()
@@ -96,13 +96,13 @@ class KVCache:
             rows = payload[begin:offset].view(like.dtype).view(num_tokens, width)
             return rows[num_tokens - len(slots) :].to(like.device)
 
-        for spec, records, index_keys in zip(self.specs, self.records, self.index_keys, strict=True):
-            records.index_copy_(0, slots, next_rows(spec.width, records))
+        for spec, latents, index_keys in zip(self.specs, self.latents, self.index_keys, strict=True):
+            latents.index_copy_(0, slots, next_rows(spec.width, latents))
             if index_keys is not None:
                 scatter_index_keys(index_keys, slots, next_rows(spec.index_width, index_keys), spec.index_dim)
 
 
-def _allocate_records(num_slots: int, spec: RecordSpec, device: torch.device, *, huge_pages: bool) -> Tensor:
+def _allocate_latents(num_slots: int, spec: KVCacheSpec, device: torch.device, *, huge_pages: bool) -> Tensor:
     """[num_slots, width]; on a GPU rows start at multiples of 16 bytes, for vectorised loads."""
     alignment = 1 if device.type == "cpu" else ROW_ALIGNMENT // spec.dtype.itemsize
     row = -(-spec.width // alignment) * alignment
@@ -124,6 +124,6 @@ def _allocate(rows: int, columns: int, dtype: torch.dtype, device: torch.device,
     return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
 
 
-def bytes_per_block(specs: list[RecordSpec], block_size: int) -> int:
+def bytes_per_block(specs: list[KVCacheSpec], block_size: int) -> int:
     """Memory of one block over all layers."""
     return sum(spec.num_bytes for spec in specs) * block_size

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
+from shoal.kernels.backends import Backend
 from shoal.kernels.linear import PackedWeight, packed_num_bytes
-from shoal.kernels.registry import Backend
-from shoal.kernels.rope import Rotation
+from shoal.kernels.rope import RopeTable
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.linear import column_parallel, gather_last_dim, shard
 
@@ -54,14 +54,14 @@ class Indexer(Layer):
             self.ops.linear(x, self.wk.data),
             (self.k_norm_weight.data, self.k_norm_bias.data),
             LATENT_NORM_EPS,
-            Rotation(self.rope_table, metadata.positions, self.interleaved),
+            RopeTable(self.rope_table, metadata.positions, self.interleaved),
         )
 
     def select(self, x: Tensor, q_latent: Tensor, index_keys: Tensor, layout: PagedLayout) -> Tensor:
         """Positions that the T tokens of `layout` attend to: [T, index_topk] int32, ascending, padded with -1."""
         q = self.ops.linear(q_latent, self.wq_b.data).view(-1, self.num_heads, self.head_dim)
         rotary = q[..., : self.rope_dim]
-        rotary.copy_(self.ops.apply_rope(rotary, Rotation(self.rope_table, layout.positions, self.interleaved)))
+        rotary.copy_(self.ops.apply_rope(rotary, RopeTable(self.rope_table, layout.positions, self.interleaved)))
         head_weights = self.ops.linear(x.float(), self.weights_proj.data) * self.weight_scale
         return self.ops.index_topk(q, head_weights, index_keys, layout, self.topk)
 
@@ -110,17 +110,17 @@ class MLAttention(Layer):
     def forward(self, x: Tensor, ctx: StepContext, topk_indices: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x [T, H] after the input norm -> (attention output [T, H], selection that the next layer may share)."""
         ops, metadata = self.ops, ctx.metadata
-        kv_cache, index_keys = ctx.cache.records[self.layer], ctx.cache.index_keys[self.layer]
-        rotation = Rotation(self.rope_table, metadata.positions, self.interleaved)
+        kv_cache, index_keys = ctx.cache.latents[self.layer], ctx.cache.index_keys[self.layer]
+        rope = RopeTable(self.rope_table, metadata.positions, self.interleaved)
         a = ops.linear(x, self.a_proj.data)
         q_latent = x
         if self.q_lora_rank:
             q_latent = ops.rms_norm(a[:, : self.q_lora_rank], self.q_a_norm.data, LATENT_NORM_EPS)
         kv = a[:, self.q_lora_rank :]
-        ops.write_latents(kv_cache, metadata.slot_mapping, kv, self.kv_a_norm.data, LATENT_NORM_EPS, rotation)
+        ops.write_latents(kv_cache, metadata.slot_mapping, kv, self.kv_a_norm.data, LATENT_NORM_EPS, rope)
         q = ops.linear(q_latent, self.q_proj.data).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
         rotary = q[..., self.nope_dim :]
-        rotary.copy_(ops.apply_rope(rotary, rotation))
+        rotary.copy_(ops.apply_rope(rotary, rope))
 
         if self.indexer is not None:
             assert index_keys is not None

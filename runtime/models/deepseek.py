@@ -14,7 +14,7 @@ from shoal.parallel.linear import gather_last_dim, shard
 from shoal.parallel.lm_head import ParallelLMHead, vocab_shard
 from shoal.parallel.placement import ExpertPlacement, spans_nodes
 
-from ..kv_cache.cache import RecordSpec
+from ..kv_cache.cache import KVCacheSpec
 from .attention import MLAttention
 from .config import ModelConfig
 from .forward import Hidden, StepContext
@@ -128,15 +128,15 @@ class DeepseekModel(Layer):
         """
         return self.lm_head(hidden, self.lm_head_weight.data)
 
-    def cache_specs(self, dtype: torch.dtype) -> list[RecordSpec]:
+    def cache_specs(self, dtype: torch.dtype) -> list[KVCacheSpec]:
         """KV cache entries of a token, per layer, stored in `dtype`."""
         return cache_specs(self.config, dtype)
 
 
-def cache_specs(config: ModelConfig, dtype: torch.dtype) -> list[RecordSpec]:
+def cache_specs(config: ModelConfig, dtype: torch.dtype) -> list[KVCacheSpec]:
     """KV cache entries of a token, per layer, stored in `dtype`; layers that share a selection keep no index keys."""
     width = latent_width(dtype, config.kv_lora_rank, config.qk_rope_head_dim)
     return [
-        RecordSpec(width, config.index_head_dim if config.has_indexer(layer) else 0, dtype)
+        KVCacheSpec(width, config.index_head_dim if config.has_indexer(layer) else 0, dtype)
         for layer in range(config.num_hidden_layers)
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from shoal.kernels.cpu_library import DTYPE_CODES
 from shoal.kernels.fused import (
     FusedAttention,
     FusedMoE,
@@ -17,7 +18,6 @@ from shoal.kernels.fused import (
     fused_moe_route,
     step_args,
 )
-from shoal.kernels.linear import DTYPE_CODES
 from shoal.kernels.ops import Ops
 from shoal.parallel.dispatcher import LocalTokenDispatcher
 from shoal.parallel.groups import ParallelGroups
@@ -58,7 +58,7 @@ class FusedDecoderLayer(DecoderLayer):
             ctx.once(_step_args),
             h.delta,
             h.residual,
-            ctx.cache.records[self.layer],
+            ctx.cache.latents[self.layer],
             ctx.cache.index_keys[self.layer],
             h.topk_indices,
         )

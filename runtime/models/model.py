@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..kv_cache.cache import RecordSpec
+from ..kv_cache.cache import KVCacheSpec
 from .config import ModelConfig
 from .forward import StepContext
 from .weights import Weight, WeightSource
@@ -27,7 +27,7 @@ class Model(Protocol):
         """hidden [N, H] -> logits [N, vocab_size] fp32; every rank of the replica calls it equally often."""
         ...
 
-    def cache_specs(self, dtype: torch.dtype) -> list[RecordSpec]:
+    def cache_specs(self, dtype: torch.dtype) -> list[KVCacheSpec]:
         """KV cache entries of a token, per layer, stored in `dtype`."""
         ...
 

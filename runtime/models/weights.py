@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.linear import PackedWeight, packed_num_bytes
 from shoal.kernels.ops import Ops
 from shoal.kernels.quant import BLOCK, BlockFP8Weight
-from shoal.kernels.registry import Backend
 
 Shape = tuple[int, ...]
 IsFP8 = Callable[[str], bool]

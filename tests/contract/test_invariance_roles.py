@@ -31,14 +31,14 @@ POINTS: dict[str, Roles] = {
     ),
     "1 prefill, 1 decode, through NIXL": Roles(("prefill:1", "decode:1"), transport="nixl"),
     "prefill tp 2, decode dp 2, through NIXL": Roles(("prefill:1:tp=2", "decode:1:dp=2"), transport="nixl"),
-    "records arrive damaged: prompts computed again": Roles(("prefill:1", "decode:1"), transport="spoiled"),
+    "KV cache entries arrive damaged: prompts computed again": Roles(("prefill:1", "decode:1"), transport="spoiled"),
 }
 
 HEAD = """# What gives the same bits across replicas
 
 `tests/contract/test_invariance_roles.py` runs the rows of [invariance.md](invariance.md) through replicas of several
 roles and compares every token id and every log-probability with those of one worker. Each rank is a real worker on a
-thread; requests, records and answers take the ways of a cluster.
+thread; requests, KV cache entries and answers take the ways of a cluster.
 `tests/cluster/replicas/test_split_roles.py` does the same with worker processes on Ray, through NIXL and through Ray's
 object store. `make docs` writes this table.
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from shoal.kernels.vendor import LIBRARIES
+
 ROOT = Path(__file__).parents[2]
 LAYERS = ["kernels", "parallel", "runtime", "cluster"]
 ONLY_IN = {
     "triton": "kernels",
-    "deep_gemm": "kernels",
-    "flash_mla": "kernels",
     "deep_ep": "parallel",
     "nixl": "parallel",
     "nixl_cu13": "parallel",
@@ -26,7 +26,7 @@ ONLY_IN = {
     "yaml": "cluster",
     "click": "cluster",
     "rich": "cluster",
-}
+} | dict.fromkeys(LIBRARIES, "kernels")
 ROOMS = {
     "runtime": [
         "plain_numbers cgroup",

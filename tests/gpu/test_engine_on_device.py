@@ -37,7 +37,7 @@ MODELS = [
     ("glm_moe_dsa", "float32"),
 ]
 WIDE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
-"""What FP8 records are made for."""
+"""What FP8 entries are made for."""
 POINTS: dict[str, dict[str, Any]] = {
     **{name: how for name, how in SCHEDULES.items() if "threads" not in how},
     "without graphs": {"engine": {"enforce_eager": True}},

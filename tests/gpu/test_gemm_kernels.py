@@ -13,7 +13,7 @@ from torch import Tensor
 from shoal.kernels.linear import PackedWeight
 from shoal.kernels.ops import Ops
 from shoal.kernels.quant import quantize_block_fp8
-from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
+from shoal.kernels.rope import RopeTable, cos_sin_table, inv_freq
 from tests.support.ops import REFERENCE_OPS
 
 pytestmark = pytest.mark.gpu
@@ -151,8 +151,8 @@ def test_what_is_the_reference_bit_for_bit(dtype: torch.dtype) -> None:
     positions = torch.randint(0, 100, (37,), device="cuda")
     heads = randn(37, 128, 192, dtype=dtype)[..., 128:]
     for interleaved in (False, True):
-        rotation = Rotation(table, positions, interleaved)
-        assert torch.equal(*on_both(lambda ops: ops.apply_rope(heads, rotation)))  # noqa: B023
+        rope = RopeTable(table, positions, interleaved)
+        assert torch.equal(*on_both(lambda ops: ops.apply_rope(heads, rope)))  # noqa: B023
     row_of, weights = torch.randint(-1, 37, (20, 8), device="cuda"), randn(20, 8)
     assert torch.equal(*on_both(lambda ops: ops.combine_topk(x, row_of, weights)))
 

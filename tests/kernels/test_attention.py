@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
-from shoal.kernels.kv_format import FP8_RECORDS, read_latents
+from shoal.kernels.backends import Backend
+from shoal.kernels.kv_format import FP8_CACHE, read_latents
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from tests.support.ops import CPU_OPS, REFERENCE_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
-RECORDS = (*DTYPES, FP8_RECORDS)
-"""Dtypes of records; those in FP8 go with bf16."""
+CACHE_DTYPES = (*DTYPES, FP8_CACHE)
+"""Dtypes of caches; FP8 with bf16 queries."""
 Form = Literal["absorbed", "per head"]
 FORMS: tuple[Form, ...] = get_args(Form)
 NOPE, VALUE = 14, 21
@@ -39,7 +39,7 @@ class Sequences:
         rope: int = 8,
         seed: int = 0,
     ) -> None:
-        self.records_dtype, dtype = dtype, torch.bfloat16 if dtype == FP8_RECORDS else dtype
+        self.cache_dtype, dtype = dtype, torch.bfloat16 if dtype == FP8_CACHE else dtype
         generator = torch.Generator().manual_seed(seed)
         self.lengths, self.form, self.latent, self.rope, self.heads = lengths, form, latent, rope, heads
         self.dtype = dtype
@@ -48,17 +48,15 @@ class Sequences:
         columns = (latent if form == "absorbed" else NOPE) + rope
         self.keys = [torch.randn(n, latent + rope, generator=generator).to(dtype) for n in lengths]
         self.queries = [torch.randn(n, heads, columns, generator=generator).to(dtype) for n in lengths]
-        if self.records_dtype == FP8_RECORDS:
+        if self.cache_dtype == FP8_CACHE:
             self.keys = [read_latents(self._packed(keys), latent, rope, dtype) for keys in self.keys]
 
     def _packed(self, keys: Tensor) -> Tensor:
-        """Records of keys; in FP8 those that it can hold stay as they are."""
-        if self.records_dtype != FP8_RECORDS:
+        """Entries of keys; in FP8 those that it can hold stay as they are."""
+        if self.cache_dtype != FP8_CACHE:
             return keys
         rope = keys[:, self.latent :].bfloat16().contiguous()
-        return torch.cat(
-            [x.view(FP8_RECORDS) for x in (*CPU_OPS.quantize_rows_fp8(keys[:, : self.latent]), rope)], dim=1
-        )
+        return torch.cat([x.view(FP8_CACHE) for x in (*CPU_OPS.quantize_rows_fp8(keys[:, : self.latent]), rope)], dim=1)
 
     def run(
         self,
@@ -77,20 +75,22 @@ class Sequences:
         packed = [self._packed(keys) for keys in self.keys]
         width = packed[0].shape[1]
         # other fields, a wider row, and NaN wherever nothing was written
-        nothing = 255 if self.records_dtype == FP8_RECORDS else math.nan
-        records = torch.full((num_blocks * block_size, width + 7), nothing, dtype=self.records_dtype)[:, : width + 3]
+        nothing = 255 if self.cache_dtype == FP8_CACHE else math.nan
+        kv_cache = torch.full((num_blocks * block_size, width + 7), nothing, dtype=self.cache_dtype)[:, : width + 3]
         for b, keys in enumerate(packed):
             written = torch.arange(spans[b][1])
             blocks = tables[b].long()[written // block_size]
-            records[blocks * block_size + written % block_size, :width] = keys[: spans[b][1]]
+            kv_cache[blocks * block_size + written % block_size, :width] = keys[: spans[b][1]]
         q = torch.cat([x[start:stop] for x, (start, stop) in zip(self.queries, spans, strict=True)])
         bounds = torch.tensor([0] + [stop - start for start, stop in spans]).cumsum(0).int()
         positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
         layout = PagedLayout(tables, bounds, positions, block_size)
         if self.form == "per head":
             w_uk, w_uv = ops.pack_weight(self.w_uk), ops.pack_weight(self.w_uv)
-            return ops.mha_attention(q, records, layout, w_uk, w_uv, 0.17)
-        return ops.mla_attention(q[..., : self.latent], q[..., self.latent :], records, layout, 0.17, selected=selected)
+            return ops.mha_attention(q, kv_cache, layout, w_uk, w_uv, 0.17)
+        return ops.mla_attention(
+            q[..., : self.latent], q[..., self.latent :], kv_cache, layout, 0.17, selected=selected
+        )
 
     def oracle(self, b: int) -> Tensor:
         """Attention of all positions of a sequence in float64 (made keys and values rounded as they are stored)."""
@@ -108,7 +108,7 @@ class Sequences:
         return self.only(b).run([(0, self.lengths[b])])
 
     def only(self, b: int) -> Sequences:
-        alone = Sequences([], self.records_dtype, self.form, heads=self.heads, latent=self.latent, rope=self.rope)
+        alone = Sequences([], self.cache_dtype, self.form, heads=self.heads, latent=self.latent, rope=self.rope)
         alone.w_uk, alone.w_uv = self.w_uk, self.w_uv
         alone.lengths, alone.keys, alone.queries = [self.lengths[b]], [self.keys[b]], [self.queries[b]]
         return alone
@@ -135,15 +135,15 @@ def test_absorbed_equals_unabsorbed_attention(backend: Backend, heads: int) -> N
 
     absorbed = torch.einsum("thd,hdl->thl", q_nope, w_uk).float()
     layout = PagedLayout(torch.arange(6)[None].int(), torch.tensor([0, n]).int(), torch.arange(n), 16)
-    records = torch.zeros(96, latent + rope)
-    records[:n] = torch.cat([c, k_rope], dim=-1).float()
+    kv_cache = torch.zeros(96, latent + rope)
+    kv_cache[:n] = torch.cat([c, k_rope], dim=-1).float()
     ops = Ops(backend)
-    out = ops.mla_attention(absorbed, q_rope.float(), records, layout, scale)
+    out = ops.mla_attention(absorbed, q_rope.float(), kv_cache, layout, scale)
     torch.testing.assert_close(torch.einsum("thl,hvl->thv", out.double(), w_uv), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", RECORDS)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("heads", [1, 3, 17])
 def test_several_sequences_match_float64_and_the_reference(form: Form, dtype: torch.dtype, heads: int) -> None:
     sequences = Sequences([70, 1, 1100, 9], dtype, form, heads=heads)
@@ -160,9 +160,9 @@ def test_several_sequences_match_float64_and_the_reference(form: Form, dtype: to
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("latent", "rope"), [(40, 8), (512, 64), (200, 7), (1, 1)])
-def test_fp8_records_give_the_bits_of_what_they_hold(form: Form, dtype: torch.dtype, latent: int, rope: int) -> None:
+def test_fp8_entries_give_the_bits_of_what_they_hold(form: Form, dtype: torch.dtype, latent: int, rope: int) -> None:
     spans = [(69, 70), (0, 1), (590, 600), (0, 130)]
-    packed = Sequences([70, 1, 600, 130], FP8_RECORDS, form, latent=latent, rope=rope)
+    packed = Sequences([70, 1, 600, 130], FP8_CACHE, form, latent=latent, rope=rope)
     plain = Sequences(packed.lengths, dtype, form, latent=latent, rope=rope)
     plain.keys = [keys.to(dtype) for keys in packed.keys]
     packed.dtype, packed.keys, packed.queries = dtype, plain.keys, plain.queries
@@ -178,7 +178,7 @@ def test_fp8_records_give_the_bits_of_what_they_hold(form: Form, dtype: torch.dt
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", RECORDS)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize(("heads", "length"), [(1, 203), (3, 203), (16, 203), (17, 1100)])
 def test_any_chunking_gives_the_same_bits(
     form: Form, dtype: torch.dtype, heads: int, length: int, monkeypatch: pytest.MonkeyPatch
@@ -186,7 +186,7 @@ def test_any_chunking_gives_the_same_bits(
     sequences = Sequences([length], dtype, form, heads=heads)
     whole = sequences.run([(0, length)])
     assert not whole.isnan().any()
-    monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 2**60)  # many small calls: one thread each
+    monkeypatch.setattr("shoal.kernels.cpu_library.MIN_PARALLEL_WORK", 2**60)  # many small calls: one thread each
     for step in (1, 7, 64, 100) if length < 1000 else (500, 513):
         chunks = [sequences.run([(start, min(start + step, length))]) for start in range(0, length, step)]
         assert torch.equal(torch.cat(chunks), whole)
@@ -204,12 +204,12 @@ def test_many_heads_are_independent(dtype: torch.dtype, heads: int) -> None:
         assert torch.equal(one_head.run([(64, 67)])[:, 0], whole[:, head])
 
 
-@pytest.mark.parametrize("dtype", RECORDS)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_company_block_size_placement_and_threads_change_nothing(
     dtype: torch.dtype, form: Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr("shoal.kernels.cpu_library.MIN_PARALLEL_WORK", 0)
     sequences = Sequences([70, 1, 130, 9, 64, 65], dtype, form)
     expected = [sequences.whole(b) for b in range(6)]
     spans = [(69, 70), (0, 1), (0, 130), (9, 9), (60, 64), (3, 65)]
@@ -225,7 +225,7 @@ def test_company_block_size_placement_and_threads_change_nothing(
             assert torch.equal(part, whole[start:stop])
 
 
-@pytest.mark.parametrize("dtype", RECORDS)
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("first", [76, 77])
 def test_a_later_nan_key_stays_invisible(dtype: torch.dtype, form: Form, first: int) -> None:
@@ -326,26 +326,26 @@ def test_a_context_outside_the_cache_is_an_error(backend: Backend) -> None:
 
 def test_refuses_what_does_not_fit() -> None:
     layout = PagedLayout(torch.tensor([[0]]).int(), torch.tensor([0, 1]).int(), torch.tensor([0]), 4)
-    q, r, records = torch.ones(1, 1, 8), torch.ones(1, 1, 2), torch.ones(4, 10)
-    with pytest.raises(ValueError, match="records"):
+    q, r, kv_cache = torch.ones(1, 1, 8), torch.ones(1, 1, 2), torch.ones(4, 10)
+    with pytest.raises(ValueError, match="kv_cache"):
         CPU_OPS.mla_attention(q, r, torch.ones(4, 9), layout, 1.0)
-    with pytest.raises(ValueError, match="records"):
+    with pytest.raises(ValueError, match="kv_cache"):
         CPU_OPS.mla_attention(
-            q, r, torch.zeros(4, 15, dtype=FP8_RECORDS), layout, 1.0
+            q, r, torch.zeros(4, 15, dtype=FP8_CACHE), layout, 1.0
         )  # 8 numbers, a scale and 2 x 2 bytes
-    with pytest.raises(ValueError, match="all in float32 or all in bfloat16"):
-        CPU_OPS.mla_attention(q, r, records.bfloat16(), layout, 1.0)
+    with pytest.raises(ValueError, match="of one dtype, float32 or bfloat16"):
+        CPU_OPS.mla_attention(q, r, kv_cache.bfloat16(), layout, 1.0)
     with pytest.raises(ValueError, match="selected must be"):
-        CPU_OPS.mla_attention(q, r, records, layout, 1.0, selected=torch.zeros(1, 3, dtype=torch.int64))
+        CPU_OPS.mla_attention(q, r, kv_cache, layout, 1.0, selected=torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="2 query tokens, but the layout has 1"):
-        CPU_OPS.mla_attention(q.expand(2, 1, 8), r.expand(2, 1, 2), records, layout, 1.0)
+        CPU_OPS.mla_attention(q.expand(2, 1, 8), r.expand(2, 1, 2), kv_cache, layout, 1.0)
     w_uk, w_uv = CPU_OPS.pack_weight(torch.ones(1, 6, 8)), CPU_OPS.pack_weight(torch.ones(1, 5, 8))
-    with pytest.raises(ValueError, match="records"):
+    with pytest.raises(ValueError, match="kv_cache"):
         CPU_OPS.mha_attention(torch.ones(1, 1, 8), torch.ones(4, 9), layout, w_uk, w_uv, 1.0)
     with pytest.raises(ValueError, match="of one dtype"):
-        CPU_OPS.mha_attention(torch.ones(1, 1, 8), records.bfloat16(), layout, w_uk, w_uv, 1.0)
+        CPU_OPS.mha_attention(torch.ones(1, 1, 8), kv_cache.bfloat16(), layout, w_uk, w_uv, 1.0)
     with pytest.raises(ValueError, match="h weights"):
-        CPU_OPS.mha_attention(torch.ones(1, 2, 8), records, layout, w_uk, w_uv, 1.0)
+        CPU_OPS.mha_attention(torch.ones(1, 2, 8), kv_cache, layout, w_uk, w_uv, 1.0)
 
 
 def test_a_layout_refuses_what_does_not_fit() -> None:

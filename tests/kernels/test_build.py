@@ -7,7 +7,6 @@ from ctypes import CDLL
 from pathlib import Path
 
 import pytest
-import torch
 
 from shoal.kernels import build
 
@@ -91,18 +90,6 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.cache_dir() == Path("/b/shoal")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert build.cache_dir() == Path.home() / ".cache" / "shoal"
-
-
-def test_small_work_takes_one_thread_and_large_work_torch_s_setting() -> None:
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert build.num_threads(build.MIN_PARALLEL_WORK - 1) == 1
-        assert build.num_threads(build.MIN_PARALLEL_WORK) == 2
-        torch.set_num_threads(1)
-        assert build.num_threads(build.MIN_PARALLEL_WORK) == 1
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the loaded libraries from /proc")

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
-from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, scatter_index_keys
+from shoal.kernels.backends import Backend
+from shoal.kernels.kv_format import FP8_CACHE, index_key_width, scatter_index_keys
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
-RECORDS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, FP8_RECORDS)]
-"""Dtypes of the computation and of records."""
+CACHE_DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, FP8_CACHE)]
+"""Dtypes of the computation and of entries."""
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -95,17 +95,17 @@ def _paged(
     spans: list[tuple[int, int]],
     block_size: int,
     seed: int,
-    records_dtype: torch.dtype | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, PagedLayout]:
     """Pages of the keys of some sequences, NaN where nothing is, and the layout."""
     dim = keys[0].shape[1]
-    if records_dtype == FP8_RECORDS:
-        keys = [torch.cat([x.view(FP8_RECORDS) for x in CPU_OPS.quantize_rows_fp8(k)], dim=1) for k in keys]
+    if cache_dtype == FP8_CACHE:
+        keys = [torch.cat([x.view(FP8_CACHE) for x in CPU_OPS.quantize_rows_fp8(k)], dim=1) for k in keys]
     generator = torch.Generator().manual_seed(seed)
     max_blocks = max(-(-len(k) // block_size) for k in keys)
     num_blocks = len(keys) * max_blocks + 2
     tables = torch.randperm(num_blocks, generator=generator)[: len(keys) * max_blocks].view(-1, max_blocks).int()
-    nothing = 255 if records_dtype == FP8_RECORDS else math.nan
+    nothing = 255 if cache_dtype == FP8_CACHE else math.nan
     pages = torch.full((num_blocks, block_size * index_key_width(keys[0].dtype, dim)), nothing, dtype=keys[0].dtype)
     for b, k in enumerate(keys):
         positions = torch.arange(len(k))
@@ -117,15 +117,15 @@ def _paged(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dtype", "records_dtype"), [*RECORDS, (torch.float32, FP8_RECORDS)])
+@pytest.mark.parametrize(("dtype", "cache_dtype"), [*CACHE_DTYPES, (torch.float32, FP8_CACHE)])
 @pytest.mark.parametrize("dim", [16, 130])
 def test_topk_of_paged_keys_matches_scores_and_sort(
-    backend: Backend, dtype: torch.dtype, records_dtype: torch.dtype, dim: int
+    backend: Backend, dtype: torch.dtype, cache_dtype: torch.dtype, dim: int
 ) -> None:
     torch.manual_seed(0)
     keys = _keys((90, 5, 40), dim, dtype)
     spans = [(0, 90), (5, 5), (38, 40)]
-    pages, layout = _paged(keys, spans, 16, 0, records_dtype)
+    pages, layout = _paged(keys, spans, 16, 0, cache_dtype)
     q, weights = torch.randn(92, 5, dim).to(dtype), torch.randn(92, 5)
     ops = Ops(backend)
     selected = ops.index_topk(q, weights, pages, layout, 12).tolist()
@@ -138,11 +138,11 @@ def test_topk_of_paged_keys_matches_scores_and_sort(
             assert selected[t] == _sorted_oracle(scores[0].tolist(), 12)
 
 
-@pytest.mark.parametrize(("dtype", "records_dtype"), RECORDS)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHE_DTYPES)
 def test_a_token_selects_the_same_in_any_company_block_size_and_thread_count(
-    dtype: torch.dtype, records_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, cache_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr("shoal.kernels.cpu_library.MIN_PARALLEL_WORK", 0)
     torch.manual_seed(1)
     keys = _keys((150, 33), 8, dtype)
     spans = [(60, 150), (32, 33)]
@@ -150,7 +150,7 @@ def test_a_token_selects_the_same_in_any_company_block_size_and_thread_count(
     threads = torch.get_num_threads()
     results = []
     for block_size in (1, 4, 16, 64):
-        pages, layout = _paged(keys, spans, block_size, block_size, records_dtype)
+        pages, layout = _paged(keys, spans, block_size, block_size, cache_dtype)
         try:
             torch.set_num_threads(1 + block_size % 3)
             results.append(CPU_OPS.index_topk(q, weights, pages, layout, 20))
@@ -158,7 +158,7 @@ def test_a_token_selects_the_same_in_any_company_block_size_and_thread_count(
             torch.set_num_threads(threads)
     assert all(torch.equal(r, results[0]) for r in results)
     for t in range(0, 90, 9):
-        pages, layout = _paged(keys[:1], [(60 + t, 61 + t)], 16, t, records_dtype)
+        pages, layout = _paged(keys[:1], [(60 + t, 61 + t)], 16, t, cache_dtype)
         alone = CPU_OPS.index_topk(q[t : t + 1], weights[t : t + 1], pages, layout, 20)
         assert torch.equal(alone[0], results[0][t])
 

@@ -1,4 +1,4 @@
-"""Records and index keys in both formats: bytes against some put together by hand, writes against single operations."""
+"""Cache entries and index keys in both formats: bytes built by hand, writes against single operations."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.kv_format import (
-    FP8_RECORDS,
+    FP8_CACHE,
     gather_index_keys,
     index_key_width,
     latent_width,
@@ -18,8 +19,7 @@ from shoal.kernels.kv_format import (
     scatter_index_keys,
 )
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
-from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
+from shoal.kernels.rope import RopeTable, cos_sin_table, inv_freq
 from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
@@ -34,7 +34,7 @@ class Written:
     slots = torch.tensor([7, 0, 3, 11, 4])
     positions = torch.tensor([5, 0, 2, 30, 9])
 
-    def __init__(self, sizes: tuple[int, int, int], dtype: torch.dtype, records_dtype: torch.dtype, ops: Ops) -> None:
+    def __init__(self, sizes: tuple[int, int, int], dtype: torch.dtype, cache_dtype: torch.dtype, ops: Ops) -> None:
         self.ops = ops
         torch.manual_seed(sizes[0])
         self.latent, self.rope, self.dim = sizes
@@ -42,16 +42,16 @@ class Written:
         self.kv, self.k = torch.randn(5, self.latent + self.rope + 3).to(dtype), torch.randn(5, self.dim).to(dtype)
         self.norm, self.key_norm = torch.randn(self.latent), (torch.randn(self.dim), torch.randn(self.dim))
         self.table = cos_sin_table(inv_freq(self.rope, 10000.0), 31)
-        width = latent_width(records_dtype, self.latent, self.rope)
-        self.records = torch.full((12, width + 5), 77).to(records_dtype)[:, : width + 2]
-        self.index_keys = torch.full((4, 3 * index_key_width(records_dtype, self.dim)), 77).to(records_dtype)
+        width = latent_width(cache_dtype, self.latent, self.rope)
+        self.kv_cache = torch.full((12, width + 5), 77).to(cache_dtype)[:, : width + 2]
+        self.index_keys = torch.full((4, 3 * index_key_width(cache_dtype, self.dim)), 77).to(cache_dtype)
 
     def write(self) -> Tensor:
-        """The records."""
+        """The entries."""
         kv = self.kv[:, : self.latent + self.rope]
-        rotation = Rotation(self.table, self.positions, True)
-        self.ops.write_latents(self.records, self.slots, kv, self.norm, 1e-6, rotation)
-        return self.records[self.slots]
+        rope = RopeTable(self.table, self.positions, True)
+        self.ops.write_latents(self.kv_cache, self.slots, kv, self.norm, 1e-6, rope)
+        return self.kv_cache[self.slots]
 
     def write_keys(self) -> Tensor:
         """The pages of index keys."""
@@ -61,7 +61,7 @@ class Written:
             self.k,
             self.key_norm,
             1e-6,
-            Rotation(self.table, self.positions, False),
+            RopeTable(self.table, self.positions, False),
         )
         return self.index_keys
 
@@ -71,15 +71,15 @@ class Written:
         rope = self.kv[:, None, self.latent : self.latent + self.rope]
         keys = self.ops.layer_norm(self.k, *self.key_norm, 1e-6)
         keys[:, : self.rope] = self.ops.apply_rope(
-            keys[:, None, : self.rope], Rotation(self.table, self.positions, False)
+            keys[:, None, : self.rope], RopeTable(self.table, self.positions, False)
         )[:, 0]
-        return latents, self.ops.apply_rope(rope, Rotation(self.table, self.positions, True))[:, 0], keys
+        return latents, self.ops.apply_rope(rope, RopeTable(self.table, self.positions, True))[:, 0], keys
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_plain_records_are_the_fields_side_by_side(
+def test_plain_entries_are_the_fields_side_by_side(
     backend: Backend, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> None:
     written = Written(sizes, dtype, dtype, Ops(backend))
@@ -87,8 +87,8 @@ def test_plain_records_are_the_fields_side_by_side(
     assert torch.equal(written.write()[:, :-2], torch.cat([latents, rope], dim=1))
     rows = written.write_keys().view(12, -1)
     assert torch.equal(rows[written.slots], keys)
-    assert bool((written.records[:, -2:] == 77).all())
-    for others in (written.records, rows):
+    assert bool((written.kv_cache[:, -2:] == 77).all())
+    for others in (written.kv_cache, rows):
         assert bool((others[[1, 2, 5, 6, 8, 9, 10]] == 77).all())
 
 
@@ -103,23 +103,23 @@ def _quantized_by_hand(row: list[float]) -> tuple[bytes, bytes]:
     return codes, scales
 
 
-def _record_by_hand(latent: list[float], rope: list[float]) -> bytes:
+def _entry_by_hand(latent: list[float], rope: list[float]) -> bytes:
     return b"".join([*_quantized_by_hand(latent), *(struct.pack("<f", x)[2:] for x in rope)])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_fp8_records_are_those_put_together_by_hand(
+def test_fp8_entries_are_those_put_together_by_hand(
     backend: Backend, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> None:
-    written = Written(sizes, dtype, FP8_RECORDS, Ops(backend))
-    records, (latents, rope, _) = written.write(), written.fields()
+    written = Written(sizes, dtype, FP8_CACHE, Ops(backend))
+    kv_cache, (latents, rope, _) = written.write(), written.fields()
     for t in range(5):
-        by_hand = _record_by_hand(latents[t].tolist(), rope[t].bfloat16().tolist())
-        assert bytes(records[t, :-2].tolist()) == by_hand
-    assert bool((written.records[:, -2:] == 77).all())
-    assert bool((written.records[[1, 2, 5, 6, 8, 9, 10]] == 77).all())
+        by_hand = _entry_by_hand(latents[t].tolist(), rope[t].bfloat16().tolist())
+        assert bytes(kv_cache[t, :-2].tolist()) == by_hand
+    assert bool((written.kv_cache[:, -2:] == 77).all())
+    assert bool((written.kv_cache[[1, 2, 5, 6, 8, 9, 10]] == 77).all())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -128,7 +128,7 @@ def test_fp8_records_are_those_put_together_by_hand(
 def test_fp8_pages_are_those_put_together_by_hand(
     backend: Backend, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> None:
-    written = Written(sizes, dtype, FP8_RECORDS, Ops(backend))
+    written = Written(sizes, dtype, FP8_CACHE, Ops(backend))
     pages, keys = written.write_keys(), written.fields()[2]
     dim, groups = sizes[2], -(-sizes[2] // 128)
     numbers = [[b"M" * dim] * 3 for _ in range(4)]  # 77
@@ -144,7 +144,7 @@ def test_the_page_of_deepgemm_at_its_offsets() -> None:
     weight, bias, table = torch.ones(128), torch.zeros(128), cos_sin_table(inv_freq(64, 10000.0), 8)
     pages = torch.zeros(3, 64 * 132, dtype=torch.uint8)
     positions = torch.zeros(3, dtype=torch.int64)  # nothing turns
-    CPU_OPS.write_index_keys(pages, slots, k, (weight, bias), 1e-6, Rotation(table, positions, False))
+    CPU_OPS.write_index_keys(pages, slots, k, (weight, bias), 1e-6, RopeTable(table, positions, False))
     codes, scales = CPU_OPS.quantize_rows_fp8(CPU_OPS.layer_norm(k, weight, bias, 1e-6))
     expected = torch.zeros(3, 8448, dtype=torch.uint8)
     for row, (page, offset) in enumerate([(2, 63), (1, 0), (0, 5)]):
@@ -154,21 +154,21 @@ def test_the_page_of_deepgemm_at_its_offsets() -> None:
 
 
 def test_the_layout_of_flashmla_at_its_offsets() -> None:
-    written = Written(SIZES[0], torch.bfloat16, FP8_RECORDS, CPU_OPS)
-    record, (latents, rope, _) = written.write()[2], written.fields()
-    assert record.shape == (656 + 2,)
+    written = Written(SIZES[0], torch.bfloat16, FP8_CACHE, CPU_OPS)
+    entry, (latents, rope, _) = written.write()[2], written.fields()
+    assert entry.shape == (656 + 2,)
     q, scales = CPU_OPS.quantize_rows_fp8(latents)
-    assert torch.equal(record[:512], q[2].view(torch.uint8))
-    assert torch.equal(record[512:528].clone().view(torch.float32), scales[2])
-    assert torch.equal(record[528:656].clone().view(torch.bfloat16), rope[2])
+    assert torch.equal(entry[:512], q[2].view(torch.uint8))
+    assert torch.equal(entry[512:528].clone().view(torch.float32), scales[2])
+    assert torch.equal(entry[528:656].clone().view(torch.bfloat16), rope[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_reading_gives_what_was_written_up_to_the_step(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
-    written = Written(sizes, dtype, FP8_RECORDS, CPU_OPS)
-    records, (latents, rope, keys) = written.write(), written.fields()
-    read = read_latents(records, written.latent, written.rope, dtype)
+    written = Written(sizes, dtype, FP8_CACHE, CPU_OPS)
+    kv_cache, (latents, rope, keys) = written.write(), written.fields()
+    read = read_latents(kv_cache, written.latent, written.rope, dtype)
     assert torch.equal(read[:, written.latent :], rope.bfloat16().to(dtype))
     read_keys = read_index_keys(written.write_keys(), written.slots, written.dim, dtype)
     for found, expected in ((read[:, : written.latent], latents), (read_keys, keys)):
@@ -179,10 +179,10 @@ def test_reading_gives_what_was_written_up_to_the_step(dtype: torch.dtype, sizes
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("records_dtype", [torch.float32, FP8_RECORDS])
-def test_slots_and_positions_are_checked(backend: Backend, records_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cache_dtype", [torch.float32, FP8_CACHE])
+def test_slots_and_positions_are_checked(backend: Backend, cache_dtype: torch.dtype) -> None:
     for name, bad in (("slots", 12), ("slots", -1), ("positions", 31)):
-        written = Written(SIZES[1], torch.float32, records_dtype, Ops(backend))
+        written = Written(SIZES[1], torch.float32, cache_dtype, Ops(backend))
         setattr(written, name, getattr(written, name).clone().fill_(bad))
         with pytest.raises(ValueError, match=r"outside the (cache|rotary table)"):
             written.write()
@@ -190,7 +190,7 @@ def test_slots_and_positions_are_checked(backend: Backend, records_dtype: torch.
             written.write_keys()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8_RECORDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8_CACHE])
 def test_rows_of_index_keys_go_from_pages_to_pages(dtype: torch.dtype) -> None:
     width = index_key_width(dtype, 130)
     rows = torch.randint(0, 100, (6, width)).to(dtype)  # 2 pages of 3
@@ -204,15 +204,15 @@ def test_rows_of_index_keys_go_from_pages_to_pages(dtype: torch.dtype) -> None:
 
 
 def test_refuses_what_does_not_fit() -> None:
-    written = Written(SIZES[1], torch.float32, FP8_RECORDS, CPU_OPS)
-    written.records = written.records[:, :59]
+    written = Written(SIZES[1], torch.float32, FP8_CACHE, CPU_OPS)
+    written.kv_cache = written.kv_cache[:, :59]
     with pytest.raises(
-        ValueError, match=r"write_latents needs records \[num_slots, >= 60\] in torch.float32 or in torch"
+        ValueError, match=r"write_latents needs kv_cache \[num_slots, >= 60\] in torch.float32 or in torch"
     ):
         written.write()
-    written.records = torch.zeros(12, 60)
+    written.kv_cache = torch.zeros(12, 60)
     written.kv = written.kv.bfloat16()
-    with pytest.raises(ValueError, match=r"write_latents needs records .* in torch.bfloat16 or in torch.uint8, got"):
+    with pytest.raises(ValueError, match=r"write_latents needs kv_cache .* in torch.bfloat16 or in torch.uint8, got"):
         written.write()
     written.kv = written.kv[:, :47]
     with pytest.raises(ValueError, match=r"write_latents needs rows \[T, 48\]"):
@@ -220,7 +220,7 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 def test_pages_that_do_not_fit_are_refused() -> None:
-    written = Written(SIZES[1], torch.float32, FP8_RECORDS, CPU_OPS)
+    written = Written(SIZES[1], torch.float32, FP8_CACHE, CPU_OPS)
     assert written.index_keys.shape == (4, 3 * 28)
     for pages in (
         written.index_keys[:, :-1].contiguous(),

@@ -248,9 +248,9 @@ def test_rows_of_fp8_weights_can_be_cut_and_joined_anywhere(dtype: torch.dtype) 
     expected = torch.cat([CPU_OPS.linear(x, CPU_OPS.pack_weight(w, dtype=dtype)) for w in (first, second)], dim=1)
     joined = BlockFP8Weight.cat([first, second])
     assert torch.equal(CPU_OPS.linear(x, CPU_OPS.pack_weight(joined, dtype=dtype)), expected)
-    assert not joined.in_blocks  # the second one begins in row 200
-    assert BlockFP8Weight.cat([fp8_weight(256, 150), second]).in_blocks
-    part = BlockFP8Weight(joined.values[190:210], joined.scales[190:210], in_blocks=False)
+    assert not joined.is_block_aligned  # the second one begins in row 200
+    assert BlockFP8Weight.cat([fp8_weight(256, 150), second]).is_block_aligned
+    part = BlockFP8Weight(joined.values[190:210], joined.scales[190:210], is_block_aligned=False)
     assert torch.equal(CPU_OPS.linear(x, CPU_OPS.pack_weight(part, dtype=dtype)), expected[:, 190:210])
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
@@ -73,7 +73,7 @@ def test_add_rms_norm_takes_fp32_into_a_bf16_residual_and_norms_the_rounded_sum(
 def test_a_row_keeps_its_bits_in_any_company_stride_and_thread_count(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr("shoal.kernels.cpu_library.MIN_PARALLEL_WORK", 0)
     torch.manual_seed(0)
     wide = torch.randn(37, 700).to(dtype)
     x = wide[:, 100:612]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.numerics import set_deterministic_fp_mode, torch_settings
 from shoal.kernels.ops import Op, Ops, choose_backend
-from shoal.kernels.registry import Backend, find_kernel, is_invariant, register
+from shoal.kernels.registry import find_kernel, is_invariant, register
 from tests.support.ops import CPU_OPS, REFERENCE_OPS
 
 
@@ -87,7 +88,7 @@ def test_a_weight_of_another_backend_is_refused() -> None:
 
 def test_what_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     unknown: Backend = "cuda"  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="choose one of cpu, reference"):
+    with pytest.raises(ValueError, match="choose one of cpu, triton, reference"):
         Ops(unknown)
     with pytest.raises(ValueError, match="take the place of kernels 'triton', not of 'cpu'"):
         Ops("cpu", ["deep_gemm"])

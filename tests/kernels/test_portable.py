@@ -43,7 +43,7 @@ def digest() -> str:
             positions=torch.arange(57, 127),
             block_size=32,
         )
-        records = normal(128, 48)
+        kv_cache = normal(128, 48)
         fp8 = BlockFP8Weight.of_rows(*quantize_block_fp8(normal(37, 150, dtype=torch.float32)))
         codes, scales = CPU_OPS.quantize_rows_fp8(normal(6, 300))
         outputs = [
@@ -59,10 +59,10 @@ def digest() -> str:
                 CPU_OPS.pack_weight(normal(3, 40, 22)),
             ),
             CPU_OPS.rms_norm(normal(3, 100), torch.ones(100), 1e-6),
-            CPU_OPS.mla_attention(normal(70, 3, 40), normal(70, 3, 8), records, layout, 0.3),
+            CPU_OPS.mla_attention(normal(70, 3, 40), normal(70, 3, 8), kv_cache, layout, 0.3),
             CPU_OPS.mha_attention(
                 normal(70, 3, 20),
-                records,
+                kv_cache,
                 layout,
                 CPU_OPS.pack_weight(normal(3, 12, 40)),
                 CPU_OPS.pack_weight(normal(3, 20, 40)),

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
-from shoal.kernels.rope import Rotation, YarnConfig, cos_sin_table, inv_freq, yarn_mscale
+from shoal.kernels.rope import RopeTable, YarnConfig, cos_sin_table, inv_freq, yarn_mscale
 from tests.support.ops import CPU_OPS, REFERENCE_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
@@ -76,7 +76,7 @@ def test_rotation_is_a_complex_product(backend: Backend, dtype: torch.dtype, int
     x = torch.randn(4, heads, dim).to(dtype)
     freq = inv_freq(dim, 10000.0)
     ops = Ops(backend)
-    y = ops.apply_rope(x, Rotation(cos_sin_table(freq, 32), positions, interleaved))
+    y = ops.apply_rope(x, RopeTable(cos_sin_table(freq, 32), positions, interleaved))
     wide = x.double()
     if interleaved:
         pairs = torch.complex(wide[..., 0::2], wide[..., 1::2])
@@ -98,8 +98,8 @@ def test_rotation_is_a_complex_product(backend: Backend, dtype: torch.dtype, int
 def test_pair_orders_by_hand() -> None:
     table = torch.tensor([[0.0, 0.0, 1.0, 1.0]])  # a quarter turn: (a, b) -> (-b, a)
     x, zero = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]), torch.tensor([0])
-    assert CPU_OPS.apply_rope(x, Rotation(table, zero, True)).tolist() == [[[-2.0, 1.0, -4.0, 3.0]]]
-    assert CPU_OPS.apply_rope(x, Rotation(table, zero, False)).tolist() == [[[-3.0, -4.0, 1.0, 2.0]]]
+    assert CPU_OPS.apply_rope(x, RopeTable(table, zero, True)).tolist() == [[[-2.0, 1.0, -4.0, 3.0]]]
+    assert CPU_OPS.apply_rope(x, RopeTable(table, zero, False)).tolist() == [[[-3.0, -4.0, 1.0, 2.0]]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -108,23 +108,23 @@ def test_compiled_equals_reference_bit_for_bit_on_strided_input(dtype: torch.dty
     x = torch.randn(9, 3, 200).to(dtype)[..., 128:192]
     table, positions = cos_sin_table(inv_freq(64, 10000.0, DEEPSEEK), 5000), torch.randint(0, 5000, (9,))
     for interleaved in (True, False):
-        expected = REFERENCE_OPS.apply_rope(x, Rotation(table, positions, interleaved))
-        assert torch.equal(CPU_OPS.apply_rope(x, Rotation(table, positions, interleaved)), expected)
+        expected = REFERENCE_OPS.apply_rope(x, RopeTable(table, positions, interleaved))
+        assert torch.equal(CPU_OPS.apply_rope(x, RopeTable(table, positions, interleaved)), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_edges(backend: Backend) -> None:
     table = cos_sin_table(inv_freq(4, 10000.0), 8)
     ops = Ops(backend)
-    assert ops.apply_rope(torch.empty(0, 2, 4), Rotation(table, torch.empty(0, dtype=torch.int64), True)).shape == (
+    assert ops.apply_rope(torch.empty(0, 2, 4), RopeTable(table, torch.empty(0, dtype=torch.int64), True)).shape == (
         0,
         2,
         4,
     )
     for bad in (8, -1):
         with pytest.raises(ValueError, match="outside the rotary table"):
-            ops.apply_rope(torch.ones(1, 1, 4), Rotation(table, torch.tensor([bad]), True))
+            ops.apply_rope(torch.ones(1, 1, 4), RopeTable(table, torch.tensor([bad]), True))
     with pytest.raises(ValueError, match="apply_rope needs"):
-        ops.apply_rope(torch.ones(1, 1, 6), Rotation(table, torch.tensor([0]), True))
+        ops.apply_rope(torch.ones(1, 1, 6), RopeTable(table, torch.tensor([0]), True))
     with pytest.raises(ValueError, match="pairs"):
         inv_freq(5, 10000.0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.kernels.backends import Backend
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from tests.support.ops import CPU_OPS
 
 BACKENDS: tuple[Backend, ...] = ("cpu", "reference")
@@ -114,7 +114,7 @@ def test_matches_sorting(backend: Backend, experts: int, n_group: int, topk_grou
 
 
 def test_a_token_keeps_its_bits_in_any_company_and_thread_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.kernels.build.MIN_PARALLEL_WORK", 0)
+    monkeypatch.setattr("shoal.kernels.cpu_library.MIN_PARALLEL_WORK", 0)
     torch.manual_seed(3)
     logits, bias = torch.randn(300, 64) * 4, torch.randn(64)
 

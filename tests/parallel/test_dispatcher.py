@@ -60,12 +60,12 @@ def test_local_without_tokens() -> None:
 def dispatch_by_hand(rank: int, store: Store) -> dict[str, Any]:
     """Rank 0 holds experts 0 1, rank 1 expert 2; H = 1."""
     comm = init_groups(ParallelConfig(data_parallel_size=2), rank, store, epoch=100).world
-    segment_bytes: list[list[int]] = []
+    buffer_bytes: list[list[int]] = []
     all_to_all_bytes = comm.all_to_all_bytes
 
-    def recording(segments: list[Tensor], *, layer: int, op: str) -> list[Tensor]:
-        segment_bytes.append([t.numel() for t in segments])
-        return all_to_all_bytes(segments, layer=layer, op=op)
+    def recording(send_buffers: list[Tensor], *, layer: int, op: str) -> list[Tensor]:
+        buffer_bytes.append([t.numel() for t in send_buffers])
+        return all_to_all_bytes(send_buffers, layer=layer, op=op)
 
     comm.all_to_all_bytes = recording  # type: ignore[method-assign, assignment]
     dispatcher = AllToAllTokenDispatcher(ExpertPlacement.contiguous(3, 2), comm, CPU_OPS)
@@ -82,7 +82,7 @@ def dispatch_by_hand(rank: int, store: Store) -> dict[str, Any]:
         "out_row": tokens.out_row.tolist(),
         "num_sent": handle.num_sent,
         "num_received": handle.num_received,
-        "segment_bytes": segment_bytes,
+        "buffer_bytes": buffer_bytes,
         "out": out.flatten().tolist(),
     }
 
@@ -151,5 +151,5 @@ def test_all_to_all_layout_by_hand(results: list[dict[str, Any]]) -> None:
 
 def test_a_token_travels_once_to_each_rank(results: list[dict[str, Any]]) -> None:
     # two int32 sizes, two int32 for each pair, 4 bytes for each row: t10 goes once to rank 0 for two experts
-    assert results[0]["by hand"]["segment_bytes"] == [[8 + 8 * 2 + 4 * 1, 8 + 8 * 1 + 4 * 1]]
-    assert results[1]["by hand"]["segment_bytes"] == [[8 + 8 * 3 + 4 * 2, 8 + 8 * 1 + 4 * 1]]
+    assert results[0]["by hand"]["buffer_bytes"] == [[8 + 8 * 2 + 4 * 1, 8 + 8 * 1 + 4 * 1]]
+    assert results[1]["by hand"]["buffer_bytes"] == [[8 + 8 * 3 + 4 * 2, 8 + 8 * 1 + 4 * 1]]

@@ -23,11 +23,11 @@ def make_runner(
     model_dir: Path,
     *,
     dtype: torch.dtype = torch.float32,
-    records_dtype: torch.dtype | None = None,
+    cache_dtype: torch.dtype | None = None,
     num_blocks: int = 64,
     block_size: int = 16,
 ) -> ModelRunner:
-    """A runner with an empty cache of `num_blocks` blocks, in `dtype` unless records have one of their own."""
+    """A runner with an empty cache of `num_blocks` blocks, in `cache_dtype`, or else in `dtype`."""
     config = read_config(model_dir)
     groups = single_process_groups()
     placement = default_placement(config.n_routed_experts, groups)
@@ -42,7 +42,7 @@ def make_runner(
     )
     with Checkpoint(model_dir) as checkpoint:
         model.load(checkpoint)
-    specs = model.cache_specs(records_dtype or dtype)
+    specs = model.cache_specs(cache_dtype or dtype)
     cache = KVCache(specs, num_blocks=num_blocks, block_size=block_size, device=groups.device)
     return ModelRunner(model, cache, groups.device)
 

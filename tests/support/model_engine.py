@@ -59,7 +59,7 @@ class Row:
     sampled: bool = False
     num_chunked: int = 0
     waits: bool = False
-    """For its prompt's records."""
+    """Export of its prompt's KV cache entries."""
     num_loaded: int = 0
     ended: bool = False
     failed: bool = False

@@ -41,7 +41,7 @@ class Roles:
 
     replicas: tuple[str, ...]
     transport: str = "memory"
-    """memory, nixl, or spoiled: records arrive damaged, and every prompt is computed again."""
+    """memory, nixl, or spoiled: KV cache entries arrive damaged, and every prompt is computed again."""
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -180,14 +180,14 @@ def roles_cluster(point: Roles, model: Path, dtype: str) -> Iterator[RolesCluste
 
 
 def run_roles(point: Roles, model: Path, dtype: str, requests: Sequence[Request]) -> list[tuple[Any, ...]]:
-    """The bits of every request; checks what became of the records, and that nothing is held."""
+    """The bits of every request; checks what became of the KV cache entries, and that nothing is held."""
     with roles_cluster(point, model, dtype) as cluster:
         answers = cluster.answer(requests)
         assert any(spec.startswith("prefill") for spec in point.replicas)
         failed = [one.error for one in cluster.loaded if one.error is not None]
         assert cluster.loaded, "nothing was handed over"
         if point.transport == "spoiled":
-            assert len(failed) == len(cluster.loaded), "damaged records were used"
+            assert len(failed) == len(cluster.loaded), "damaged entries were used"
         else:
             assert not failed
         assert cluster.audit() == []

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from shoal.cluster.commands.cli import main
 from shoal.cluster.commands.doctor import MODULES, Module, distribution_of, look_at
+from shoal.kernels.vendor import LIBRARIES
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_nothing_is_imported_before_somebody_asks(tmp_path: Path) -> None:
-    for name in ("deep_ep", "flash_mla", "deep_gemm"):
+    for name in ("deep_ep", *LIBRARIES):
         install(tmp_path, name, "print('imported', __name__)")
     modules = "shoal.cluster.commands.cli, shoal.cluster.llm, shoal.runtime.engine.engine"
     code = f"import sys, {modules}; print(*sorted(sys.modules))"

@@ -41,8 +41,8 @@ RESULTS = {"partial_out": "*fp32", "partial_stats": "*fp32", "num_tokens": "i32"
 def attention_kernels(target: int) -> Iterator[Case]:
     capability = divmod(target, 10)
     for dtype, element in ELEMENTS.items():
-        types = QUERIES | LISTS | RESULTS | integers("record_stride")
-        types |= dict.fromkeys(("q_latent", "q_rope", "records", "out"), element)
+        types = QUERIES | LISTS | RESULTS | integers("kv_stride")
+        types |= dict.fromkeys(("q_latent", "q_rope", "kv_cache", "out"), element)
         types |= {"fp8_values": "*u8", "fp8_scales": "*fp32"}
         for fp8 in (False, True) if dtype == torch.bfloat16 else (False,):
             constants, options = split_options(attention.mla_options(dtype, capability, SHARED_BYTES[target], fp8=fp8))
@@ -57,8 +57,8 @@ def attention_kernels(target: int) -> Iterator[Case]:
 
 
 def hopper_kernels() -> Iterator[Case]:
-    types = QUERIES | LISTS | RESULTS | integers("record_stride")
-    types |= dict.fromkeys(("q_latent", "q_rope", "records", "out"), "*bf16")
+    types = QUERIES | LISTS | RESULTS | integers("kv_stride")
+    types |= dict.fromkeys(("q_latent", "q_rope", "kv_cache", "out"), "*bf16")
     types |= {"codes": "*u8", "scales": "*fp32"}
     for sparse, split, fp8 in ((True, False, False), (False, True, False), (True, False, True)):
         constants = {"SPLIT_KEYS": 2048, "SPARSE": sparse, "SPLIT": split, "FP8": fp8}

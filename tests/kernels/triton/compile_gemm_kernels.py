@@ -32,11 +32,11 @@ def row_kernels() -> Iterator[Case]:
     for interleaved in (True, False):
         constants = {"HEADS": 128, "HALF": 32, "INTERLEAVED": interleaved}
         yield rope._rope_kernel, rope_types, constants, {"num_warps": 8}
-    record_types = {"latent": "*bf16", "rope_key": "*bf16", "table": "*fp32", "positions": "*i64", "slots": "*i64"}
-    record_types |= dict.fromkeys(("stride_l", "stride_r", "stride_s", "num_positions", "num_tokens"), "i32!")
+    entry_types = {"latent": "*bf16", "rope_key": "*bf16", "table": "*fp32", "positions": "*i64", "slots": "*i64"}
+    entry_types |= dict.fromkeys(("stride_l", "stride_r", "stride_s", "num_positions", "num_tokens"), "i32!")
     yield (
-        rope._write_records_kernel,
-        {**record_types, "records": "*bf16", "latent_dim": "i32!"},
+        rope._write_latents_kernel,
+        {**entry_types, "kv_cache": "*bf16", "latent_dim": "i32!"},
         {"TOKENS": 4, "LATENT": 512, "HALF": 32, "INTERLEAVED": True},
         {},
     )
@@ -68,7 +68,7 @@ def row_kernels() -> Iterator[Case]:
     rank_types = rank_types | dict.fromkeys(("slot_of", "row_of", "row_places"), "*i64")
     rank_types = rank_types | {"totals": "*i32", "integers": "*i32", "num_chunks": "i32", "row_bytes": "i32!"}
     yield dispatch._route_kernel, rank_types, rank_blocks, {}
-    copy_types = {"x": "*bf16", "row_places": "*i64", "segments": "*bf16", "stride": "i32!", "width": "i32!"}
+    copy_types = {"x": "*bf16", "row_places": "*i64", "send_buffers": "*bf16", "stride": "i32!", "width": "i32!"}
     yield dispatch._copy_rows_kernel, copy_types, {"TOP_K": 8, "BLOCK": 1024}, {}
     sampling_types = {"logits": "*fp32", "highest": "*fp32", "stride": "i32!", "vocab_size": "i32!"}
     yield sampling._highest_kernel, {**sampling_types, "tokens": "*i64"}, {"BLOCK": 4096}, {"num_warps": 8}
@@ -120,7 +120,7 @@ def fp8_row_kernels(native: bool) -> Iterator[Case]:
     types |= {"codes": codes, "scales": "*fp32", "rope_keys": "*bf16", "num_groups": "i32"}
     types |= dict.fromkeys(("stride_l", "stride_r", "stride_s", "num_positions", "num_tokens"), "i32!")
     constants = {"TOKENS": 4, "GROUPS": 4, "HALF": 32, "INTERLEAVED": True, "NATIVE": native}
-    yield rope._write_fp8_records_kernel, types, constants, {}
+    yield rope._write_fp8_latents_kernel, types, constants, {}
     yield index_key_case(codes, fp8=True, native=native)
 
 

@@ -1,4 +1,4 @@
-"""Sequences in pages, for the tests of the kernels that read records."""
+"""Sequences in pages, for the tests of the kernels that read entries."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ class Sequences:
     def span(
         self, spans: list[tuple[int, int]], *, block_size: int = 16, seed: int = 0, spare_blocks: int = 1
     ) -> tuple[Tensor, Tensor, Tensor, PagedLayout]:
-        """Positions [start, stop) of each sequence -> queries, index weights, records and layout.
+        """Positions [start, stop) of each sequence -> queries, index weights, entries and layout.
 
         Blocks lie in an order of `seed`, rows are wider than a key, and what nobody wrote is NaN.
         """
         generator = torch.Generator().manual_seed(seed)
         max_blocks = max(-(-len(k) // block_size) for k in self.keys) + spare_blocks
         tables = torch.randperm(len(self.keys) * max_blocks, generator=generator).view(-1, max_blocks).int()
-        records = torch.full((tables.numel() * block_size, self.width + 16), math.nan, dtype=self.keys[0].dtype)
+        kv_cache = torch.full((tables.numel() * block_size, self.width + 16), math.nan, dtype=self.keys[0].dtype)
         for table, keys, (_, stop) in zip(tables, self.keys, spans, strict=True):
             written = torch.arange(stop)
             slots = table.long()[written // block_size] * block_size + written % block_size
-            records[slots, : self.width] = keys[:stop]
+            kv_cache[slots, : self.width] = keys[:stop]
         queries = torch.cat([q[start:stop] for q, (start, stop) in zip(self.queries, spans, strict=True)])
         weights = torch.cat([w[start:stop] for w, (start, stop) in zip(self.weights, spans, strict=True)])
         bounds = torch.tensor([0] + [stop - start for start, stop in spans]).cumsum(0).int()
         positions = torch.cat([torch.arange(start, stop) for start, stop in spans])
-        return queries, weights, records, PagedLayout(tables, bounds, positions, block_size)
+        return queries, weights, kv_cache, PagedLayout(tables, bounds, positions, block_size)
 
 
-def index_pages(records: Tensor, dim: int, block_size: int = 16) -> Tensor:
-    """Pages of index keys that are the first `dim` columns of records."""
-    return records[:, :dim].reshape(-1, block_size * dim)
+def index_pages(kv_cache: Tensor, dim: int, block_size: int = 16) -> Tensor:
+    """Pages of index keys that are the first `dim` columns of entries."""
+    return kv_cache[:, :dim].reshape(-1, block_size * dim)
 
 
 def to_device(layout: PagedLayout, device: str) -> PagedLayout:

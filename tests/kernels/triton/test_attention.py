@@ -28,14 +28,14 @@ def attend(
     selected: Tensor | None = None,
     reference: bool = False,
 ) -> Tensor:
-    queries, _, records, layout = sequences.span(spans, block_size=block_size, seed=seed, spare_blocks=spare_blocks)
+    queries, _, kv_cache, layout = sequences.span(spans, block_size=block_size, seed=seed, spare_blocks=spare_blocks)
     device = "cpu" if reference else DEVICE
     queries = queries.to(device)
     ops = REFERENCE_OPS if reference else TRITON_OPS
     return ops.mla_attention(
         queries[..., : sequences.latent],
         queries[..., sequences.latent :],
-        records.to(device),
+        kv_cache.to(device),
         to_device(layout, device),
         0.17,
         selected=None if selected is None else selected.to(device),
@@ -116,13 +116,13 @@ def test_later_nan_keys_are_invisible_and_a_missing_slot_is_nan(latent: int) -> 
     assert torch.equal(poisoned[:7], whole[:7])
     assert poisoned[7:].isnan().all()
 
-    queries, _, records, layout = sequences.span([(40, 50)], spare_blocks=0)
-    records = torch.cat([records, torch.zeros_like(records)])[: len(records)]  # what lies beyond would not be NaN
-    layout.block_tables[0, 3] = len(records) // 16  # position 48 and later
+    queries, _, kv_cache, layout = sequences.span([(40, 50)], spare_blocks=0)
+    kv_cache = torch.cat([kv_cache, torch.zeros_like(kv_cache)])[: len(kv_cache)]  # what lies beyond would not be NaN
+    layout.block_tables[0, 3] = len(kv_cache) // 16  # position 48 and later
     layout.positions[-1] = 1000
     queries = queries.to(DEVICE)
     out = TRITON_OPS.mla_attention(
-        queries[..., :latent], queries[..., latent:], records.to(DEVICE), to_device(layout, DEVICE), 0.17
+        queries[..., :latent], queries[..., latent:], kv_cache.to(DEVICE), to_device(layout, DEVICE), 0.17
     )
     assert out.flatten(1).isnan().all(1).tolist() == [False] * 8 + [True] * 2
     assert not out[:8].isnan().any()
@@ -138,22 +138,22 @@ def test_one_key_returns_its_latent_and_an_empty_list_zero(latent: int) -> None:
     assert attend(sequences, [(5, 5)]).shape == (0, 3, latent)
 
 
-def _fp8_records(records: Tensor) -> tuple[Tensor, Tensor]:
-    """bf16 records [n, >= 576] -> FP8 records [n, 656] and what they hold in bf16, [n, 576]."""
-    groups = records[:, :512].float().nan_to_num().view(-1, 4, 128)
+def _fp8_cache(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """bf16 kv_cache [n, >= 576] -> FP8 kv_cache [n, 656] and what they hold in bf16, [n, 576]."""
+    groups = kv_cache[:, :512].float().nan_to_num().view(-1, 4, 128)
     scale = torch.exp2((groups.abs().amax(2).clamp_min(1e-4) / 448).log2().ceil())
     codes = (groups / scale[..., None]).to(torch.float8_e4m3fn)
-    held = torch.cat([(codes.float() * scale[..., None]).bfloat16().view(-1, 512), records[:, 512:576]], dim=1)
-    parts = (codes.view(-1, 512).view(torch.uint8), scale.view(torch.uint8), records[:, 512:576].contiguous())
+    held = torch.cat([(codes.float() * scale[..., None]).bfloat16().view(-1, 512), kv_cache[:, 512:576]], dim=1)
+    parts = (codes.view(-1, 512).view(torch.uint8), scale.view(torch.uint8), kv_cache[:, 512:576].contiguous())
     return torch.cat([part.view(torch.uint8) for part in parts], dim=1), held
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_fp8_records_count_as_what_they_hold(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_entries_count_as_what_they_hold(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SPLITS, 64)
     sequences = Sequences([90, 20], torch.bfloat16, **MODEL)
-    queries, _, records, layout = sequences.span([(87, 90), (0, 2)])
-    fp8, held = _fp8_records(records)
+    queries, _, kv_cache, layout = sequences.span([(87, 90), (0, 2)])
+    fp8, held = _fp8_cache(kv_cache)
     assert fp8.shape[1] == 656
     fp8 = torch.cat([fp8, torch.full((len(fp8), 144), 127, dtype=torch.uint8)], dim=1)  # padded
     selected = random_selection(layout.positions, 70) if sparse else None
@@ -170,7 +170,7 @@ def test_fp8_records_count_as_what_they_hold(sparse: bool, monkeypatch: pytest.M
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_fp8_records_that_are_not_aligned_are_refused() -> None:
+def test_fp8_entries_that_are_not_aligned_are_refused() -> None:
     queries, _, _, layout = Sequences([9], torch.bfloat16, **MODEL).span([(8, 9)])
     with pytest.raises(ValueError, match="multiples of 16 bytes, these are 788 apart"):
         TRITON_OPS.mla_attention(
@@ -178,7 +178,7 @@ def test_fp8_records_that_are_not_aligned_are_refused() -> None:
         )
 
 
-def test_fp8_records_refuse_what_does_not_fit() -> None:
+def test_fp8_entries_refuse_what_does_not_fit() -> None:
     sequences = Sequences([9], torch.bfloat16, **MODEL)
     queries, _, _, layout = sequences.span([(8, 9)])
     q_latent, q_rope = queries[..., :512], queries[..., 512:]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
-from shoal.kernels.kv_format import FP8_RECORDS, read_index_keys
+from shoal.kernels.kv_format import FP8_CACHE, read_index_keys
 from shoal.kernels.linear import PackedWeight
 from shoal.kernels.ops import Ops
 from shoal.kernels.quant import quantize_block_fp8
 from shoal.kernels.registry import check_vendors
-from shoal.kernels.rope import Rotation
+from shoal.kernels.rope import RopeTable
 from shoal.kernels.vendor.deep_gemm import check_experts, check_index, check_scales, experts_mlp_deep_gemm, place_rows
 from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
 from tests.kernels.triton.paging import to_device
@@ -106,12 +106,12 @@ def index_inputs(tokens: int, lengths: list[int], heads: int = 32) -> tuple[Tens
     generator = torch.Generator().manual_seed(0)
     blocks = max(-(-length // 64) for length in lengths) + 1
     tables = torch.randperm(len(lengths) * blocks, generator=generator).view(-1, blocks).int()
-    pages = torch.zeros(tables.numel(), 64 * 132, dtype=FP8_RECORDS)
+    pages = torch.zeros(tables.numel(), 64 * 132, dtype=FP8_CACHE)
     slots = torch.arange(tables.numel() * 64)
     k = torch.randn(len(slots), 128, generator=generator).bfloat16()
     angles = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], dim=1)
     norm = (torch.ones(128), torch.zeros(128))
-    CPU_OPS.write_index_keys(pages, slots, k, norm, 1e-6, Rotation(angles, torch.zeros_like(slots), False))
+    CPU_OPS.write_index_keys(pages, slots, k, norm, 1e-6, RopeTable(angles, torch.zeros_like(slots), False))
     positions = torch.cat([torch.arange(length - tokens, length) for length in lengths])
     bounds = torch.arange(0, len(positions) + 1, tokens, dtype=torch.int32)
     q = torch.randn(len(positions), heads, 128, generator=generator).bfloat16()
@@ -176,9 +176,9 @@ def test_the_library_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_that_it_does_not_multiply_by() -> None:
-    check_experts(7168, 2048, in_blocks=True)
+    check_experts(7168, 2048, is_block_aligned=True)
     with pytest.raises(ValueError, match="hidden_size 7168, experts of 2000 and FP8 weights"):
-        check_experts(7168, 2000, in_blocks=True)
+        check_experts(7168, 2000, is_block_aligned=True)
     ops = Ops("triton", ["deep_gemm"])
     w = ops.pack_weight(torch.ones(1, 2 * INNER, HIDDEN, dtype=torch.bfloat16, device=DEVICE))
     down = ops.pack_weight(torch.ones(1, HIDDEN, INNER, dtype=torch.bfloat16, device=DEVICE))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.kv_format import FP8_RECORDS
+from shoal.kernels.kv_format import FP8_CACHE
 from shoal.kernels.ops import Ops
 from shoal.kernels.registry import check_vendors
-from shoal.kernels.rope import Rotation
+from shoal.kernels.rope import RopeTable
 from shoal.kernels.vendor.flash_mla import check_attention, padded_heads
 from tests.kernels.triton.interpreter import DEVICE
 from tests.kernels.triton.paging import Sequences, random_selection, to_device
@@ -33,7 +33,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attend(
-    queries: Tensor, records: Tensor, sequences: Sequences, selected: Tensor | None, *, reference: bool
+    queries: Tensor, kv_cache: Tensor, sequences: Sequences, selected: Tensor | None, *, reference: bool
 ) -> Tensor:
     _, _, _, layout = sequences.span(SPANS, block_size=PAGE)
     device = "cpu" if reference else DEVICE
@@ -42,55 +42,55 @@ def attend(
     return ops.mla_attention(
         queries[..., :512],
         queries[..., 512:],
-        records.to(device),
+        kv_cache.to(device),
         to_device(layout, device),
         0.06,
         selected=None if selected is None else selected.to(device),
     ).cpu()
 
 
-def assert_parity(queries: Tensor, records: Tensor, sequences: Sequences, selected: Tensor | None) -> None:
-    expected = attend(queries, records, sequences, selected, reference=True)
-    got = attend(queries, records, sequences, selected, reference=False)
+def assert_parity(queries: Tensor, kv_cache: Tensor, sequences: Sequences, selected: Tensor | None) -> None:
+    expected = attend(queries, kv_cache, sequences, selected, reference=True)
+    got = attend(queries, kv_cache, sequences, selected, reference=False)
     assert got.shape == expected.shape
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
-def in_fp8(records: Tensor) -> Tensor:
-    """The same records, 656 bytes each; norm and rotation are those of ones and of an angle of 0."""
-    stored = torch.zeros(len(records), 656, dtype=FP8_RECORDS)
+def in_fp8(kv_cache: Tensor) -> Tensor:
+    """The same entries, 656 bytes each; norm and rotation are those of ones and of an angle of 0."""
+    stored = torch.zeros(len(kv_cache), 656, dtype=FP8_CACHE)
     table = torch.cat([torch.ones(1, 32), torch.zeros(1, 32)], dim=1)
-    slots = torch.arange(len(records))
-    kv = records[:, :576].nan_to_num(0.0)
-    CPU_OPS.write_latents(stored, slots, kv, torch.ones(512), 1e-6, Rotation(table, torch.zeros_like(slots), True))
+    slots = torch.arange(len(kv_cache))
+    kv = kv_cache[:, :576].nan_to_num(0.0)
+    CPU_OPS.write_latents(stored, slots, kv, torch.ones(512), 1e-6, RopeTable(table, torch.zeros_like(slots), True))
     return stored
 
 
 @pytest.mark.parametrize("heads", [3, 64, 65])
 def test_sparse_attention_matches_the_reference(heads: int) -> None:
     sequences = Sequences(LENGTHS, torch.bfloat16, heads=heads, latent=512, rope=64)
-    queries, _, records, _ = sequences.span(SPANS, block_size=PAGE)
+    queries, _, kv_cache, _ = sequences.span(SPANS, block_size=PAGE)
     for topk in (130, 256):
-        assert_parity(queries, records, sequences, random_selection(POSITIONS, topk))
+        assert_parity(queries, kv_cache, sequences, random_selection(POSITIONS, topk))
 
 
-def test_sparse_attention_over_fp8_records_matches_the_reference() -> None:
+def test_sparse_attention_over_fp8_entries_matches_the_reference() -> None:
     sequences = Sequences(LENGTHS, torch.bfloat16, heads=5, latent=512, rope=64)
-    queries, _, records, _ = sequences.span(SPANS, block_size=PAGE)
-    assert_parity(queries, in_fp8(records), sequences, random_selection(POSITIONS, 200))
+    queries, _, kv_cache, _ = sequences.span(SPANS, block_size=PAGE)
+    assert_parity(queries, in_fp8(kv_cache), sequences, random_selection(POSITIONS, 200))
 
 
 def test_attention_to_all_positions_matches_the_reference() -> None:
     sequences = Sequences(LENGTHS, torch.bfloat16, heads=5, latent=512, rope=64)
-    queries, _, records, _ = sequences.span(SPANS, block_size=PAGE)
-    assert_parity(queries, records, sequences, None)
+    queries, _, kv_cache, _ = sequences.span(SPANS, block_size=PAGE)
+    assert_parity(queries, kv_cache, sequences, None)
 
 
 def test_no_tokens() -> None:
     sequences = Sequences([3], torch.bfloat16, heads=5, latent=512, rope=64)
-    queries, _, records, layout = sequences.span([(3, 3)], block_size=PAGE)
+    queries, _, kv_cache, layout = sequences.span([(3, 3)], block_size=PAGE)
     ops = Ops("triton", ["flash_mla"])
-    out = ops.mla_attention(queries[..., :512], queries[..., 512:], records, to_device(layout, DEVICE), 0.06)
+    out = ops.mla_attention(queries[..., :512], queries[..., 512:], kv_cache, to_device(layout, DEVICE), 0.06)
     assert out.shape == (0, 5, 512)
 
 

@@ -170,7 +170,7 @@ def test_experts_read_rows_wherever_they_are(kind: torch.dtype) -> None:
 def test_fp8_rows_that_were_put_together_between_blocks() -> None:
     hidden, inner = 256, 72
     gate, up = (BlockFP8Weight.of_rows(*fp8_weight(n, hidden, seed=n)) for n in (inner, inner + 1))
-    up = BlockFP8Weight(up.values[:inner], up.scales[:inner], up.in_blocks)
+    up = BlockFP8Weight(up.values[:inner], up.scales[:inner], up.is_block_aligned)
     joined = BlockFP8Weight.cat([gate, up])
     blocks = BlockFP8Weight.cat([gate])
     x = randn(37, hidden, dtype=torch.bfloat16)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.kv_format import FP8_RECORDS, index_key_width, read_index_keys
+from shoal.kernels.kv_format import FP8_CACHE, index_key_width, read_index_keys
 from shoal.kernels.ops import Ops
-from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
+from shoal.kernels.rope import RopeTable, cos_sin_table, inv_freq
 from shoal.kernels.triton.indexer import paged_scores
 from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
 from tests.kernels.triton.paging import Sequences, index_pages, to_device
@@ -83,8 +83,8 @@ def test_topk_refuses_what_does_not_fit_a_program() -> None:
 @pytest.mark.parametrize("spans", [[(60, 90), (0, 1), (40, 44)], [(89, 90), (0, 1), (43, 44)]])
 def test_selection_matches_the_reference(dtype: torch.dtype, spans: list[tuple[int, int]]) -> None:
     sequences = Sequences([90, 1, 44], dtype, heads=4, latent=24, rope=8)
-    queries, weights, records, layout = sequences.span(spans)
-    pages = index_pages(records, 24)
+    queries, weights, kv_cache, layout = sequences.span(spans)
+    pages = index_pages(kv_cache, 24)
     device_layout = to_device(layout, DEVICE)
     selected = TRITON_OPS.index_topk(
         queries[..., :24].to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), device_layout, 12
@@ -97,11 +97,11 @@ def test_selection_matches_the_reference(dtype: torch.dtype, spans: list[tuple[i
 
 def _scores(sequences: Sequences, spans: list[tuple[int, int]], *, block_size: int = 16, seed: int = 0) -> list[Tensor]:
     """Each token's scores of its context."""
-    queries, weights, records, layout = sequences.span(spans, block_size=block_size, seed=seed)
+    queries, weights, kv_cache, layout = sequences.span(spans, block_size=block_size, seed=seed)
     scores = paged_scores(
         queries.to(DEVICE),
         weights.to(DEVICE),
-        index_pages(records, sequences.width, block_size).to(DEVICE),
+        index_pages(kv_cache, sequences.width, block_size).to(DEVICE),
         to_device(layout, DEVICE),
         unscored=0,
     )
@@ -121,8 +121,8 @@ def test_a_token_scores_the_same_in_any_company_tile_and_block_size(dtype: torch
 
 def test_selection_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = Sequences([90, 1, 44], torch.bfloat16, heads=4, latent=24, rope=8)
-    queries, weights, records, layout = sequences.span([(60, 90), (0, 1), (40, 44)])
-    pages = index_pages(records, sequences.width)
+    queries, weights, kv_cache, layout = sequences.span([(60, 90), (0, 1), (40, 44)])
+    pages = index_pages(kv_cache, sequences.width)
     arguments = (queries.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE), 12)
     whole = TRITON_OPS.index_topk(*arguments)
     monkeypatch.setattr("shoal.kernels.triton.indexer.MAX_SCORE_BYTES", 4 * 112 * 7)
@@ -136,8 +136,8 @@ def test_fp8_keys_count_as_what_they_hold(
     dtype: torch.dtype, spans: list[tuple[int, int]], dim: int, block_size: int
 ) -> None:
     sequences = Sequences([150, 1], dtype, heads=4, latent=dim - 16, rope=16)
-    queries, weights, records, layout = sequences.span(spans, block_size=block_size)
-    codes, scales = TRITON_OPS.quantize_rows_fp8(records[:, :dim].contiguous())
+    queries, weights, kv_cache, layout = sequences.span(spans, block_size=block_size)
+    codes, scales = TRITON_OPS.quantize_rows_fp8(kv_cache[:, :dim].contiguous())
     held = index_pages(TRITON_OPS.dequantize_rows_fp8(codes, scales, dtype), dim, block_size)
     parts = (x.view(torch.uint8).view(len(held), -1) for x in (codes, scales))
     fp8 = torch.cat(list(parts), dim=1)  # codes of a block | its scales
@@ -153,8 +153,8 @@ def test_fp8_keys_count_as_what_they_hold(
 
 def test_a_position_without_a_slot_is_chosen_last() -> None:
     sequences = Sequences([40], torch.float32, heads=4, latent=24, rope=8)
-    queries, weights, records, layout = sequences.span([(39, 40)])
-    pages = index_pages(records, 32)
+    queries, weights, kv_cache, layout = sequences.span([(39, 40)])
+    pages = index_pages(kv_cache, 32)
     layout.block_tables[0, 1] = len(pages)
     selected = TRITON_OPS.index_topk(
         queries.to(DEVICE), weights.to(DEVICE), pages.to(DEVICE), to_device(layout, DEVICE), 24
@@ -168,13 +168,13 @@ def test_refuses_what_does_not_fit() -> None:
         TRITON_OPS.index_topk(queries, weights, torch.zeros(2, 16 * 52, dtype=torch.uint8), layout, 2)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, FP8_RECORDS])
+@pytest.mark.parametrize("dtype", [*DTYPES, FP8_CACHE])
 @pytest.mark.parametrize(("dim", "rope_dim", "interleaved"), [(64, 32, False), (64, 64, True), (128, 64, False)])
 def test_keys_are_written_like_those_of_the_reference(
     dtype: torch.dtype, dim: int, rope_dim: int, interleaved: bool
 ) -> None:
     torch.manual_seed(0)
-    computed = torch.bfloat16 if dtype == FP8_RECORDS else dtype
+    computed = torch.bfloat16 if dtype == FP8_CACHE else dtype
     k, norm = torch.randn(5, dim + 3).to(computed)[:, :dim], (torch.randn(dim), torch.randn(dim))
     slots, positions = torch.tensor([11, 0, 6, 5, 9]), torch.tensor([0, 39, 7, 7, 12])
     table = cos_sin_table(inv_freq(rope_dim, 1e4), 40)
@@ -182,14 +182,14 @@ def test_keys_are_written_like_those_of_the_reference(
     def written(ops: Ops, device: str) -> Tensor:
         pages = torch.zeros(2, 6 * index_key_width(dtype, dim), dtype=dtype, device=device)
         weight, bias = (x.to(device) for x in norm)
-        rotation = Rotation(table.to(device), positions.to(device), interleaved)
-        ops.write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, rotation)
+        rope = RopeTable(table.to(device), positions.to(device), interleaved)
+        ops.write_index_keys(pages, slots.to(device), k.to(device), (weight, bias), 1e-6, rope)
         return read_index_keys(pages.cpu(), torch.arange(12), dim, computed)
 
     found = written(TRITON_OPS, DEVICE)
     expected = written(REFERENCE_OPS, "cpu")
     # a norm's last bit may tip a rounding
-    step = {torch.float32: 1e-5, torch.bfloat16: 2**-7, FP8_RECORDS: 2**-3}[dtype]
+    step = {torch.float32: 1e-5, torch.bfloat16: 2**-7, FP8_CACHE: 2**-3}[dtype]
     torch.testing.assert_close(found, expected, rtol=step, atol=2**-9)
     assert [s for s in range(12) if expected[s].any()] == [0, 5, 6, 9, 11]
 
@@ -199,7 +199,7 @@ def test_a_key_at_a_position_outside_the_table_is_nan() -> None:
     pages = torch.zeros(1, 4 * 8, device=DEVICE)
     table, positions, slots = torch.ones(3, 4), torch.tensor([3, 2]), torch.tensor([1, 2])
     weight, bias, table, positions, slots, k = (x.to(DEVICE) for x in (*norm, table, positions, slots, k))
-    TRITON_OPS.write_index_keys(pages, slots, k, (weight, bias), 1e-6, Rotation(table, positions, False))
+    TRITON_OPS.write_index_keys(pages, slots, k, (weight, bias), 1e-6, RopeTable(table, positions, False))
     written = pages.view(4, 8).cpu()
     assert written[1].isnan().tolist() == [True] * 4 + [False] * 4
     assert not written[[0, 2, 3]].isnan().any()
@@ -207,8 +207,8 @@ def test_a_key_at_a_position_outside_the_table_is_nan() -> None:
 
 def test_keys_that_it_does_not_write() -> None:
     norm, one = (torch.ones(256), torch.zeros(256)), torch.zeros(1, dtype=torch.int64)
-    pages = torch.zeros(1, index_key_width(FP8_RECORDS, 256), dtype=FP8_RECORDS)
+    pages = torch.zeros(1, index_key_width(FP8_CACHE, 256), dtype=FP8_CACHE)
     with pytest.raises(ValueError, match=r"up to 128 columns, .* got 64 of 256 columns"):
         TRITON_OPS.write_index_keys(
-            pages, one, torch.ones(1, 256).bfloat16(), norm, 1e-6, Rotation(torch.ones(1, 64), one, True)
+            pages, one, torch.ones(1, 256).bfloat16(), norm, 1e-6, RopeTable(torch.ones(1, 64), one, True)
         )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
+from shoal.kernels.backends import Backend
 from shoal.kernels.ops import Ops
-from shoal.kernels.registry import Backend
 from shoal.kernels.triton.prefill import prefill_attention
 from shoal.kernels.triton.token_tiles import token_tiles
 from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
@@ -93,7 +93,7 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 def paged(heads: int) -> tuple[Tensor, Tensor, PagedLayout, Tensor, Tensor]:
-    """Queries, records, layout and weights of two sequences, and of one between them that has no token."""
+    """Queries, entries, layout and weights of two sequences, and of one between them that has no token."""
     generator = torch.Generator().manual_seed(3)
     layout = PagedLayout(
         block_tables=torch.tensor([[2, 0], [9, 9], [1, 3]]).int().to(DEVICE),
@@ -108,22 +108,22 @@ def paged(heads: int) -> tuple[Tensor, Tensor, PagedLayout, Tensor, Tensor]:
     return normal(8, heads, 20), normal(16, 30), layout, normal(heads, 12, 20), normal(heads, 10, 20)
 
 
-def test_mha_attention_of_paged_records_agrees_with_the_reference() -> None:
-    q, records, layout, w_uk, w_uv = paged(2)
+def test_mha_attention_of_paged_entries_agrees_with_the_reference() -> None:
+    q, kv_cache, layout, w_uk, w_uv = paged(2)
     outputs = []
     for backend in BACKENDS:
         ops = Ops(backend)
-        outputs.append(ops.mha_attention(q, records, layout, ops.pack_weight(w_uk), ops.pack_weight(w_uv), 0.2))
+        outputs.append(ops.mha_attention(q, kv_cache, layout, ops.pack_weight(w_uk), ops.pack_weight(w_uv), 0.2))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_making_keys_for_some_heads_at_a_time_changes_no_bit(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, records, layout, w_uk, w_uv = paged(5)
+    q, kv_cache, layout, w_uk, w_uv = paged(5)
     weights = TRITON_OPS.pack_weight(w_uk), TRITON_OPS.pack_weight(w_uv)
-    together = TRITON_OPS.mha_attention(q, records, layout, *weights, 0.2)
+    together = TRITON_OPS.mha_attention(q, kv_cache, layout, *weights, 0.2)
     monkeypatch.setattr("shoal.kernels.triton.prefill.MAX_KEY_BYTES", at_once * (7 + 5) * (12 + 10) * 4)
-    assert torch.equal(TRITON_OPS.mha_attention(q, records, layout, *weights, 0.2), together)
+    assert torch.equal(TRITON_OPS.mha_attention(q, kv_cache, layout, *weights, 0.2), together)
 
 
 def test_contexts_lie_one_behind_the_other() -> None:
@@ -135,8 +135,8 @@ def test_contexts_lie_one_behind_the_other() -> None:
 
 
 def test_no_prompt_tokens() -> None:
-    q, records, layout, w_uk, w_uv = paged(2)
+    q, kv_cache, layout, w_uk, w_uv = paged(2)
     none = PagedLayout(layout.block_tables, layout.cu_seqlens_q * 0, layout.positions[:0], 4)
     assert TRITON_OPS.mha_attention(
-        q[:0], records, none, TRITON_OPS.pack_weight(w_uk), TRITON_OPS.pack_weight(w_uv), 0.2
+        q[:0], kv_cache, none, TRITON_OPS.pack_weight(w_uk), TRITON_OPS.pack_weight(w_uv), 0.2
     ).shape == (0, 2, 10)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.kernels.kv_format import FP8_RECORDS, read_latents
+from shoal.kernels.kv_format import FP8_CACHE, read_latents
 from shoal.kernels.ops import Ops
-from shoal.kernels.rope import Rotation, cos_sin_table, inv_freq
+from shoal.kernels.rope import RopeTable, cos_sin_table, inv_freq
 from tests.kernels.triton.interpreter import DEVICE, TRITON_OPS
 from tests.support.ops import REFERENCE_OPS
 
@@ -110,7 +110,7 @@ def test_pairs_are_grouped(tokens: int, top_k: int, num_slots: int, seed: int) -
     slot_of = torch.randperm(num_slots, generator=generator)
     topk_idx = torch.randint(-1, num_slots, (tokens, top_k), generator=generator)
     (token_of, *found), (expected_token_of, *expected) = on_both(
-        lambda ops: ops.group_pairs(topk_idx, slot_of, num_slots)
+        lambda ops: ops.permute_by_expert(topk_idx, slot_of, num_slots)
     )
     assert torch.equal(token_of[: len(expected_token_of)], expected_token_of)
     assert token_of.sort().values.tolist() == [t for t in range(tokens) for _ in range(top_k)]
@@ -125,7 +125,7 @@ def test_pairs_are_grouped(tokens: int, top_k: int, num_slots: int, seed: int) -
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_segments(tokens: int, top_k: int, num_ranks: int, dtype: torch.dtype, seed: int) -> None:
+def test_send_buffers(tokens: int, top_k: int, num_ranks: int, dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     experts = 2 * num_ranks + 1
     place = torch.randperm(experts, generator=generator)
@@ -134,16 +134,21 @@ def test_segments(tokens: int, top_k: int, num_ranks: int, dtype: torch.dtype, s
     topk_idx = torch.randint(-1, experts, (tokens, top_k), generator=generator)
 
     def exchanged(ops: Ops) -> tuple[Any, ...]:
-        segments, num_pairs, row_of = ops.pack_segments(x, topk_idx, rank_of, slot_of, num_ranks)
-        return segments, num_pairs, row_of, *ops.unpack_segments([segments[0], segments[-1], segments[0]], x, 3)
+        send_buffers, num_pairs, row_of = ops.pack_send_buffers(x, topk_idx, rank_of, slot_of, num_ranks)
+        return (
+            send_buffers,
+            num_pairs,
+            row_of,
+            *ops.unpack_recv_buffers([send_buffers[0], send_buffers[-1], send_buffers[0]], x, 3),
+        )
 
     def plain(value: Any) -> Any:
         return [plain(part) for part in value] if isinstance(value, list | tuple) else value.tolist()
 
     found, expected = on_both(exchanged)
-    segments, num_pairs, row_of, rows, x_row, counts, arrival, received = found
+    send_buffers, num_pairs, row_of, rows, x_row, counts, arrival, received = found
     assert (num_pairs, received) == (expected[1], expected[7])
-    assert plain([*segments, row_of, rows, x_row, counts, arrival]) == plain(
+    assert plain([*send_buffers, row_of, rows, x_row, counts, arrival]) == plain(
         [*expected[0], expected[2], *expected[3:7]]
     )
 
@@ -152,7 +157,7 @@ def test_absent_pairs_come_last() -> None:
     slot_of = torch.tensor([2, 0, 1, 3])
     topk_idx = torch.tensor([[0, 3], [-1, 1], [2, -1], [-1, -1], [1, 0], [3, 1]])
     (token_of, counts, row_of), (expected_token_of, expected_counts, expected_row_of) = on_both(
-        lambda ops: ops.group_pairs(topk_idx, slot_of, 4)
+        lambda ops: ops.permute_by_expert(topk_idx, slot_of, 4)
     )
     assert token_of.shape == (12,)
     assert torch.equal(token_of[:8], expected_token_of)
@@ -174,33 +179,33 @@ def test_rope_is_the_reference_bit_for_bit(
     table = cos_sin_table(inv_freq(dim, 1e4), 50)
     x = randn(tokens, heads, dim + 7, dtype=dtype)[..., 7:]
     positions = torch.arange(tokens) * 16 + 1
-    turned, expected = on_both(lambda ops: ops.apply_rope(x, Rotation(table, positions, interleaved)))
+    turned, expected = on_both(lambda ops: ops.apply_rope(x, RopeTable(table, positions, interleaved)))
     assert torch.equal(turned, expected)
 
 
 def test_rope_outside_the_table_is_nan() -> None:
     table = cos_sin_table(inv_freq(8, 1e4), 5)
-    turned = TRITON_OPS.apply_rope(torch.ones(4, 2, 8), Rotation(table, torch.tensor([4, 5, -1, 0]), True))
+    turned = TRITON_OPS.apply_rope(torch.ones(4, 2, 8), RopeTable(table, torch.tensor([4, 5, -1, 0]), True))
     assert turned.isnan().all(dim=(1, 2)).tolist() == [False, True, True, False]
     assert not turned[[0, 3]].isnan().any()
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-@pytest.mark.parametrize("record_dtype", [torch.float32, torch.bfloat16, FP8_RECORDS])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, FP8_CACHE])
 @pytest.mark.parametrize("latent_dim", [384, 512])
-def test_records(record_dtype: torch.dtype, latent_dim: int, interleaved: bool) -> None:
-    dtype = torch.bfloat16 if record_dtype == FP8_RECORDS else record_dtype
+def test_cache_entries(cache_dtype: torch.dtype, latent_dim: int, interleaved: bool) -> None:
+    dtype = torch.bfloat16 if cache_dtype == FP8_CACHE else cache_dtype
     table = cos_sin_table(inv_freq(64, 1e4), 50)
     kv, norm = randn(4, latent_dim + 64, dtype=dtype), randn(latent_dim, seed=1)
     positions, slots = torch.tensor([3, 0, 49, 7]), torch.tensor([5, 0, 3, 8])
-    records = torch.full((9, 660), 7, dtype=record_dtype)
-    TRITON_OPS.write_latents(records, slots, kv, norm, 1e-6, Rotation(table, positions, interleaved))
+    kv_cache = torch.full((9, 660), 7, dtype=cache_dtype)
+    TRITON_OPS.write_latents(kv_cache, slots, kv, norm, 1e-6, RopeTable(table, positions, interleaved))
     latent = TRITON_OPS.rms_norm(kv[:, :latent_dim], norm, 1e-6)
-    rope_key = TRITON_OPS.apply_rope(kv[:, None, latent_dim:], Rotation(table, positions, interleaved)).squeeze(1)
-    if record_dtype == FP8_RECORDS:
+    rope_key = TRITON_OPS.apply_rope(kv[:, None, latent_dim:], RopeTable(table, positions, interleaved)).squeeze(1)
+    if cache_dtype == FP8_CACHE:
         latent = TRITON_OPS.dequantize_rows_fp8(*TRITON_OPS.quantize_rows_fp8(latent), dtype)
-    assert torch.equal(read_latents(records[slots], latent_dim, 64, dtype), torch.cat([latent, rope_key], dim=1))
-    assert bool((records[[1, 2, 4, 6, 7]] == 7).all())
+    assert torch.equal(read_latents(kv_cache[slots], latent_dim, 64, dtype), torch.cat([latent, rope_key], dim=1))
+    assert bool((kv_cache[[1, 2, 4, 6, 7]] == 7).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""Records and index keys of a cache in every dtype: their size, and the way of their bytes to another cache."""
+"""Entries and index keys of a KV cache in every dtype: sizes, and transfer of their bytes to another cache."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.kernels.kv_format import FP8_RECORDS
-from shoal.runtime.kv_cache.cache import KVCache, RecordSpec, bytes_per_block
+from shoal.kernels.kv_format import FP8_CACHE
+from shoal.runtime.kv_cache.cache import KVCache, KVCacheSpec, bytes_per_block
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.models.deepseek import cache_specs
 from shoal.runtime.models.families import read_config
 from shoal.runtime.random_checkpoint import make_checkpoint
 
-DTYPES = (torch.float32, torch.bfloat16, FP8_RECORDS)
+DTYPES = (torch.float32, torch.bfloat16, FP8_CACHE)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return read_config(path)
 
 
-def make_cache(specs: list[RecordSpec]) -> KVCache:
+def make_cache(specs: list[KVCacheSpec]) -> KVCache:
     return KVCache(specs, num_blocks=3, block_size=4, device=torch.device("cpu"))
 
 
@@ -36,28 +36,28 @@ def make_cache(specs: list[RecordSpec]) -> KVCache:
 def test_bytes_of_a_token(config: ModelConfig, dtype: torch.dtype, latent: int, key: int) -> None:
     specs = cache_specs(config, dtype)
     cache = make_cache(specs)
-    assert [[layer.shape[0], layer.shape[1] * dtype.itemsize] for layer in cache.records] == [[12, latent]] * 4
+    assert [[layer.shape[0], layer.shape[1] * dtype.itemsize] for layer in cache.latents] == [[12, latent]] * 4
     pages = [keys if keys is None else [keys.shape[0], keys.shape[1] * dtype.itemsize] for keys in cache.index_keys]
     assert pages == [[3, 4 * key], None] * 2
-    assert {layer.dtype for layer in (*cache.records, *cache.index_keys) if layer is not None} == {dtype}
+    assert {layer.dtype for layer in (*cache.latents, *cache.index_keys) if layer is not None} == {dtype}
     assert cache.bytes_per_token == 4 * latent + 2 * key
     assert bytes_per_block(specs, 16) == 16 * (4 * latent + 2 * key)
 
 
-def test_rows_of_records_are_aligned_where_memory_is_not_the_hosts() -> None:
-    specs = [RecordSpec(21, 10, torch.bfloat16)]
+def test_rows_of_entries_are_aligned_where_memory_is_not_the_hosts() -> None:
+    specs = [KVCacheSpec(21, 10, torch.bfloat16)]
     cache = KVCache(specs, num_blocks=3, block_size=4, device=torch.device("meta"))
-    assert (cache.records[0].shape, cache.records[0].stride()) == ((12, 21), (24, 1))
+    assert (cache.latents[0].shape, cache.latents[0].stride()) == ((12, 21), (24, 1))
     assert cache.index_keys[0] is not None
     assert (cache.index_keys[0].shape, cache.index_keys[0].stride()) == ((3, 40), (40, 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_records_travel_as_bytes(config: ModelConfig, dtype: torch.dtype) -> None:
+def test_entries_travel_as_bytes(config: ModelConfig, dtype: torch.dtype) -> None:
     source, target = make_cache(cache_specs(config, dtype)), make_cache(cache_specs(config, dtype))
     generator = torch.Generator().manual_seed(0)
     for cache, high in ((source, 100), (target, 1)):
-        for layer in (*cache.records, *cache.index_keys):
+        for layer in (*cache.latents, *cache.index_keys):
             if layer is not None:
                 layer.copy_(torch.randint(0, high, layer.shape, generator=generator))
     payload = source.read_kv(torch.tensor([9, 2, 5]))
@@ -71,9 +71,9 @@ def test_records_travel_as_bytes(config: ModelConfig, dtype: torch.dtype) -> Non
 
 def _rows(cache: KVCache) -> Iterator[Tensor]:
     """Per layer, the KV rows [12, width] and then the index keys [12, 128], in FP8 followed by the bytes of a scale."""
-    for records, pages in zip(cache.records, cache.index_keys, strict=True):
-        yield records
-        if pages is not None and pages.dtype == FP8_RECORDS:
+    for latents, pages in zip(cache.latents, cache.index_keys, strict=True):
+        yield latents
+        if pages is not None and pages.dtype == FP8_CACHE:
             yield torch.cat([pages[:, :512].reshape(12, 128), pages[:, 512:].reshape(12, 4)], dim=1)
         elif pages is not None:
             yield pages.view(12, 128)

@@ -116,13 +116,13 @@ def test_the_same_bits_as_one_engine(
     split, published, _ = make_split(model_dir, prefill=prefill, decode=decode, delay=delay)
     outputs = split.run(requests())
     assert {i: bits(o) for i, o in outputs.items()} == expected(model_dir, requests())
-    assert not published, "records that nobody will read"
+    assert not published, "entries that nobody will read"
     assert all(one.error is None for one in split.loaded), split.loaded
     assert len(split.loaded) == len(requests()) - 1, "the one that ends with its first token needs no decode"
     assert split.prefill.scheduler.transfer_buffer.num_tokens == 0
 
 
-def test_fp8_records_travel(model_dir: Path) -> None:
+def test_fp8_entries_travel(model_dir: Path) -> None:
     settings = {"kv_cache_dtype": "fp8"}
     split, _, receiver = make_split(model_dir, prefill=settings, decode=settings)
     outputs = split.run(requests())
@@ -136,7 +136,7 @@ def test_fp8_records_travel(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("formats", [("auto", "fp8"), ("fp8", "auto")])
-def test_records_in_another_format_are_refused(model_dir: Path, formats: tuple[str, str]) -> None:
+def test_entries_in_another_format_are_refused(model_dir: Path, formats: tuple[str, str]) -> None:
     source, target = ({"kv_cache_dtype": name} for name in formats)
     split, _, receiver = make_split(model_dir, prefill=source, decode=target)
     outputs = split.run(requests()[:1])
@@ -198,7 +198,7 @@ def test_a_corrupt_chunk_is_read_again_or_its_prompt_computed_here(model_dir: Pa
     assert not published
 
 
-def test_released_records_are_computed_here(model_dir: Path) -> None:
+def test_released_entries_are_computed_here(model_dir: Path) -> None:
     """As after a lease that ended, or a publisher that died."""
     split, published, _ = make_split(model_dir, delay=2)
     for request in requests():
@@ -236,7 +236,7 @@ def test_a_prefill_that_fails_leaves_what_was_loaded(model_dir: Path, num_chunks
 
 
 @pytest.mark.parametrize("ends", ["the prefill failed", "no news"])
-def test_a_resumed_request_without_records_goes_on_after_what_it_had(model_dir: Path, ends: str) -> None:
+def test_a_resumed_request_without_entries_goes_on_after_what_it_had(model_dir: Path, ends: str) -> None:
     clock = Clock()
     split, _, _ = make_split(model_dir, clock=clock)
     request = requests()[0]
@@ -318,7 +318,7 @@ def test_preempted_while_it_loads(model_dir: Path) -> None:
     assert [c.start for c in receiver.fetched].count(0) == 2
 
 
-def test_records_of_another_model_are_refused(model_dir: Path, tmp_path: Path) -> None:
+def test_entries_of_another_model_are_refused(model_dir: Path, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "deepseek_v32", seed=38, overrides={"vocab_size": 272, "index_topk": 8})
     write_byte_tokenizer(tmp_path / "tokenizer.json")
     published: Published = {}

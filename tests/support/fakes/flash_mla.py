@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 HEADS = (64, 128)
-FP8_RECORD_BYTES = 656
+FP8_ENTRY_BYTES = 656
 
 
 class FlashMLASchedMeta:
@@ -65,8 +65,8 @@ def flash_mla_with_kvcache(
     if indices is not None:
         assert is_fp8_kvcache
         assert not causal
-        assert (width, k_cache.dtype) == (FP8_RECORD_BYTES, torch.uint8)
-        assert k_cache.stride(1) == FP8_RECORD_BYTES, "the whole block must be contiguous"
+        assert (width, k_cache.dtype) == (FP8_ENTRY_BYTES, torch.uint8)
+        assert k_cache.stride(1) == FP8_ENTRY_BYTES, "the whole block must be contiguous"
         assert k_cache.stride(3) == 1
         assert (indices.dtype, indices.shape[:2]) == (torch.int32, (len(q), 1))
         assert indices.shape[2] % 64 == 0
@@ -102,9 +102,9 @@ def _attend(q: Tensor, keys: Tensor, here: Tensor, scale: float) -> tuple[Tensor
     return out.bfloat16(), logits.amax(2), logits.logsumexp(2)
 
 
-def _dequantize(records: Tensor) -> Tensor:
+def _dequantize(kv_cache: Tensor) -> Tensor:
     """[..., 656] bytes: 512 e4m3 | 4 fp32 scales | 64 bf16 -> [..., 576] fp32."""
-    latent = records[..., :512].contiguous().view(torch.float8_e4m3fn).float()
-    scales = records[..., 512:528].contiguous().view(torch.float32)
-    rope = records[..., 528:656].contiguous().view(torch.bfloat16).float()
+    latent = kv_cache[..., :512].contiguous().view(torch.float8_e4m3fn).float()
+    scales = kv_cache[..., 512:528].contiguous().view(torch.float32)
+    rope = kv_cache[..., 528:656].contiguous().view(torch.bfloat16).float()
     return torch.cat([latent * scales.repeat_interleave(128, dim=-1), rope], dim=-1)

@@ -1,4 +1,4 @@
-// Rows of e4m3 numbers with an fp32 scale for every 128 of them; kernels/fp8_rows.py states the contract. All need
+// Rows of e4m3 numbers with an fp32 scale for every 128 of them; kernels/quant.py states the contract. All need
 // FlushDenormals.
 #pragma once
 
