@@ -54,7 +54,7 @@ class Row:
     """Tokens that are not worth a report by themselves."""
     num_reported: list[int]
     ended_samples: set[int] = field(default_factory=set)
-    """Whose end was reported."""
+    """Samples whose end was reported."""
     prefill_reported: bool = False
     sampled: bool = False
     num_chunked: int = 0

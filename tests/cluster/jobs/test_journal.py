@@ -150,6 +150,7 @@ def test_a_file_that_is_no_journal_of_this_version_is_refused_and_kept(tmp_path:
         msgpack.encode(1),
         msgpack.encode([]),
         msgpack.encode([3, 1]),
+        msgpack.encode([4, 1, 1]),
         msgpack.encode([[1], 2]),
         msgpack.encode([1, 2]),
         msgpack.encode([2, 0, 0, 0, 5]),
