@@ -36,7 +36,7 @@ INTERFACES = ("EPBuffer", "ElasticBuffer", "Buffer")
 
 
 @dataclass(frozen=True, slots=True)
-class ExchangeSizes:
+class BufferSizes:
     """What a buffer is made for."""
 
     hidden_size: int
@@ -47,7 +47,7 @@ class ExchangeSizes:
     timeout_s: float
 
 
-class Exchange(Protocol):
+class DeepEPAdapter(Protocol):
     """One interface of DeepEP, for rows [P, H] in bf16 that go to one expert each."""
 
     def dispatch(self, rows: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -70,14 +70,14 @@ class DeepEPTokenDispatcher:
         placement: ExpertPlacement,
         comm: Communicator,
         ops: Ops,
-        open_exchange: Callable[[], Exchange],
+        open_adapter: Callable[[], DeepEPAdapter],
         device: torch.device | None = None,
     ) -> None:
-        """`open_exchange` is called by all ranks together, when they first dispatch in an epoch."""
+        """`open_adapter` is called by all ranks together, when they first dispatch in an epoch."""
         self._comm = comm
         self._ops = ops
-        self._open_exchange = open_exchange
-        self._exchange: Exchange | None = None
+        self._open_adapter = open_adapter
+        self._adapter: DeepEPAdapter | None = None
         self._epoch = -1
         self._num_local_experts = slots_per_rank(placement)
         rank_of, slot_of = placement.lookup(source_rank=comm.rank, device=device)
@@ -114,11 +114,11 @@ class DeepEPTokenDispatcher:
             who = f"rank {self._comm.rank} of {self._comm.size}"
             raise CollectiveError(f"{who} failed in '{op}' (epoch {self._epoch}, layer {layer}): {error}") from error
 
-    def _connected(self) -> Exchange:
+    def _connected(self) -> DeepEPAdapter:
         """This epoch's buffer: after a failure other processes may be at the other end."""
-        if self._exchange is None or self._epoch != self._comm.epoch:
-            self._exchange, self._epoch = self._open_exchange(), self._comm.epoch
-        return self._exchange
+        if self._adapter is None or self._epoch != self._comm.epoch:
+            self._adapter, self._epoch = self._open_adapter(), self._comm.epoch
+        return self._adapter
 
 
 def deep_ep_dispatcher(
@@ -130,9 +130,9 @@ def deep_ep_dispatcher(
     """
     module, world = import_deep_ep(), groups.world
     num_experts = placement.num_ranks * slots_per_rank(placement)
-    sizes = ExchangeSizes(hidden_size, max_rows, num_experts, world.timeout_s)
+    sizes = BufferSizes(hidden_size, max_rows, num_experts, world.timeout_s)
     return DeepEPTokenDispatcher(
-        placement, world, ops, lambda: open_exchange(module, world.process_group(), sizes), groups.device
+        placement, world, ops, lambda: open_adapter(module, world.process_group(), sizes), groups.device
     )
 
 
@@ -164,14 +164,14 @@ def interface_of(module: ModuleType) -> str | None:
     return next((name for name in INTERFACES if hasattr(module, name)), None)
 
 
-def open_exchange(module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes) -> Exchange:
+def open_adapter(module: ModuleType, group: ProcessGroup, sizes: BufferSizes) -> DeepEPAdapter:
     """The newest interface that the module has; every rank of the group calls it.
 
     ValueError, with DeepEP's own words, for a number of ranks or GPUs that it does not take; CollectiveError when the
     ranks did not get connected.
     """
     name = interface_of(module)
-    make = _BufferExchange if name == "Buffer" else _ElasticExchange
+    make = _BufferAdapter if name == "Buffer" else _ElasticAdapter
     what = f"deep_ep.{name} cannot connect {group.size()} ranks"
     try:
         return make(module, group, sizes)
@@ -181,10 +181,10 @@ def open_exchange(module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes)
         raise CollectiveError(f"{what}: {error}") from error
 
 
-class _ElasticExchange:
+class _ElasticAdapter:
     """`EPBuffer` and `ElasticBuffer`, whose calls are the same."""
 
-    def __init__(self, module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes) -> None:
+    def __init__(self, module: ModuleType, group: ProcessGroup, sizes: BufferSizes) -> None:
         buffer_class = getattr(module, interface_of(module) or "")
         self._num_experts, self._max_rows, self._index_dtype = sizes.num_experts, sizes.max_rows, _index_dtype(module)
         self._buffer = buffer_class(
@@ -212,10 +212,10 @@ class _ElasticExchange:
         return _Arriving(event, combined, y)
 
 
-class _BufferExchange:
+class _BufferAdapter:
     """`Buffer`, in the mode that fills buffers of a fixed size piece by piece ("normal")."""
 
-    def __init__(self, module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes) -> None:
+    def __init__(self, module: ModuleType, group: ProcessGroup, sizes: BufferSizes) -> None:
         self._num_experts, self._index_dtype = sizes.num_experts, _index_dtype(module)
         ranks, row_bytes = group.size(), 2 * sizes.hidden_size
         configs = (module.Buffer.get_dispatch_config(ranks), module.Buffer.get_combine_config(ranks))

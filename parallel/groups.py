@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from .collectives import HEADER_BYTES, CollectiveError, Communicator, NcclBackend
 from .config import ParallelConfig
 from .spans import Spans
-from .transport import Patience, SocketMesh, connect_mesh
+from .transport import Deadline, SocketMesh, connect_mesh
 
 MIN_CREATION_TIMEOUT_S = 30.0
 
@@ -30,7 +30,7 @@ class ParallelGroups:
     """All ranks of the replica; experts are split over them."""
     tp: Communicator
     """The ranks that share this rank's requests; rank in it is `tp_rank`."""
-    ranks_on_node: int = 1
+    local_world_size: int = 1
     """Ranks of the replica, this one included, that listened on the same address, and so shared a node's memory, when
     the replica was first formed: what is sharded by it stays where it is when a rank is replaced."""
     hostname: str = "127.0.0.1"
@@ -119,7 +119,7 @@ def create_groups(
     hostname: str = "127.0.0.1",
     busy_wait_s: float = 0.0,
     spans: Spans | None = None,
-    ranks_on_node: int = 1,
+    local_world_size: int = 1,
     secret: bytes = b"",
 ) -> ParallelGroups:
     """The groups of one rank, in use after `join`: a model can be loaded before, which needs no other rank."""
@@ -139,7 +139,7 @@ def create_groups(
         device or torch.device("cpu"),
         world,
         tp,
-        ranks_on_node,
+        local_world_size,
         hostname,
         timeout_s,
         busy_wait_s,
@@ -176,7 +176,7 @@ def init_groups(
     groups.join(store, epoch, stop=stop)
     address = zlib.crc32(hostname.encode())
     addresses = groups.world.all_gather_ints([address], layer=-1, op="groups.addresses")
-    return replace(groups, ranks_on_node=addresses.count([address]))
+    return replace(groups, local_world_size=addresses.count([address]))
 
 
 def _create_backends(
@@ -191,7 +191,7 @@ def _create_backends(
         group.size,
         hostname=groups.hostname,
         header_bytes=HEADER_BYTES,
-        patience=Patience(timeout_s, stop),
+        deadline=Deadline(timeout_s, stop),
         busy_wait_s=groups.busy_wait_s,
         secret=groups.secret,
     )

@@ -91,4 +91,4 @@ def default_placement(num_experts: int, groups: ParallelGroups) -> ExpertPlaceme
 
 def spans_nodes(groups: ParallelGroups) -> bool:
     """Whether the replica has ranks on more than one node."""
-    return groups.ranks_on_node < groups.world.size
+    return groups.local_world_size < groups.world.size

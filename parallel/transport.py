@@ -2,7 +2,7 @@
 
 Ranks on one host are connected by Unix sockets, others by TCP. A rank that waits for a message sleeps in `poll` on its
 own core, or watches the connection for a while first; no second thread has to be scheduled in between. Gloo has one,
-which competes with busy cores: between two computing ranks an exchange of 16 KB took more than twice as long through it
+which competes with busy cores: between two computing ranks a round of 16 KB took more than twice as long through it
 in the median, and seven times as long in the slowest tenth.
 """
 
@@ -27,8 +27,8 @@ _HELLO = struct.Struct("<8sq32s")  # magic, rank, session key
 _MAGIC = b"shoal-t1"
 _SOCKET_BUFFER_BYTES = 4 << 20
 _HELLO_TIMEOUT_S = 5.0
-_MAX_STRANGERS = 64
-"""Connections that have not said yet who they are, besides those of the ranks."""
+_MAX_PENDING_PEERS = 64
+"""Unauthenticated connections that are kept, besides those of the ranks; beyond that the oldest is closed."""
 
 _CHECK_S = 0.01
 """How often a rank that waits for its peers looks whether it still should."""
@@ -47,8 +47,8 @@ class _Incoming:
 
 
 @dataclass(slots=True)
-class Exchange:
-    """One that goes on: what is still to be sent and received."""
+class Round:
+    """One message to and one from every peer: what is still to be sent and received."""
 
     on_header: OnHeader
     sending: dict[int, list[memoryview]] = field(default_factory=dict)
@@ -69,28 +69,28 @@ class SocketMesh:
         for connection in self._sockets.values():
             connection.setblocking(False)
 
-    def begin(self, messages: Mapping[int, tuple[bytes, memoryview]], on_header: OnHeader) -> Exchange:
+    def begin(self, messages: Mapping[int, tuple[bytes, memoryview]], on_header: OnHeader) -> Round:
         """Send every peer in `messages` its (header, payload), as far as the connections take it, and wait for nothing.
 
         `finish` comes before the next `begin`; until then the payloads must stay as they are.
         """
-        exchange = Exchange(on_header)
+        round_ = Round(on_header)
         for peer, (header, payload) in messages.items():
             if rest := self._send(peer, [memoryview(header), payload]):
-                exchange.sending[peer] = rest
+                round_.sending[peer] = rest
             buffer = bytearray(self._header_bytes)
-            exchange.receiving[peer] = _Incoming(memoryview(buffer), buffer)
-        return exchange
+            round_.receiving[peer] = _Incoming(memoryview(buffer), buffer)
+        return round_
 
-    def finish(self, exchange: Exchange, deadline: float) -> None:
-        """Send what is left and receive one message from each peer of the exchange.
+    def finish(self, round_: Round, deadline: float) -> None:
+        """Send what is left and receive one message from each peer of the round.
 
         TimeoutError after `deadline` (time.monotonic), ConnectionError when a peer is gone; then the mesh is unusable.
         """
-        sending, receiving = exchange.sending, exchange.receiving
+        sending, receiving = round_.sending, round_.receiving
         while True:
             for peer in list(receiving):
-                if self._receive(peer, receiving[peer], exchange.on_header):
+                if self._receive(peer, receiving[peer], round_.on_header):
                     del receiving[peer]
             for peer in list(sending):
                 if rest := self._send(peer, sending[peer]):
@@ -176,8 +176,8 @@ class _Address:
         return connection
 
 
-class Patience:
-    """How long to wait for the other ranks: until a deadline, or until somebody says that it is in vain."""
+class Deadline:
+    """Time limit of a wait for the other ranks, which `stop` can end early."""
 
     def __init__(self, timeout_s: float, stop: Callable[[], bool] = lambda: False) -> None:
         self._deadline, self._stop = time.monotonic() + timeout_s, stop
@@ -199,7 +199,7 @@ def connect_mesh(
     *,
     hostname: str,
     header_bytes: int,
-    patience: Patience,
+    deadline: Deadline,
     busy_wait_s: float = 0.0,
     secret: bytes = b"",
 ) -> SocketMesh:
@@ -207,12 +207,12 @@ def connect_mesh(
 
     Each rank listens on `hostname` and publishes where; of two ranks the higher one connects. A connection that does
     not open with the session's key is closed, and holds nobody up until then. The key follows from `secret`, which the
-    ranks share, and what rank 0 puts into the store, which everybody can read. TimeoutError when patience ends.
+    ranks share, and what rank 0 puts into the store, which everybody can read. TimeoutError after `deadline`.
     """
     if rank == 0:
         store.set("session", secrets.token_hex(16))
     machine = _machine()
-    backlog = size + _MAX_STRANGERS
+    backlog = size + _MAX_PENDING_PEERS
     with contextlib.ExitStack() as stack:
         tcp = stack.enter_context(socket.create_server((hostname, 0), backlog=backlog))
         listeners = [tcp]
@@ -223,15 +223,15 @@ def connect_mesh(
             listeners[1].bind("\0" + unix_name)
             listeners[1].listen(backlog)
         store.set(f"address/{rank}", json.dumps(asdict(_Address(hostname, tcp.getsockname()[1], unix_name, machine))))
-        key = hmac.digest(secret, _await_key(store, "session", patience), "sha256")
+        key = hmac.digest(secret, _await_key(store, "session", deadline), "sha256")
         sockets: dict[int, socket.socket] = {}
         for peer in range(rank):
-            address = _Address(**json.loads(_await_key(store, f"address/{peer}", patience)))
-            sockets[peer] = address.connect(machine, patience.left())
+            address = _Address(**json.loads(_await_key(store, f"address/{peer}", deadline)))
+            sockets[peer] = address.connect(machine, deadline.left())
             sockets[peer].sendall(_HELLO.pack(_MAGIC, rank, key))
-        arrivals = stack.enter_context(contextlib.closing(_Arrivals(listeners, key, max_waiting=backlog)))
+        acceptor = stack.enter_context(contextlib.closing(_Acceptor(listeners, key, max_pending=backlog)))
         while len(sockets) < size - 1:
-            for caller, connection in arrivals.take(min(_CHECK_S, patience.left())):
+            for caller, connection in acceptor.take(min(_CHECK_S, deadline.left())):
                 if not rank < caller < size or caller in sockets:
                     connection.close()
                 else:
@@ -253,22 +253,22 @@ def _machine() -> str:
 
 
 @dataclass(slots=True)
-class _Stranger:
-    """A connection that has not said yet which rank it is."""
+class _PendingPeer:
+    """A connection that has not authenticated and named its rank yet."""
 
     connection: socket.socket
     deadline: float
     received: bytes = b""
 
 
-class _Arrivals:
+class _Acceptor:
     """Accepts connections and reads what they open with, from all of them at a time."""
 
-    def __init__(self, listeners: Sequence[socket.socket], key: bytes, *, max_waiting: int) -> None:
-        """The oldest of more than `max_waiting` unauthenticated peers is turned away."""
-        self._key, self._max_waiting = key, max_waiting
+    def __init__(self, listeners: Sequence[socket.socket], key: bytes, *, max_pending: int) -> None:
+        """The oldest of more than `max_pending` unauthenticated peers is turned away."""
+        self._key, self._max_pending = key, max_pending
         self._listeners = {listener.fileno(): listener for listener in listeners}
-        self._strangers: dict[int, _Stranger] = {}
+        self._pending: dict[int, _PendingPeer] = {}
         self._poll = select.poll()
         for listener in listeners:
             listener.setblocking(False)
@@ -280,16 +280,16 @@ class _Arrivals:
         for fd, _ in self._poll.poll(timeout_s * 1000):
             if fd in self._listeners:
                 self._accept(self._listeners[fd])
-            elif fd in self._strangers and (hello := self._read_hello(self._strangers[fd])) is not None:
+            elif fd in self._pending and (hello := self._read_hello(self._pending[fd])) is not None:
                 known.append((hello, self._forget(fd)))
         now = time.monotonic()
-        for fd in [fd for fd, stranger in self._strangers.items() if stranger.deadline <= now]:
+        for fd in [fd for fd, peer in self._pending.items() if peer.deadline <= now]:
             self._forget(fd).close()
         return known
 
     def close(self) -> None:
         """Turn everybody away who has not been taken."""
-        for fd in list(self._strangers):
+        for fd in list(self._pending):
             self._forget(fd).close()
 
     def _accept(self, listener: socket.socket) -> None:
@@ -299,38 +299,38 @@ class _Arrivals:
             return
         connection.setblocking(False)
         self._poll.register(connection, select.POLLIN)
-        self._strangers[connection.fileno()] = _Stranger(connection, time.monotonic() + _HELLO_TIMEOUT_S)
-        if len(self._strangers) > self._max_waiting:
-            self._forget(next(iter(self._strangers))).close()
+        self._pending[connection.fileno()] = _PendingPeer(connection, time.monotonic() + _HELLO_TIMEOUT_S)
+        if len(self._pending) > self._max_pending:
+            self._forget(next(iter(self._pending))).close()
 
-    def _read_hello(self, stranger: _Stranger) -> int | None:
+    def _read_hello(self, peer: _PendingPeer) -> int | None:
         """The rank that it is, once it has said so; what says something else is turned away."""
         try:
-            data = stranger.connection.recv(_HELLO.size - len(stranger.received))
+            data = peer.connection.recv(_HELLO.size - len(peer.received))
         except BlockingIOError:
             return None
         except OSError:
             data = b""
-        stranger.received += data
-        if data and len(stranger.received) < _HELLO.size:
+        peer.received += data
+        if data and len(peer.received) < _HELLO.size:
             return None
         if data:
-            magic, rank, sent_key = _HELLO.unpack(stranger.received)
+            magic, rank, sent_key = _HELLO.unpack(peer.received)
             if magic == _MAGIC and hmac.compare_digest(sent_key, self._key):
                 return int(rank)
-        self._forget(stranger.connection.fileno()).close()
+        self._forget(peer.connection.fileno()).close()
         return None
 
     def _forget(self, fd: int) -> socket.socket:
         self._poll.unregister(fd)
-        return self._strangers.pop(fd).connection
+        return self._pending.pop(fd).connection
 
 
-def _await_key(store: Store, key: str, patience: Patience) -> bytes:
+def _await_key(store: Store, key: str, deadline: Deadline) -> bytes:
     """The value of a key that another rank sets; asked for again and again, as `Store.get` cannot be interrupted."""
     pause_s = 0.0
     while not store.check([key]):
-        time.sleep(min(pause_s, patience.left()))
+        time.sleep(min(pause_s, deadline.left()))
         pause_s = min(pause_s + 1e-3, _CHECK_S)
     value: bytes = store.get(key)
     return value

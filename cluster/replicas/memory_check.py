@@ -64,7 +64,7 @@ def _weights_per_worker(
     args: EngineArgs,
 ) -> int:
     on_node = _most_workers_on_a_node(available, args)
-    return rank_weight_bytes(config, layout, storage, ranks_on_node=min(on_node, layout.world_size))
+    return rank_weight_bytes(config, layout, storage, local_world_size=min(on_node, layout.world_size))
 
 
 def _most_workers_on_a_node(available: Sequence[Node], args: EngineArgs) -> int:
@@ -110,7 +110,7 @@ def _too_little_gpu_memory(
     available: Sequence[Node],
 ) -> str:
     per_node = max(int(node.num_gpus) for node in available)
-    nearest = islice(fitting_layouts(config, asked, storage, memory, ranks_on_node=per_node), NUM_SHOWN)
+    nearest = islice(fitting_layouts(config, asked, storage, memory, local_world_size=per_node), NUM_SHOWN)
     shown = [f"{_layout(layout)} ({layout.world_size} GPUs)" for layout in nearest]
     hint = f"the nearest layouts that fit are {'; '.join(shown)}" if shown else "use GPUs with more memory"
     return (

@@ -141,7 +141,7 @@ class Replica:
         self.assignments = [
             replace(
                 assignment,
-                ranks_on_node=reports[rank].ranks_on_node,
+                local_world_size=reports[rank].local_world_size,
                 num_kv_blocks=reports[rank].num_kv_blocks,
                 max_model_len=self._limits.max_model_len,
             )

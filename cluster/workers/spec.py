@@ -76,7 +76,7 @@ class StartReport:
     num_kv_tokens: int = 1 << 20
     """Tokens that the cache of this rank's attention group holds."""
     num_kv_blocks: int | None = None
-    ranks_on_node: int = 1
+    local_world_size: int = 1
     failure: WorkerFailure | None = None
 
 
