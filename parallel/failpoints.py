@@ -29,7 +29,7 @@ from .spans import SPAN_NAMES, SpanName
 
 VARIABLE = "SHOAL_FAULT"
 DRIVER = "driver:0"
-"""Title of the process that drives the workers."""
+"""Label of the process that drives the workers."""
 
 Point = Literal[
     "collective",  # before an exchange with other ranks, in a step or between
@@ -61,13 +61,13 @@ class Failpoints:
     """The faults that one process is to have; without any, `reach` does nothing. Listens to spans."""
 
     def __init__(
-        self, text: str = "", title: str = "", *, on_fault: Callable[[str], None] = lambda point: None
+        self, text: str = "", label: str = "", *, on_fault: Callable[[str], None] = lambda point: None
     ) -> None:
-        """`text` as in SHOAL_FAULT; the parts that begin with `title`, such as decode:0, are for this process.
+        """`text` as in SHOAL_FAULT; the parts that begin with `label`, such as decode:0, are for this process.
 
         `on_fault` is called before a fault happens. ValueError for a text that cannot be parsed.
         """
-        self._title = title
+        self._label = label
         self._on_fault = on_fault
         self._faults: dict[tuple[str, int], str] = {}
         self._reached: Counter[str] = Counter()
@@ -77,8 +77,8 @@ class Failpoints:
         """Replace the faults; points are counted from here on. Any thread may call."""
         faults = {}
         for part in filter(None, text.split(",")):
-            title, point, nth, action = _parse(part)
-            if title == self._title:
+            label, point, nth, action = _parse(part)
+            if label == self._label:
                 faults[point, nth] = action
         self._reached = Counter()
         self._faults = faults

@@ -19,7 +19,7 @@ from shoal.runtime.models.weights import tensor_shapes
 from ..environment import versions
 from ..jobs.config import JobConfig
 from ..jobs.input import BadRow, InputLine, file_sha256
-from ..jobs.job import Engines, JobResult, JobSpec, run_job
+from ..jobs.job import EngineClient, JobResult, JobSpec, run_job
 from ..jobs.progress import ProgressReporter
 from ..jobs.rows import read_row
 from ..jobs.stop_signal import StopSignal
@@ -48,7 +48,7 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
     if defaults := config.engine.sampling_defaults:
         progress.message(sampling_notice(defaults))
 
-    def start() -> Engines:
+    def start() -> EngineClient:
         return start_engines(
             config.engine, on_phase=lambda phase: progress.message(str(phase)), on_wait=progress.message
         )

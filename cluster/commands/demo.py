@@ -22,7 +22,7 @@ from ..bundled import BUNDLED_MODEL
 from ..engine_args import EngineArgs, read_model_config
 from ..exit_codes import ExitCode
 from ..jobs.config import JobConfig
-from ..jobs.job import Engines, JobResult, run_job
+from ..jobs.job import EngineClient, JobResult, run_job
 from ..jobs.output import FAULT_FILE, PART_FILE, RUN_FILE
 from ..jobs.progress import ProgressReporter
 from ..jobs.stop_signal import StopSignal
@@ -285,7 +285,7 @@ def _answer(
     prompts: Path,
     output: Path,
     args: EngineArgs,
-    start: Callable[..., Engines],
+    start: Callable[..., EngineClient],
     stderr: TextIO,
     *,
     overwrite: bool = True,

@@ -42,7 +42,7 @@ RUN_FILE_INTERVAL_S = 5.0
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-class Engines(Protocol):
+class EngineClient(Protocol):
     """The engines that answer requests, however many there are and wherever they run."""
 
     @property
@@ -129,7 +129,7 @@ class JobResult:
 
 def run_job(
     spec: JobSpec,
-    start_engines: Callable[[], Engines],
+    start_engines: Callable[[], EngineClient],
     *,
     stop: StopSignal,
     progress: ProgressReporter,
@@ -179,7 +179,7 @@ class _Run:
         self.in_flight: dict[str, BatchRow] = {}
         self.last_saved = clock()
 
-    def run(self, start_engines: Callable[[], Engines]) -> JobResult:
+    def run(self, start_engines: Callable[[], EngineClient]) -> JobResult:
         output = self.output
         try:
             return self.run_to_end(start_engines)
@@ -198,7 +198,7 @@ class _Run:
         _save_state(self.output, "cancelled" if self.stop.exit_code == ExitCode.INTERRUPTED else "in_progress")
         return _ended(self.output, self.stop.exit_code, "stopped by a signal")
 
-    def run_to_end(self, start_engines: Callable[[], Engines]) -> JobResult:
+    def run_to_end(self, start_engines: Callable[[], EngineClient]) -> JobResult:
         output = self.output
         if not self.is_checked():
             self.validate()
@@ -282,7 +282,7 @@ class _Run:
             f"the longest prompt has {summary.max_prompt_tokens}"
         )
 
-    def check_limits(self, engines: Engines) -> None:
+    def check_limits(self, engines: EngineClient) -> None:
         """Answers must not depend on how much cache this cluster happens to have."""
         wanted, have = self.spec.rules.limits.max_model_len, engines.limits.max_model_len
         if have < wanted:
@@ -291,7 +291,7 @@ class _Run:
                 f"give max_model_len {have} or less, or more cache (num_kv_blocks)"
             )
 
-    def answer(self, engines: Engines) -> None:
+    def answer(self, engines: EngineClient) -> None:
         """Second pass: keep the engines full until every row is finished or someone asks to stop."""
         rows = self.open_rows()
         deadline: float | None = None
@@ -333,7 +333,7 @@ class _Run:
         elif isinstance(output, Tokens):
             self.output.add_progress(row.index, output)
 
-    def admit(self, rows: Iterator[BatchRow], engines: Engines) -> bool:
+    def admit(self, rows: Iterator[BatchRow], engines: EngineClient) -> bool:
         """Submit rows up to the engines' capacity; whether the rows are exhausted."""
         room = engines.capacity - len(self.in_flight)
         if room <= 0:

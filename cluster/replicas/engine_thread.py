@@ -13,7 +13,7 @@ from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import EngineOutput, Request, RequestOutput
 
-from ..jobs.job import Engines
+from ..jobs.job import EngineClient
 
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.16
 """Poll timeout: starts at MIN_POLL_S and doubles up to MAX_POLL_S while there are no outputs."""
@@ -22,8 +22,8 @@ Deliver = Callable[[list[EngineOutput | RequestOutput] | BaseException], None]
 """Takes all that a poll returned for the requests of one `submit`, or the error that ended one of them."""
 
 
-class AbortableEngines(Engines, Protocol):
-    """`Router` or `InProcessEngine`."""
+class AbortableEngineClient(EngineClient, Protocol):
+    """`ReplicaPool` or `InProcessEngine`."""
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
@@ -37,7 +37,7 @@ class AbortableEngines(Engines, Protocol):
 class EngineThread:
     """Starts engines on a thread of its own and feeds them up to their capacity. Any thread may call its methods."""
 
-    def __init__(self, start: Callable[[], AbortableEngines]) -> None:
+    def __init__(self, start: Callable[[], AbortableEngineClient]) -> None:
         """Return once `start` has returned; exceptions of `start` are raised here."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
@@ -68,7 +68,7 @@ class EngineThread:
         self._commands.put(lambda: self._drop(request_ids))
 
     def step_profiles(self) -> list[StepProfile]:
-        """See `AbortableEngines`; waits for the engines' thread."""
+        """See `AbortableEngineClient`; waits for the engines' thread."""
         answer: Future[list[StepProfile]] = Future()
 
         def ask() -> None:
@@ -89,7 +89,7 @@ class EngineThread:
         self._thread.join()
 
     def _main(
-        self, start: Callable[[], AbortableEngines], started: queue.SimpleQueue[RequestLimits | BaseException]
+        self, start: Callable[[], AbortableEngineClient], started: queue.SimpleQueue[RequestLimits | BaseException]
     ) -> None:
         try:
             self._engines = start()

@@ -23,7 +23,7 @@ from ..workers.spec import OnPhase, Phase, StartReport
 
 
 class InProcessEngine:
-    """The interface of `Router`; the engine works while `poll` runs, on the thread that calls it."""
+    """The interface of `ReplicaPool`; the engine works while `poll` runs, on the thread that calls it."""
 
     def __init__(
         self, args: EngineArgs, *, on_phase: OnPhase | None = None, engine_factory: str = BUILD_ENGINE

@@ -18,7 +18,7 @@ from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
 
 from ..replica_spec import ReplicaSpec
-from ..workers.actors import INBOX_THREAD, Launch, ObjectRef, Seat, WorkerProcess, end_worker, start_worker
+from ..workers.actors import INBOX_THREAD, LaunchConfig, ObjectRef, WorkerProcess, WorkerSlot, end_worker, start_worker
 from ..workers.assignment import Assignment
 from ..workers.spec import StartReport
 from ..workers.wire import COMMANDS, EVENTS, Command, Event
@@ -75,9 +75,9 @@ class Replica:
     """
 
     def __init__(
-        self, spec: ReplicaSpec, launch: Launch, seats: Sequence[Seat], *, host: str, first_number: int = 0
+        self, spec: ReplicaSpec, launch: LaunchConfig, slots: Sequence[WorkerSlot], *, host: str, first_number: int = 0
     ) -> None:
-        """Starts a worker in each seat and lets them build their engines.
+        """Starts a worker in each slot and lets them build their engines.
 
         `host` is this node's own address; `first_number` counts the workers of this role in the replicas before.
         """
@@ -101,8 +101,8 @@ class Replica:
         ]
         """Assignments by rank; complete once the replica is ready."""
         self.workers = [
-            start_worker(launch, seat, assignment, title=f"{spec.role}:{first_number + assignment.rank}")
-            for seat, assignment in zip(seats, self.assignments, strict=True)
+            start_worker(launch, slot, assignment, label=f"{spec.role}:{first_number + assignment.rank}")
+            for slot, assignment in zip(slots, self.assignments, strict=True)
         ]
         """First worker of each rank."""
         tp = spec.tensor_parallel_size
@@ -260,10 +260,10 @@ class Replica:
 
     def audit(self) -> list[str]:
         """What ranks still hold although nothing is in flight; [] when all is freed."""
-        asked = {worker.title: worker.actor.audit.remote() for worker in self._running.values()}
+        asked = {worker.label: worker.actor.audit.remote() for worker in self._running.values()}
         return [
-            f"{title}: {problem}"
-            for title, ref in asked.items()
+            f"{label}: {problem}"
+            for label, ref in asked.items()
             for problem in ray.get(ref, timeout=AUDIT_TIMEOUT_S + POLL_WAIT_S)
         ]
 

@@ -17,12 +17,12 @@ from shoal.parallel.failpoints import VARIABLE, Failpoints
 
 from ..engine_args import EngineArgs, read_model_config
 from ..supervision.supervisor import ReplicaPlan, Supervisor
-from ..workers.actors import Launch, Seat, WorkerProcess, end_worker, start_worker
+from ..workers.actors import LaunchConfig, WorkerProcess, WorkerSlot, end_worker, start_worker
 from ..workers.engine_factory import BUILD_ENGINE
 from ..workers.kv_transports import choose_transport
 from ..workers.ray_cluster import (
+    BundlePlacement,
     Layout,
-    Placement,
     check_fits,
     connect,
     core_shares,
@@ -33,7 +33,7 @@ from ..workers.ray_cluster import (
 from ..workers.spec import OnPhase, Phase, StartReport
 from .memory_check import check_memory
 from .replica import EngineFailed, Replica
-from .router import Router
+from .replica_pool import ReplicaPool
 
 LONG_WAIT_S = 5.0
 """A wait that takes longer is announced."""
@@ -58,7 +58,7 @@ def start_engines(
     on_wait: Callable[[str], None] | None = None,
     engine_factory: str = BUILD_ENGINE,
     faults: str | None = None,
-) -> Router:
+) -> ReplicaPool:
     """Start all replicas in parallel and wait until they can serve.
 
     ValueError for a model or setting that cannot work, LayoutDoesNotFit for a cluster that is too small (both before
@@ -101,7 +101,7 @@ def start_engines(
         )
         undo.callback(supervisor.close)
         launch = supervisor.launch(
-            Launch(
+            LaunchConfig(
                 args,
                 engine_factory,
                 layout.num_cpus_per_worker,
@@ -110,15 +110,15 @@ def start_engines(
             )
         )
         supervisor.start(launch)
-        seats = _seats(args, placements, embedded=cluster.embedded)
+        slots = _worker_slots(args, placements, embedded=cluster.embedded)
         replicas: list[Replica] = []
-        for spec, own in zip(args.replica_specs, seats, strict=False):
+        for spec, own in zip(args.replica_specs, slots, strict=False):
             number = sum(len(r.workers) for r in replicas if r.role == spec.role)
             replicas.append(Replica(spec, launch, own, host=node_address(), first_number=number))
             undo.callback(replicas[-1].close)
         spares = [
-            start_worker(launch, seat, None, title=f"spare:{number}")
-            for number, (seat,) in enumerate(seats[len(replicas) :])
+            start_worker(launch, slot, None, label=f"spare:{number}")
+            for number, (slot,) in enumerate(slots[len(replicas) :])
         ]
         for worker in spares:
             undo.callback(end_worker, worker)
@@ -126,7 +126,7 @@ def start_engines(
         with announced(f"{num_workers} workers to start and to load the model {limit}", say):
             reports = [r for replica in replicas for r in replica.wait_ready(deadline - time.monotonic())]
             reports += [_spare_report(worker, deadline - time.monotonic()) for worker in spares]
-        supervisor.take_over([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
+        supervisor.watch([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
         weight_bytes = memory.weight_bytes[0] * args.replica_specs[0].parallel.world_size
         for phase in _phases(reports, time.monotonic() - start, weight_bytes):
             tell(phase)
@@ -141,17 +141,17 @@ def start_engines(
             placement.remove()
         cluster.close()
 
-    return Router(replicas, supervisor, close, max_num_seqs=args.max_num_seqs, block_size=args.block_size)
+    return ReplicaPool(replicas, supervisor, close, max_num_seqs=args.max_num_seqs, block_size=args.block_size)
 
 
-def _seats(args: EngineArgs, placements: Sequence[Placement], *, embedded: bool) -> list[list[Seat]]:
-    """Per replica, then per spare, a seat for every worker."""
+def _worker_slots(args: EngineArgs, placements: Sequence[BundlePlacement], *, embedded: bool) -> list[list[WorkerSlot]]:
+    """Per replica, then per spare, a slot for every worker."""
     num_replicas = len(args.replica_specs)
     placed = placements[:num_replicas]
     shares = core_shares(placed, nodes(), embedded=embedded, num_threads=args.num_threads_per_worker)
     shares += [[shares[0][0]]] * (len(placements) - num_replicas)  # a spare takes what the worker had that it replaces
     return [
-        [Seat(placement, bundle, share) for bundle, share in enumerate(own)]
+        [WorkerSlot(placement, bundle, share) for bundle, share in enumerate(own)]
         for placement, own in zip(placements, shares, strict=True)
     ]
 

@@ -1,6 +1,6 @@
 """Keeps every rank of every replica filled: finds out who is lost, and gives the rank to a process that waits.
 
-Spares and restarts are one mechanism. A worker that is lost leaves its seat (reserved resources), in which a new
+Spares and restarts are one mechanism. A worker that is lost leaves its slot (reserved resources), in which a new
 process starts at once and then waits for a rank; with spares, others were waiting before, and take the rank at once.
 Detection and the new group are ours; Ray only starts processes.
 """
@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from ..workers.actors import Launch, Seat, WorkerProcess, end_worker, failed_starts, start_worker
+from ..workers.actors import LaunchConfig, WorkerProcess, WorkerSlot, end_worker, failed_starts, start_worker
 from ..workers.assignment import Assignment
 from ..workers.liveness import Liveness, Process
 from ..workers.wire import (
@@ -40,7 +40,7 @@ LEFT_GRACE_S = 0.5
 START_CHECK_S = 0.5
 """How often to look after processes that have not connected yet."""
 MAX_FAILED_STARTS = 6
-"""In one seat, one after another, each after a longer pause: there is a reason then that does not go away."""
+"""In one slot, one after another, each after a longer pause: there is a reason then that does not go away."""
 FORM_TIMEOUT_S = 20.0
 """A worker that has not joined after this long is treated as lost."""
 STALL_GRACE_S = 10.0
@@ -99,14 +99,14 @@ class _Replica:
 
 
 @dataclass(slots=True)
-class _Wanted:
+class _Vacancy:
     replica: int
     rank: int
     since: float
 
 
 @dataclass(slots=True)
-class _Heard:
+class _WorkerStatus:
     """What a connected worker told of itself."""
 
     process: Process
@@ -136,42 +136,42 @@ class Supervisor:
         self._step_timeout_s, self._replace_timeout_s, self._clock = step_timeout_s, replace_timeout_s, clock
         self._replicas: list[_Replica] = []
         self._processes: dict[str, WorkerProcess] = {}
-        self._heard: dict[str, _Heard] = {}
+        self._statuses: dict[str, _WorkerStatus] = {}
         """Connected workers by name."""
         self._num_spares = 0
-        """Number of spares started so far, for their titles."""
+        """Number of spares started so far, for their labels."""
         self._waiting: list[str] = []
         """Connected workers without a rank, the longest waiting first."""
-        self._wanted: list[_Wanted] = []
+        self._vacancies: list[_Vacancy] = []
         self._starts_checked_at = 0.0
-        self._failed_starts: Counter[Seat] = Counter()
+        self._failed_starts: Counter[WorkerSlot] = Counter()
         """Since a process last connected from there."""
-        self._restarts: list[tuple[float, Seat]] = []
+        self._restarts: list[tuple[float, WorkerSlot]] = []
         """When and where to start one."""
-        self._launch: Launch | None = None
-        self._taken_over: tuple[list[ReplicaPlan], list[WorkerProcess]] | None = None
+        self._launch: LaunchConfig | None = None
+        self._to_watch: tuple[list[ReplicaPlan], list[WorkerProcess]] | None = None
         """Until the thread that watches finds it."""
         self._suspects: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._lost_early: dict[str, tuple[str, float]] = {}
         """Before it was taken over: how, and how long it was silent."""
 
-    def launch(self, launch: Launch) -> Launch:
+    def launch(self, launch: LaunchConfig) -> LaunchConfig:
         """The same, for workers that report here."""
         return replace(launch, supervisor=self._liveness.address, supervisor_key=self._liveness.key)
 
-    def start(self, launch: Launch) -> None:
-        """Listen; nothing is replaced before `take_over`."""
+    def start(self, launch: LaunchConfig) -> None:
+        """Listen; nothing is replaced before `watch`."""
         self._launch = launch
         self._liveness.start(self)
 
-    def take_over(self, replicas: Sequence[ReplicaPlan], spares: Sequence[WorkerProcess]) -> None:
+    def watch(self, replicas: Sequence[ReplicaPlan], spares: Sequence[WorkerProcess]) -> None:
         """From now on, keep these replicas filled; `spares` have no rank."""
-        self._taken_over = (list(replicas), list(spares))
+        self._to_watch = (list(replicas), list(spares))
 
     def close(self) -> None:
         """Stop watching, and end every process that was taken over or started. Closing twice is allowed."""
         self._liveness.close()
-        self._adopt()
+        self._start_watching()
         for worker in self._processes.values():
             end_worker(worker, process=self._process(worker.name))
         self._processes = {}
@@ -191,7 +191,7 @@ class Supervisor:
         return formed and len(self._waiting) >= num_spares
 
     def _process(self, name: str) -> Process | None:
-        return self._heard[name].process if name in self._heard else None
+        return self._statuses[name].process if name in self._statuses else None
 
     def check(self) -> None:
         """RuntimeError when workers are watched no longer. Any thread may call."""
@@ -205,21 +205,21 @@ class Supervisor:
     # -- on the thread that watches ----------------------------------------------------------------------------------
 
     def on_hello(self, name: str) -> None:
-        self._heard[name] = _Heard(self._liveness.process(name))
+        self._statuses[name] = _WorkerStatus(self._liveness.process(name))
         if name in self._processes:
-            self._failed_starts.pop(self._processes[name].seat, None)
+            self._failed_starts.pop(self._processes[name].slot, None)
         if name in self._processes and not any(name in r.members.workers for r in self._replicas):
             self._wait(name)
             self._fill()
 
     def on_report(self, name: str, report: WorkerReport) -> None:
-        heard = self._heard[name]
+        status = self._statuses[name]
         if isinstance(report, Heartbeat):
-            if report.num_steps != heard.num_steps:
-                heard.num_steps, heard.stepped_at = report.num_steps, self._clock()
+            if report.num_steps != status.num_steps:
+                status.num_steps, status.stepped_at = report.num_steps, self._clock()
             return
         if isinstance(report, FaultNotice):
-            heard.fault = (report.point, self._clock())
+            status.fault = (report.point, self._clock())
             self._liveness.send(name, FaultNoted())
             return
         for number, replica in enumerate(self._replicas):
@@ -240,8 +240,8 @@ class Supervisor:
         if worker is None:
             self._lost_early[name] = (how, silent_s)
             return
-        heard = self._heard.pop(name, None)
-        fault = self._fault(worker, heard, how, silent_s)
+        status = self._statuses.pop(name, None)
+        fault = self._fault(worker, status, how, silent_s)
         self.faults.append(fault)
         if name in self._waiting:
             self._waiting.remove(name)
@@ -252,34 +252,34 @@ class Supervisor:
                 self.events.put(RankLost(number, fault.rank, fault))
                 self._act(number, replica.members.lose(name))
         # Calls of Ray take their time: the others know by now.
-        end_worker(worker, process=None if heard is None else heard.process)
-        if not (num_failed := self._failed_starts[worker.seat]):
-            self._start_in(worker.seat)
+        end_worker(worker, process=None if status is None else status.process)
+        if not (num_failed := self._failed_starts[worker.slot]):
+            self._start_in(worker.slot)
         elif num_failed < MAX_FAILED_STARTS:
-            self._restarts.append((self._clock() + START_CHECK_S * 2**num_failed, worker.seat))
+            self._restarts.append((self._clock() + START_CHECK_S * 2**num_failed, worker.slot))
 
-    def _fault(self, worker: WorkerProcess, heard: _Heard | None, how: str, silent_s: float) -> Fault:
+    def _fault(self, worker: WorkerProcess, status: _WorkerStatus | None, how: str, silent_s: float) -> Fault:
         now = self._clock()
         fault = Fault(
             at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            worker=worker.title,
-            node_id=worker.seat.node_id if heard is None else heard.process.node_id,
+            worker=worker.label,
+            node_id=worker.slot.node_id if status is None else status.process.node_id,
             replica=None,
             rank=None,
             reason=how,
             noticed_at=now,
             silent_s=silent_s,
         )
-        if heard is not None and heard.fault is not None:
-            fault.point, struck_at = heard.fault
+        if status is not None and status.fault is not None:
+            fault.point, struck_at = status.fault
             fault.detection_s = now - struck_at
         return fault
 
     def on_tick(self) -> None:
-        self._adopt()
+        self._start_watching()
         while not self._suspects.empty():
             name, reason = self._suspects.get()
-            if name in self._heard:
+            if name in self._statuses:
                 self._give_up_on(name, reason)
         now = self._clock()
         for number, replica in enumerate(self._replicas):
@@ -295,34 +295,34 @@ class Supervisor:
             self._starts_checked_at = now
             self._check_starts()
         limit = self._step_timeout_s + STALL_GRACE_S
-        for name in [n for n, h in self._heard.items() if h.num_steps >= 0 and now - h.stepped_at >= limit]:
+        for name in [n for n, h in self._statuses.items() if h.num_steps >= 0 and now - h.stepped_at >= limit]:
             self._give_up_on(name, f"no step ended in {limit:g} s: stuck")
-        for wanted in [w for w in self._wanted if now - w.since >= self._replace_timeout_s]:
-            self._wanted.remove(wanted)
+        for vacancy in [w for w in self._vacancies if now - w.since >= self._replace_timeout_s]:
+            self._vacancies.remove(vacancy)
             reason = f"no process took its place in {self._replace_timeout_s:g} s"
-            self.events.put(GaveUp(wanted.replica, wanted.rank, reason))
+            self.events.put(GaveUp(vacancy.replica, vacancy.rank, reason))
 
     def _check_starts(self) -> None:
         """Processes that end before they connect have no connection whose end would tell."""
-        silent = [worker for name, worker in self._processes.items() if name not in self._heard]
+        silent = [worker for name, worker in self._processes.items() if name not in self._statuses]
         for worker, reason in failed_starts(silent):
-            self._failed_starts[worker.seat] += 1
+            self._failed_starts[worker.slot] += 1
             self.on_lost(worker.name, reason, 0.0)
         now = self._clock()
-        for due, seat in [entry for entry in self._restarts if entry[0] <= now]:
-            self._restarts.remove((due, seat))
-            self._start_in(seat)
+        for due, slot in [entry for entry in self._restarts if entry[0] <= now]:
+            self._restarts.remove((due, slot))
+            self._start_in(slot)
 
     def _give_up_on(self, name: str, reason: str) -> None:
         """Treat a worker that is connected as lost; the end of its connection is then no news."""
         self._liveness.drop(name)
         self.on_lost(name, reason, 0.0)
 
-    def _adopt(self) -> None:
-        if self._taken_over is None:
+    def _start_watching(self) -> None:
+        if self._to_watch is None:
             return
-        replicas, spares = self._taken_over
-        self._taken_over = None
+        replicas, spares = self._to_watch
+        self._to_watch = None
         processes = [worker for replica in replicas for worker in replica.workers]
         self._processes |= {worker.name: worker for worker in [*processes, *spares]}
         self._num_spares += len(spares)
@@ -330,7 +330,7 @@ class Supervisor:
             _Replica(Membership([w.name for w in plan.workers]), list(plan.assignments)) for plan in replicas
         ]
         for worker in spares:
-            if worker.name in self._heard:
+            if worker.name in self._statuses:
                 self._wait(worker.name)
         for name in [n for n in self._lost_early if n in self._processes]:
             self.on_lost(name, *self._lost_early.pop(name))
@@ -346,7 +346,7 @@ class Supervisor:
             if isinstance(action, Leave):
                 self._liveness.send(action.worker, LeaveEpoch(action.epoch))
             elif isinstance(action, Need):
-                self._wanted.append(_Wanted(number, action.rank, self._clock()))
+                self._vacancies.append(_Vacancy(number, action.rank, self._clock()))
                 replica.forming_since = None
             elif isinstance(action, Load):
                 replica.loading_since[action.worker] = self._clock()
@@ -363,15 +363,15 @@ class Supervisor:
 
     def _fill(self) -> None:
         """Give ranks that have no worker to workers that have no rank."""
-        while self._wanted and self._waiting:
-            wanted, name = self._wanted.pop(0), self._waiting.pop(0)
-            self.events.put(RankFilled(wanted.replica, wanted.rank, self._processes[name]))
-            self._note(wanted.replica, "filled_s", wanted.rank)
-            self._act(wanted.replica, self._replicas[wanted.replica].members.fill(wanted.rank, name))
+        while self._vacancies and self._waiting:
+            vacancy, name = self._vacancies.pop(0), self._waiting.pop(0)
+            self.events.put(RankFilled(vacancy.replica, vacancy.rank, self._processes[name]))
+            self._note(vacancy.replica, "filled_s", vacancy.rank)
+            self._act(vacancy.replica, self._replicas[vacancy.replica].members.fill(vacancy.rank, name))
 
-    def _start_in(self, seat: Seat) -> None:
+    def _start_in(self, slot: WorkerSlot) -> None:
         assert self._launch is not None
-        worker = start_worker(self._launch, seat, None, title=f"spare:{self._num_spares}")
+        worker = start_worker(self._launch, slot, None, label=f"spare:{self._num_spares}")
         self._num_spares += 1
         self._processes[worker.name] = worker
 

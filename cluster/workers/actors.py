@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from ..engine_args import EngineArgs
 from .assignment import Assignment
 from .liveness import Process
-from .ray_cluster import CoreShare, Placement
+from .ray_cluster import BundlePlacement, CoreShare
 from .spec import WorkerSpec
 from .worker import Worker
 
@@ -37,10 +37,10 @@ ObjectRef = Any
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WorkerSlot:
     """Reserved resources for one worker."""
 
-    placement: Placement
+    placement: BundlePlacement
     bundle: int
     cores: CoreShare
 
@@ -50,7 +50,7 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class LaunchConfig:
     """What all workers of a run have in common."""
 
     args: EngineArgs
@@ -68,8 +68,8 @@ class WorkerProcess:
     """A worker that was started."""
 
     name: str
-    title: str
-    seat: Seat
+    label: str
+    slot: WorkerSlot
     actor: ActorHandle
     started: ObjectRef
     """Its `StartReport`."""
@@ -81,21 +81,21 @@ class WorkerProcess:
         return replace(self, ended=_on_engine_thread(self.actor.run))
 
 
-def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None, *, title: str) -> WorkerProcess:
-    """Start a process in a seat that is free, with a rank or (None) as a spare; returns at once.
+def start_worker(launch: LaunchConfig, slot: WorkerSlot, assignment: Assignment | None, *, label: str) -> WorkerProcess:
+    """Start a process in a slot that is free, with a rank or (None) as a spare; returns at once.
 
-    `title`: what to call it, see `WorkerSpec`.
+    `label`: what to call it, see `WorkerSpec`.
     """
     spec = WorkerSpec(
         args=launch.args,
         name=f"shoal-{secrets.token_hex(8)}",
         assignment=assignment,
-        num_threads=seat.cores.num_threads,
-        dedicated_cores=seat.cores.dedicated,
+        num_threads=slot.cores.num_threads,
+        dedicated_cores=slot.cores.dedicated,
         engine_factory=launch.engine_factory,
         supervisor=launch.supervisor,
         supervisor_key=launch.supervisor_key,
-        title=title,
+        label=label,
         faults=launch.faults,
     )
     # OpenMP reads its thread count once, when its library is loaded: before the worker's first line of Python.
@@ -105,13 +105,13 @@ def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None, *, t
         name=spec.name,
         num_cpus=launch.num_cpus_per_worker,
         num_gpus=launch.num_gpus_per_worker,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(seat.placement.group, seat.bundle),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(slot.placement.group, slot.bundle),
         runtime_env={"env_vars": env},
         max_concurrency=4,  # a waiting poll must not keep requests out
         max_restarts=0,
         max_task_retries=0,
     ).remote(spec)
-    return WorkerProcess(spec.name, title, seat, handle, _on_engine_thread(handle.start))
+    return WorkerProcess(spec.name, label, slot, handle, _on_engine_thread(handle.start))
 
 
 def failed_starts(workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess, str]]:

@@ -268,7 +268,7 @@ def placement_strategies(layout: Layout, available: Sequence[Node]) -> list[Lite
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class BundlePlacement:
     """Where the workers of one replica run."""
 
     group: PlacementGroup
@@ -280,7 +280,7 @@ class Placement:
         remove_placement_group(self.group)
 
 
-def place(layout: Layout, available: Sequence[Node], *, timeout_s: float) -> list[Placement]:
+def place(layout: Layout, available: Sequence[Node], *, timeout_s: float) -> list[BundlePlacement]:
     """Reserve the resources of every replica, then of every spare.
 
     LayoutDoesNotFit when others hold them for longer than `timeout_s`.
@@ -302,9 +302,9 @@ def place(layout: Layout, available: Sequence[Node], *, timeout_s: float) -> lis
     return [_placement(group) for group in groups]
 
 
-def _placement(group: PlacementGroup) -> Placement:
+def _placement(group: PlacementGroup) -> BundlePlacement:
     by_rank = placement_group_table(group)["bundles_to_node_id"]
-    return Placement(group, tuple(by_rank[rank] for rank in range(len(by_rank))))
+    return BundlePlacement(group, tuple(by_rank[rank] for rank in range(len(by_rank))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +317,7 @@ class CoreShare:
 
 
 def core_shares(
-    placements: Sequence[Placement], available: Sequence[Node], *, embedded: bool, num_threads: int | None = None
+    placements: Sequence[BundlePlacement], available: Sequence[Node], *, embedded: bool, num_threads: int | None = None
 ) -> list[list[CoreShare]]:
     """Per replica and rank: `num_threads`, by default the node's cores divided by the workers on it, at least 1, and no
     more than OMP_NUM_THREADS where that is set."""

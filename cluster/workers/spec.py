@@ -32,7 +32,7 @@ class WorkerSpec:
     """Where to report; None: nobody replaces ranks, and a failure ends this one."""
     supervisor_key: str = field(default="", repr=False)
     """Known to the processes of this run alone."""
-    title: str = ""
+    label: str = ""
     """What people and failpoints call it: decode:0 for the first worker of that role, spare:1 for the second spare."""
     faults: str = ""
     """See `Failpoints`."""

@@ -117,7 +117,7 @@ class Worker:
         self._audit: list[str] | None = None
         self._audit_wanted = False
         self._fault_noted = threading.Event()
-        self._failpoints = Failpoints(spec.faults, spec.title, on_fault=self._on_fault)
+        self._failpoints = Failpoints(spec.faults, spec.label, on_fault=self._on_fault)
         self._spans = Spans()
         self._spans.add(self._failpoints, SPAN_POINTS)
         self._started = self._ended = False

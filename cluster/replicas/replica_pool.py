@@ -28,7 +28,7 @@ MAX_GIVEN_UP = 10
 """Requests that may be given up one after another without an answer in between: they are not the cause then."""
 
 
-class Router:
+class ReplicaPool:
     """Takes requests, sends them to the replicas, and returns their outputs; for one thread at a time."""
 
     def __init__(
