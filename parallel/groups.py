@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from .collectives import HEADER_BYTES, CollectiveError, Communicator, NcclBackend
+from .collectives import CollectiveError, Communicator, NcclBackend
 from .config import ParallelConfig
+from .diagnosis import HEADER_BYTES
 from .spans import Spans
 from .transport import Deadline, SocketMesh, connect_mesh
 
