@@ -1,4 +1,4 @@
-"""Worker processes as Ray actors: where one can run, how it starts and how it is ended."""
+"""Worker processes as Ray actors: slots, start and end."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .spec import WorkerSpec
 from .worker import Worker
 
 ENGINE_THREAD = "engine"
-"""The group of one thread in a worker that `start` and `run` share."""
+"""Concurrency group, of one thread, of a worker's `start` and `run`."""
 INBOX_THREAD = "inbox"
-"""The group of one thread in a worker that takes commands in, so that they keep their order."""
+"""Concurrency group, of one thread, that receives commands, so that they keep their order."""
 
 _KEEP_FREED_MEMORY = {
     "MALLOC_ARENA_MAX": "1",  # the engine's thread is not the first, and other arenas are cut into heaps of 64 MB
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
 }
-"""For glibc: a step frees what the next one allocates again, so giving it back costs a page fault for every 4 KB."""
+"""glibc settings: a step frees memory that the next one allocates; returning it costs a page fault for every 4 KB."""
 
 ActorHandle = Any
 ObjectRef = Any
@@ -51,7 +51,7 @@ class WorkerSlot:
 
 @dataclass(frozen=True, slots=True)
 class LaunchConfig:
-    """What all workers of a run have in common."""
+    """Settings that all workers of a run share."""
 
     args: EngineArgs
     engine_factory: str
@@ -65,7 +65,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcess:
-    """A worker that was started."""
+    """A started worker."""
 
     name: str
     label: str
@@ -74,17 +74,17 @@ class WorkerProcess:
     started: ObjectRef
     """Its `StartReport`."""
     ended: ObjectRef | None = None
-    """The end of its loop; None before `run`."""
+    """Result of its loop; None before `run`."""
 
     def run(self) -> WorkerProcess:
-        """Let it serve; only once it has started, as Ray promises no order of calls to a process that is not up."""
+        """Start the worker's loop. Call after `started`: Ray does not order calls to a process that is not up."""
         return replace(self, ended=_on_engine_thread(self.actor.run))
 
 
 def start_worker(launch: LaunchConfig, slot: WorkerSlot, assignment: Assignment | None, *, label: str) -> WorkerProcess:
-    """Start a process in a slot that is free, with a rank or (None) as a spare; returns at once.
+    """Start a process in a free slot, with a rank or (assignment None) as a spare; returns at once.
 
-    `label`: what to call it, see `WorkerSpec`.
+    `label`: see `WorkerSpec`.
     """
     spec = WorkerSpec(
         args=launch.args,
@@ -107,7 +107,7 @@ def start_worker(launch: LaunchConfig, slot: WorkerSlot, assignment: Assignment 
         num_gpus=launch.num_gpus_per_worker,
         scheduling_strategy=PlacementGroupSchedulingStrategy(slot.placement.group, slot.bundle),
         runtime_env={"env_vars": env},
-        max_concurrency=4,  # a waiting poll must not keep requests out
+        max_concurrency=4,  # a waiting poll must not block commands
         max_restarts=0,
         max_task_retries=0,
     ).remote(spec)
@@ -115,7 +115,7 @@ def start_worker(launch: LaunchConfig, slot: WorkerSlot, assignment: Assignment 
 
 
 def failed_starts(workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess, str]]:
-    """The workers whose start failed, each with the reason; does not wait for those that are starting."""
+    """Workers whose start failed, each with the reason; does not wait for those that are still starting."""
     starts = {worker.started: worker for worker in workers}
     ready, _ = ray.wait(list(starts), num_returns=len(starts), timeout=0) if starts else ([], [])
     failed = []
@@ -131,7 +131,7 @@ def failed_starts(workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess,
 
 
 def end_worker(worker: WorkerProcess, *, process: Process | None = None) -> None:
-    """Kill a worker. With its `process`, also when it is frozen: Ray asks it to end itself, which it cannot."""
+    """Kill a worker. With its `process` also a frozen one, which cannot obey Ray's request to exit."""
     ray.kill(worker.actor)
     if process is None:
         return
