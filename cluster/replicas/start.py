@@ -1,4 +1,4 @@
-"""How a set of replicas starts: connect, check, place, build."""
+"""Start of a pool of replicas: connect to Ray, check the layout, reserve resources, build engines."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from .replica import EngineFailed, Replica
 from .replica_pool import ReplicaPool
 
 LONG_WAIT_S = 5.0
-"""A wait that takes longer is announced."""
+"""Waits longer than this are announced."""
 
 
 @contextmanager
 def announced(what: str, say: Callable[[str], None], *, after_s: float = LONG_WAIT_S) -> Iterator[None]:
-    """Call `say`, on another thread, with what the block waits for if it takes longer than `after_s`."""
+    """Call `say` on another thread if the block takes longer than `after_s`; `what` names what it waits for."""
     timer = threading.Timer(after_s, say, [f"waiting for {what}"])
     timer.daemon = True
     timer.start()
@@ -62,21 +62,21 @@ def start_engines(
     """Start all replicas in parallel and wait until they can serve.
 
     ValueError for a model or setting that cannot work, LayoutDoesNotFit for a cluster that is too small (both before
-    any weight is read), EngineFailed when a worker fails. `on_phase` is told of every part of the start-up as it ends,
-    `on_wait`, on another thread, of what a part that takes long waits for.
-    `faults` are those of `shoal.parallel.failpoints`; None: what the environment says.
+    any weight is read), EngineFailed when a worker fails. `on_phase` is called with every completed phase, `on_wait`,
+    on another thread, with a description of every long wait.
+    `faults`: see `shoal.parallel.failpoints`; None: read from the environment.
     """
-    tell = on_phase or (lambda phase: None)
+    report_phase = on_phase or (lambda phase: None)
     say = on_wait or (lambda what: None)
     config = read_model_config(args)
     faults = os.environ.get(VARIABLE, "") if faults is None else faults
-    _ = Failpoints(faults)  # a bad one is the user's to mend
+    _ = Failpoints(faults)  # raises ValueError before anything is started
     begin = time.monotonic()
     num_workers = args.num_workers + args.spares
     num_cpus = num_workers * (args.num_threads_per_worker or 1)
     with announced("Ray to start or to answer", say):
         cluster = connect(args.ray_address, num_cpus=num_cpus, insecure=args.insecure)
-    tell(Phase("ray", time.monotonic() - begin))
+    report_phase(Phase("ray", time.monotonic() - begin))
     with ExitStack() as undo:
         undo.callback(cluster.close)
         transport = choose_transport(args, len(nodes())) if args.hands_over else None
@@ -91,7 +91,7 @@ def start_engines(
             placements = place(layout, nodes(), timeout_s=args.startup_timeout_s)
         for placement in placements:
             undo.callback(placement.remove)
-        tell(Phase("placement", time.monotonic() - start, str(memory)))
+        report_phase(Phase("placement", time.monotonic() - start, str(memory)))
         start = time.monotonic()
         supervisor = Supervisor(
             node_address(),
@@ -129,11 +129,11 @@ def start_engines(
         supervisor.watch([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
         weight_bytes = memory.weight_bytes[0] * args.replica_specs[0].parallel.world_size
         for phase in _phases(reports, time.monotonic() - start, weight_bytes):
-            tell(phase)
+            report_phase(phase)
         notices = {notice for report in reports for notice in report.notices}
         if transport is not None:
             notices.add(str(transport))
-        tell(Phase("ready", time.monotonic() - begin, "; ".join(sorted(notices))))
+        report_phase(Phase("ready", time.monotonic() - begin, "; ".join(sorted(notices))))
         undo.pop_all()
 
     def close() -> None:
@@ -145,11 +145,11 @@ def start_engines(
 
 
 def _worker_slots(args: EngineArgs, placements: Sequence[BundlePlacement], *, embedded: bool) -> list[list[WorkerSlot]]:
-    """Per replica, then per spare, a slot for every worker."""
+    """The slots of all workers, per replica and then per spare."""
     num_replicas = len(args.replica_specs)
     placed = placements[:num_replicas]
     shares = core_shares(placed, nodes(), embedded=embedded, num_threads=args.num_threads_per_worker)
-    shares += [[shares[0][0]]] * (len(placements) - num_replicas)  # a spare takes what the worker had that it replaces
+    shares += [[shares[0][0]]] * (len(placements) - num_replicas)  # a spare runs on the cores of the worker it replaces
     return [
         [WorkerSlot(placement, bundle, share) for bundle, share in enumerate(own)]
         for placement, own in zip(placements, shares, strict=True)
@@ -177,7 +177,7 @@ def _layout(args: EngineArgs) -> Layout:
 
 
 def _phases(reports: Sequence[StartReport], seconds: float, weight_bytes: int) -> list[Phase]:
-    """The slowest rank of each phase; what the ranks did not account for is their processes' own start."""
+    """Time of the slowest rank per phase; the time outside all phases is that of starting the processes."""
     slowest = {name: max(r.phases.get(name, 0.0) for r in reports) for name in reports[0].phases}
     phases = [Phase("workers", max(0.0, seconds - sum(slowest.values())))]
     for name, took in slowest.items():
