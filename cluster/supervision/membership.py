@@ -3,7 +3,7 @@ r"""Members of a replica: which worker holds which rank, and when the ranks must
 A state machine without a clock and without I/O:
 
     formed --a worker is lost--> incomplete --every rank has a worker with weights--> forming --all joined--> formed
-       \--ranks left although nobody was lost------------------------------------------^
+       \--ranks left although no worker was lost---------------------------------------^
 
 Each new forming is a new epoch. Messages, aborts and reports of an earlier epoch are ignored.
 """

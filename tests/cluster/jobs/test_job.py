@@ -317,7 +317,7 @@ def test_a_resumed_job_goes_on_in_the_middle_of_answers(tmp_path: Path) -> None:
     assert len(counts) == 8
     assert counts.count(1) + counts.count(2) == 8
     assert counts.count(1) <= 2
-    assert f"8 rows go on in the middle of their answers, after {sum(counts)} tokens" in said.getvalue()
+    assert f"resuming 8 partially generated rows ({sum(counts)} tokens)" in said.getvalue()
 
 
 def test_an_answer_to_nothing_is_a_failure(tmp_path: Path) -> None:
