@@ -18,8 +18,9 @@ from shoal.runtime.models.weights import tensor_shapes
 
 from ..environment import versions
 from ..jobs.config import JobConfig
+from ..jobs.engine_client import EngineClient
 from ..jobs.input import BadRow, InputLine, file_sha256
-from ..jobs.job import EngineClient, JobResult, JobSpec, run_job
+from ..jobs.job import JobResult, JobSpec, run_job
 from ..jobs.progress import ProgressReporter
 from ..jobs.rows import read_row
 from ..jobs.stop_signal import StopSignal

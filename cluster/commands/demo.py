@@ -22,7 +22,8 @@ from ..bundled import BUNDLED_MODEL
 from ..engine_args import EngineArgs, read_model_config
 from ..exit_codes import ExitCode
 from ..jobs.config import JobConfig
-from ..jobs.job import EngineClient, JobResult, run_job
+from ..jobs.engine_client import EngineClient
+from ..jobs.job import JobResult, run_job
 from ..jobs.output import FAULT_FILE, PART_FILE, RUN_FILE
 from ..jobs.progress import ProgressReporter
 from ..jobs.stop_signal import StopSignal

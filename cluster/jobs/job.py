@@ -10,7 +10,7 @@ import errno
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import msgspec
 
 from shoal.parallel.failpoints import Failpoints
-from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import EngineOutput, Request, RequestOutput, Tokens
 
 from ..exit_codes import ExitCode
 from ..openai.requests import RequestDefaults
-from ..supervision.fault import Fault, FaultJournal
+from ..supervision.fault import FaultJournal
+from .engine_client import EngineClient
 from .input import BadRow, CustomIdIndex, InputLine, file_sha256
 from .input_format import has_byte_order_mark
 from .output import CUSTOM_ID_FILE, FAULT_FILE, SPOOL_FILE, BatchOutput, RowCounts, State, write_json
@@ -40,46 +40,6 @@ POLL_TIMEOUT_S = 0.1
 RUN_FILE_INTERVAL_S = 5.0
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-class EngineClient(Protocol):
-    """Interface to engines that answer requests, whatever their number and place."""
-
-    @property
-    def limits(self) -> RequestLimits:
-        """Limits of a request; `submit` rejects a larger one."""
-        ...
-
-    @property
-    def capacity(self) -> int:
-        """Number of requests in flight that keeps every engine busy."""
-        ...
-
-    @property
-    def num_in_flight(self) -> int:
-        """Number of submitted requests whose whole answer has not been returned yet."""
-        ...
-
-    @property
-    def faults(self) -> Sequence[Fault]:
-        """Lost workers in order, with the progress of each recovery."""
-        ...
-
-    def submit(self, requests: list[Request]) -> None:
-        """Queue requests; returns at once."""
-        ...
-
-    def poll(self, timeout_s: float) -> list[EngineOutput | RequestOutput]:
-        """New parts of answers, and the whole answer of every finished request; waits at most `timeout_s`."""
-        ...
-
-    def take_losses(self) -> Mapping[str, int]:
-        """Requests interrupted by a lost worker since the last call, with the total number of losses of each."""
-        ...
-
-    def close(self) -> None:
-        """Stop the engines and release their resources."""
-        ...
 
 
 class ErrorRule(Protocol):

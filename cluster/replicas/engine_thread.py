@@ -13,7 +13,7 @@ from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import EngineOutput, Request, RequestOutput
 
-from ..jobs.job import EngineClient
+from ..jobs.engine_client import EngineClient
 
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.16
 """Poll timeout: starts at MIN_POLL_S and doubles up to MAX_POLL_S while there are no outputs."""

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.cluster.jobs.job import EngineClient, JobSpec, run_job
+from shoal.cluster.jobs.engine_client import EngineClient
+from shoal.cluster.jobs.job import JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.stop_signal import StopSignal
 from shoal.cluster.openai.requests import RequestDefaults

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.jobs.job import EngineClient, JobResult, JobSpec, run_job
+from shoal.cluster.jobs.engine_client import EngineClient
+from shoal.cluster.jobs.job import JobResult, JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.stop_signal import JobStopped, StopSignal
 from shoal.runtime.request_limits import RequestLimits
