@@ -71,7 +71,7 @@ class Diagnosis:
         return int(num_bytes)
 
     def mismatch(self, call: Call, peer: int) -> str | None:
-        """How the collective that `peer` is in differs from `call`; None when they are the same."""
+        """Description of how the collective that `peer` is in differs from `call`; None when they are the same."""
         header = self._headers[peer]
         num_bytes = _SENDER.unpack_from(header)[2]
         same_size = num_bytes <= MAX_SEGMENT_BYTES if call.expected is None else call.expected[peer] == num_bytes
@@ -96,7 +96,7 @@ class Diagnosis:
         return f"{self.own_rank} {what} {call}; sends {[t.numel() for t in call.sends]} bytes, expects {expected}"
 
     def peers(self, call: Call, reports: Mapping[int, str]) -> str:
-        """Where every peer was when `call` failed, and its report if there is one; continues `summary`."""
+        """Position of every peer when `call` failed, and its report if there is one; continues `summary`."""
         entered = self._entered(call)
         text = ""
         for peer in self._peers:

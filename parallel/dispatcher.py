@@ -75,7 +75,7 @@ class TokenDispatcher(Protocol):
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
         """Begin to return y [R, H], the outputs of the experts in the rows given by `tokens.out_row`.
 
-        With sockets the transfer goes on after this returns; with NCCL it is complete. The hook waits for this rank's
+        The transfer may go on after this returns (not with NCCL, where it is complete). The hook waits for this rank's
         outputs and returns [T, H] in y's dtype. Row t is the sum of topk_weights[t, k] * output(t, k) in slot order
         k = 0..K-1, then + shared[t] (kernels.experts.combine_topk).
         """

@@ -25,7 +25,7 @@ from ..workers.wire import COMMANDS, EVENTS, Command, Event
 from ..workers.worker import AUDIT_TIMEOUT_S
 
 POLL_WAIT_S = 1.0
-"""How long a worker holds a poll while it has no events."""
+"""Longest wait of a worker's poll while there are no events."""
 STOP_TIMEOUT_S = 5.0
 PROFILE_TIMEOUT_S = 10.0
 
