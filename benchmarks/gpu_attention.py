@@ -55,7 +55,7 @@ def measure(calls: Sequence[Callable[[], Any]], *, replays: int = 20) -> float:
 
 
 class Report:
-    """Rows of the table; `floor` is computed from the ceilings measured at the start."""
+    """Rows of the table; `floor` is computed from the peaks measured at the start."""
 
     def __init__(self) -> None:
         source = torch.randn(1 << 30, device=DEVICE)
@@ -65,8 +65,8 @@ class Report:
         a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
         self.rate = 2 * 8192**3 / measure([lambda: a @ b])
         self.rows: list[dict[str, Any]] = []
-        ceilings = f"copy {self.bandwidth / 1e12:.2f} TB/s, product {self.rate / 1e12:.0f} TFLOP/s"
-        print(f"{torch.cuda.get_device_name()}: {ceilings}")
+        peaks = f"copy {self.bandwidth / 1e12:.2f} TB/s, product {self.rate / 1e12:.0f} TFLOP/s"
+        print(f"{torch.cuda.get_device_name()}: {peaks}")
 
     def add(self, name: str, calls: Sequence[Callable[[], Any]], *, flop: float, num_bytes: float) -> None:
         seconds = measure(calls)

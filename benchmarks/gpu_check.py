@@ -5,7 +5,7 @@
 
 Needs torch, Triton, pytest, hypothesis, numpy, safetensors, tokenizers and msgspec, and nothing of Shoal installed; a
 picture also matplotlib. Tests first: parity of
-every kernel, and an engine whose answers depend on nothing. Then the kernels against the ceilings of this device, and
+every kernel, and an engine whose answers depend on nothing. Then the kernels against the peaks of this device, and
 an engine with V3.2's shapes. Results go to benchmarks/results/<device>/.
 """
 
@@ -51,7 +51,7 @@ def measure_kernels(output: Path) -> int:
     def on_case(case: Case, row: dict[str, Any] | None) -> None:
         if row is not None:
             checked = "" if row.get("within_tolerance", True) else f"  DIFFERS by {row['difference']:.1e}"
-            rates = f"{1e6 * row['seconds']:9.1f} us  {row['fraction_of_ceiling']:6.1%} {row['bound']:7}"
+            rates = f"{1e6 * row['seconds']:9.1f} us  {row['fraction_of_peak']:6.1%} {row['bound']:7}"
             print(f"{case.op + ' ' + case.sizes:52} {rates}{checked}", flush=True)
 
     report = measure(shapes="v3", names=None, threads=None, device=torch.device("cuda"), refcheck=True, on_case=on_case)
@@ -72,10 +72,10 @@ def plot(folder: Path) -> int:
         return json.loads(path.read_text()) if path.exists() else {}
 
     kernels = rows("kernels").get("kernels", [])
-    fractions = {f"{row['op']} {row['sizes']}": row["fraction_of_ceiling"] for row in kernels}
+    fractions = {f"{row['op']} {row['sizes']}": row["fraction_of_peak"] for row in kernels}
     fractions |= {row["name"]: row["fraction"] for row in rows("attention").get("kernels", [])}
     fractions |= {name: row["of_floor"] for name, row in rows("gemm").get("cases", {}).items()}
-    save_fractions(folder / "kernels.png", fractions, xlabel=f"fraction of the ceiling that binds, {folder.name}")
+    save_fractions(folder / "kernels.png", fractions, xlabel=f"fraction of the binding peak, {folder.name}")
     return 0
 
 

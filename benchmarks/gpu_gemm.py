@@ -3,7 +3,7 @@
 
     python benchmarks/gpu_gemm.py --output benchmarks/results/<device>/gemm.json
 
-Shapes are DeepSeek-V3's. A case's floor is the larger of FLOP / peak and bytes / bandwidth, both ceilings measured in
+Shapes are DeepSeek-V3's. A case's floor is the larger of FLOP / peak and bytes / bandwidth, both peaks measured in
 the same run; `of_floor` is floor / time. Times are medians with the L2 cache flushed before each call. Products are
 timed on operands that are quantised already; `experts_mlp` is the whole layer, quantisation included.
 """
@@ -38,7 +38,7 @@ OPS = Ops("triton")
 
 
 class Bench:
-    """Ceilings of the device, and cases measured against them."""
+    """Peaks of the device, and cases measured against them."""
 
     def __init__(self, milliseconds: int) -> None:
         self.milliseconds = milliseconds

@@ -94,7 +94,7 @@ def seconds_since_start() -> float:
 
 def compare(args: argparse.Namespace) -> None:
     """Measure the workloads that were asked for, and write the report, the table and the plot."""
-    from shoal.cluster.bench.roofline import measure_ceilings
+    from shoal.cluster.bench.roofline import measure_peaks
     from shoal.cluster.environment import environment
 
     path = Path(args.output)
@@ -111,10 +111,10 @@ def compare(args: argparse.Namespace) -> None:
             contenders[name] = [
                 part.replace("{model}", model).replace("{workload}", workload) for part in shlex.split(command)
             ]
-        before = measure_ceilings()
+        before = measure_peaks()
         runs = run_rounds(contenders, args.rounds, args.timeout)
-        ceilings = before.best(measure_ceilings())
-        report["workloads"][workload] = summary(workload, model, ceilings, runs, args.layouts) | {
+        peaks = before.best(measure_peaks())
+        report["workloads"][workload] = summary(workload, model, peaks, runs, args.layouts) | {
             "rounds": args.rounds,
             "command": without_paths(shlex.join(["python", *sys.argv])),
         }
@@ -213,14 +213,14 @@ def _tree_kib(pid: int) -> int:
 
 
 def summary(
-    workload: str, model: str, ceilings: Any, runs: dict[str, list[dict[str, Any]]], layouts: list[str]
+    workload: str, model: str, peaks: Any, runs: dict[str, list[dict[str, Any]]], layouts: list[str]
 ) -> dict[str, Any]:
     """Medians with spread, ratios between contenders, and how close each comes to the limit."""
     from shoal.cluster.bench.roofline import workload_limit
     from shoal.runtime.models.families import read_config
 
     count, prompt, output = WORKLOADS[workload]
-    limit = workload_limit(read_config(model), ceilings, requests=count, prompt=prompt, output=output)
+    limit = workload_limit(read_config(model), peaks, requests=count, prompt=prompt, output=output)
     contenders: dict[str, Any] = {}
     for name, said in runs.items():
         if "error" in said[0]:
@@ -241,7 +241,7 @@ def summary(
         "prompt_tokens": prompt,
         "output_tokens": output,
         "model": Path(model).name,
-        "ceilings": {"flops_per_s": ceilings.flops_per_s, "bytes_per_s": ceilings.bytes_per_s},
+        "peaks": {"flops_per_s": peaks.flops_per_s, "bytes_per_s": peaks.bytes_per_s},
         "limit_s": round(limit, 4),
         "contenders": contenders,
         "best_peer": min(

@@ -26,7 +26,7 @@ from .engine_args import EngineArgs, Executor
 from .openai.errors import ApiError
 from .openai.requests import read_thinking
 from .prompts import ModelPrompts
-from .replicas.engine_thread import AbortableEngines, EngineThread
+from .replicas.engine_thread import AbortableEngineClient, EngineThread
 from .replicas.inprocess import InProcessEngine
 from .workers.engine_factory import BUILD_ENGINE
 from .workers.spec import OnPhase
@@ -67,7 +67,7 @@ class LLM:
         if executor == "auto":
             executor = "ray" if args.num_workers > 1 or args.ray_address is not None else "inprocess"
 
-        def start() -> AbortableEngines:
+        def start() -> AbortableEngineClient:
             if executor == "ray":
                 from .replicas.start import start_engines  # with Ray, which one process does not need
 

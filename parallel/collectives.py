@@ -1,20 +1,15 @@
-"""Collectives of one group of ranks: each message says which collective it belongs to, and each wait has a deadline.
+"""Collectives of one group of ranks: each message names the collective it belongs to, and each wait has a deadline.
 
-A collective is one exchange: every rank sends a message to each peer and receives one from it.
-
-    message   [ header: epoch, step, layer, op, sequence number, dtype, payload size | payload ]
-
-So ranks that are in different collectives find that out from the header, before a byte of the payload is used.
+In a collective every rank sends a message to each peer and receives one from it. Ranks that are in different
+collectives find that out from the header (see `diagnosis`), before a byte of the payload is used.
 """
 
 from __future__ import annotations
 
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
@@ -22,19 +17,14 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroup, Store, Work  # type: ignore[attr-defined]
 
+from .diagnosis import Call, Diagnosis, pack_common, share_report
 from .spans import Spans
 from .transport import SocketMesh
 
-_SENDER = struct.Struct("<8sqq")  # magic, rank, payload bytes
-_COMMON = struct.Struct(
-    "<qqqq16s64s"
-)  # epoch, step, layer, sequence, dtype, op: the same on every rank of a collective
-_MAGIC = b"shoal-c1"
-HEADER_BYTES = _SENDER.size + _COMMON.size
-MAX_SEGMENT_BYTES = 1 << 36
-"""A header that announces more is broken."""
-REPORT_WAIT_S = 2.0  # after a timeout or a mismatch
-LOST_REPORT_WAIT_S = 0.05  # after a lost connection: recovery waits for it
+REPORT_WAIT_S = 2.0
+"""Wait for the peers' reports after a timeout or a mismatch."""
+LOST_REPORT_WAIT_S = 0.05
+"""Wait for the peers' reports after a lost connection; recovery begins afterwards."""
 
 
 class CollectiveError(RuntimeError):
@@ -53,24 +43,10 @@ class CollectiveMismatch(CollectiveError):  # noqa: N818
 
 
 class NcclBackend(Protocol):
-    """What is used of ProcessGroupNCCL."""
+    """The methods of ProcessGroupNCCL in use."""
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], /) -> Work: ...
     def abort(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One collective as this rank sees it: what goes to each peer, and how many bytes each peer should send."""
-
-    common: bytes
-    sends: Sequence[Tensor]
-    expected: Sequence[int] | None
-    """None: the peers' headers say it."""
-    peers: Sequence[int]
-
-    def __str__(self) -> str:
-        return _describe(self.common)
 
 
 class Communicator:
@@ -90,19 +66,25 @@ class Communicator:
         spans: Spans | None = None,
         store_ranks: Sequence[int] | None = None,
     ) -> None:
-        """With more than one rank it is ready after `connect`.
+        """A group of more than one rank is ready after `connect`.
 
-        After a failure ranks tell each other through the store where they were, each under its `store_ranks` entry.
+        `store_ranks`: number of each rank in the store, under which it reports after a failure; None: its rank here.
         """
         assert 0 <= rank < size
-        self.rank, self.size, self.name, self.epoch, self.step = rank, size, name, 0, 0
+        self.rank = rank
+        self.size = size
+        self.name = name
+        self.epoch = 0
+        self.step = 0
         self.timeout_s = timeout_s
         self._spans = spans or Spans()
         self._store_ranks = list(range(size)) if store_ranks is None else list(store_ranks)
         self._peers = [(rank + k) % size for k in range(1, size)]
         self._sequence = 0
+        self._diagnosis = Diagnosis(rank, size, name)
         self._mesh: SocketMesh | None = None
         self._nccl: NcclBackend | None = None
+        self._store: Store | None = None
         self._closed: str | None = "it was never formed" if size > 1 else None
         self._lock = threading.Lock()
         """Serialises connect() with abort(): a late abort of the old epoch must not close the new one."""
@@ -110,16 +92,20 @@ class Communicator:
     def connect(
         self, epoch: int, mesh: SocketMesh | None = None, nccl: NcclBackend | None = None, store: Store | None = None
     ) -> None:
-        """Begin an epoch, the first one or one after a failure; what was in flight in the last one is gone.
+        """Begin an epoch, the first one or one after a failure; collectives of the last one are dropped.
 
         `mesh` carries headers and CPU tensors, `nccl` (present when tensors are on a GPU) the bytes of tensors.
         """
         assert self.size == 1 or mesh is not None
         with self._lock:
             self._close_connections()
-            self.epoch, self.step, self._sequence = epoch, 0, 0
-            self._mesh, self._nccl, self._store = mesh, nccl, store
-            self._recv_headers = [bytes(HEADER_BYTES)] * self.size
+            self.epoch = epoch
+            self.step = 0
+            self._sequence = 0
+            self._diagnosis = Diagnosis(self.rank, self.size, self.name)
+            self._mesh = mesh
+            self._nccl = nccl
+            self._store = store
             self._closed = None
 
     def all_gather(self, x: Tensor, *, dim: int, layer: int, op: str) -> Tensor:
@@ -136,10 +122,10 @@ class Communicator:
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int], *, layer: int, op: str
     ) -> Callable[[], Tensor]:
-        """Send `send_counts[r]` consecutive rows of `x` to rank r; what is returned waits for the rows received.
+        """Send `send_counts[r]` consecutive rows of `x` to rank r; returns a function that waits for the rows received.
 
-        x [sum(send_counts), ...], left as it is until then; the rows are [sum(recv_counts), ...] in rank order.
-        `recv_counts[r]` is what rank r sends here. No other collective of this group may come in between.
+        x [sum(send_counts), ...], not to be changed until then; the rows are [sum(recv_counts), ...] in rank order.
+        `recv_counts[r]`: number of rows that rank r sends here. No other collective of this group may come in between.
         """
         assert len(send_counts) == len(recv_counts) == self.size
         assert sum(send_counts) == x.shape[0]
@@ -160,7 +146,7 @@ class Communicator:
     def all_to_all_bytes(self, segments: Sequence[Tensor], *, layer: int, op: str) -> list[Tensor]:
         """Send `segments[r]` (uint8, one dimension, any length) to rank r; return what each rank sent here.
 
-        The lengths need not be known: the headers carry them, so this is still one exchange.
+        The lengths need not be known: the headers carry them, so this is still one round.
         """
         assert len(segments) == self.size
         if self.size == 1:
@@ -196,13 +182,13 @@ class Communicator:
         return data if data is not None else recvs[root].numpy().tobytes()
 
     def process_group(self) -> ProcessGroup:
-        """This epoch's ranks as torch knows a group, for a library that takes one; tensors on a GPU only."""
+        """This epoch's group as a torch ProcessGroup, for libraries that need one; tensors on a GPU only."""
         assert self._nccl is not None
         assert self._store is not None
         return as_process_group(self._nccl, PrefixStore(f"torch/{self.name}", self._store), self.rank, self.size)
 
     def abort(self, reason: str, *, epoch: int | None = None) -> None:
-        """Leave the group: the collective that runs here, now and on every peer, fails at once. Any thread may call.
+        """Leave the group: the collective in flight, here and on every peer, fails at once. Any thread may call.
 
         With an `epoch`, only a group of that epoch or an earlier one is left.
         """
@@ -220,20 +206,25 @@ class Communicator:
         sends: Sequence[Tensor],
         expected: Sequence[int] | None,
         peers: Sequence[int] | None = None,
-    ) -> _Call:
-        text = f"{kind} '{op}'".encode()
-        assert len(text) <= 64, f"{text!r} is longer than the header's field"
+    ) -> Call:
         self._sequence += 1
-        dtype_name = str(dtype).removeprefix("torch.").encode()[:16]
-        common = _COMMON.pack(self.epoch, self.step, layer, self._sequence, dtype_name, text)
-        return _Call(common, sends, expected, self._peers if peers is None else peers)
+        common = pack_common(
+            epoch=self.epoch,
+            step=self.step,
+            layer=layer,
+            sequence=self._sequence,
+            dtype=str(dtype).removeprefix("torch."),
+            text=f"{kind} '{op}'",
+        )
+        return Call(common, self._sequence, sends, expected, self._peers if peers is None else peers)
 
     def _transfer(
         self, kind: str, sends: Sequence[Tensor], recvs: list[Tensor] | None, *, dtype: torch.dtype, layer: int, op: str
     ) -> Callable[[], list[Tensor]]:
-        """Byte tensors to and from every rank, on the tensors' own device; fills `recvs` where given.
+        """Begin to move byte tensors to and from every rank, on the tensors' own device; fill `recvs` where given.
 
-        Sends what it can; what is returned waits for the rest.
+        Returns a function that waits for the transfer and returns the received tensors. With NCCL the transfer is
+        complete when this returns.
         """
         expected = None if recvs is None else [t.numel() for t in recvs]
         if self._nccl is None:
@@ -243,7 +234,10 @@ class Communicator:
         call = self._call(kind, layer, op, dtype, sizes, None)
         announced = [int(t.view(torch.int64)) for t in self._exchange(call, None)()]
         if expected is not None and announced != expected:
-            message = f"{self._who()} expected {expected} bytes from the ranks in {call}, they announced {announced}"
+            message = (
+                f"{self._diagnosis.own_rank} expected {expected} bytes from the ranks in {call}, they announced "
+                f"{announced}"
+            )
             self._give_up(message)
             raise CollectiveMismatch(message)
         received = [sends[0].new_empty(n) for n in announced] if recvs is None else recvs
@@ -268,35 +262,36 @@ class Communicator:
             # NCCL reports aborted work as complete; what it received is not what was sent.
             raise RuntimeError("the group was left while NCCL ran")
 
-    def _exchange(self, call: _Call, recvs: list[Tensor] | None) -> Callable[[], list[Tensor]]:
-        """One exchange in host memory: sends what the connections take, and returns what does the rest.
+    def _exchange(self, call: Call, recvs: list[Tensor] | None) -> Callable[[], list[Tensor]]:
+        """Begin one round in host memory: send what the connections take without waiting.
 
-        That one returns what each rank sent (own entry: what this rank sends itself).
+        Returns a function that completes the round and returns the tensor each rank sent (own entry: what this rank
+        sends itself).
         """
         if self._closed is not None:
-            raise CollectiveError(f"{self._who()} cannot run {call}: the group ended before: {self._closed}")
+            raise CollectiveError(
+                f"{self._diagnosis.own_rank} cannot run {call}: the group ended before: {self._closed}"
+            )
         assert self._mesh is not None
-        mesh, received = self._mesh, [call.sends[self.rank]] * self.size if recvs is None else recvs
-        messages = {}
-        for peer in call.peers:
-            payload = call.sends[peer]
-            header = _SENDER.pack(_MAGIC, self.rank, payload.numel()) + call.common
-            messages[peer] = (header, payload.numpy().data)
+        mesh = self._mesh
+        received = [call.sends[self.rank]] * self.size if recvs is None else recvs
+        messages = {peer: (call.header(self.rank, peer), call.sends[peer].numpy().data) for peer in call.peers}
 
         def on_header(peer: int, header: bytes) -> memoryview:
-            self._recv_headers[peer] = header
-            num_bytes = self._check_header(call, peer)
+            num_bytes = self._diagnosis.receive(peer, header)
+            if (mismatch := self._diagnosis.mismatch(call, peer)) is not None:
+                raise CollectiveMismatch(mismatch)
             if call.expected is None:
                 received[peer] = torch.empty(num_bytes, dtype=torch.uint8)
             return received[peer].numpy().data
 
         with self._spans("collective"), self._diagnosing(call, time.monotonic() + self.timeout_s):
-            exchange = mesh.begin(messages, on_header)
+            round_ = mesh.begin(messages, on_header)
 
         def finish() -> list[Tensor]:
             deadline = time.monotonic() + self.timeout_s
             with self._spans("collective.wait"), self._diagnosing(call, deadline):
-                mesh.finish(exchange, deadline)
+                mesh.finish(round_, deadline)
             if recvs is not None and recvs[self.rank].numel():
                 recvs[self.rank].copy_(call.sends[self.rank])
             return received
@@ -304,8 +299,8 @@ class Communicator:
         return finish
 
     @contextmanager
-    def _diagnosing(self, call: _Call, deadline: float) -> Iterator[None]:
-        """Errors of the connections become errors of the collective; either ends the group."""
+    def _diagnosing(self, call: Call, deadline: float) -> Iterator[None]:
+        """Turn errors of the connections into errors of the collective; either ends the group."""
         try:
             yield
         except CollectiveMismatch as error:
@@ -314,89 +309,33 @@ class Communicator:
         except OSError as error:
             raise self._diagnose(call, error, late=time.monotonic() >= deadline) from error
 
-    def _check_header(self, call: _Call, peer: int) -> int:
-        """The number of bytes `peer` sends; CollectiveMismatch if its frame belongs to another collective."""
-        header = self._recv_headers[peer]
-        sent: tuple[bytes, int, int] = _SENDER.unpack_from(header)
-        magic, sender, num_bytes = sent
-        assert (magic, sender) == (_MAGIC, peer), f"not a frame of rank {peer}: {header[: _SENDER.size]!r}"
-        same_size = num_bytes <= MAX_SEGMENT_BYTES if call.expected is None else call.expected[peer] == num_bytes
-        if same_size and header[_SENDER.size :] == call.common:
-            return num_bytes
-        expected = "any number of" if call.expected is None else call.expected[peer]
-        raise CollectiveMismatch(
-            f"{self._who()} is in {call}, sends {call.sends[peer].numel()} bytes to rank {peer} and expects {expected}"
-            f" bytes from it; rank {peer} is in {_describe(header[_SENDER.size :])} and sends {num_bytes} bytes here"
-        )
-
-    def _who(self) -> str:
-        return f"rank {self.rank} of {self.size} in group '{self.name}'"
-
-    def _diagnose(self, call: _Call, error: Exception, *, late: bool) -> CollectiveError:
-        """What went wrong in `call`, as far as headers and store tell; ends the group."""
+    def _diagnose(self, call: Call, error: Exception, *, late: bool) -> CollectiveError:
+        """The error of a `call` that did not complete, as far as headers and store explain it; ends the group."""
         if self._closed is not None:
-            return CollectiveError(f"{self._who()} left {call}: {self._closed}")
-        entered = [peer for peer in call.peers if self._heard(peer) == self._sequence]
-        for peer in entered:
-            try:
-                self._check_header(call, peer)
-            except CollectiveMismatch as mismatch:
-                self._give_up(str(mismatch))
-                return mismatch
-        what = f"waited {self.timeout_s:g} s in" if late else "lost a connection in"
-        expected = "what the headers say" if call.expected is None else f"{list(call.expected)} bytes"
-        message = f"{self._who()} {what} {call}; sends {[t.numel() for t in call.sends]} bytes, expects {expected}"
+            return CollectiveError(f"{self._diagnosis.own_rank} left {call}: {self._closed}")
+        if (mismatch := self._diagnosis.first_mismatch(call)) is not None:
+            self._give_up(mismatch)
+            return CollectiveMismatch(mismatch)
+        message = self._diagnosis.summary(call, waited_s=self.timeout_s if late else None)
         reports = self._give_up(message, REPORT_WAIT_S if late else LOST_REPORT_WAIT_S)
-        for peer in self._peers:
-            message += f"; rank {peer} "
-            if peer in entered:
-                message += "entered it"
-            elif self._heard(peer):
-                message += f"did not send here, last heard in {_describe(self._recv_headers[peer][_SENDER.size :])}"
-            else:
-                message += "did not send here and was never heard"
-            message += f" and reports: <{reports[peer]}>" if peer in reports else " and reports nothing"
+        message += self._diagnosis.peers(call, reports)
         return CollectiveTimeout(message) if late else CollectiveError(f"{message}; cause: {error}")
 
-    def _heard(self, peer: int) -> int:
-        """The sequence number of the newest frame of `peer`; 0 before the first."""
-        sequence: int = _COMMON.unpack_from(self._recv_headers[peer], _SENDER.size)[3]
-        return sequence
-
     def _give_up(self, message: str, wait_s: float = REPORT_WAIT_S) -> dict[int, str]:
-        """Tell the other ranks why this one leaves, wait until all tell or `wait_s` passed, and end the group.
+        """Report why this rank leaves, wait until all peers report or `wait_s` has passed, and end the group.
 
-        Connections stay open meanwhile, so that in a mismatch the other side finds it in this rank's frame too.
+        Connections stay open meanwhile, so that in a mismatch the other side finds it in this rank's header too.
         """
         reports: dict[int, str] = {}
         if self._store is not None:
-            # A daemon thread, because a call to a frozen store has no deadline.
-            asking = threading.Thread(
-                target=self._share_report, args=(self._store, message, wait_s, reports), daemon=True
-            )
-            asking.start()
-            asking.join(wait_s + 0.5)
+            keys = {rank: f"left/{store_rank}" for rank, store_rank in enumerate(self._store_ranks)}
+            reports = share_report(self._store, message, self.rank, keys, wait_s=wait_s)
         self._closed = message
         self._close_connections()
-        return dict(reports)
-
-    def _share_report(self, store: Store, message: str, wait_s: float, reports: dict[int, str]) -> None:
-        deadline = time.monotonic() + wait_s
-        keys = {peer: f"left/{self._store_ranks[peer]}" for peer in self._peers}
-        try:
-            store.set(f"left/{self._store_ranks[self.rank]}", message.split("; rank ")[0])
-            while True:
-                for peer in [peer for peer in keys if store.check([keys[peer]])]:
-                    reports[peer] = store.get(keys.pop(peer)).decode()
-                if not keys or time.monotonic() >= deadline:
-                    return
-                time.sleep(0.02)
-        except RuntimeError as error:
-            for peer in keys:
-                reports[peer] = f"the store did not answer: {error}"
+        return reports
 
     def _close_connections(self) -> None:
-        """Frees whoever waits, here and on the peers."""
+        """End all waits on the connections, here and on the peers."""
         if self._mesh is not None:
             self._mesh.shut_down()
         if self._nccl is not None:
@@ -404,7 +343,7 @@ class Communicator:
 
 
 def as_process_group(backend: Any, store: Store, rank: int, size: int) -> ProcessGroup:
-    """A backend (`ProcessGroupNCCL`, `ProcessGroupGloo`) as a group that no global of torch knows."""
+    """A backend (`ProcessGroupNCCL`, `ProcessGroupGloo`) as a group that is not registered in torch's globals."""
     device, kind = {
         "nccl": (torch.device("cuda"), ProcessGroup.BackendType.NCCL),
         "gloo": (torch.device("cpu"), ProcessGroup.BackendType.GLOO),
@@ -417,9 +356,3 @@ def as_process_group(backend: Any, store: Store, rank: int, size: int) -> Proces
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().flatten().view(torch.uint8)
-
-
-def _describe(common: bytes) -> str:
-    epoch, step, layer, _, dtype, text = _COMMON.unpack(common)
-    where = f"epoch {epoch}, step {step}, layer {layer}, {dtype.rstrip(bytes(1)).decode()}"
-    return f"{text.rstrip(bytes(1)).decode()} ({where})"

@@ -36,6 +36,6 @@ class ParallelConfig:
         return rank % self.tensor_parallel_size
 
     def tp_group(self, rank: int) -> list[int]:
-        """The ranks that share `rank`'s requests, in order."""
+        """Ranks that share the requests of `rank`, in order."""
         first = self.dp_rank(rank) * self.tensor_parallel_size
         return list(range(first, first + self.tensor_parallel_size))

@@ -1,14 +1,14 @@
-"""DeepEP behind `TokenDispatcher`: rows go to their experts and back over NVLink and RDMA.
+"""DeepEP as a `TokenDispatcher`: rows are sent to their experts and back over NVLink and RDMA.
 
-DeepEP adds up and rounds what the experts of one rank made of a token before that travels, so results would depend on
-which experts share a rank. Here each (token, slot) pair is a token of its own to DeepEP, with one expert and no weight:
-every output comes back as it was, and `combine_topk` weighs and adds them as it does for the other dispatchers. The
-price is a row for each pair on the way there, where a token could go once to each rank.
+DeepEP sums and rounds the outputs of one rank's experts for a token before sending them, so results would depend on
+which experts share a rank. Here each (token, slot) pair is a separate token to DeepEP, with one expert and no weight:
+every output is returned unchanged, and `combine_topk` weights and adds them as for the other dispatchers. The cost is
+one row per pair when dispatching, where a token could be sent once to each rank.
 
-Three interfaces exist: `Buffer` (NVSHMEM), `ElasticBuffer` (NCCL) and `EPBuffer`, its successor. DeepEP frees a buffer
-together with the peers, so after a failure the old one is left behind. It waits for peers on the GPU and stops when
-they do not come in time, after which a process cannot use its GPU: a rank that is lost in the midst of an exchange can
-take the replica with it, one that is lost between two is replaced.
+Three interfaces exist: `Buffer` (NVSHMEM), `ElasticBuffer` (NCCL) and its successor `EPBuffer`. Freeing a buffer needs
+all peers, so after a failure the old one is not freed. DeepEP waits for peers on the GPU and stops after a timeout, and
+the process cannot use its GPU any more: the loss of a rank during an exchange can end the whole replica; a rank that is
+lost between exchanges is replaced.
 """
 
 from __future__ import annotations
@@ -32,52 +32,52 @@ from .groups import ParallelGroups
 from .placement import ExpertPlacement
 
 INTERFACES = ("EPBuffer", "ElasticBuffer", "Buffer")
-"""Classes of the module, the one that is taken first."""
+"""Classes of the module in order of preference."""
 
 
 @dataclass(frozen=True, slots=True)
-class ExchangeSizes:
-    """What a buffer is made for."""
+class BufferSizes:
+    """Capacity of a buffer."""
 
     hidden_size: int
     max_rows: int
-    """Pairs that one rank sends at a time."""
+    """Maximum number of pairs that one rank sends at a time."""
     num_experts: int
-    """Slots of all ranks together."""
+    """Number of expert slots of all ranks together."""
     timeout_s: float
 
 
-class Exchange(Protocol):
-    """One interface of DeepEP, for rows [P, H] in bf16 that go to one expert each."""
+class DeepEPAdapter(Protocol):
+    """One interface of DeepEP, for rows [P, H] in bf16 with one expert each."""
 
     def dispatch(self, rows: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """experts: [P, 1], physical, -1 for a row that stays.
+        """experts: [P, 1] physical experts, -1 for a row that is not sent.
 
-        -> (rows that arrived, in any order [R, H]; the local slot of each [R, 1]; a handle for `combine`).
+        -> (received rows, in any order [R, H]; local slot of each [R, 1]; handle for `combine`).
         """
         ...
 
     def combine(self, y: Tensor, handle: Any) -> Callable[[], Tensor]:
-        """y: [R, H], in the order of the arrivals -> what waits for the rows that come back, [P, H]."""
+        """y: [R, H] in the order of the received rows -> function that waits for the returned rows [P, H]."""
         ...
 
 
 class DeepEPTokenDispatcher:
-    """Experts are spread over the ranks of `comm`, the same number of slots on each; tokens are bf16 on a GPU."""
+    """Dispatcher over the ranks of `comm`, with the same number of expert slots on each; tokens are bf16 on a GPU."""
 
     def __init__(
         self,
         placement: ExpertPlacement,
         comm: Communicator,
         ops: Ops,
-        open_exchange: Callable[[], Exchange],
+        open_adapter: Callable[[], DeepEPAdapter],
         device: torch.device | None = None,
     ) -> None:
-        """`open_exchange` is called by all ranks together, when they first dispatch in an epoch."""
+        """`open_adapter` is called by all ranks together, at the first dispatch of an epoch."""
         self._comm = comm
         self._ops = ops
-        self._open_exchange = open_exchange
-        self._exchange: Exchange | None = None
+        self._open_adapter = open_adapter
+        self._adapter: DeepEPAdapter | None = None
         self._epoch = -1
         self._num_local_experts = slots_per_rank(placement)
         rank_of, slot_of = placement.lookup(source_rank=comm.rank, device=device)
@@ -105,7 +105,7 @@ class DeepEPTokenDispatcher:
 
     @contextmanager
     def _diagnosing(self, op: str, layer: int) -> Iterator[None]:
-        """DeepEP's errors, such as a peer that does not come, end the epoch as those of our own collectives do."""
+        """Turn DeepEP's errors into CollectiveError, which ends the epoch as errors of other collectives do."""
         try:
             yield
         except RuntimeError as error:
@@ -114,30 +114,32 @@ class DeepEPTokenDispatcher:
             who = f"rank {self._comm.rank} of {self._comm.size}"
             raise CollectiveError(f"{who} failed in '{op}' (epoch {self._epoch}, layer {layer}): {error}") from error
 
-    def _connected(self) -> Exchange:
-        """This epoch's buffer: after a failure other processes may be at the other end."""
-        if self._exchange is None or self._epoch != self._comm.epoch:
-            self._exchange, self._epoch = self._open_exchange(), self._comm.epoch
-        return self._exchange
+    def _connected(self) -> DeepEPAdapter:
+        """This epoch's adapter: after a failure the peers may be other processes."""
+        if self._adapter is None or self._epoch != self._comm.epoch:
+            self._adapter = self._open_adapter()
+            self._epoch = self._comm.epoch
+        return self._adapter
 
 
 def deep_ep_dispatcher(
     placement: ExpertPlacement, groups: ParallelGroups, ops: Ops, hidden_size: int, *, max_rows: int
 ) -> DeepEPTokenDispatcher:
-    """For all ranks of a replica, each of which sends up to `max_rows` (token, slot) pairs at a time.
+    """Dispatcher over all ranks of a replica, each of which sends at most `max_rows` (token, slot) pairs at a time.
 
-    ValueError when DeepEP is not there or the placement does not suit it.
+    ValueError when DeepEP is not available or does not support the placement.
     """
-    module, world = import_deep_ep(), groups.world
+    module = import_deep_ep()
+    world = groups.world
     num_experts = placement.num_ranks * slots_per_rank(placement)
-    sizes = ExchangeSizes(hidden_size, max_rows, num_experts, world.timeout_s)
+    sizes = BufferSizes(hidden_size, max_rows, num_experts, world.timeout_s)
     return DeepEPTokenDispatcher(
-        placement, world, ops, lambda: open_exchange(module, world.process_group(), sizes), groups.device
+        placement, world, ops, lambda: open_adapter(module, world.process_group(), sizes), groups.device
     )
 
 
 def slots_per_rank(placement: ExpertPlacement) -> int:
-    """ValueError unless every rank has the same number of expert slots, as DeepEP numbers experts by rank."""
+    """Number of expert slots of every rank; ValueError if they differ, as DeepEP numbers experts by rank."""
     counts = [len(slots) for slots in placement.slots]
     if len(set(counts)) > 1:
         raise ValueError(
@@ -148,7 +150,7 @@ def slots_per_rank(placement: ExpertPlacement) -> int:
 
 
 def import_deep_ep() -> ModuleType:
-    """ValueError when the module is missing, cannot be imported or has none of the known interfaces."""
+    """Import DeepEP; ValueError when it is missing, cannot be imported or has none of the known interfaces."""
     module = import_optional(
         "deep_ep",
         setting="all2all_backend deepep",
@@ -160,18 +162,18 @@ def import_deep_ep() -> ModuleType:
 
 
 def interface_of(module: ModuleType) -> str | None:
-    """The name of the class that would be used."""
+    """Name of the class of the module that is used; None if it has none of them."""
     return next((name for name in INTERFACES if hasattr(module, name)), None)
 
 
-def open_exchange(module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes) -> Exchange:
-    """The newest interface that the module has; every rank of the group calls it.
+def open_adapter(module: ModuleType, group: ProcessGroup, sizes: BufferSizes) -> DeepEPAdapter:
+    """Open the newest interface of the module; every rank of the group calls it.
 
-    ValueError, with DeepEP's own words, for a number of ranks or GPUs that it does not take; CollectiveError when the
-    ranks did not get connected.
+    ValueError, with DeepEP's own message, for an unsupported number of ranks or GPUs; CollectiveError when the ranks
+    could not connect.
     """
     name = interface_of(module)
-    make = _BufferExchange if name == "Buffer" else _ElasticExchange
+    make = _BufferAdapter if name == "Buffer" else _ElasticAdapter
     what = f"deep_ep.{name} cannot connect {group.size()} ranks"
     try:
         return make(module, group, sizes)
@@ -181,12 +183,14 @@ def open_exchange(module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes)
         raise CollectiveError(f"{what}: {error}") from error
 
 
-class _ElasticExchange:
-    """`EPBuffer` and `ElasticBuffer`, whose calls are the same."""
+class _ElasticAdapter:
+    """Adapter of `EPBuffer` and `ElasticBuffer`, whose calls are equal."""
 
-    def __init__(self, module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes) -> None:
+    def __init__(self, module: ModuleType, group: ProcessGroup, sizes: BufferSizes) -> None:
         buffer_class = getattr(module, interface_of(module) or "")
-        self._num_experts, self._max_rows, self._index_dtype = sizes.num_experts, sizes.max_rows, _index_dtype(module)
+        self._num_experts = sizes.num_experts
+        self._max_rows = sizes.max_rows
+        self._index_dtype = _index_dtype(module)
         self._buffer = buffer_class(
             group,
             num_max_tokens_per_rank=sizes.max_rows,
@@ -212,12 +216,14 @@ class _ElasticExchange:
         return _Arriving(event, combined, y)
 
 
-class _BufferExchange:
-    """`Buffer`, in the mode that fills buffers of a fixed size piece by piece ("normal")."""
+class _BufferAdapter:
+    """Adapter of `Buffer` in its "normal" mode, which sends through buffers of a fixed size chunk by chunk."""
 
-    def __init__(self, module: ModuleType, group: ProcessGroup, sizes: ExchangeSizes) -> None:
-        self._num_experts, self._index_dtype = sizes.num_experts, _index_dtype(module)
-        ranks, row_bytes = group.size(), 2 * sizes.hidden_size
+    def __init__(self, module: ModuleType, group: ProcessGroup, sizes: BufferSizes) -> None:
+        self._num_experts = sizes.num_experts
+        self._index_dtype = _index_dtype(module)
+        ranks = group.size()
+        row_bytes = 2 * sizes.hidden_size
         configs = (module.Buffer.get_dispatch_config(ranks), module.Buffer.get_combine_config(ranks))
         self._buffer = module.Buffer(
             group,
@@ -253,16 +259,18 @@ def _index_dtype(module: ModuleType) -> torch.dtype:
 
 
 def _unit_weights(experts: Tensor) -> Tensor:
-    """DeepEP carries weights along with experts; nobody reads these."""
+    """Weights that DeepEP requires beside the experts; they are not read."""
     return torch.ones(experts.shape, dtype=torch.float32, device=experts.device)
 
 
 @dataclass(frozen=True, slots=True)
 class _Arriving:
+    """Waits for returned rows when called."""
+
     event: Any
     rows: Tensor
     sent: Tensor
-    """DeepEP's stream reads it until then."""
+    """Kept alive because DeepEP's stream reads it until then."""
 
     def __call__(self) -> Tensor:
         self.event.current_stream_wait()

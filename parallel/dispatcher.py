@@ -1,6 +1,6 @@
-"""Brings tokens to the ranks that hold their experts, and the experts' outputs back.
+"""Token dispatchers: send tokens to the ranks that hold their experts, and return the experts' outputs.
 
-Dispatchers have no parameters and keep no state between calls: what `combine` needs is in the handle.
+Dispatchers have no parameters and keep no state between calls: the handle holds what `combine` needs.
 T tokens of this rank, K experts per token, H hidden, P (token, top-k slot) pairs sent, R pairs received.
 """
 
@@ -22,15 +22,15 @@ from .placement import ExpertPlacement
 
 @dataclass(frozen=True, slots=True)
 class DispatchedTokens:
-    """The input of this rank's experts.
+    """Input of this rank's experts.
 
     x: the tokens, once each, [N, H] in their dtype
-    x_row: the row of x of each pair, grouped by local expert slot, ascending, [R] int64
-    num_tokens_per_expert: pairs of each local expert slot, [num_local_experts] int64, in host memory or with x;
-        sums to R, or less where R is all that could have been and the rest of x_row means nothing
-    out_row: the row of `combine`'s input that holds the output of each pair, [R] int64; None: in their order.
-        Over several ranks: the place at which the pair arrived. Arrivals are grouped by the rank they came from; in a
-        group, (token, slot) order
+    x_row: row of x of each pair, grouped by local expert slot, ascending, [R] int64
+    num_tokens_per_expert: number of pairs of each local expert slot, [num_local_experts] int64, in host memory or on
+        x's device; sums to R, or less where R is an upper bound and the rest of x_row is undefined
+    out_row: row of `combine`'s input that holds the output of each pair, [R] int64; None: in their order.
+        Over several ranks: the position at which the pair arrived. Arrivals are grouped by source rank; in a group,
+        (token, slot) order
     """
 
     x: Tensor
@@ -41,15 +41,15 @@ class DispatchedTokens:
 
 @dataclass(frozen=True, slots=True)
 class DispatchHandle:
-    """How to bring expert outputs back to their tokens; valid for one `combine`.
+    """State for returning expert outputs to their tokens; valid for one `combine`.
 
-    topk_weights: the weight of each top-k slot, [T, K] fp32; weights never leave the token's rank
-    row_of: the returned row that holds the output of (token, slot), [T, K] int64, -1 where topk_idx is -1.
+    topk_weights: weight of each top-k slot, [T, K] fp32; weights never leave the token's rank
+    row_of: returned row that holds the output of (token, slot), [T, K] int64, -1 where topk_idx is -1.
         Over several ranks, returned rows are grouped by the rank that computed them; in a group, (token, slot) order
     Over several ranks:
-    num_sent: pairs sent to each rank, [num_ranks], sums to P, the number of rows that come back
-    num_received: pairs received from each rank, [num_ranks], sums to R
-    received: of a library that moves the rows, what it wants to see again
+    num_sent: number of pairs sent to each rank, [num_ranks], sums to P, the number of returned rows
+    num_received: number of pairs received from each rank, [num_ranks], sums to R
+    received: handle of the library that moves the rows
     """
 
     topk_weights: Tensor
@@ -64,7 +64,7 @@ RecvHook = Callable[[Tensor | None], Tensor]
 
 
 class TokenDispatcher(Protocol):
-    """Moves tokens to experts and outputs back. Every rank calls both methods in every layer, also with no tokens."""
+    """Moves tokens to experts and outputs back. Every rank calls both methods in every layer, also without tokens."""
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, *, layer: int
@@ -73,16 +73,17 @@ class TokenDispatcher(Protocol):
         ...
 
     def combine(self, y: Tensor, handle: DispatchHandle, *, layer: int) -> RecvHook:
-        """y [R, H], the outputs of the experts in the rows that `tokens.out_row` says: on their way when this returns.
+        """Begin to return y [R, H], the outputs of the experts in the rows given by `tokens.out_row`.
 
-        The hook waits for this rank's outputs and returns [T, H] in y's dtype. Row t is the sum of
-        topk_weights[t, k] * output(t, k) in slot order k = 0..K-1, then + shared[t] (kernels.experts.combine_topk).
+        The transfer may go on after this returns (not with NCCL, where it is complete). The hook waits for this rank's
+        outputs and returns [T, H] in y's dtype. Row t is the sum of topk_weights[t, k] * output(t, k) in slot order
+        k = 0..K-1, then + shared[t] (kernels.experts.combine_topk).
         """
         ...
 
 
 class LocalTokenDispatcher:
-    """All experts are on this rank: outputs are read in place."""
+    """Dispatcher for experts that are all on this rank: outputs are read in place."""
 
     def __init__(self, placement: ExpertPlacement, ops: Ops, device: torch.device | None = None) -> None:
         assert placement.num_ranks == 1, f"{placement.num_ranks} ranks hold experts, tokens cannot stay on one"
@@ -103,9 +104,9 @@ class LocalTokenDispatcher:
 
 
 class AllToAllTokenDispatcher:
-    """Experts are spread over the ranks of `comm`; one exchange to dispatch, one to combine.
+    """Dispatcher over the ranks of `comm`: one all-to-all to dispatch, one to combine.
 
-    A token goes once to each rank that holds any of its experts, with the list of local expert slots to apply there.
+    A token is sent once to each rank that holds any of its experts, with the list of its local expert slots.
     """
 
     def __init__(

@@ -1,17 +1,17 @@
-"""Points at which tests and demonstrations make a process fail: it is killed or frozen when it reaches one.
+"""Failpoints: named places at which tests and demonstrations kill or freeze a process.
 
     SHOAL_FAULT=decode:0:engine.run:5,prefill:1:kv.publish:2:stop
 
-Worker 0 of the decode role is killed before the 5th step that it runs, worker 1 of the prefill role frozen after it
+Here worker 0 of the decode role is killed before its 5th step, and worker 1 of the prefill role is frozen after it has
 published its 2nd chunk. The actions:
 
     kill    kill the process (the default)
     stop    freeze the process
-    hang    block the thread that reaches the point; others go on
-    node    kill the parent process and all its children, as when a node loses power
+    hang    block the thread that reaches the point; others continue
+    node    kill the parent process and all its children, as in a power failure of a node
 
-Replacement processes are spare:0, spare:1, .., in order of their start, so that they do not fail where the lost ones
-did; the process that drives the workers is driver:0.
+Replacement processes are spare:0, spare:1, .., in order of their start, so that they do not fail at the same point; the
+process that drives the workers is driver:0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .spans import SPAN_NAMES, SpanName
 
 VARIABLE = "SHOAL_FAULT"
 DRIVER = "driver:0"
-"""Title of the process that drives the workers."""
+"""Label of the process that drives the workers."""
 
 Point = Literal[
     "collective",  # before an exchange with other ranks, in a step or between
@@ -41,7 +41,7 @@ Point = Literal[
     "kv.fetch",  # after a read was started
     "kv.write",  # after a chunk was written to the cache, before it counts
     "worker.take_in",  # before commands are applied
-    "worker.hand_out",  # after tokens were queued for the driver, which may or may not get them
+    "worker.hand_out",  # after tokens were queued for the driver, which may or may not receive them
     "worker.join",  # before an epoch is joined
     "worker.build",  # before weights are loaded
     "job.submit",  # before rows are submitted
@@ -52,33 +52,33 @@ Point = Literal[
 Action = Literal["kill", "stop", "hang", "node"]
 POINTS: tuple[Point, ...] = get_args(Point)
 SPAN_POINTS = [name for name in SPAN_NAMES if name in POINTS]
-"""Points that are reached by entering a span, or by leaving it."""
+"""Points that are reached by entering or leaving a span."""
 _ON_LEAVE = {"engine.update", "kv.publish", "kv.fetch", "kv.write"}
 ROLES = ("prefill", "decode", "mixed", "spare", "driver")
 
 
 class Failpoints:
-    """The faults that one process is to have; without any, `reach` does nothing. Listens to spans."""
+    """Faults to inject into one process, as a span listener; without any, `reach` does nothing."""
 
     def __init__(
-        self, text: str = "", title: str = "", *, on_fault: Callable[[str], None] = lambda point: None
+        self, text: str = "", label: str = "", *, on_fault: Callable[[str], None] = lambda point: None
     ) -> None:
-        """`text` as in SHOAL_FAULT; the parts that begin with `title`, such as decode:0, are for this process.
+        """`text`: as in SHOAL_FAULT; the parts that begin with `label`, such as decode:0, apply to this process.
 
         `on_fault` is called before a fault happens. ValueError for a text that cannot be parsed.
         """
-        self._title = title
+        self._label = label
         self._on_fault = on_fault
         self._faults: dict[tuple[str, int], str] = {}
         self._reached: Counter[str] = Counter()
         self.arm(text)
 
     def arm(self, text: str) -> None:
-        """Replace the faults; points are counted from here on. Any thread may call."""
+        """Replace the faults; points are counted from now on. Any thread may call."""
         faults = {}
         for part in filter(None, text.split(",")):
-            title, point, nth, action = _parse(part)
-            if title == self._title:
+            label, point, nth, action = _parse(part)
+            if label == self._label:
                 faults[point, nth] = action
         self._reached = Counter()
         self._faults = faults
@@ -92,7 +92,7 @@ class Failpoints:
             self._reach(name)
 
     def reach(self, point: Point) -> None:
-        """Fail here if it is this point's turn."""
+        """Inject the fault of this point, if its count is reached."""
         self._reach(point)
 
     def _reach(self, point: str) -> None:

@@ -1,4 +1,4 @@
-"""The process groups of one rank: all ranks of the replica, and the ranks that share its requests."""
+"""Process groups of a rank: all ranks of the replica, and the ranks that share its requests."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from .collectives import HEADER_BYTES, CollectiveError, Communicator, NcclBackend
+from .collectives import CollectiveError, Communicator, NcclBackend
 from .config import ParallelConfig
+from .diagnosis import HEADER_BYTES
 from .spans import Spans
-from .transport import Patience, SocketMesh, connect_mesh
+from .transport import Deadline, SocketMesh, connect_mesh
 
 MIN_CREATION_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelGroups:
-    """Where one rank stands in its replica, and whom it talks to. Passed as an argument, never a global."""
+    """Position of a rank in its replica, and its communicators. Passed as an argument, never a global."""
 
     config: ParallelConfig
     rank: int
@@ -29,16 +30,16 @@ class ParallelGroups:
     world: Communicator
     """All ranks of the replica; experts are split over them."""
     tp: Communicator
-    """The ranks that share this rank's requests; rank in it is `tp_rank`."""
-    ranks_on_node: int = 1
-    """Ranks of the replica, this one included, that listened on the same address, and so shared a node's memory, when
-    the replica was first formed: what is sharded by it stays where it is when a rank is replaced."""
+    """The ranks that share this rank's requests; this rank's number in it is `tp_rank`."""
+    local_world_size: int = 1
+    """Number of this replica's ranks on this node (this one included), fixed when the replica first forms: the expert
+    placement depends on it and must not change when a rank is replaced."""
     hostname: str = "127.0.0.1"
-    """The address that this rank listens on and that its peers reach."""
+    """Address that this rank listens on and that its peers connect to."""
     timeout_s: float = 60.0
     """Timeout of a collective, and of forming the groups where it is above MIN_CREATION_TIMEOUT_S."""
     busy_wait_s: float = 0.0
-    """How long to watch for a message before sleeping, for ranks that have their cores to themselves."""
+    """Seconds of busy polling for a message before sleeping, for ranks with dedicated cores."""
     spans: Spans = field(default_factory=Spans)
     secret: bytes = field(default=b"", repr=False)
     """Shared secret that authenticates connections between the ranks."""
@@ -53,7 +54,7 @@ class ParallelGroups:
 
     @property
     def leader_rank(self) -> int:
-        """The rank, in the replica, that schedules for this rank's tensor-parallel group."""
+        """Rank in the replica that schedules for this rank's tensor-parallel group."""
         return self.config.tp_group(self.rank)[0]
 
     @property
@@ -61,16 +62,16 @@ class ParallelGroups:
         return self.tp_rank == 0
 
     def set_step(self, step: int) -> None:
-        """Mark the collectives that follow, in both groups, as belonging to `step`."""
+        """Label the following collectives of both groups with `step`."""
         self.world.step = self.tp.step = step
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch of a replica of one rank, which has nobody to join."""
+        """Begin an epoch of a replica of one rank, which has no peers to join."""
         self.world.connect(epoch)
         self.tp.connect(epoch)
 
     def abort(self, reason: str, *, epoch: int | None = None) -> None:
-        """Leave both groups: a collective in flight fails here and on its peers. Any thread may call.
+        """Leave both groups: collectives in flight fail here and on the peers. Any thread may call.
 
         With an `epoch`, only groups of that epoch or an earlier one are left.
         """
@@ -80,8 +81,8 @@ class ParallelGroups:
     def join(self, store: Store, epoch: int, *, stop: Callable[[], bool] = lambda: False) -> None:
         """Connect this rank to its peers for one epoch; every rank of the replica calls it with the same `epoch`.
 
-        `store` must outlive the ranks; keys are kept under the epoch and the group's name, so an epoch is used once.
-        Raises CollectiveError when the peers do not come, or when `stop` says, now and then, that they will not.
+        `store` must outlive the ranks; keys contain the epoch and the group's name, so an epoch can be used once.
+        CollectiveError when peers do not connect in time, or when `stop`, called repeatedly, returns True.
         """
         epoch_store = PrefixStore(f"e{epoch}", store)
         everyone = list(range(self.config.world_size))
@@ -100,8 +101,9 @@ class ParallelGroups:
 
 
 def single_process_groups(device: torch.device | None = None, *, spans: Spans | None = None) -> ParallelGroups:
-    """The groups of a replica of one rank; no torch.distributed."""
-    world, tp = Communicator(name="world"), Communicator(name="tp0")
+    """Groups of a replica of one rank, without torch.distributed."""
+    world = Communicator(name="world")
+    tp = Communicator(name="tp0")
     device = device or torch.device("cpu")
     spans = spans or Spans()
     groups = ParallelGroups(ParallelConfig(), 0, device, world, tp, spans=spans)
@@ -119,32 +121,33 @@ def create_groups(
     hostname: str = "127.0.0.1",
     busy_wait_s: float = 0.0,
     spans: Spans | None = None,
-    ranks_on_node: int = 1,
+    local_world_size: int = 1,
     secret: bytes = b"",
 ) -> ParallelGroups:
-    """The groups of one rank, in use after `join`: a model can be loaded before, which needs no other rank."""
+    """Groups of one rank, for use after `join`; a model can be loaded before, which needs no other rank."""
     if not 0 <= rank < config.world_size:
         raise ValueError(
             f"rank {rank} is not in a layout of {config.world_size} ranks; use 0 to {config.world_size - 1}"
         )
     spans = spans or Spans()
     world = Communicator(rank, config.world_size, timeout_s=timeout_s, spans=spans)
-    tp, ranks = world, config.tp_group(rank)
+    tp = world
+    ranks = config.tp_group(rank)
     if len(ranks) < config.world_size:
         name = f"tp{config.dp_rank(rank)}"
         tp = Communicator(ranks.index(rank), len(ranks), name=name, timeout_s=timeout_s, spans=spans, store_ranks=ranks)
     return ParallelGroups(
-        config,
-        rank,
-        device or torch.device("cpu"),
-        world,
-        tp,
-        ranks_on_node,
-        hostname,
-        timeout_s,
-        busy_wait_s,
-        spans,
-        secret,
+        config=config,
+        rank=rank,
+        device=device or torch.device("cpu"),
+        world=world,
+        tp=tp,
+        local_world_size=local_world_size,
+        hostname=hostname,
+        timeout_s=timeout_s,
+        busy_wait_s=busy_wait_s,
+        spans=spans,
+        secret=secret,
     )
 
 
@@ -162,7 +165,7 @@ def init_groups(
     secret: bytes = b"",
     stop: Callable[[], bool] = lambda: False,
 ) -> ParallelGroups:
-    """The groups of one rank, joined (see `ParallelGroups.join`); the ranks find out together how many share a node."""
+    """Groups of one rank after `ParallelGroups.join`, with `local_world_size` from the ranks' addresses."""
     groups = create_groups(
         config,
         rank,
@@ -176,13 +179,13 @@ def init_groups(
     groups.join(store, epoch, stop=stop)
     address = zlib.crc32(hostname.encode())
     addresses = groups.world.all_gather_ints([address], layer=-1, op="groups.addresses")
-    return replace(groups, ranks_on_node=addresses.count([address]))
+    return replace(groups, local_world_size=addresses.count([address]))
 
 
 def _create_backends(
     store: Store, groups: ParallelGroups, group: Communicator, stop: Callable[[], bool]
 ) -> tuple[SocketMesh, NcclBackend | None]:
-    """The one place that chooses backends: sockets for headers and host memory, with NCCL for tensors on a GPU."""
+    """Choose and connect the backends: sockets for headers and host memory, NCCL for tensors on a GPU."""
     timeout_s = max(MIN_CREATION_TIMEOUT_S, groups.timeout_s)
     store.set_timeout(timedelta(seconds=timeout_s))
     mesh = connect_mesh(
@@ -191,7 +194,7 @@ def _create_backends(
         group.size,
         hostname=groups.hostname,
         header_bytes=HEADER_BYTES,
-        patience=Patience(timeout_s, stop),
+        deadline=Deadline(timeout_s, stop),
         busy_wait_s=groups.busy_wait_s,
         secret=groups.secret,
     )

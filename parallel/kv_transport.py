@@ -1,8 +1,8 @@
-"""Moving cache records between replicas: what a chunk is, and what a transport does with it.
+"""Transfer of KV cache entries between replicas: chunks, and the interface of a transport.
 
-The replica that computed a prompt publishes its records chunk by chunk; the one that goes on reads them when it has
-room. A chunk holds the records of some positions in all layers, and nothing in it depends on the layout or the block
-size of either side: MLA's records are the same on every rank of an attention group.
+The prefill replica publishes the entries of a prompt chunk by chunk; the decode replica reads them when it has room. A
+chunk holds the entries of a range of positions in all layers and does not depend on the layout or the block size of
+either side: MLA's entries are equal on every rank of an attention group.
 """
 
 from __future__ import annotations
@@ -20,58 +20,58 @@ _IDENTITY = struct.Struct("<qqqq")
 
 
 class TransferError(RuntimeError):
-    """A chunk cannot be had, or is not what was announced; its records must be computed again."""
+    """A chunk cannot be read or is not the announced one; its positions must be recomputed."""
 
 
 class KVChunk(RequestMessage, frozen=True, tag="k", kw_only=True):
-    """The records of prompt positions `[start, end)` in all layers, and where to read them.
+    """KV cache entries of prompt positions `[start, end)` in all layers, and where to read them.
 
-    layer 0: end - start records, then as many index keys if it has an indexer | layer 1: .. | ..
+    layer 0: end - start latents, then as many indexer keys if it has an indexer | layer 1: .. | ..
     """
 
     start: int
     end: int
     fingerprint: bytes
-    """Fingerprint of model, dtype and kernels; KV of another one has other values."""
+    """Fingerprint of model, dtype and kernels, which determine the values."""
     epoch: int
     """Epoch of the publishing replica."""
     generation: int
-    """Number of the chunk in the publishing process; never used twice."""
+    """Number of the chunk in the publishing process; never reused."""
     num_bytes: int
     checksum: int
-    """`checksum_of` the payload: memory that was given to another chunk does not pass for this one."""
+    """`checksum_of` the payload, which detects memory that has been reused for another chunk."""
     address: bytes
-    """Where the payload is, in the transport's own terms."""
+    """Address of the payload in the transport's own format."""
 
 
 class Fetch(Protocol):
-    """A chunk on its way here."""
+    """A read in progress."""
 
     def poll(self) -> Tensor | None:
         """The payload, [num_bytes] uint8 in host memory, once it is complete and checked; None until then.
 
-        TransferError when it will not come. The tensor is valid until `close`, and the same in every call.
+        TransferError when the read has failed. The tensor is valid until `close`, and the same in every call.
         """
         ...
 
     def close(self) -> None:
-        """Let go of the payload, or of the attempt. Closing twice is allowed."""
+        """Release the payload, or cancel the read. Closing twice is allowed."""
         ...
 
 
 class KVTransport(Protocol):
-    """One rank's end of the transport; used by the thread that steps the engine."""
+    """One rank's end of a transport; used by the thread that steps the engine."""
 
     def publish(self, payload: Tensor, *, generation: int) -> bytes:
-        """Make a copy of `payload`, [n] uint8 in host memory, readable for other replicas; returns its address."""
+        """Make a copy of `payload`, [n] uint8 in host memory, readable by other replicas; returns its address."""
         ...
 
     def release(self, generation: int) -> None:
-        """Forget a published chunk; who still reads it gets a TransferError. Unknown ones are ignored."""
+        """Free a published chunk; reads in progress fail with TransferError. Unknown ones are ignored."""
         ...
 
     def fetch(self, chunk: KVChunk, *, timeout_s: float) -> Fetch:
-        """Start to read a chunk that another replica published; `poll` fails after `timeout_s`."""
+        """Start to read a chunk of another replica; `poll` fails after `timeout_s`."""
         ...
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class KVTransport(Protocol):
 
 
 def checksum_of(payload: Tensor, *, epoch: int, generation: int, start: int, end: int) -> int:
-    """CRC-32 of a chunk's identity and then its payload, [n] uint8 in host memory."""
+    """CRC-32 over a chunk's identity and its payload, [n] uint8 in host memory."""
     seed = zlib.crc32(_IDENTITY.pack(epoch, generation, start, end))
     return zlib.crc32(payload.numpy().data, seed)
 

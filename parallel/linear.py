@@ -29,7 +29,7 @@ def column_parallel(ops: Ops, x: Tensor, weight: PackedWeight, comm: Communicato
 
 
 def split_tokens(x: Tensor, comm: Communicator) -> Tensor:
-    """This rank's share of the tokens that every rank of the group holds: [T, ..] -> [<= ceil(T / size), ..]."""
+    """This rank's share of tokens that every rank of the group holds: [T, ..] -> [<= ceil(T / size), ..]."""
     share = -(-x.shape[0] // comm.size)
     return x[comm.rank * share : (comm.rank + 1) * share]
 

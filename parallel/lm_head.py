@@ -26,7 +26,7 @@ class ParallelLMHead:
     """
 
     def __init__(self, ops: Ops, vocab_size: int, comm: Communicator, group_size: int) -> None:
-        """`comm` is made of tensor-parallel groups of `group_size` ranks."""
+        """`comm` consists of tensor-parallel groups of `group_size` ranks."""
         assert comm.size % group_size == 0
         self.ops = ops
         self.vocab_size = vocab_size
@@ -39,8 +39,8 @@ class ParallelLMHead:
     def __call__(self, hidden: Tensor, weight: PackedWeight) -> Tensor:
         """hidden [N, H] -> logits [N, vocab_size] fp32 on the first rank of each group, [0, vocab_size] on the others.
 
-        weight: this rank's rows, as `vocab_shard` says, of the weight [vocab_size, H].
-        A collective: every rank of `comm` calls it with its own group's rows, of which there may be none.
+        weight: this rank's rows (see `vocab_shard`) of the weight [vocab_size, H].
+        A collective: every rank of `comm` calls it with its own group's rows, possibly none.
         Accumulated in fp32 and not rounded to the compute dtype; the same bits for every split.
         """
         if self.comm.size == 1:

@@ -1,6 +1,6 @@
-"""NIXL, as far as it is used: an agent that registers memory and reads that of other processes.
+"""Thin wrapper of NIXL: an agent that registers memory and reads that of other processes.
 
-No torch here, so that the library can be tried in a process of its own that starts quickly.
+This module does not import torch, so that a separate process that tries the library starts quickly.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ INSTALL = "install it with pip install 'shoal[nixl]', or set kv_transport to ray
 TRIAL_TIMEOUT_S = 60.0
 
 _PROGRESS_INTERVAL_US = 10_000
-"""How long the thread that moves bytes sleeps when nothing wakes it."""
+"""Longest sleep of the progress thread."""
 _ENVIRONMENT = {
     "UCX_TLS": "^posix",  # else each agent takes 2 MB of /dev/shm, and dies by SIGSEGV where it is full
-    "UCX_TCP_CONN_NB": "y",  # else connecting to a dead node holds up every thread of Python for minutes
-    "UCX_DEBUG_SIGNO": "0",  # else SIGHUP stops the process until a debugger comes
-    "UCX_LOG_LEVEL": "fatal",  # what goes wrong is a TransferError, not a line in the output
+    "UCX_TCP_CONN_NB": "y",  # else connecting to a dead node blocks every Python thread for minutes
+    "UCX_DEBUG_SIGNO": "0",  # else SIGHUP stops the process until a debugger attaches
+    "UCX_LOG_LEVEL": "fatal",  # errors are raised as TransferError instead
     "NIXL_LOG_LEVEL": "FATAL",
 }
 _SIOCGIFADDR = 0x8915
@@ -37,7 +37,7 @@ ReadState = Literal["running", "done", "failed"]
 
 
 def is_installed() -> bool:
-    """Whether this Python has the library; does not load it."""
+    """Whether the library is installed; does not load it."""
     return importlib.util.find_spec("nixl_cu13") is not None
 
 
@@ -45,7 +45,7 @@ def is_installed() -> bool:
 def trial_failure() -> str | None:
     """Why NIXL cannot be used on this node, in one sentence without a full stop; None if it can.
 
-    The library is tried once per process, in a process of its own: where it does not work, it may crash.
+    The library is tried once per calling process, in a separate process: where it does not work, it may crash.
     """
     reason = trial_run("from shoal.parallel.nixl_agent import try_out; try_out()", timeout_s=TRIAL_TIMEOUT_S)
     if reason is None:
@@ -55,8 +55,9 @@ def trial_failure() -> str | None:
 
 
 def try_out() -> None:
-    """Read a few bytes of one agent's memory with another agent, both in this process."""
-    host, num_bytes = "127.0.0.1", 4096
+    """Read 4 KiB of one agent's memory with another agent, both in this process."""
+    host = "127.0.0.1"
+    num_bytes = 4096
     publisher = NixlAgent(f"shoal-trial-{os.getpid()}-0", host)
     reader = NixlAgent(f"shoal-trial-{os.getpid()}-1", host)
     source = ctypes.create_string_buffer(b"x" * num_bytes, num_bytes)
@@ -76,9 +77,9 @@ def try_out() -> None:
 
 
 class NixlAgent:
-    """NIXL, as far as it is used here.
+    """One NIXL agent with the UCX backend.
 
-    Below its Python class, with which the thread that moves bytes never sleeps, and so takes a core of its own.
+    Uses NIXL's bindings directly: with its Python class the progress thread never sleeps and occupies a core.
     """
 
     def __init__(self, name: str, host: str) -> None:
@@ -100,7 +101,7 @@ class NixlAgent:
             raise ValueError(f"kv_transport nixl does not work here: UCX does not start ({error})") from error
 
     def register(self, address: int, num_bytes: int) -> bytes:
-        """Make host memory readable; returns the metadata with which a reader reaches it."""
+        """Make host memory readable by other processes; returns the metadata that a reader needs."""
         nixl = self._nixl
         found = nixl.nixlRegDList(nixl.DRAM_SEG, [(address, num_bytes, 0, "")])
         try:
@@ -111,14 +112,14 @@ class NixlAgent:
         return metadata
 
     def connect(self, metadata: bytes) -> str:
-        """Make a process and memory of it known; returns the process's name."""
+        """Add a process and its memory by their metadata; returns the process's name."""
         try:
             return str(self._agent.loadRemoteMD(metadata).decode())
         except self._errors as error:
             raise TransferError(f"a publisher cannot be reached ({error})") from error
 
     def disconnect(self, name: str) -> None:
-        """Forget a process; only when none of its reads is under way."""
+        """Remove a process. Call only when no read from it is in progress."""
         self._agent.invalidateRemoteMD(name)
 
     def prepare_read(self, name: str, remote_address: int, address: int, num_bytes: int) -> int:
@@ -129,11 +130,11 @@ class NixlAgent:
         try:
             handle: int = self._agent.createXferReq(nixl.NIXL_READ, here, there, name, "", self._backends)
         except self._errors as error:
-            raise TransferError(f"what was published is no memory of {name} ({error})") from error
+            raise TransferError(f"{name} has no registered memory at the published address ({error})") from error
         return handle
 
     def post(self, handle: int) -> ReadState:
-        """Begin a read; of one that fails at once, nothing is under way."""
+        """Start a read; "failed" if it fails at once, and nothing is in progress then."""
         try:
             self._agent.postXferReq(handle, "")
         except self._errors:
@@ -141,7 +142,7 @@ class NixlAgent:
         return "running"
 
     def state(self, handle: int) -> ReadState:
-        """How far a read is. What NIXL cannot tell is an error of its own, and no proof that the read has ended."""
+        """State of a read. Raises for other errors of NIXL, which do not prove that the read has ended."""
         nixl = self._nixl
         try:
             status = self._agent.getXferStatus(handle)
@@ -150,18 +151,18 @@ class NixlAgent:
         return "done" if status == nixl.NIXL_SUCCESS else "running"
 
     def release(self, handle: int) -> None:
-        """Forget a read that has ended. (NIXL would forget one that has not, and let it write on.)"""
+        """Release a read that has ended. (NIXL would also release a running one, which goes on writing.)"""
         self._agent.releaseXferReq(handle)
 
     def close(self, handles: list[int]) -> None:
-        """End everything, with these reads: after this nothing is moved any more."""
+        """Close the agent and these reads; nothing is transferred afterwards."""
         for handle in handles:
             self.release(handle)
         del self._agent
 
 
 def _listen_on(host: str) -> dict[str, str]:
-    """What makes UCX use no network interface but that of `host`; devices that are none, such as RDMA's, stay.
+    """Environment that restricts UCX to the network interface of `host`; other devices, such as RDMA's, stay enabled.
 
     ValueError when no interface has this address.
     """
@@ -173,10 +174,10 @@ def _listen_on(host: str) -> dict[str, str]:
 
 
 def _address_of(interface: str) -> str | None:
-    """The IPv4 address of an interface."""
+    """IPv4 address of an interface; None if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             request = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()))
-        except OSError:  # it has none
+        except OSError:
             return None
     return socket.inet_ntoa(request[20:24])

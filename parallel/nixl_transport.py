@@ -1,14 +1,15 @@
-"""Cache records through NIXL: a reader takes them out of the publisher's memory while both go on computing.
+"""KV transfer through NIXL: a reader copies chunks out of the publisher's memory while both keep computing.
 
-Published chunks and reads under way have slices of memory that is registered once. An address is where a slice is, and
-what NIXL needs to know to reach the process and the memory: a reader needs nothing else.
+Published chunks and reads in progress own slices of memory that is registered once. An address consists of the slice's
+address and the metadata with which NIXL reaches the process and the memory: a reader needs nothing else.
 
-A read that is given up may still arrive. Its slice is in quarantine until NIXL says that the read has ended: at once
-when the publisher is dead, when TCP gives up (a quarter of an hour) when its node is, and when it goes on or is killed
-when it is frozen. Until then nobody gets the slice, for ever if need be; with too much in quarantine, nothing is read.
+A cancelled read may still complete. Its slice stays in quarantine until NIXL reports that the read has ended: at once
+if the publisher is dead; after TCP's timeout (a quarter of an hour) if its node is dead; if it is frozen, once it
+continues or is killed. The slice is not reused before that, however long it takes; with too many bytes in quarantine no
+new read starts.
 
-UCX, which moves the bytes, authenticates nobody: whoever reaches the port that it listens on can read and write all
-memory of the process. It listens on one address only; everybody on the network of that address must be trusted.
+UCX, which moves the bytes, has no authentication: a process that reaches its port can read and write all memory of this
+process. It listens on one address only; the network of that address must be trusted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .kv_transport import Fetch, KVChunk, TransferError, check_payload
 from .nixl_agent import NixlAgent, ReadState
 
 PEER_IDLE_S = 600.0
-"""A publisher that nothing was read from for so long is forgotten when another one appears."""
+"""A publisher without reads for this long is removed when another one appears."""
 
 _ALIGNMENT = 64
 """Alignment of slices in bytes, so that a payload can be viewed in any dtype."""
@@ -33,13 +34,13 @@ _ADDRESS_BYTES = 8
 
 
 class NixlTransport:
-    """One rank's end. NIXL's own thread moves the bytes; those of a process on the same node are copied at once."""
+    """One rank's end of the transport. NIXL's thread moves the bytes; within a node a read copies them at its start."""
 
     def __init__(self, name: str, *, host: str, buffer_bytes: int) -> None:
-        """`name` is used for one process only, `host` the address to listen on, one of this node's.
+        """`name` is unique per process; `host` is the address of this node to listen on.
 
-        `buffer_bytes`: what is registered at first, and the bound of what is in quarantine. ValueError when the library
-        is missing or does not work here.
+        `buffer_bytes`: bytes registered at first, and limit of the bytes in quarantine. ValueError when the library is
+        missing or does not work here.
         """
         agent = NixlAgent(name, host)
         self._agent: NixlAgent | None = agent
@@ -47,7 +48,7 @@ class NixlTransport:
         self._max_quarantined = buffer_bytes
         self._published: dict[int, Slice] = {}
         self._reads: list[_Read] = []
-        """Those that have not ended, given up or not."""
+        """Reads that have not ended, cancelled ones included."""
         self._peers: dict[str, _Peer] = {}
 
     def publish(self, payload: Tensor, *, generation: int) -> bytes:
@@ -59,11 +60,11 @@ class NixlTransport:
     def release(self, generation: int) -> None:
         memory = self._published.pop(generation, None)
         if memory is not None:
-            memory.tensor[:1] += 1  # who still reads it finds another checksum
+            memory.tensor[:1] += 1  # reads in progress find another checksum
             self._memory.free(memory)
 
     def fetch(self, chunk: KVChunk, *, timeout_s: float) -> Fetch:
-        self._end_given_up()
+        self._end_cancelled()
         try:
             read = self._start(chunk)
         except TransferError as error:
@@ -81,24 +82,24 @@ class NixlTransport:
     @property
     def num_quarantined_bytes(self) -> int:
         """Bytes still pinned by cancelled reads that have not completed."""
-        return sum(read.memory.num_bytes for read in self._reads if read.given_up)
+        return sum(read.memory.num_bytes for read in self._reads if read.cancelled)
 
     def state(self, read: _Read) -> ReadState:
-        """How far a read is. Moves bytes that are there, but never waits for some."""
+        """State of a read. Makes progress without waiting."""
         if read.state == "running" and self._agent is not None:
             read.state = self._agent.state(read.handle)
         return read.state
 
-    def let_go(self, read: _Read) -> None:
-        """The read's payload is not needed any more, or not wanted."""
-        read.given_up = True
+    def release_read(self, read: _Read) -> None:
+        """Release the payload of a read, or cancel it."""
+        read.cancelled = True
         if self._agent is not None and self.state(read) != "running":
             self._end(read)
 
     def _start(self, chunk: KVChunk) -> _Read:
         assert self._agent is not None, "fetch after close"
         if (held := self.num_quarantined_bytes) >= self._max_quarantined:
-            raise TransferError(f"reads that were given up and may still arrive hold {held} bytes")
+            raise TransferError(f"{held} bytes are still pinned by cancelled reads")
         address = int.from_bytes(chunk.address[:_ADDRESS_BYTES], "little")
         peer = self._peer(chunk.address[_ADDRESS_BYTES:])
         memory = self._memory.allocate(chunk.num_bytes)
@@ -114,7 +115,7 @@ class NixlTransport:
         return read
 
     def _end(self, read: _Read) -> None:
-        """Nothing will be written into the read's memory any more."""
+        """Free a read that has ended, so that nothing is written into its memory any more."""
         assert self._agent is not None
         assert read.state != "running"
         self._agent.release(read.handle)
@@ -123,16 +124,16 @@ class NixlTransport:
         peer = read.peer
         peer.num_reads -= 1
         peer.lost |= read.state == "failed"
-        # While a read is under way, forgetting its publisher would hide whether it has ended.
+        # Removing a publisher while a read is in progress would hide whether the read has ended.
         if peer.lost and peer.num_reads == 0:
             self._forget(peer)
 
-    def _end_given_up(self) -> None:
-        for read in [r for r in self._reads if r.given_up and self.state(r) != "running"]:
+    def _end_cancelled(self) -> None:
+        for read in [r for r in self._reads if r.cancelled and self.state(r) != "running"]:
             self._end(read)
 
     def _peer(self, metadata: bytes) -> _Peer:
-        """The publisher whose memory this describes."""
+        """The publisher that owns the memory described by `metadata`; connects to a new one."""
         for peer in self._peers.values():
             if metadata in peer.regions:
                 return peer
@@ -153,7 +154,7 @@ class NixlTransport:
 
 @dataclass(slots=True)
 class _Peer:
-    """A publisher that NIXL knows how to reach."""
+    """A connected publisher."""
 
     name: str
     last_read: float
@@ -162,23 +163,26 @@ class _Peer:
     num_reads: int = 0
     """Reads that have not completed."""
     lost: bool = False
-    """A read failed: its connection is of no use any more."""
+    """Whether a read has failed, after which the connection is unusable."""
 
 
 @dataclass(eq=False, slots=True)
 class _Read:
-    """What is being written into `memory`."""
+    """A read into `memory`."""
 
     peer: _Peer
     handle: int
     memory: Slice
     state: ReadState
-    given_up: bool = False
+    cancelled: bool = False
 
 
 class _NixlFetch:
     def __init__(self, transport: NixlTransport, chunk: KVChunk, read: _Read, deadline: float) -> None:
-        self._transport, self._chunk, self._read, self._deadline = transport, chunk, read, deadline
+        self._transport = transport
+        self._chunk = chunk
+        self._read = read
+        self._deadline = deadline
         self._is_checked = False
 
     def poll(self) -> Tensor | None:
@@ -195,8 +199,8 @@ class _NixlFetch:
         return self._read.memory.tensor
 
     def close(self) -> None:
-        if not self._read.given_up:
-            self._transport.let_go(self._read)
+        if not self._read.cancelled:
+            self._transport.release_read(self._read)
 
 
 class _FailedFetch:
@@ -212,18 +216,18 @@ class _FailedFetch:
 
 @dataclass(eq=False, slots=True)
 class Region:
-    """Memory that was registered at once."""
+    """Memory that was registered in one piece."""
 
     tensor: Tensor
     metadata: bytes
-    """What a reader must be told of it."""
+    """Description that a reader needs."""
     free: list[tuple[int, int]]
-    """Ranges `[start, end)` that nobody has, in order and with gaps between them."""
+    """Free ranges `[start, end)` in ascending order, with gaps between them."""
 
 
 @dataclass(eq=False, slots=True)
 class Slice:
-    """A part of a region that has one owner."""
+    """A part of a region with one owner."""
 
     region: Region
     start: int
@@ -239,16 +243,17 @@ class Slice:
 
 
 class Memory:
-    """Registered memory, in slices. It grows by regions, and gives none back: late reads and writes must find them."""
+    """Allocator of slices of registered memory. It grows by regions and frees none: late reads may still use them."""
 
     def __init__(self, register: Callable[[Tensor], bytes], region_bytes: int) -> None:
         """`register` makes memory readable and returns its metadata; a region has at least `region_bytes`."""
-        self._register, self._region_bytes = register, region_bytes
+        self._register = register
+        self._region_bytes = region_bytes
         self.regions: list[Region] = []
         self._grow(region_bytes)
 
     def allocate(self, num_bytes: int) -> Slice:
-        """The first room that is large enough, or a new region."""
+        """Allocate a slice from the first free range that is large enough, or from a new region."""
         assert num_bytes > 0
         size = _aligned(num_bytes)
         for region in self.regions:
@@ -260,17 +265,21 @@ class Memory:
         return self.allocate(num_bytes)
 
     def free(self, memory: Slice) -> None:
-        """Give a slice back, once."""
+        """Free a slice, once; adjacent free ranges are merged."""
         free = memory.region.free
-        start, end = memory.start, memory.start + _aligned(memory.num_bytes)
+        start = memory.start
+        end = start + _aligned(memory.num_bytes)
         i = bisect(free, (start, end))
-        before, after = i > 0 and free[i - 1][1] == start, i < len(free) and free[i][0] == end
-        first, last = free[i - 1][0] if before else start, free[i][1] if after else end
-        free[i - before : i + after] = [(first, last)]
+        if i < len(free) and free[i][0] == end:
+            end = free.pop(i)[1]
+        if i > 0 and free[i - 1][1] == start:
+            i -= 1
+            start = free.pop(i)[0]
+        free.insert(i, (start, end))
 
     def _grow(self, num_bytes: int) -> None:
         size = _aligned(max(num_bytes, self._region_bytes))
-        tensor = torch.empty(size, dtype=torch.uint8)  # its pages are taken when they are first used, or pinned
+        tensor = torch.empty(size, dtype=torch.uint8)  # its pages are allocated at first use, or when pinned
         self.regions.append(Region(tensor, self._register(tensor), [(0, size)]))
 
 

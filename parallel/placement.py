@@ -1,4 +1,4 @@
-"""Which rank holds which expert."""
+"""Placement of experts on ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .groups import ParallelGroups
 class ExpertPlacement:
     """Physical expert slots per rank, each holding one logical expert.
 
-    `slots[r][s]` is the logical expert in local slot s of rank r. Ranks may hold different numbers of slots, none
-    included, and an expert may have several copies, also on one rank. All copies have the same weights, so which one
-    computes a token never changes the token's bits. ValueError if an expert is unknown or has no slot.
+    `slots[r][s]` is the logical expert in local slot s of rank r. Ranks may hold different numbers of slots, possibly
+    none, and an expert may have several copies, also on one rank. All copies have the same weights, so the choice of
+    the copy never changes a token's bits. ValueError if an expert is unknown or has no slot.
     """
 
     num_experts: int
@@ -46,7 +46,7 @@ class ExpertPlacement:
 
     @classmethod
     def round_robin(cls, num_experts: int, num_ranks: int) -> ExpertPlacement:
-        """One copy each, dealt out in turn, so that every rank holds experts of every routing group.
+        """One copy each, assigned to the ranks in turn, so that every rank holds experts of every routing group.
 
         5 experts, 3 ranks:  rank 0: e0 e3 | rank 1: e1 e4 | rank 2: e2
         """
@@ -72,7 +72,7 @@ class ExpertPlacement:
     def lookup(self, source_rank: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """(rank [num_experts], local slot [num_experts]) int64: the copy of each expert for tokens of `source_rank`.
 
-        That is copy number `source_rank % number of copies`: load is spread, and nothing but the rank decides.
+        The copy's number is `source_rank % number of copies`: load is spread, and the choice depends on the rank only.
         """
         chosen = [places[source_rank % len(places)] for places in self.copies]
         table = torch.tensor(chosen, dtype=torch.int64, device=device).reshape(self.num_experts, 2)
@@ -80,7 +80,7 @@ class ExpertPlacement:
 
 
 def default_placement(num_experts: int, groups: ParallelGroups) -> ExpertPlacement:
-    """One copy of each expert: dealt out in turn on one node, contiguous over several.
+    """One copy of each expert: round-robin on one node, contiguous over several.
 
     On one node that spreads the routing groups, whose loads differ; over several nodes it keeps each routing group
     together, so that a token's experts are on few nodes.
@@ -91,4 +91,4 @@ def default_placement(num_experts: int, groups: ParallelGroups) -> ExpertPlaceme
 
 def spans_nodes(groups: ParallelGroups) -> bool:
     """Whether the replica has ranks on more than one node."""
-    return groups.ranks_on_node < groups.world.size
+    return groups.local_world_size < groups.world.size

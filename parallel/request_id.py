@@ -1,4 +1,4 @@
-"""The name of a request on its way between processes."""
+"""Identification of requests in messages between processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import msgspec
 
 
 class RequestId(NamedTuple):
-    """One attempt at a request: messages of an earlier attempt are recognised by it and ignored."""
+    """Id of one attempt at a request; messages of earlier attempts are recognised by it and ignored."""
 
     request_id: str
     attempt: int = 0
@@ -24,5 +24,5 @@ class RequestMessage(msgspec.Struct, frozen=True, array_like=True, forbid_unknow
 
     @property
     def request_id(self) -> str:
-        """The request's name without the attempt."""
+        """Id of the request without the attempt."""
         return self.id.request_id

@@ -2,8 +2,8 @@
 
     max_num_seqs: Annotated[int, Setting("Sequences that a group runs at a time.", ge=1)] = 64
 
-The validation here, the command line's options, the keys of a job file and docs/settings.md are all read from the
-field. This module stands in the lowest layer that has settings and imports nothing that takes time.
+The validation here, the command line's options, the keys of a job file and docs/settings.md are all derived from the
+field. This module is in the lowest layer that has settings and imports nothing that is slow to load.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Setting:
     help: str
     """One to three sentences, shown by `--help` and in docs/settings.md."""
     ge: float | None = None
-    """Numbers are at least this; `gt`, `le` and `lt` as in annotated-types and pydantic."""
+    """Minimum of a number; `gt`, `le` and `lt` as in annotated-types and pydantic."""
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
@@ -40,7 +40,7 @@ class Setting:
     metavar: str | None = None
     """Placeholder of the value in `--help`."""
     is_path: bool = False
-    """The text is a path: it is not blank, and no NUL is in it."""
+    """Whether the text is a path, which is not blank and contains no NUL."""
     derived: str | None = None
     """Meaning of None where it is the default."""
 
@@ -53,11 +53,11 @@ class Declaration:
     kind: Any
     setting: Setting
     default: Any
-    """`dataclasses.MISSING` where the field has to be given."""
+    """`dataclasses.MISSING` for a required field."""
 
     @property
     def allowed(self) -> str:
-        """The allowed values in words."""
+        """Description of the allowed values."""
         *others, last = (_described(kind, self.setting) for kind in alternatives(self.kind))
         return f"{', '.join(others)} or {last}" if others else last
 
@@ -88,24 +88,28 @@ def _read_annotations(cls: type) -> dict[str, Declaration]:
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    """Default per field of a dataclass or Struct; `dataclasses.MISSING` where the field has to be given."""
+    """Default per field of a dataclass or Struct; `dataclasses.MISSING` for a required field."""
     if issubclass(cls, msgspec.Struct):
         return {f.name: MISSING if f.default is msgspec.NODEFAULT else f.default for f in msgspec.structs.fields(cls)}
+    assert is_dataclass(cls)
     return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
 
 
 def check_settings(settings: Any) -> None:
-    """ValueError that names the first field of a settings object whose value is not allowed. For `__post_init__`."""
+    """ValueError that names the first field of a settings object with a value that is not allowed. For `__post_init__`.
+
+    Default values are not checked.
+    """
     for name, declaration in declarations(type(settings)).items():
         value = getattr(settings, name)
-        if value is not declaration.default:  # a request has twenty settings and changes few of them
+        if value is not declaration.default:  # saves time: a request has twenty settings and few are not the default
             declaration.check(value)
 
 
 def check_values(cls: type, values: Mapping[Any, Any], path: str = "") -> None:
-    """ValueError for a name that `cls` does not have, one that is missing, or a value that is not allowed.
+    """ValueError for an unknown name, a missing required one, or a value that is not allowed.
 
-    `path` stands before the names in messages, for settings inside others: "chat_template_kwargs.".
+    `path` is a prefix of the names in messages, for nested settings: "chat_template_kwargs.".
     """
     known = declarations(cls)
     refuse_unknown(values, known, path)
@@ -117,27 +121,27 @@ def check_values(cls: type, values: Mapping[Any, Any], path: str = "") -> None:
 
 
 def build_settings(cls: type[T], values: Mapping[Any, Any], path: str = "") -> T:
-    """An instance from plain data, checked with `check_values`."""
+    """Build settings from plain data, checked with `check_values`."""
     check_values(cls, values, path)
     return cls(**values)
 
 
 def refuse_unknown(names: Iterable[object], known: Collection[str], path: str = "") -> None:
-    """ValueError for a name that is not known, with the nearest known one."""
+    """ValueError for an unknown name, with the nearest known one."""
     for name in names:
         if name not in known:
             raise ValueError(f"{path}{name} is not a known setting; {did_you_mean(str(name), known)}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that does not exist: the nearest known one, or all of them."""
+    """Hint for an unknown name: the nearest known one, or all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(name[:MAX_SHOWN_CHARS].replace("-", "_"), names, n=1)
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
 
 
 def shown(value: object) -> str:
-    """`repr`, cut where it is long."""
+    """`repr` of a value, truncated to MAX_SHOWN_CHARS."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
 
@@ -179,7 +183,7 @@ def _is_path(value: str) -> bool:
 
 
 def _fits_64_bits(value: int) -> bool:
-    """Messages between processes hold no larger numbers."""
+    """Whether messages between processes can hold the number."""
     return -(2**63) <= value < 2**63
 
 

@@ -1,10 +1,10 @@
-"""Named spans of a step that listeners watch: profilers, phase timers, failpoints.
+"""Named spans of a step, for listeners: profilers, phase timers, failpoints.
 
     with spans("engine.run"):
         logits = ...
 
-Code names what it does once; who watches, and which spans, is decided where an engine is built. A span that nobody
-watches costs one dictionary lookup.
+The code names its spans once; listeners are added where an engine is built. A span without listeners costs one
+dictionary lookup.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Literal, Protocol, get_args
 SpanName = Literal[
     "engine.step",
     "engine.schedule",
-    "engine.agree",  # the exchange in which ranks agree on a step
+    "engine.agree",  # the collective in which ranks agree on a step
     "engine.run",  # the model, from tensors to logits
     "engine.prepare",  # from a batch to tensors
     "engine.launch_sampling",
-    "engine.sample",  # waiting for tokens, or choosing them
+    "engine.sample",  # waiting for tokens, or sampling them
     "engine.update",
     "kv.publish",  # one chunk of a prompt
-    "kv.fetch",  # starting to read one chunk
-    "kv.write",  # one chunk into the cache
+    "kv.fetch",  # starting the read of one chunk
+    "kv.write",  # writing one chunk to the cache
     "model.attention",
     "model.indexer",
     "model.mlp",
@@ -33,7 +33,7 @@ SpanName = Literal[
     "model.dispatch",
     "model.combine",
     "model.logits",
-    "collective",  # sending, in an exchange with other ranks
+    "collective",  # sending, in a collective
     "collective.wait",
 ]
 SPAN_NAMES: tuple[SpanName, ...] = get_args(SpanName)
@@ -42,14 +42,14 @@ _UNWATCHED = nullcontext()
 
 
 class SpanListener(Protocol):
-    """Called by the thread that runs the engine. Spans nest; `leave` is also called when an exception passes."""
+    """Called by the thread that runs the engine. Spans nest; `leave` is also called when an exception is raised."""
 
     def enter(self, name: SpanName) -> None: ...
     def leave(self, name: SpanName) -> None: ...
 
 
 class _Span:
-    """A span that somebody watches; it holds no state, so one object serves nested and repeated uses."""
+    """A span with listeners; it holds no state, so that one object can be entered repeatedly and nested."""
 
     def __init__(self, name: SpanName, listeners: tuple[SpanListener, ...]) -> None:
         self.name: SpanName = name
@@ -67,7 +67,7 @@ class _Span:
 
 
 class Spans:
-    """The spans of one engine, and who listens to each."""
+    """The spans of one engine and their listeners."""
 
     def __init__(self) -> None:
         self._watched: dict[SpanName, _Span] = {}
@@ -76,10 +76,10 @@ class Spans:
         return self._watched.get(name, _UNWATCHED)
 
     def listeners(self, name: SpanName) -> tuple[SpanListener, ...]:
-        """Listeners to the spans of this name, the outermost first."""
+        """Listeners to the spans of this name, outermost first."""
         return self._watched[name].listeners if name in self._watched else ()
 
     def add(self, listener: SpanListener, names: Iterable[SpanName] = SPAN_NAMES) -> None:
-        """Let `listener` watch the spans of these names, inside those that watch them already."""
+        """Add a listener to the spans of these names, inside the listeners they have already."""
         for name in names:
             self._watched[name] = _Span(name, (*self.listeners(name), listener))

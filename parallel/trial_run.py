@@ -1,4 +1,4 @@
-"""Tries native code in a process of its own, for libraries that may crash, or never return, on some machines."""
+"""Trial of native code in a separate process, for libraries that may crash or hang on some machines."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ MAX_REASON_CHARS = 300
 
 
 def trial_run(statement: str, *, timeout_s: float) -> str | None:
-    """Run a Python statement in a new process; None if it succeeds, else the reason in a few words.
+    """Run a Python statement in a new process; returns None if it succeeds, else the reason in a few words.
 
-    The process has this one's module search path and environment. It is killed after `timeout_s`.
+    The process has the module search path and environment of this one, and is killed after `timeout_s`.
     """
     search_path = os.pathsep.join(entry for entry in sys.path if entry)
     command = [

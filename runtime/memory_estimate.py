@@ -49,15 +49,15 @@ def declare_model(
     layout: ParallelConfig | None = None,
     *,
     rank: int = 0,
-    ranks_on_node: int | None = None,
+    local_world_size: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Model:
     """One rank's part of a model whose weights are declared, for their names, shapes and sizes; it cannot run.
 
-    ranks_on_node: ranks of the replica that share a node; None: all of them.
+    local_world_size: ranks of the replica that share a node; None: all of them.
     """
     layout = layout or ParallelConfig()
-    groups = create_groups(layout, rank, ranks_on_node=ranks_on_node or layout.world_size)
+    groups = create_groups(layout, rank, local_world_size=local_world_size or layout.world_size)
     placement = default_placement(config.n_routed_experts, groups)
     ops = Ops("cpu")
     dispatcher: TokenDispatcher
@@ -70,14 +70,14 @@ def declare_model(
 
 
 def rank_weight_bytes(
-    config: ModelConfig, layout: ParallelConfig, storage: StorageFormat, *, ranks_on_node: int | None = None
+    config: ModelConfig, layout: ParallelConfig, storage: StorageFormat, *, local_world_size: int | None = None
 ) -> int:
     """Bytes of the weights that rank 0, which holds as much as any other rank, stores on its device.
 
     Counts what every rank repeats (latent projections, indexer, shared experts, norms) and what is split. A checkpoint
     with block scales is taken to be in FP8 wherever it can stay so.
     """
-    model = declare_model(config, layout, ranks_on_node=ranks_on_node, dtype=storage.dtype)
+    model = declare_model(config, layout, local_world_size=local_world_size, dtype=storage.dtype)
     is_fp8 = config.weight_block_size is not None
     return sum(weight.num_bytes(storage.backend, lambda name: is_fp8) for _, weight in model.named_weights())
 
@@ -89,7 +89,7 @@ def kv_bytes_per_token(config: ModelConfig, storage: StorageFormat) -> int:
 
 
 def fitting_layouts(
-    config: ModelConfig, asked: ParallelConfig, storage: StorageFormat, rank_bytes: int, *, ranks_on_node: int
+    config: ModelConfig, asked: ParallelConfig, storage: StorageFormat, rank_bytes: int, *, local_world_size: int
 ) -> Iterator[ParallelConfig]:
     """Layouts with at least as many ranks as `asked` whose weights fit into `rank_bytes` on each rank, nearest first.
 
@@ -105,6 +105,6 @@ def fitting_layouts(
     ]
     candidates.sort(key=lambda layout: (layout.world_size, abs(layout.tensor_parallel_size - asked_tp)))
     for candidate in candidates:
-        on_node = min(ranks_on_node, candidate.world_size)
-        if rank_weight_bytes(config, candidate, storage, ranks_on_node=on_node) < rank_bytes:
+        on_node = min(local_world_size, candidate.world_size)
+        if rank_weight_bytes(config, candidate, storage, local_world_size=on_node) < rank_bytes:
             yield candidate

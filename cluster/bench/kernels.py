@@ -26,7 +26,7 @@ from ..environment import environment
 from ..exit_codes import ExitCode
 from ..report import prepare_report, write_report
 from .cases import Case, cases
-from .roofline import Ceilings, event_seconds, measure_ceilings, measure_device_ceilings
+from .roofline import Peaks, event_seconds, measure_device_peaks, measure_peaks
 from .shapes import SHAPES, Inputs, ShapesName
 
 COLD_BYTES, MAX_COPIES = 1 << 27, 64
@@ -92,14 +92,14 @@ def measure_kernels(
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     ops = Ops.choose(device)
     if device.type == "cuda":
-        ceilings = measure_device_ceilings(device)
+        peaks = measure_device_peaks(device)
     else:
-        ceilings = measure_ceilings(matrix_size=256, read_bytes=1 << 20) if shapes == "tiny" else measure_ceilings()
+        peaks = measure_peaks(matrix_size=256, read_bytes=1 << 20) if shapes == "tiny" else measure_peaks()
     rows = []
     for case in chosen:
         if names is None or case.op in names:
             on_case(case, None)
-            rows.append(measure_case(case, ops, ceilings, device, refcheck=refcheck))
+            rows.append(measure_case(case, ops, peaks, device, refcheck=refcheck))
             on_case(case, rows[-1])
     return {
         "benchmark": "kernels",
@@ -109,13 +109,13 @@ def measure_kernels(
         "backend": ops.backend,
         "threads": torch.get_num_threads(),
         "shapes": {"name": shapes, **asdict(SHAPES[shapes])},
-        "ceilings": asdict(ceilings),
+        "peaks": asdict(peaks),
         "kernels": rows,
     }
 
 
 @torch.inference_mode()
-def measure_case(case: Case, ops: Ops, ceilings: Ceilings, device: torch.device, *, refcheck: bool) -> dict[str, Any]:
+def measure_case(case: Case, ops: Ops, peaks: Peaks, device: torch.device, *, refcheck: bool) -> dict[str, Any]:
     """Time and rates of one op, and its largest difference from the reference."""
     inputs = _to(case.make(Inputs(ops, device)), device)
     call = case.call(ops)
@@ -132,8 +132,8 @@ def measure_case(case: Case, ops: Ops, ceilings: Ceilings, device: torch.device,
         "seconds": seconds,
         "flops_per_s": case.flops / seconds,
         "bytes_per_s": case.num_bytes / seconds,
-        "bound": ceilings.binding(case.flops, case.num_bytes),
-        "fraction_of_ceiling": ceilings.seconds(case.flops, case.num_bytes) / seconds,
+        "bound": peaks.binding(case.flops, case.num_bytes),
+        "fraction_of_peak": peaks.seconds(case.flops, case.num_bytes) / seconds,
     }
     if refcheck and case.has_reference:
         ours = _tensors(call(*inputs))
@@ -233,14 +233,14 @@ def _print_table(report: dict[str, Any], stdout: TextIO) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    ceilings = report["ceilings"]
+    peaks = report["peaks"]
     table = Table(
-        title=f"{report['device']}, {report['threads']} threads; ceilings: {ceilings['flops_per_s'] / 1e9:.0f} GFLOP/s "
-        f"in bfloat16, {ceilings['bytes_per_s'] / 1e9:.1f} GB/s"
+        title=f"{report['device']}, {report['threads']} threads; peaks: {peaks['flops_per_s'] / 1e9:.0f} GFLOP/s "
+        f"in bfloat16, {peaks['bytes_per_s'] / 1e9:.1f} GB/s"
     )
     table.add_column("op")
     table.add_column("sizes")
-    for name in ("us", "GFLOP/s", "GB/s", "of ceiling", "difference", "tolerance"):
+    for name in ("us", "GFLOP/s", "GB/s", "of peak", "difference", "tolerance"):
         table.add_column(name, justify="right")
     for row in report["kernels"]:
         checked = "difference" in row
@@ -251,7 +251,7 @@ def _print_table(report: dict[str, Any], stdout: TextIO) -> None:
             f"{1e6 * row['seconds']:.1f}",
             f"{row['flops_per_s'] / 1e9:.1f}",
             f"{row['bytes_per_s'] / 1e9:.1f}",
-            f"{row['fraction_of_ceiling']:.0%} {row['bound']}",
+            f"{row['fraction_of_peak']:.0%} {row['bound']}",
             f"{colour}{row['difference']:.1e}" if checked else "",
             f"{row['tolerance']:.1e}" if checked else "",
         )

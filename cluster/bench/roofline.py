@@ -1,4 +1,4 @@
-"""What a machine could do at best: its two ceilings, and the least time that they leave a kernel or a workload."""
+"""Roofline of a machine: its two peak rates, and the least time in which a kernel or a workload can run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BYTES_PER_VALUE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Ceilings:
-    """Rates that nothing on this machine exceeds."""
+class Peaks:
+    """Measured peak rates of a machine."""
 
     flops_per_s: float
     """Peak rate of a bfloat16 GEMM."""
@@ -24,31 +24,31 @@ class Ceilings:
     """Peak rate of a memory read."""
 
     def seconds(self, flops: float, num_bytes: float) -> float:
-        """The least time for so many operations on so many bytes of memory."""
+        """Least time for `flops` operations on `num_bytes` bytes of memory."""
         return max(flops / self.flops_per_s, num_bytes / self.bytes_per_s)
 
-    def best(self, other: Ceilings) -> Ceilings:
-        """The higher ones of two measurements."""
-        return Ceilings(max(self.flops_per_s, other.flops_per_s), max(self.bytes_per_s, other.bytes_per_s))
+    def best(self, other: Peaks) -> Peaks:
+        """The higher rates of two measurements."""
+        return Peaks(max(self.flops_per_s, other.flops_per_s), max(self.bytes_per_s, other.bytes_per_s))
 
     def binding(self, flops: float, num_bytes: float) -> str:
-        """Which of the two makes it so long: "compute" or "memory"."""
+        """The peak that limits this work: "compute" or "memory"."""
         return "compute" if flops / self.flops_per_s > num_bytes / self.bytes_per_s else "memory"
 
 
-def measure_device_ceilings(device: torch.device, *, matrix_size: int = 8192, num_bytes: int = 1 << 31) -> Ceilings:
+def measure_device_peaks(device: torch.device, *, matrix_size: int = 8192, num_bytes: int = 1 << 31) -> Peaks:
     """Measured peaks of a GPU: the best of several square GEMMs and of several copies, which read and write."""
     x, y = (torch.randn(matrix_size, matrix_size, dtype=torch.bfloat16, device=device) for _ in range(2))
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
-    return Ceilings(
+    return Peaks(
         flops_per_s=2 * matrix_size**3 / min(event_seconds(lambda: torch.mm(x, y.T)) for _ in range(10)),
         bytes_per_s=2 * num_bytes / min(event_seconds(lambda: target.copy_(source)) for _ in range(10)),
     )
 
 
 def event_seconds(call: Callable[[], object]) -> float:
-    """How long the current GPU is busy with what `call` starts."""
+    """Seconds that the current GPU takes for the work `call` launches."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     call()
@@ -57,11 +57,11 @@ def event_seconds(call: Callable[[], object]) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def measure_ceilings(*, matrix_size: int = 4096, read_bytes: int = 1 << 29, repeats: int = 5) -> Ceilings:
-    """The best of some products of two square matrices and of some sums over an array, with torch's threads."""
+def measure_peaks(*, matrix_size: int = 4096, read_bytes: int = 1 << 29, repeats: int = 5) -> Peaks:
+    """Peaks of the CPU with torch's threads: the best of `repeats` square GEMMs and of `repeats` sums over an array."""
     x, y = (torch.randn(matrix_size, matrix_size).bfloat16() for _ in range(2))
     array = torch.ones(read_bytes // 4)
-    return Ceilings(
+    return Peaks(
         flops_per_s=2 * matrix_size**3 / _best(lambda: torch.mm(x, y.T), repeats),
         bytes_per_s=read_bytes / _best(array.sum, repeats),
     )
@@ -77,11 +77,11 @@ def _best(call: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
-def workload_limit(config: ModelConfig, ceilings: Ceilings, *, requests: int, prompt: int, output: int) -> float:
-    """The least seconds for `requests` equal prompts: all in one step, then one step for each further output token."""
+def workload_limit(config: ModelConfig, peaks: Peaks, *, requests: int, prompt: int, output: int) -> float:
+    """Least seconds for `requests` equal prompts: one step for all of them, then one for each further output token."""
     steps = [prefill_cost(config, requests, prompt)]
     steps += [decode_cost(config, requests, prompt + i) for i in range(1, output)]
-    return sum(ceilings.seconds(flops, num_bytes) for flops, num_bytes in steps)
+    return sum(peaks.seconds(flops, num_bytes) for flops, num_bytes in steps)
 
 
 def prefill_cost(config: ModelConfig, requests: int, length: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Settings of the commands beside those of the engine and of a job. The command line reads its options from them."""
+"""Settings of the commands besides those of the engine and of a job; the command line derives its options from them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class DemoArgs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportArgs:
-    """Settings of a command that can write a report."""
+    """Settings of a command that writes a report."""
 
     output: ReportFile = None
 
@@ -67,7 +67,7 @@ class EvalArgs(ReportArgs):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThroughputArgs(ReportArgs):
-    """Settings of `shoal bench throughput` beside the workload."""
+    """Settings of `shoal bench throughput` besides the workload."""
 
     executor: Annotated[
         Executor, Setting("Where the engines run; auto is ray for more than one worker, else inprocess.")

@@ -1,4 +1,4 @@
-"""`shoal batch`: from a `JobConfig` to an exit status."""
+"""`shoal batch`: run the job of a `JobConfig` and report its result."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from shoal.runtime.models.weights import tensor_shapes
 
 from ..environment import versions
 from ..jobs.config import JobConfig
+from ..jobs.engine_client import EngineClient
 from ..jobs.input import BadRow, InputLine, file_sha256
-from ..jobs.job import Engines, JobResult, JobSpec, run_job
+from ..jobs.job import JobResult, JobSpec, run_job
 from ..jobs.progress import ProgressReporter
 from ..jobs.rows import read_row
 from ..jobs.stop_signal import StopSignal
@@ -38,9 +39,9 @@ _TOKENIZER_FILES = (
 
 
 def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: TextIO) -> int:
-    """Run or resume a job and report it: the summary and the digest on stdout, everything else on stderr.
+    """Run or resume a job; print the summary and the digest on stdout, everything else on stderr.
 
-    `command` is the command line, repeated in the hint that says how to resume. ValueError for a bad setting or file.
+    `command` is the command line, repeated in the hint on resuming. ValueError for a bad setting or file.
     """
     spec = job_spec(config)
     failpoints = Failpoints(os.environ.get(VARIABLE, ""), DRIVER)
@@ -48,7 +49,7 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
     if defaults := config.engine.sampling_defaults:
         progress.message(sampling_notice(defaults))
 
-    def start() -> Engines:
+    def start() -> EngineClient:
         return start_engines(
             config.engine, on_phase=lambda phase: progress.message(str(phase)), on_wait=progress.message
         )
@@ -63,7 +64,7 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
 
 
 def report(result: JobResult, output: str, command: Sequence[str], stdout: TextIO, stderr: TextIO) -> None:
-    """Print how a job ended; if it finished, the digest is the last line of stdout."""
+    """Print the result of a job; the digest of a finished one is the last line of stdout."""
     total = "unknown" if result.num_rows is None else result.num_rows
     print(f"{output}: {total} rows, {result.completed} completed, {result.failed} failed", file=stdout)
     if result.digest is not None:
@@ -79,14 +80,14 @@ def resume_command(command: Sequence[str]) -> str:
 
 
 def job_spec(config: JobConfig) -> JobSpec:
-    """Resolve a configuration against the model directory and the input file; reads no weights."""
+    """Resolve a configuration against the model directory and the input file, without reading weights."""
     engine = config.engine
     rules = row_rules(engine, config.sampling, config.chat_template_kwargs.thinking)
     _check_defaults(rules)
     input_path = Path(config.input)
     output = Path(config.output)
     _check_paths(input_path, output)
-    input_bytes = input_path.stat().st_size  # lines that are added after this are not part of the job
+    input_bytes = input_path.stat().st_size  # lines appended later are not part of the job
     chat_format = rules.encoder.chat_format if isinstance(rules.encoder, ModelPrompts) else None
     identity = {
         "input": file_sha256(input_path, input_bytes),
@@ -121,7 +122,7 @@ def job_spec(config: JobConfig) -> JobSpec:
 
 
 def _check_paths(input_path: Path, output: Path) -> None:
-    """ValueError for an input that is not a file, or an output directory that cannot be written or holds the input."""
+    """ValueError for an input that is not a file, or an output directory that is not writable or contains the input."""
     if not input_path.is_file():
         raise ValueError(f"the input {input_path} is not a file; give a .jsonl or .jsonl.gz file")
     check_directory(output)
@@ -130,7 +131,7 @@ def _check_paths(input_path: Path, output: Path) -> None:
 
 
 def _check_defaults(rules: RequestDefaults) -> None:
-    """ValueError where a row that gives nothing but one token is refused: then the job's own settings are wrong."""
+    """ValueError when a row with a prompt of one token and no settings is refused: the job's own settings are wrong."""
     data = b'{"prompt": [0]}'
     try:
         read_row(InputLine(index=0, number=1, byte_offset=0, num_bytes=len(data), data=data), rules)
@@ -139,7 +140,7 @@ def _check_defaults(rules: RequestDefaults) -> None:
 
 
 def model_fingerprint(model_dir: Path) -> str:
-    """Fingerprint of a model, `sha256:<hex>`: the checkpoint's own and the tokenizer's files."""
+    """Fingerprint of a model, `sha256:<hex>`, over the checkpoint's fingerprint and the tokenizer's files."""
     with Checkpoint(model_dir) as checkpoint:
         checkpoint.check_names(tensor_shapes(declare_model(read_config(model_dir)).named_weights()))
         hashed = hashlib.sha256(checkpoint.compute_fingerprint().encode())

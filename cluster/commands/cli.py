@@ -1,6 +1,6 @@
-"""The command line: one function per command. Its options are the fields of settings classes.
+"""The command line: one function per command, with options derived from settings classes.
 
-Nothing that loads torch, Ray or yaml is imported at the top; a command imports what it runs.
+Modules that load torch, Ray or yaml are imported inside the commands that need them.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def kernels(**flags: Any) -> int:
 
 
 def command_line() -> list[str]:
-    """The command that the user typed, as it can be typed again."""
+    """The command line in a form that can be typed again."""
     program = Path(sys.argv[0])
     start = ["python", "-m", "shoal"] if program.name == "__main__.py" else [program.name]
     return start + sys.argv[1:]

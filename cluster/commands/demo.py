@@ -1,4 +1,4 @@
-"""`shoal demo`: real prompts through Ray workers, then through one process, and the answers compared bit by bit."""
+"""`shoal demo`: answer real prompts on Ray workers and in one process, and compare the answers bit by bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from ..bundled import BUNDLED_MODEL
 from ..engine_args import EngineArgs, read_model_config
 from ..exit_codes import ExitCode
 from ..jobs.config import JobConfig
-from ..jobs.job import Engines, JobResult, run_job
+from ..jobs.engine_client import EngineClient
+from ..jobs.job import JobResult, run_job
 from ..jobs.output import FAULT_FILE, PART_FILE, RUN_FILE
 from ..jobs.progress import ProgressReporter
 from ..jobs.stop_signal import StopSignal
@@ -48,7 +49,7 @@ DOCUMENT_ENTRIES = 100
 
 
 def demo_rows() -> list[dict[str, Any]]:
-    """The input of the demo: plain rows and OpenAI batch lines, thinking and not, greedy and sampled."""
+    """Input of the demo: plain rows and OpenAI batch lines, with and without thinking, greedy and sampled."""
 
     def ask(question: str, *, thinking: bool = False, **fields: Any) -> dict[str, Any]:
         message = {"role": "user", "content": question}
@@ -90,7 +91,7 @@ def demo_rows() -> list[dict[str, Any]]:
 
 
 def _document() -> tuple[str, str, str, str]:
-    """A document much longer than what a token attends to; a name near its beginning, its value, and another name."""
+    """A document longer than the number of tokens attended to, a name near its start, its value, and another name."""
     letters = string.ascii_lowercase
     names = [letters[i % 26] + letters[(7 * i + 3 * (i // 26)) % 26] for i in range(DOCUMENT_ENTRIES)]
     values = [f"{(37 * i + 11) % 100:02d}" for i in range(DOCUMENT_ENTRIES)]
@@ -123,7 +124,7 @@ def demo(settings: DemoArgs, *, stdout: TextIO, stderr: TextIO) -> int:
 
     With `kill`, the layout is a prefill and a decode replica and a spare; that worker, the node of the decode worker,
     or the process that drives the job is killed in the middle.
-    ValueError for a layout that the model or the machine cannot take.
+    ValueError for a layout that the model or the machine does not support.
     """
     output = Path(settings.output)
     prompts = output / "prompts.jsonl"
@@ -158,7 +159,7 @@ def demo(settings: DemoArgs, *, stdout: TextIO, stderr: TextIO) -> int:
 
 
 def _cluster_args(settings: DemoArgs) -> EngineArgs:
-    """The layout asked for; with `kill`, a prefill and a decode replica and a spare."""
+    """Settings with the requested layout; with `kill`, a prefill and a decode replica and a spare."""
     layout: dict[str, Any] = {
         "tensor_parallel_size": settings.tensor_parallel_size,
         "data_parallel_size": settings.data_parallel_size,
@@ -177,7 +178,7 @@ def _cluster_args(settings: DemoArgs) -> EngineArgs:
 
 
 def _reference_args() -> EngineArgs:
-    """The plainest way to run a model: one process, one row at a time, nothing reused."""
+    """Settings of the reference: one process, one row at a time, no prefix caching."""
     return EngineArgs(
         model=str(BUNDLED_MODEL),
         max_model_len=MAX_MODEL_LEN,
@@ -203,7 +204,7 @@ def _answer_on_ray(
 
 
 def _answer_disturbed(prompts: Path, output: Path, args: EngineArgs, kill: Victim, stderr: TextIO) -> JobResult:
-    """Answer the prompts while something is killed."""
+    """Answer the prompts while a worker, a node or the driver is killed."""
     if kill == "driver":
         driver = multiprocessing.get_context("spawn").Process(target=_answer_until_killed, args=(prompts, output, args))
         driver.start()
@@ -222,7 +223,7 @@ def _answer_until_killed(prompts: Path, output: Path, args: EngineArgs) -> None:
 
 
 def judge(first: Path, second: Path, stdout: TextIO) -> int:
-    """Print how the answers of two finished jobs compare; 0 if neither they nor the digests of the jobs differ."""
+    """Compare the answers and digests of two finished jobs and print the result; returns 0 if they are equal."""
     comparison = compare(first, second)
     same_digest = _digest(first) == _digest(second)
     if not same_digest:
@@ -232,14 +233,16 @@ def judge(first: Path, second: Path, stdout: TextIO) -> int:
 
 
 def compare(first: Path, second: Path) -> Comparison:
-    """Compare the answers of two output directories, token by token with their log-probabilities.
+    """Compare the answers in two output directories token by token, with their log-probabilities.
 
     JSON keeps every bit of a float. A token that only one side has counts as different, and so does its logprob.
     """
-    a, b = _choices(first), _choices(second)
+    a = _choices(first)
+    b = _choices(second)
     num_tokens = num_tokens_differ = num_logprobs_differ = 0
     for key in a.keys() | b.keys():
-        (tokens_a, logprobs_a), (tokens_b, logprobs_b) = a.get(key, ([], [])), b.get(key, ([], []))
+        tokens_a, logprobs_a = a.get(key, ([], []))
+        tokens_b, logprobs_b = b.get(key, ([], []))
         num_tokens += max(len(tokens_a), len(tokens_b))
         num_tokens_differ += _num_differing(tokens_a, tokens_b)
         num_logprobs_differ += _num_differing(logprobs_a, logprobs_b)
@@ -247,23 +250,24 @@ def compare(first: Path, second: Path) -> Comparison:
 
 
 def questions_and_answers(prompts: Path, output: Path) -> Iterator[tuple[str, str, str]]:
-    """Question, thinking ("" without) and answer of each row's first continuation, in input order."""
+    """Question, thinking ("" if none) and answer of each row's first sample, in input order."""
     answers = {row["id"]: row["response"]["body"]["choices"][0] for row in _read_lines(output / PART_FILE)}
     for index, row in enumerate(_read_lines(prompts)):
-        body, choice = row.get("body", row), answers[f"batch_req_{index}"]
+        body = row.get("body", row)
+        choice = answers[f"batch_req_{index}"]
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         message = choice.get("message", {"content": choice.get("text")})
         yield question, message.get("reasoning_content", ""), (message["content"] or "").removesuffix(EOS)
 
 
 def shortened(text: str, width: int) -> str:
-    """At most `width` characters that every terminal can show, with a dot for each one that it might not."""
+    """Text of at most `width` printable ASCII characters, with a dot for each other character."""
     shown = "".join(c if c.isascii() and c.isprintable() else "." for c in text)
     return shown if len(shown) <= width else shown[: width - 3] + "..."
 
 
 class _Steps:
-    """Numbered steps with their seconds."""
+    """Prints numbered steps with their durations."""
 
     def __init__(self, stdout: TextIO) -> None:
         self._stdout = stdout
@@ -285,7 +289,7 @@ def _answer(
     prompts: Path,
     output: Path,
     args: EngineArgs,
-    start: Callable[..., Engines],
+    start: Callable[..., EngineClient],
     stderr: TextIO,
     *,
     overwrite: bool = True,
@@ -314,7 +318,7 @@ def _show_end(steps: _Steps, result: JobResult) -> None:
 
 
 def _choices(output: Path) -> dict[tuple[str, int], tuple[list[int], list[Any]]]:
-    """(custom_id, index of the continuation) -> its token ids and, per token, its logprob entry."""
+    """(custom_id, sample index) -> token ids and logprob entry per token."""
     choices = {}
     for row in _read_lines(output / PART_FILE):
         for choice in row["response"]["body"]["choices"]:

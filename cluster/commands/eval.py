@@ -1,4 +1,4 @@
-"""`shoal eval`: the share of held-out questions that a model answers exactly, thinking and not."""
+"""`shoal eval`: exact-match accuracy on held-out questions, with and without thinking."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Scores = dict[str, dict[str, dict[str, Any]]]
 
 
 def evaluate(engine: EngineArgs, args: EvalArgs, *, stdout: TextIO, stderr: TextIO) -> int:
-    """Answer greedily, print a table on stdout and write the scores to a file; progress goes to stderr.
+    """Answer greedily, print a table on stdout, progress on stderr, and write the scores to a file.
 
-    ValueError for an unknown task or a model that cannot take the questions, EnginesFailed if the engines fail.
+    ValueError for an unknown task or a model that does not support the questions, EnginesFailed if the engines fail.
     """
     prepare_report(args.report)
     tasks = TASKS if args.tasks is None else tuple(args.tasks.split(","))
@@ -58,7 +58,7 @@ def _num_right(llm: LLM, rows: Sequence[Question], params: SamplingParams, think
 
 
 def final_answer(output: RequestOutput, thinking: bool) -> str | None:
-    """The text after the thinking, without the end-of-sentence token; None for an answer that was cut off."""
+    """Text after the thinking, without the end-of-sentence token; None for a truncated answer."""
     (completion,) = output.outputs
     if completion.finish_reason != "stop":
         return None
@@ -78,14 +78,15 @@ def score(right: int, count: int) -> dict[str, Any]:
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """The Wilson score interval (Wilson, 1927) of `right` successes in `count` trials, at 95 %."""
-    share, z2 = right / count, CONFIDENCE_Z**2
+    share = right / count
+    z2 = CONFIDENCE_Z**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = CONFIDENCE_Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def table(scores: Scores) -> str:
-    """One line per task: accuracy and interval of each mode that was asked."""
+    """One line per task: accuracy and interval of each evaluated mode."""
     modes = [mode for mode in ("thinking", "direct") if any(mode in of_task for of_task in scores.values())]
     lines = [(f"{'task':14}{'n':>6}" + "".join(f"  {mode:22}" for mode in modes)).rstrip()]
     for task, of_task in scores.items():

@@ -1,4 +1,4 @@
-"""Command line options that are read from settings, and the way from a command's result to the exit status."""
+"""Command line options derived from settings, and exit statuses of commands and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def options(*classes: type, leave_out: Sequence[str] = ()) -> Callable[[Command], Command]:
-    """Give a command an option for every setting of the classes. An option that is not given is None."""
+    """Decorator that adds an option for every setting of the classes; options that are not given are None."""
     known: dict[str, Declaration] = {}
     for cls in classes:
         known |= declarations(cls)
@@ -36,17 +36,17 @@ def options(*classes: type, leave_out: Sequence[str] = ()) -> Callable[[Command]
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the user gave."""
+    """The options that are not None, which the user gave."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def take(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Build settings from those options that the user gave and that `cls` has; ValueError names a bad value."""
+    """Build settings of `cls` from its options among those the user gave; ValueError names a bad value."""
     return build_settings(cls, {name: value for name, value in given(values).items() if name in declarations(cls)})
 
 
 def exits(command: Callable[..., int]) -> Callable[..., NoReturn]:
-    """Exit with the status that a command returns; an error that the user can mend is one line on stderr."""
+    """Decorator that exits with a command's status; errors of the user are printed as one line on stderr."""
 
     @functools.wraps(command)
     def run(**arguments: Any) -> NoReturn:
@@ -56,7 +56,7 @@ def exits(command: Callable[..., int]) -> Callable[..., NoReturn]:
             print(f"error: {_one_line(error)}", file=sys.stderr)
             status = _status(error)
         except KeyboardInterrupt:
-            # A command that can stop in its own way does so; here nothing has begun.
+            # Commands that drain handle signals themselves; here nothing has started yet.
             status = ExitCode.INTERRUPTED
         sys.exit(int(status))
 
@@ -72,14 +72,14 @@ def _one_line(error: Exception) -> str:
 def _status(error: Exception) -> ExitCode:
     if isinstance(error, EnginesFailed):
         return ExitCode.ENGINE
-    # Whoever raised it has imported the module; a usage error must not load Ray.
+    # If the module raised the error, it is loaded already; a usage error must not load Ray.
     module = sys.modules.get("shoal.cluster.workers.ray_cluster")
     is_layout = module is not None and isinstance(error, module.LayoutDoesNotFit)
     return ExitCode.LAYOUT if is_layout else ExitCode.USAGE
 
 
 def _option(declaration: Declaration) -> Callable[[Command], Command] | None:
-    """A click option; None for a mapping, which only a file or Python can give."""
+    """A click option; None for a mapping, which can be set only in a file or from Python."""
     name, setting = declaration.name, declaration.setting
     kinds = [kind for kind in alternatives(declaration.kind) if kind is not type(None)]
     flag = f"--{name.replace('_', '-')}"
@@ -111,7 +111,7 @@ def _default(declaration: Declaration) -> str:
 
 
 def _one_or_many(_context: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> int | list[str] | None:
-    """A number given once stands for itself, everything else is a list."""
+    """A single number as an int, everything else as a list."""
     if len(values) == 1 and values[0].isascii() and values[0].isdecimal():
         return int(values[0])
     return list(values) or None

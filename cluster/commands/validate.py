@@ -1,4 +1,4 @@
-"""`shoal validate`, and the row rules that it shares with `shoal batch`; needs no Ray."""
+"""`shoal validate`, and the request defaults that it shares with `shoal batch`; needs no Ray."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_SHOWN_BAD_ROWS = 20
 def validate(
     input_path: Path, engine: EngineArgs, *, sampling: Mapping[str, Any], thinking: bool, stdout: TextIO, stderr: TextIO
 ) -> int:
-    """Check an input against a model and print what is wrong with it; 3 if a row is bad."""
+    """Check an input against a model and print the errors; returns 3 if a row is bad."""
     rules = row_rules(engine, sampling, thinking)
     progress = ProgressReporter(stderr)
     if defaults := engine.sampling_defaults:
@@ -77,7 +77,7 @@ def validate(
 
 
 def row_rules(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool) -> RequestDefaults:
-    """Rules for checking the rows of a job; ValueError for a model that cannot be run as asked."""
+    """Limits and defaults for the rows of a job; ValueError for a model that cannot run with these settings."""
     model = read_model_config(engine)
     limits = RequestLimits(
         vocab_size=model.vocab_size, max_model_len=engine.max_model_len or model.max_position_embeddings

@@ -24,7 +24,7 @@ OnError = Literal["continue", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class ErrorLimit:
-    """Number or share of rows that may fail before the job counts as failed."""
+    """Number or percentage of rows that may fail before the job counts as failed."""
 
     count: int = 0
     percent: float | None = None
@@ -51,7 +51,7 @@ class ErrorLimit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTemplateKwargs:
-    """Switches of the prompt format, for rows that do not set them."""
+    """Switches of the chat format for rows that do not set them."""
 
     thinking: Annotated[bool, Setting("Let the model think before it answers.")] = False
 
@@ -61,7 +61,7 @@ class ChatTemplateKwargs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobConfig:
-    """One batch job. In YAML the fields of `engine` stand beside the others: `model`, `tensor_parallel_size`, ..."""
+    """Settings of a batch job. In YAML the fields of `engine` are top-level keys: `model`, `block_size`, .."""
 
     input: Annotated[str, Setting("Input file, .jsonl or .jsonl.gz.", metavar="FILE", is_path=True)]
     output: Annotated[
@@ -110,7 +110,7 @@ class JobConfig:
 
 
 def job_config(values: Mapping[Any, Any]) -> JobConfig:
-    """Build from plain data; every wrong name or value is a ValueError that names it."""
+    """Build a JobConfig from plain data; ValueError names a wrong name or value."""
     check_names_and_values(values)
     own = {name: value for name, value in values.items() if name in declarations(JobConfig)}
     if "chat_template_kwargs" in own:
@@ -121,7 +121,7 @@ def job_config(values: Mapping[Any, Any]) -> JobConfig:
 
 
 def check_names_and_values(values: Mapping[Any, Any]) -> None:
-    """ValueError for a wrong name or value among some settings of a job, as plain data."""
+    """ValueError for a wrong name or value among settings of a job as plain data; required ones may be missing."""
     known = declarations(JobConfig) | declarations(EngineArgs)
     refuse_unknown(values, known)
     for name, value in values.items():

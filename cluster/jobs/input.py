@@ -1,4 +1,4 @@
-"""Reads the lines of a batch file; a line that is not one JSON object within the limits is a `BadRow`."""
+"""Lines of a batch file; a line that is not one JSON object within the limits is a `BadRow`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ MAX_LINE_BYTES = 8 << 20
 MAX_DEPTH = 64
 MAX_INTEGER_DIGITS = 20
 
-# A string (to its end or the end of the line) or one bracket; possessive, so that time is linear in the line.
+# A string (to its end or the end of the line) or one bracket; possessive, so that time is linear in the line's length.
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class BadRow(ApiError):  # noqa: N818  (a finding about the input, not a fault)
-    """Why one row of a file cannot be answered."""
+    """Reason why a row of a file cannot be answered."""
 
     def __init__(self, code: str, message: str, param: str | None = None, *, custom_id: str | None = None) -> None:
         super().__init__(code, message, param)
@@ -39,7 +39,7 @@ class BadRow(ApiError):  # noqa: N818  (a finding about the input, not a fault)
 
 @dataclass(frozen=True, slots=True)
 class InputLine:
-    """One line that is not blank, without its line ending."""
+    """A line that is not blank, without its line ending."""
 
     index: int
     """Position among the rows, from 0; blank lines do not count."""
@@ -49,21 +49,22 @@ class InputLine:
     """Offset of the line's first byte, in the uncompressed text."""
     num_bytes: int
     data: bytes
-    """Empty when the line is longer than the limit: it is skipped without being held in memory."""
+    """Empty when the line is longer than the limit: it is skipped without being kept in memory."""
 
 
 def read_lines(
     path: Path, *, max_line_bytes: int = MAX_LINE_BYTES, num_bytes: int | None = None
 ) -> Iterator[InputLine]:
-    """Yield the rows of a JSON lines file, plain or compressed with gzip, in order, holding one line at a time.
+    """Yield the rows of a JSON lines file, plain or compressed with gzip, in order, with one line in memory at a time.
 
     Only the first `num_bytes` of the file are read (None: all).
 
-    A byte order mark at the start is skipped. LF and CRLF both end a line, the last one needs no ending, and lines of
-    white space only are skipped.
-    ValueError if the file is of another kind or cannot be read to its end.
+    A byte order mark at the start is skipped. LF and CRLF both end a line, the last line needs no ending, and blank
+    lines are skipped. ValueError if the file has another format or cannot be read to its end.
     """
-    index, number, offset = 0, 0, 0
+    index = 0
+    number = 0
+    offset = 0
     try:
         with open_input(path, num_bytes) as file:
             while piece := file.readline(max_line_bytes + 2):
@@ -90,7 +91,7 @@ def read_lines(
 
 
 def parse_line(line: InputLine, *, max_line_bytes: int = MAX_LINE_BYTES) -> dict[str, Any]:
-    """The JSON object of a line; BadRow if it is anything else."""
+    """Parse the JSON object of a line; BadRow for anything else."""
     if line.num_bytes > max_line_bytes:
         raise BadRow("line_too_long", f"the line has {line.num_bytes} bytes, at most {max_line_bytes} are allowed")
     if line.data.startswith(b"\xef\xbb\xbf"):
@@ -122,7 +123,7 @@ def parse_line(line: InputLine, *, max_line_bytes: int = MAX_LINE_BYTES) -> dict
 
 
 def file_sha256(path: Path, num_bytes: int | None = None) -> str:
-    """`sha256:<hex>` of a file's first `num_bytes` (None: all), as they lie on disk."""
+    """`sha256:<hex>` of the first `num_bytes` (None: all) of a file as stored, without decompression."""
     hashed = hashlib.sha256()
     with path.open("rb") as file:
         left = os.fstat(file.fileno()).st_size if num_bytes is None else num_bytes
@@ -133,13 +134,13 @@ def file_sha256(path: Path, num_bytes: int | None = None) -> str:
 
 
 class CustomIdIndex:
-    """Finds repeated custom ids: 16-byte digests in a file, so that memory does not grow with the rows.
+    """Index of custom ids that finds repeated ones: 16-byte digests in a file, so that memory use is constant.
 
-    The file lives only as long as the object.
+    `close` deletes the file.
     """
 
     def __init__(self, path: Path) -> None:
-        """OSError when there is no room for the file."""
+        """Create the file; OSError when the disk is full."""
         path.unlink(missing_ok=True)
         self._path = path
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644))  # fails with the system's own error
@@ -151,7 +152,7 @@ class CustomIdIndex:
             self._db.execute("BEGIN")
 
     def add(self, custom_id: str, line: int) -> int | None:
-        """Remember that `line` has this id; the line that had it first, or None. OSError when the disk is full."""
+        """Add the id of `line`; returns the earlier line with this id, or None. OSError when the disk is full."""
         digest = hashlib.blake2b(custom_id.encode(), digest_size=16).digest()
         with self._disk_errors():
             added = self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (digest, line)).rowcount

@@ -1,4 +1,4 @@
-"""Opens a batch file, plain or gzip-compressed JSON lines; a file of another kind is refused as a whole, and named."""
+"""Formats of batch files: plain or gzip-compressed JSON lines; a file of another format is rejected by name."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _SIGNATURES: tuple[tuple[re.Pattern[bytes], str], ...] = tuple(
 )
 _TABLE_HEADER = re.compile(rb'"?[\w .-]+"?(?:[,;\t]"?[\w .-]*"?)+')
 _MIN_TEXT_LINES = 10
-"""In a shorter file, lines that are no JSON objects are bad rows, each with an error of its own."""
+"""In a shorter file, lines that are not JSON objects are bad rows, each with its own error."""
 
 
 class _Bounded(io.RawIOBase):
-    """The first bytes of a file."""
+    """Reader of the first `num_bytes` of a file; None: all."""
 
     def __init__(self, path: Path, num_bytes: int | None) -> None:
         self._file = path.open("rb", buffering=0)
@@ -66,9 +66,9 @@ class _Bounded(io.RawIOBase):
 
 
 def open_input(path: Path, num_bytes: int | None = None) -> BinaryIO:
-    """The uncompressed content of the first `num_bytes` of a file (None: all), to be read from its beginning.
+    """Open a file for reading the uncompressed content of its first `num_bytes` (None: all).
 
-    ValueError for what cannot be read or is not JSON lines.
+    ValueError for a file that cannot be read or is not JSON lines.
     """
     try:
         raw = io.BufferedReader(_Bounded(path, num_bytes), _HEAD_BYTES)
@@ -81,7 +81,7 @@ def open_input(path: Path, num_bytes: int | None = None) -> BinaryIO:
         if kind is not None:
             raise ValueError(f"{path} is {kind}; give JSON lines in UTF-8, one object per line (.jsonl or .jsonl.gz)")
     except (EOFError, OSError):
-        pass  # damaged gzip data: whoever reads it says where
+        pass  # damaged gzip data: reported with its position when it is read
     except ValueError:
         file.close()
         raw.close()
@@ -99,7 +99,7 @@ def has_byte_order_mark(path: Path) -> bool:
 
 
 def _other_kind(head: bytes) -> str | None:
-    """What a file is that begins like this, with its article; None for JSON lines and what may be."""
+    """Format of a file with this beginning, with its article; None for JSON lines and for unknown formats."""
     head = head.removeprefix(BYTE_ORDER_MARK)
     for pattern, kind in _SIGNATURES:
         if pattern.match(head):

@@ -1,7 +1,7 @@
-"""A batch job: check every row, answer the rows that are not answered yet, and finish with one digest.
+"""Batch jobs: check every row, answer the unfinished rows, and finish with one digest.
 
-A job is its output directory. `run_job` can be killed at any time and called again; each input row ends up in exactly
-one output line, and the digest is the same as that of an undisturbed run.
+A job is its output directory. `run_job` can be killed at any time and called again; each input row gets exactly one
+output line, and the digest equals that of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import errno
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import msgspec
 
 from shoal.parallel.failpoints import Failpoints
-from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import EngineOutput, Request, RequestOutput, Tokens
 
 from ..exit_codes import ExitCode
 from ..openai.requests import RequestDefaults
-from ..supervision.fault import Fault, FaultJournal
+from ..supervision.fault import FaultJournal
+from .engine_client import EngineClient
 from .input import BadRow, CustomIdIndex, InputLine, file_sha256
 from .input_format import has_byte_order_mark
 from .output import CUSTOM_ID_FILE, FAULT_FILE, SPOOL_FILE, BatchOutput, RowCounts, State, write_json
@@ -42,66 +42,26 @@ RUN_FILE_INTERVAL_S = 5.0
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
-class Engines(Protocol):
-    """The engines that answer requests, however many there are and wherever they run."""
-
-    @property
-    def limits(self) -> RequestLimits:
-        """What they can take; a request beyond it is refused by `submit`."""
-        ...
-
-    @property
-    def capacity(self) -> int:
-        """How many requests should be in flight to keep every engine busy."""
-        ...
-
-    @property
-    def num_in_flight(self) -> int:
-        """Requests that were submitted and whose output was not returned yet."""
-        ...
-
-    @property
-    def faults(self) -> Sequence[Fault]:
-        """Workers that were lost, in order, and how far each loss is mended."""
-        ...
-
-    def submit(self, requests: list[Request]) -> None:
-        """Take requests; returns at once."""
-        ...
-
-    def poll(self, timeout_s: float) -> list[EngineOutput | RequestOutput]:
-        """New parts of answers, and the whole answer of every finished request; waits at most `timeout_s`."""
-        ...
-
-    def take_losses(self) -> Mapping[str, int]:
-        """Requests during which a worker was lost since the last call, and how often that happened to each in all."""
-        ...
-
-    def close(self) -> None:
-        """Stop the engines and let go of their machines."""
-        ...
-
-
 class ErrorRule(Protocol):
-    """When too many rows have failed."""
+    """Limit on the number of failed rows."""
 
     def allows(self, num_failed: int, num_rows: int) -> bool: ...
 
 
 class EngineFailure(Exception):  # noqa: N818  (the name of the event)
-    """The engines cannot go on; the job can be resumed."""
+    """The engines failed; the job can be resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """A job, resolved: what `run_job` needs to know."""
+    """Resolved settings of a job."""
 
     input: Path
     output: Path
     input_bytes: int | None = None
-    """The first bytes of `input` are the job, whatever is added later; None: all."""
+    """Length of the part of `input` that is the job, whatever is appended later; None: all."""
     identity: Mapping[str, Any]
-    """Everything that decides about the answers; a job is resumed only under the same."""
+    """Everything that determines the answers; a job is resumed only with an equal identity."""
     rules: RequestDefaults
     model_name: str
     stop_at_error_limit: bool
@@ -109,12 +69,12 @@ class JobSpec:
     drain_grace_s: float = 10.0
     overwrite: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Recorded in run.json and free to change between runs: versions, layout."""
+    """Values for run.json that may change between runs: versions, layout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobResult:
-    """How a run of a job ended."""
+    """Result of a run of a job."""
 
     exit_code: int
     num_rows: int | None
@@ -122,23 +82,23 @@ class JobResult:
     completed: int
     failed: int
     digest: str | None = None
-    """Only of a finished job."""
+    """Digest of a finished job."""
     message: str | None = None
-    """Why it did not finish."""
+    """Why the job did not finish."""
 
 
 def run_job(
     spec: JobSpec,
-    start_engines: Callable[[], Engines],
+    start_engines: Callable[[], EngineClient],
     *,
     stop: StopSignal,
     progress: ProgressReporter,
     clock: Callable[[], float] = time.monotonic,
     failpoints: Failpoints | None = None,
 ) -> JobResult:
-    """Run or resume a job to its end, to a signal, or to the first failure that needs a person.
+    """Run or resume a job until it is finished, a signal arrives, or a failure needs the user.
 
-    ValueError for a directory or an input that cannot be used, and whatever ValueError `start_engines` raises.
+    ValueError for a directory or an input that cannot be used, and from `start_engines`.
     """
     failpoints = failpoints or Failpoints()
     try:
@@ -151,7 +111,7 @@ def run_job(
         if output.run.get("state") == "completed":
             return _finished(spec, output)
         if output.num_dropped_bytes:
-            progress.message(f"cut {output.num_dropped_bytes} bytes of an unfinished record off the journal")
+            progress.message(f"truncated {output.num_dropped_bytes} bytes of a torn record at the end of the journal")
         return _Run(spec, output, stop, progress, clock, failpoints).run(start_engines)
     except OSError as error:
         return _disk_failed(spec, error, output)
@@ -171,7 +131,11 @@ class _Run:
         clock: Callable[[], float],
         failpoints: Failpoints,
     ) -> None:
-        self.spec, self.output, self.stop, self.progress, self.clock = spec, output, stop, progress, clock
+        self.spec = spec
+        self.output = output
+        self.stop = stop
+        self.progress = progress
+        self.clock = clock
         self.failpoints = failpoints
         self.faults = FaultJournal(spec.output / FAULT_FILE, write_json, progress.message)
         self.num_rows: int | None = None
@@ -179,7 +143,7 @@ class _Run:
         self.in_flight: dict[str, BatchRow] = {}
         self.last_saved = clock()
 
-    def run(self, start_engines: Callable[[], Engines]) -> JobResult:
+    def run(self, start_engines: Callable[[], EngineClient]) -> JobResult:
         output = self.output
         try:
             return self.run_to_end(start_engines)
@@ -187,7 +151,7 @@ class _Run:
             return self.stopped()
         except EngineFailure as error:
             if self.stop.signum is not None:
-                # Engines that are interrupted fail in ways of their own.
+                # A signal may interrupt the engines, which then fail with errors of their own.
                 return self.stopped()
             output.commit()
             _save_state(output, "failed", error=str(error))
@@ -198,7 +162,7 @@ class _Run:
         _save_state(self.output, "cancelled" if self.stop.exit_code == ExitCode.INTERRUPTED else "in_progress")
         return _ended(self.output, self.stop.exit_code, "stopped by a signal")
 
-    def run_to_end(self, start_engines: Callable[[], Engines]) -> JobResult:
+    def run_to_end(self, start_engines: Callable[[], EngineClient]) -> JobResult:
         output = self.output
         if not self.is_checked():
             self.validate()
@@ -208,12 +172,10 @@ class _Run:
         if output.counts.finished < self.num_rows:
             num_begun, num_tokens = output.num_begun
             if num_begun:
-                self.progress.message(
-                    f"{num_begun} rows go on in the middle of their answers, after {num_tokens} tokens"
-                )
+                self.progress.message(f"resuming {num_begun} partially generated rows ({num_tokens} tokens)")
             _save_state(output, "in_progress", error=None, **self.spec.facts)
             self.progress.message("starting the engines")
-            # A ValueError at the start is the user's to mend: a layout, a setting, a missing file.
+            # A ValueError at the start is an error of the user: a layout, a setting, a missing file.
             passing = (JobStopped, ValueError, ImportError)
             with self.stop.interrupting(), _engine_errors("the engines did not start", passing=passing):
                 engines = start_engines()
@@ -234,14 +196,14 @@ class _Run:
         return _finished(self.spec, output)
 
     def is_checked(self) -> bool:
-        """Whether an earlier run checked the input and left the rows that are still to be answered."""
+        """Whether an earlier run has checked the input, so that every unfinished row is in the spool."""
         summary = self.output.run.get("input")
         if summary is None:
             return False
         return self.spool.exists() or self.output.counts.finished == summary["num_rows"]
 
     def validate(self) -> None:
-        """First pass: every bad row gets its error line, every good one a place in the spool, run.json the summary."""
+        """First pass: write an error line for every bad row, spool every good one, and save the summary in run.json."""
         spec, output = self.spec, self.output
         job = {"job": dict(spec.identity), "input_bytes": spec.input_bytes}
         output.save_run(state="validating", started_at=_now(), **job, **spec.facts)
@@ -282,17 +244,21 @@ class _Run:
             f"the longest prompt has {summary.max_prompt_tokens}"
         )
 
-    def check_limits(self, engines: Engines) -> None:
-        """Answers must not depend on how much cache this cluster happens to have."""
-        wanted, have = self.spec.rules.limits.max_model_len, engines.limits.max_model_len
+    def check_limits(self, engines: EngineClient) -> None:
+        """ValueError when the engines' context is shorter than the one the rows were checked for.
+
+        Answers must not depend on the cache size of the cluster.
+        """
+        wanted = self.spec.rules.limits.max_model_len
+        have = engines.limits.max_model_len
         if have < wanted:
             raise ValueError(
                 f"the cache of these engines holds {have} tokens of context, and the rows were checked for {wanted}: "
                 f"give max_model_len {have} or less, or more cache (num_kv_blocks)"
             )
 
-    def answer(self, engines: Engines) -> None:
-        """Second pass: keep the engines full until every row is finished or someone asks to stop."""
+    def answer(self, engines: EngineClient) -> None:
+        """Second pass: keep the engines full until every row is finished or a signal arrives."""
         rows = self.open_rows()
         deadline: float | None = None
         exhausted = False
@@ -300,7 +266,7 @@ class _Run:
             if self.stop.signum is not None and deadline is None:
                 deadline = self.clock() + self.spec.drain_grace_s
                 self.progress.message(
-                    f"stopping: {len(self.in_flight)} rows are given {self.spec.drain_grace_s:g} s to finish"
+                    f"stopping: waiting up to {self.spec.drain_grace_s:g} s for {len(self.in_flight)} rows to finish"
                 )
             if deadline is None and not exhausted:
                 exhausted = self.admit(rows, engines)
@@ -323,7 +289,7 @@ class _Run:
         self.show(force=True)
 
     def take(self, output: EngineOutput | RequestOutput) -> None:
-        """Write the answer of a finished row, and new tokens of an unfinished one."""
+        """Write the answer of a finished row, or new tokens of an unfinished one."""
         row = self.in_flight.get(output.request_id)
         if row is None:
             raise EngineFailure(f"the engines answered {output.request_id!r}, which is unknown or already finished")
@@ -333,8 +299,8 @@ class _Run:
         elif isinstance(output, Tokens):
             self.output.add_progress(row.index, output)
 
-    def admit(self, rows: Iterator[BatchRow], engines: Engines) -> bool:
-        """Submit rows up to the engines' capacity; whether the rows are exhausted."""
+    def admit(self, rows: Iterator[BatchRow], engines: EngineClient) -> bool:
+        """Submit rows up to the engines' capacity; returns whether the rows are exhausted."""
         room = engines.capacity - len(self.in_flight)
         if room <= 0:
             return False
@@ -347,13 +313,13 @@ class _Run:
         return len(new) < room
 
     def begun(self, row: BatchRow) -> Request:
-        """The row's request, with what earlier runs have generated of its answer and how often they lost its worker."""
+        """The row's request, with the tokens generated and the worker losses counted by earlier runs."""
         generated = self.output.take_generated(row.index)
         num_losses = self.output.num_losses(row.index)
         return msgspec.structs.replace(row.request, generated=generated, num_losses=num_losses)
 
     def open_rows(self) -> Iterator[BatchRow]:
-        """The rows without a line, in input order, as the first pass has checked them."""
+        """The unfinished rows in input order, as checked by the first pass."""
         return read_spool(self.spool, skip=self.output.is_finished)
 
     def too_many_errors(self) -> bool:
@@ -386,7 +352,7 @@ class _Run:
 
 @contextmanager
 def _engine_errors(what: str, *, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Whatever goes wrong inside the engines, other than `passing`, ends the run and leaves the job resumable."""
+    """Turn exceptions other than `passing` into EngineFailure, which ends the run and leaves the job resumable."""
     try:
         yield
     except passing:
@@ -396,7 +362,7 @@ def _engine_errors(what: str, *, passing: tuple[type[Exception], ...] = ()) -> I
 
 
 def _resumed(run: Mapping[str, Any], spec: JobSpec, say: Callable[[str], None]) -> JobSpec:
-    """The spec of a job whose input has grown since it was started: the lines that were added are not part of it."""
+    """The spec of a job restricted to its original input, where lines have been appended since it was started."""
     num_bytes = run.get("input_bytes")
     if num_bytes is None or spec.input_bytes is None or num_bytes >= spec.input_bytes:
         return spec
@@ -408,15 +374,18 @@ def _resumed(run: Mapping[str, Any], spec: JobSpec, say: Callable[[str], None]) 
 
 
 def _check_same_job(run: Mapping[str, Any], spec: JobSpec) -> None:
-    """ValueError naming the first field of the identity that differs from what the directory was started with."""
+    """ValueError that names the first field of the identity that differs from the one the job was started with."""
     if "job" not in run:
         return
-    before, now = run["job"], json.loads(json.dumps(spec.identity))
+    before = run["job"]
+    now = json.loads(json.dumps(spec.identity))
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict) and old != new:
             inner = next(key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key))
-            name, old, new = f"{name}.{inner}", old.get(inner), new.get(inner)
+            name = f"{name}.{inner}"
+            old = old.get(inner)
+            new = new.get(inner)
         if old != new:
             raise ValueError(
                 f"{spec.output} belongs to a job with another {name} ({old!r} then, {new!r} now): run it as it was "
@@ -436,7 +405,8 @@ def _save_state(output: BatchOutput, state: State, **changes: Any) -> None:
 
 
 def _finished(spec: JobSpec, output: BatchOutput) -> JobResult:
-    counts, num_rows = output.run["request_counts"], output.run["request_counts"]["total"]
+    counts = output.run["request_counts"]
+    num_rows = counts["total"]
     within = spec.error_limit.allows(counts["failed"], num_rows)
     return JobResult(
         exit_code=ExitCode.OK if within else ExitCode.ROWS_FAILED,
@@ -448,7 +418,7 @@ def _finished(spec: JobSpec, output: BatchOutput) -> JobResult:
 
 
 def _disk_failed(spec: JobSpec, error: OSError, output: BatchOutput | None = None) -> JobResult:
-    """The end of a run that could not write, perhaps not even to open its directory; other errors are raised again."""
+    """Result of a run that could not write to or open its directory; raises errors that are not of the disk."""
     if error.errno not in _DISK_ERRORS:
         raise error
     return _ended(output, ExitCode.DRAINED, f"cannot write to {spec.output}: {error.strerror}; make room there")

@@ -14,7 +14,7 @@ from .config import JobConfig, check_names_and_values, job_config
 
 
 def load_job_config(path: str | Path | None, flags: Mapping[str, Any]) -> JobConfig:
-    """The settings of a YAML file, where there is one, overridden by `flags`. A ValueError names file and key."""
+    """Settings of a YAML file, if `path` is given, overridden by `flags`. ValueError names file and key."""
     if path is None:
         return job_config(flags)
     if not str(path).strip():
@@ -30,7 +30,7 @@ def load_job_config(path: str | Path | None, flags: Mapping[str, Any]) -> JobCon
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The mapping in a YAML file; an empty file is an empty one. ValueError for anything else or a repeated key."""
+    """The mapping in a YAML file; {} for an empty file. ValueError for anything else or a repeated key."""
     try:
         with path.open(encoding="utf-8") as file:
             values = yaml.load(file, Loader=_UniqueKeyLoader)
@@ -48,7 +48,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, of which SafeLoader would silently keep the last."""
+    """SafeLoader that rejects a repeated key, of which SafeLoader would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

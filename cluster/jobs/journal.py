@@ -1,10 +1,10 @@
-"""An append-only file of checksummed records; what survives a crash is a prefix of what was appended.
+"""The journal: an append-only file of checksummed records, of which a prefix survives a crash.
 
     file:    magic (8 bytes) | record | record | ...
     record:  payload length (4 bytes, little endian) | CRC-32 of the payload (4 bytes) | payload (msgpack: tag, fields)
 
-`append` returns after fsync, so a record that was appended is there after any crash. A record torn by a crash is cut
-off when the file is opened again.
+`append` returns after fsync, so appended records survive any crash. A record torn by a crash is truncated when the file
+is opened again.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from shoal.runtime.types import GeneratedTokens
 MAGIC = b"SHOALJ03"
 """The last two characters are the version."""
 MAX_PAYLOAD_BYTES = 1 << 26
-"""A larger length was not written by this class."""
+"""Longest payload that is written."""
 
 _HEADER = struct.Struct("<II")
 
 
 class RowRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
-    """One finished row: where its line ends and what its content is."""
+    """A finished row: the end of its line and the digest of its content."""
 
     index: int
     failed: bool
-    """The line is in the file of errors, not in the part file."""
+    """Whether the line is in the error file, not in the part file."""
     end_offset: int
-    """Bytes of that file up to and including the line; the line is durable before the record is written."""
+    """Offset in that file of the end of the line, which is durable before the record is written."""
     digest: bytes
     """SHA-256 of the row's answer."""
     num_prompt_tokens: int
@@ -43,21 +43,21 @@ class RowRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 
 
 class ProgressRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=2):
-    """Tokens of a row that is not finished."""
+    """New tokens of an unfinished row."""
 
     index: int
     sample_index: int
     start: int
-    """Number of tokens of this sample in the records before."""
+    """Number of tokens of this sample in earlier records."""
     new: GeneratedTokens
 
 
 class LossRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=3):
-    """An unfinished row whose worker was lost while it answered it."""
+    """An unfinished row that was interrupted by the loss of its worker."""
 
     index: int
     num_losses: int
-    """In all runs so far."""
+    """Number of losses in all runs so far."""
 
 
 Record = RowRecord | ProgressRecord | LossRecord
@@ -67,12 +67,12 @@ _DECODER: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
 
 
 class Journal:
-    """Opens, replays and extends one journal; the caller makes sure that it is the only one."""
+    """A journal file opened for appending. The caller ensures that no other process opens it."""
 
     def __init__(self, path: Path, replay: Callable[[Record], None]) -> None:
-        """Call `replay` for every intact record in order, then cut off what follows the last one.
+        """Call `replay` for every intact record in order, then truncate the file after the last one.
 
-        ValueError if the file is not a journal, or holds records that this class does not write.
+        ValueError if the file is not a journal or contains records of another version.
         """
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -96,7 +96,7 @@ class Journal:
                     replay(record)
                     self._size = file.tell()
         self.num_dropped_bytes = max(file_size - self._size, 0) if magic == MAGIC else len(magic)
-        """Bytes of a torn tail that were cut off."""
+        """Number of truncated bytes of a torn record."""
         if magic != MAGIC:
             write_fully(self._fd, MAGIC, 0)
         os.ftruncate(self._fd, self._size)
@@ -118,11 +118,12 @@ class Journal:
 
 
 def write_fully(fd: int, data: bytes, offset: int) -> None:
-    """Write all of `data` at `offset`; one call of the system may write less."""
+    """Write all of `data` at `offset`, in several calls where the system writes less at once."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
+        view = view[written:]
+        offset += written
 
 
 def _encode(record: Record) -> bytes:
@@ -132,7 +133,7 @@ def _encode(record: Record) -> bytes:
 
 
 def _read_record(file: BinaryIO) -> Record | None:
-    """The next record, or None where the intact ones end."""
+    """The next record; None after the last intact one."""
     header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
         return None

@@ -1,15 +1,15 @@
-"""The output directory of a batch job, which is the job: its rows, its journal and its state.
+"""The output directory of a batch job: its rows, its journal and its state.
 
-    run.json          what the job is, how far it is, and the digest of its outputs
+    run.json          identity and state of the job, and the digest of its outputs
     part-00000.jsonl  answered rows, in the order in which they finished
     errors.jsonl      rows that could not be answered
-    journal.log       which rows are finished, how much of the two files above is theirs, and tokens of unfinished rows
-    faults.json       workers that were lost, and how each loss was mended; absent while there was none
+    journal.log       finished rows, the valid lengths of the two files above, and tokens of unfinished rows
+    faults.json       lost workers and the recovery from each loss; absent until the first
     rows.spool        rows that passed the check, with their tokens; deleted when the job is finished
     digests.bin       per input row: state (1 byte: 0 open, 1 answered, 2 failed), digest of its content (32 bytes)
 
-A group of rows is committed in this order: lines, fsync, journal records, fsync. After a crash, lines that no record
-covers are cut off, so that every row is in exactly one file exactly once. `digests.bin` is rebuilt from the journal.
+A group of rows is committed in this order: lines, fsync, journal records, fsync. After a crash, lines without a record
+are truncated, so that every row is in exactly one file exactly once. `digests.bin` is rebuilt from the journal.
 """
 
 from __future__ import annotations
@@ -35,9 +35,15 @@ from .row_output import FinishedRow
 State = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelled"]
 """OpenAI's words for the state of a batch."""
 
-RUN_FILE, PART_FILE, ERROR_FILE = "run.json", "part-00000.jsonl", "errors.jsonl"
-JOURNAL_FILE, DIGEST_FILE, LOCK_FILE, CUSTOM_ID_FILE = "journal.log", "digests.bin", "job.lock", "custom_ids.sqlite"
-FAULT_FILE, SPOOL_FILE = "faults.json", "rows.spool"
+RUN_FILE = "run.json"
+PART_FILE = "part-00000.jsonl"
+ERROR_FILE = "errors.jsonl"
+JOURNAL_FILE = "journal.log"
+DIGEST_FILE = "digests.bin"
+LOCK_FILE = "job.lock"
+CUSTOM_ID_FILE = "custom_ids.sqlite"
+FAULT_FILE = "faults.json"
+SPOOL_FILE = "rows.spool"
 
 _SLOT_BYTES = 33
 _DIGEST_CHUNK_ROWS = 4096
@@ -58,10 +64,10 @@ class RowCounts:
 
 
 class BatchOutput:
-    """Opens (and resumes) an output directory, refuses a second process, and commits finished rows in groups.
+    """An output directory opened by one process, to which finished rows are committed in groups.
 
-    Every method that writes raises OSError when the disk is full or broken. After that the object can only be closed;
-    the rows committed before are safe, and the directory can be opened again.
+    Every method that writes raises OSError when the disk is full or broken. Afterwards the object can only be closed;
+    rows committed before are durable, and the directory can be opened again.
     """
 
     def __init__(
@@ -75,11 +81,14 @@ class BatchOutput:
         clock: Callable[[], float] = time.monotonic,
         failpoints: Failpoints | None = None,
     ) -> None:
-        """ValueError if another process has the directory, or if it holds files that are not those of a job."""
+        """Open or resume; ValueError if another process uses the directory, or its files are not those of a job."""
         self.directory = directory
         self.counts = RowCounts()
-        self._commit_rows, self._commit_bytes, self._commit_interval_s = commit_rows, commit_bytes, commit_interval_s
-        self._clock, self._failpoints = clock, failpoints or Failpoints()
+        self._commit_rows = commit_rows
+        self._commit_bytes = commit_bytes
+        self._commit_interval_s = commit_interval_s
+        self._clock = clock
+        self._failpoints = failpoints or Failpoints()
         self._pending: list[FinishedRow] = []
         self._pending_bytes = 0
         self._pending_progress: list[ProgressRecord | LossRecord] = []
@@ -100,7 +109,7 @@ class BatchOutput:
         if overwrite:
             _remove_job(directory)
         self.run: dict[str, Any] = _read_run(directory)
-        """The content of run.json; empty for a new job."""
+        """Content of run.json; empty for a new job."""
         self._digests = self._open_file(DIGEST_FILE)
         os.ftruncate(self._digests, 0)
         self._files = {False: self._open_file(PART_FILE), True: self._open_file(ERROR_FILE)}
@@ -108,7 +117,7 @@ class BatchOutput:
         self._journal = Journal(directory / JOURNAL_FILE, self._replay)
         self._resources.callback(self._journal.close)
         self.num_dropped_bytes = self._journal.num_dropped_bytes
-        """Bytes of a torn journal record that were cut off; its rows are answered again."""
+        """Number of truncated bytes of a torn journal record; its rows are answered again."""
         for failed, name in ((False, PART_FILE), (True, ERROR_FILE)):
             size = os.fstat(self._files[failed]).st_size
             if size < self._sizes[failed]:
@@ -129,45 +138,45 @@ class BatchOutput:
         return os.pread(self._digests, 1, index * _SLOT_BYTES) not in (b"", b"\0")
 
     def add(self, row: FinishedRow) -> None:
-        """Take a finished row; it is durable after the next commit."""
+        """Add a finished row; it is durable after the next commit."""
         self._pending.append(row)
         self._pending_bytes += len(row.data)
         if len(self._pending) >= self._commit_rows or self._pending_bytes >= self._commit_bytes:
             self.commit()
 
     def add_progress(self, index: int, tokens: Tokens) -> None:
-        """Take new tokens of an unfinished row; they are durable after the next commit."""
+        """Add new tokens of an unfinished row; they are durable after the next commit."""
         logprobs = None if tokens.logprobs is None else without_text(tokens.logprobs)
         new = GeneratedTokens(tokens.token_ids, logprobs)
         self._pending_progress.append(ProgressRecord(index, tokens.sample_index, tokens.start, new))
 
     def add_losses(self, index: int, num_losses: int) -> None:
-        """Note how often a worker was lost while it answered this row; durable after the next commit."""
+        """Set the number of worker losses that interrupted a row; durable after the next commit."""
         self._losses[index] = num_losses
         self._pending_progress.append(LossRecord(index, num_losses))
 
     def num_losses(self, index: int) -> int:
-        """How often a worker was lost while it answered this unfinished row, in all runs."""
+        """Number of worker losses that interrupted this unfinished row, in all runs."""
         return self._losses.get(index, 0)
 
     @property
     def num_begun(self) -> tuple[int, int]:
-        """Unfinished rows of which earlier runs left tokens, and how many tokens."""
+        """Number of unfinished rows with tokens from earlier runs, and number of these tokens."""
         tokens = [sum(len(g.token_ids) for g in row.values()) for row in self._generated.values()]
         return len(tokens), sum(tokens)
 
     def take_generated(self, index: int) -> tuple[GeneratedTokens, ...]:
-        """Tokens that earlier runs generated of an unfinished row, per sample; may be called once per row."""
+        """Tokens of an unfinished row from earlier runs, per sample; may be called once per row."""
         row = self._generated.pop(index, {})
         return tuple(row.get(i, GeneratedTokens()) for i in range(max(row, default=-1) + 1))
 
     def commit_if_due(self) -> None:
-        """Commit if what is not committed has waited for the commit interval."""
+        """Commit if there are uncommitted rows or tokens and the commit interval has passed."""
         if (self._pending or self._pending_progress) and self._clock() - self._last_commit >= self._commit_interval_s:
             self.commit()
 
     def commit(self) -> None:
-        """Make every row and all progress that was added durable; after an OSError none of it is."""
+        """Make all added rows and tokens durable; after an OSError none of them are."""
         self._last_commit = self._clock()
         finished = {row.index for row in self._pending}
         progress = [record for record in self._pending_progress if record.index not in finished]
@@ -193,7 +202,8 @@ class BatchOutput:
         for record in records:
             self._count(record)
             self._losses.pop(record.index, None)
-        self._pending, self._pending_progress = [], []
+        self._pending = []
+        self._pending_progress = []
         self._pending_bytes = 0
 
     def digest(self, num_rows: int) -> str:
@@ -209,12 +219,12 @@ class BatchOutput:
         return f"sha256:{hashed.hexdigest()}"
 
     def save_run(self, **changes: Any) -> None:
-        """Change fields of run.json; a reader sees the old file or the new one, never a part."""
+        """Update fields of run.json atomically."""
         self.run |= changes
         write_json(self.directory / RUN_FILE, self.run)
 
     def close(self) -> None:
-        """Let go of the directory. Rows that were not committed are answered again by the next run."""
+        """Release the directory. Uncommitted rows are answered again by the next run."""
         self._resources.close()
 
     def _count(self, record: RowRecord) -> None:
@@ -248,7 +258,7 @@ class BatchOutput:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one step."""
+    """Replace a JSON file atomically."""
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)
     with open(_open_file(new), "w", encoding="utf-8") as file:
@@ -261,7 +271,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make the entries of a directory durable."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -270,12 +280,12 @@ def fsync_directory(directory: Path) -> None:
 
 
 def _open_file(path: Path) -> int:
-    """For reading and writing; nobody else may write to it, whatever the umask."""
+    """Open for reading and writing; other users get no write permission, whatever the umask."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
 def _lock(directory: Path) -> int:
-    """Hold the directory for as long as this process lives; the kernel lets go of it whatever kills us."""
+    """Lock the directory until this process ends; the kernel releases the lock however it ends."""
     fd = _open_file(directory / LOCK_FILE)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -292,7 +302,7 @@ def _lock(directory: Path) -> int:
 
 
 def _remove_job(directory: Path) -> None:
-    # run.json goes first: without it the rest is not taken for a job that can be resumed.
+    # run.json first: without it the other files are not taken for a job that can be resumed.
     for name in (RUN_FILE, JOURNAL_FILE, PART_FILE, ERROR_FILE, DIGEST_FILE, CUSTOM_ID_FILE, FAULT_FILE, SPOOL_FILE):
         (directory / name).unlink(missing_ok=True)
 
@@ -302,7 +312,7 @@ def _read_run(directory: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        # A journal of only its magic is what a kill before the first run.json leaves.
+        # A run killed before it wrote run.json leaves a journal of only its magic.
         smallest = {JOURNAL_FILE: len(MAGIC) + 1, PART_FILE: 1, ERROR_FILE: 1}
         if leftover := [name for name, size in smallest.items() if _size(directory / name) >= size]:
             raise ValueError(

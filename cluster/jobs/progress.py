@@ -1,4 +1,4 @@
-"""How far a job is, for the person who waits: a live panel on a terminal, a plain line every ten seconds elsewhere."""
+"""Progress display of a job: a live panel on a terminal, a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIVE_INTERVAL_S = 0.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobProgress:
-    """A moment of a job. Rows and tokens count from the job's start, in whichever process they were done."""
+    """Snapshot of a job's progress. Rows and tokens are counted from the job's start, over all runs."""
 
     phase: str
     num_rows: int | None
@@ -35,7 +35,7 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What happened per second since this process began the phase, and what that means for the rest."""
+    """Rates since this process began the phase, and the estimated time left."""
 
     prompt_tokens_per_s: float
     output_tokens_per_s: float
@@ -43,7 +43,7 @@ class Rates:
 
 
 def rates(start: JobProgress, now: JobProgress, elapsed_s: float) -> Rates:
-    """Rates between two moments of one phase."""
+    """Rates between two snapshots of one phase."""
     elapsed_s = max(elapsed_s, 1e-9)
     rows = now.finished - start.finished
     remaining = None if now.num_rows is None else now.num_rows - now.finished
@@ -65,14 +65,14 @@ def plain_line(now: JobProgress, speed: Rates) -> str:
 
 
 def duration(seconds: float) -> str:
-    """3725 seconds are 1:02:05."""
+    """Seconds as text: 1:02:05 for 3725."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 class ProgressReporter:
-    """Shows a job's progress on `stream`; `update` may be called as often as one likes."""
+    """Shows a job's progress on `stream`; `update` limits the rate of display."""
 
     def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
@@ -84,10 +84,11 @@ class ProgressReporter:
         self._last_shown = clock()
 
     def update(self, now: JobProgress, *, force: bool = False) -> None:
-        """Show `now` if it is time to; `force` shows it in any case."""
+        """Show `now` if the display interval has passed; `force` shows it in any case."""
         time_now = self._clock()
         if self._start is None or self._start.phase != now.phase:
-            self._start, self._start_time = now, time_now
+            self._start = now
+            self._start_time = time_now
         interval = LIVE_INTERVAL_S if self._is_terminal else PLAIN_INTERVAL_S
         if not force and time_now - self._last_shown < interval:
             return
@@ -99,14 +100,14 @@ class ProgressReporter:
             self.message(plain_line(now, speed))
 
     def message(self, text: str) -> None:
-        """A line of its own, above the panel if there is one."""
+        """Print a line, above the panel if there is one."""
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the last panel standing."""
+        """Stop updating; the last panel stays on the screen."""
         if self._live is not None:
             self._live.stop()
             self._live = None

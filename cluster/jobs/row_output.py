@@ -1,7 +1,7 @@
-"""The answer to one row in a file: its OpenAI output line, and the digest of its content.
+"""Output line of a row in OpenAI's batch format, and the digest of its content.
 
-A line depends on the row and its answer only (no time, no host, no cache statistics), so that the files of two runs can
-be compared byte for byte, up to the order of the lines.
+A line depends only on the row and its answer (no time, no host, no cache statistics), so that the files of two runs are
+equal byte for byte up to the order of their lines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .rows import BatchRow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedRow:
-    """A row's line and digest, ready to be written."""
+    """A row's output line and digest."""
 
     index: int
     failed: bool
@@ -35,7 +35,7 @@ class FinishedRow:
 
 
 def answered_row(row: BatchRow, output: RequestOutput, model: str, tokenizer: Tokenizer | None) -> FinishedRow:
-    """The row of a finished request; a failed row where any of its samples failed."""
+    """The output row of a finished request; a failed row if any of its samples failed."""
     if (error := failure(output)) is not None:
         return failed_row(
             row.index, row.custom_id, error, line=row.line_number, byte_offset=row.byte_offset, status_code=500
@@ -63,7 +63,7 @@ def answered_row(row: BatchRow, output: RequestOutput, model: str, tokenizer: To
 def failed_row(
     index: int, custom_id: str | None, error: ApiError, *, line: int, byte_offset: int, status_code: int = 400
 ) -> FinishedRow:
-    """The error row of an input line. `status_code` is 400 for the row's own fault and 500 for the engine's."""
+    """The error row of an input line; `status_code` is 400 for an error of the row, 500 for one of the engine."""
     hashed = hashlib.sha256(b"error")
     _hash_label(hashed, index, custom_id)
     hashed.update(error.code.encode())
@@ -75,7 +75,7 @@ def failed_row(
 def answer_digest(index: int, custom_id: str, output: RequestOutput) -> bytes:
     """SHA-256 over index, custom_id and, for every sample, its tokens, finish reason and exact logprobs.
 
-    Floats count with their 64 bits. Entries of one position are taken in the order (rank, token id).
+    Floats are hashed with their 64 bits, the entries of a position in the order (rank, token id).
     """
     hashed = hashlib.sha256(b"answer")
     _hash_label(hashed, index, custom_id)

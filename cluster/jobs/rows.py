@@ -1,7 +1,8 @@
-"""Turns the JSON object of a batch line into a checked `BatchRow`: what to ask the engine and how to answer.
+"""Parsing of batch lines: from a JSON object to a checked `BatchRow` with its request and the form of its answer.
 
-Two forms are read: OpenAI batch lines (`custom_id`, `method`, `url`, `body`) and plain rows (`prompt` or `messages`,
-with sampling fields beside them or under `sampling_params`). A field that is neither known nor harmless is a `BadRow`.
+Two forms are supported: OpenAI batch lines (`custom_id`, `method`, `url`, `body`) and plain rows (`prompt` or
+`messages`, with sampling fields beside them or under `sampling_params`). A field that is neither known nor harmless
+makes the line a `BadRow`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _PLAIN_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchRow:
-    """One row that can be answered."""
+    """A checked row."""
 
     index: int
     """Position among the rows, from 0."""
@@ -54,7 +55,7 @@ class BatchRow:
 
     @property
     def request_id(self) -> str:
-        """The id of the row's request in this run."""
+        """Id of the row's request."""
         return f"row-{self.index}"
 
     @property
@@ -83,7 +84,7 @@ def row_custom_id(line: InputLine, row: Mapping[str, Any]) -> str:
 
 
 def parse_row(line: InputLine, row: Mapping[str, Any], custom_id: str, defaults: RequestDefaults) -> BatchRow:
-    """Check a parsed line and tokenise its prompt. BadRow names what is wrong."""
+    """Check a parsed line and tokenise its prompt; BadRow names the error."""
     try:
         parsed = _parse_plain(row, defaults) if _is_plain(row) else _parse_openai(row, defaults)
     except ApiError as error:
@@ -98,7 +99,7 @@ def parse_row(line: InputLine, row: Mapping[str, Any], custom_id: str, defaults:
 
 
 def read_row(line: InputLine, defaults: RequestDefaults) -> BatchRow:
-    """`parse_line` and `parse_row` in one step, for a line that is known not to repeat a custom id."""
+    """Apply `parse_line` and `parse_row`, for a line whose custom id is known not to be a repeated one."""
     row = parse_line(line)
     return parse_row(line, row, row_custom_id(line, row), defaults)
 

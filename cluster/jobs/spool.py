@@ -1,10 +1,10 @@
-"""The rows of an input that can be answered, checked and tokenised: written by the first pass, read by the second.
+"""The spool: checked and tokenised rows of an input, written by the first pass and read by the second.
 
     magic (8 bytes) | record | record | ... | end mark (8 bytes)
     record: length of the payload (4 bytes) | CRC-32 of index and payload (4 bytes) | row index (8 bytes) | payload
 
-Integers are little endian, the payload is msgpack. The file gets its name once it is whole and durable, and is deleted
-when the job is finished. A token of a prompt takes 4 bytes.
+Integers are little endian, the payload is msgpack, a prompt token takes 4 bytes. The file is renamed to its final name
+when it is complete and durable, and is deleted when the job is finished.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     endpoint: int
     """Position in `ENDPOINTS`."""
     prompt_token_ids: bytes
-    """4 bytes each."""
+    """Little-endian uint32 values."""
     params: SamplingParams
     num_logprobs: int | None
     reasoning_end_token_id: int | None
@@ -48,7 +48,7 @@ _DECODER = msgspec.msgpack.Decoder(_Payload)
 
 
 class RowSpoolWriter:
-    """Writes a spool file; rows cost no memory. Every method raises OSError when the disk is full or broken."""
+    """Writes a spool file in constant memory. Every method raises OSError when the disk is full or broken."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -62,7 +62,7 @@ class RowSpoolWriter:
         self._file.write(_HEADER.pack(len(payload), zlib.crc32(payload, zlib.crc32(index))) + index + payload)
 
     def finish(self) -> None:
-        """Make the rows durable and give the file its name."""
+        """Make the rows durable and rename the file to its final name."""
         self._file.write(_END)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -75,16 +75,16 @@ class RowSpoolWriter:
             os.close(directory)
 
     def discard(self) -> None:
-        """Delete what was written, unless `finish` was called."""
-        with suppress(OSError):  # closing writes what is buffered, for which there may be no room
+        """Delete the file, unless `finish` was called."""
+        with suppress(OSError):  # closing flushes the buffer, which a full disk may prevent
             self._file.close()
         self._new.unlink(missing_ok=True)
 
 
 def read_spool(path: Path, skip: Callable[[int], bool]) -> Iterator[BatchRow]:
-    """The rows of a spool file in input order, one at a time, without those whose index `skip` is true for.
+    """Yield the rows of a spool file in input order, without those for whose index `skip` is true.
 
-    ValueError for a file that was changed.
+    ValueError for a damaged file.
     """
     with path.open("rb", buffering=_BUFFER_BYTES) as file:
         if file.read(len(_MAGIC)) != _MAGIC:
@@ -138,5 +138,5 @@ def _row(index: int, payload: _Payload) -> BatchRow:
 
 
 def _open_private(path: str, flags: int) -> int:
-    """Nobody else may write to the file, whatever the umask."""
+    """Open a file without write permission for other users, whatever the umask."""
     return os.open(path, flags, 0o644)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that a job can see."""
+"""SIGINT and SIGTERM as requests to stop a job."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..exit_codes import ExitCode
 
 
 class JobStopped(Exception):  # noqa: N818  (a request, not an error)
-    """Someone asked the job to stop."""
+    """A signal requested the job to stop."""
 
 
 class StopSignal:
-    """While entered, the first SIGINT or SIGTERM sets a flag (or raises, inside `interrupting`).
+    """Context in which the first SIGINT or SIGTERM sets a flag (or raises, inside `interrupting`).
 
-    The second one ends the process. Ending at once is safe: what the journal has is durable, and the rest is answered
+    The second signal ends the process at once, which is safe: the journal is durable, and all other rows are answered
     again.
     """
 
@@ -41,15 +41,15 @@ class StopSignal:
         return ExitCode.INTERRUPTED if self.signum == signal.SIGINT else ExitCode.DRAINED
 
     def check(self) -> None:
-        """Raise JobStopped if a signal came."""
+        """Raise JobStopped if a signal has arrived."""
         if self.signum is not None:
             raise JobStopped
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """A signal raises JobStopped at once: for long calls that cannot ask.
+        """Let a signal raise JobStopped at once, for long calls that do not check for it.
 
-        What is called may install handlers of its own, as `ray.init` does; afterwards ours are back.
+        Handlers that the calls install, as `ray.init` does, are replaced again at the end.
         """
         self.check()
         self._raise = True

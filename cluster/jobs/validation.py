@@ -1,4 +1,4 @@
-"""The first pass over an input: every row is checked and counted, before anything expensive starts."""
+"""First pass over an input: check and count every row before any engine starts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .rows import BatchRow, parse_row, row_custom_id
 
 @dataclass(slots=True)
 class InputSummary:
-    """Counts of the rows, bad rows and prompt tokens of an input."""
+    """Counts of rows, bad rows and prompt tokens of an input."""
 
     num_rows: int = 0
     num_bad_rows: int = 0
     num_prompt_tokens: int = 0
     max_prompt_tokens: int = 0
     prompt_lengths: dict[str, int] = field(default_factory=dict)
-    """Rows per prompt length, in steps of powers of two: "<=16", "<=32", ..."""
+    """Number of rows per prompt length, in powers of two: "<=16", "<=32", ..."""
     bad_rows: dict[str, int] = field(default_factory=dict)
-    """Rows per error code."""
+    """Number of rows per error code."""
 
     def count_prompt(self, length: int) -> None:
         self.num_prompt_tokens += length
@@ -78,7 +78,10 @@ def validate_input(
 def _take_row(
     line: InputLine, defaults: RequestDefaults, custom_ids: CustomIdIndex, on_good_row: Callable[[BatchRow], None]
 ) -> int:
-    """Length of the prompt. A function of its own, so that no row is held while the next one is read."""
+    """Check a row and pass it to `on_good_row`; returns the length of its prompt.
+
+    A separate function, so that no row is referenced while the next one is read.
+    """
     row = parse_line(line)
     custom_id = row_custom_id(line, row)
     if (first := custom_ids.add(custom_id, line.number)) is not None:

@@ -1,1 +1,1 @@
-"""Replicas of a model: start, routing I/O, in-process and threaded engines."""
+"""Replicas of a model: start-up, the pool that serves requests, in-process and threaded engines."""

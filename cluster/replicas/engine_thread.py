@@ -1,4 +1,4 @@
-"""A thread that owns a set of engines, so that any number of threads and coroutines can use them at the same time."""
+"""A thread that owns an engine client, so that many threads and coroutines can use it concurrently."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import EngineOutput, Request, RequestOutput
 
-from ..jobs.job import Engines
+from ..jobs.engine_client import EngineClient
 
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.16
 """Poll timeout: starts at MIN_POLL_S and doubles up to MAX_POLL_S while there are no outputs."""
 
 Deliver = Callable[[list[EngineOutput | RequestOutput] | BaseException], None]
-"""Takes all that a poll returned for the requests of one `submit`, or the error that ended one of them."""
+"""Receives the outputs of one poll for the requests of one `submit`, or the error that ended one of them."""
 
 
-class AbortableEngines(Engines, Protocol):
-    """`Router` or `InProcessEngine`."""
+class AbortableEngineClient(EngineClient, Protocol):
+    """An engine client that can drop requests: `ReplicaPool` or `InProcessEngine`."""
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
+        """Drop requests; no further outputs are returned for them. Unknown ids are ignored."""
         ...
 
     def step_profiles(self) -> list[StepProfile]:
-        """Where the time of the steps went on every rank; needs engines that measure it."""
+        """Step profiles of every rank; the engines must measure their steps."""
         ...
 
 
 class EngineThread:
-    """Starts engines on a thread of its own and feeds them up to their capacity. Any thread may call its methods."""
+    """Runs engines on its own thread and keeps them filled to their capacity. Any thread may call its methods."""
 
-    def __init__(self, start: Callable[[], AbortableEngines]) -> None:
-        """Return once `start` has returned; exceptions of `start` are raised here."""
+    def __init__(self, start: Callable[[], AbortableEngineClient]) -> None:
+        """Start the engines and wait until they are ready; exceptions of `start` are raised here."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
         self._deliver: dict[str, Deliver] = {}
@@ -56,7 +56,7 @@ class EngineThread:
     def submit(self, requests: Sequence[Request], deliver: Deliver) -> None:
         """Queue requests; `deliver` is called on the engines' thread.
 
-        It gets the outputs of every poll, and per request the error that ended the engines.
+        It receives the outputs of every poll, or, once per request, the error that ended the engines.
         """
         with self._lock:
             if self._end is not None:
@@ -68,7 +68,7 @@ class EngineThread:
         self._commands.put(lambda: self._drop(request_ids))
 
     def step_profiles(self) -> list[StepProfile]:
-        """See `AbortableEngines`; waits for the engines' thread."""
+        """Step profiles of every rank; waits for the engines' thread."""
         answer: Future[list[StepProfile]] = Future()
 
         def ask() -> None:
@@ -89,7 +89,7 @@ class EngineThread:
         self._thread.join()
 
     def _main(
-        self, start: Callable[[], AbortableEngines], started: queue.SimpleQueue[RequestLimits | BaseException]
+        self, start: Callable[[], AbortableEngineClient], started: queue.SimpleQueue[RequestLimits | BaseException]
     ) -> None:
         try:
             self._engines = start()
@@ -110,11 +110,11 @@ class EngineThread:
             self._end = end
         while not self._commands.empty():
             if (command := self._commands.get()) is not None:
-                command()  # requests that came too late get the error, too
+                command()  # requests that were queued too late receive the error, too
         for deliver in self._deliver.values():
             deliver(end)
         self._engines.close()
-        del self._engines  # with the model's memory
+        del self._engines  # frees the model's memory
 
     def _loop(self) -> None:
         poll_s = MIN_POLL_S
@@ -128,7 +128,7 @@ class EngineThread:
             self._hand_out(outputs)
 
     def _hand_out(self, outputs: Sequence[EngineOutput | RequestOutput]) -> None:
-        """Call every `deliver` once, with the outputs of its requests in order."""
+        """Call every `deliver` at most once, with the outputs of its requests in order."""
         batches: dict[int, tuple[Deliver, list[EngineOutput | RequestOutput]]] = {}
         for output in outputs:
             is_last = isinstance(output, RequestOutput)

@@ -1,4 +1,4 @@
-"""One engine in this process, without Ray: the reference that clusters are compared with, and the quickest start."""
+"""One engine in this process, without Ray: the reference for clusters, and the quickest start."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ..workers.spec import OnPhase, Phase, StartReport
 
 
 class InProcessEngine:
-    """The interface of `Router`; the engine works while `poll` runs, on the thread that calls it."""
+    """An engine client with the interface of `ReplicaPool`; the engine runs inside `poll`, on the calling thread."""
 
     def __init__(
         self, args: EngineArgs, *, on_phase: OnPhase | None = None, engine_factory: str = BUILD_ENGINE
     ) -> None:
-        """Loads the model; ValueError for a layout of more than one worker."""
+        """Load the model; ValueError for a layout of more than one worker."""
         if args.num_workers != 1:
             raise ValueError(
                 f"the in-process executor runs one worker, but the layout has {args.num_workers} "
@@ -43,7 +43,7 @@ class InProcessEngine:
             self._engine = resolve_factory(engine_factory)(args, groups, report, None)
         self._capacity = 2 * args.max_num_seqs
         self._responses: dict[str, ResponseAssembler] = {}
-        """The requests in flight, with their answers so far."""
+        """Answers so far of the requests in flight."""
         self._outputs: list[EngineOutput | RequestOutput] = []
         self._reported_at = 0.0
         if on_phase is not None:
@@ -76,7 +76,7 @@ class InProcessEngine:
             self._take(admit(self._engine, request))
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
+        """Drop requests; no further outputs are returned for them. Unknown ids are ignored."""
         for request_id in request_ids:
             if self._responses.pop(request_id, None) is not None:
                 self._engine.abort(RequestId(request_id))
@@ -84,7 +84,7 @@ class InProcessEngine:
         self._outputs = [output for output in self._outputs if output.request_id not in dropped]
 
     def poll(self, timeout_s: float) -> list[EngineOutput | RequestOutput]:
-        """Step until there are outputs or `timeout_s` has passed; at once when nothing is in flight."""
+        """Step until there are outputs or `timeout_s` has passed; returns at once when nothing is in flight."""
         deadline = time.monotonic() + timeout_s
         while not self._outputs and self._responses:
             with torch_settings(self._num_threads):
@@ -101,7 +101,7 @@ class InProcessEngine:
         return outputs
 
     def _take(self, outputs: Sequence[EngineOutput]) -> None:
-        """Keep what is new of the answers, and the whole answers of requests that are finished."""
+        """Add outputs to the answers; queue the new parts and the whole answers of finished requests."""
         for output in outputs:
             response = self._responses[output.request_id]
             if (new := response.add(output)) is not None:
@@ -111,7 +111,7 @@ class InProcessEngine:
                 self._outputs.append(response.output())
 
     def take_losses(self) -> dict[str, int]:
-        """Nothing: there are no workers to lose."""
+        """Always empty: there are no workers to lose."""
         return {}
 
     def step_profiles(self) -> list[StepProfile]:
@@ -119,5 +119,5 @@ class InProcessEngine:
         return [step_profile(self._engine)]
 
     def close(self) -> None:
-        """Drop what is in flight."""
+        """Drop the requests in flight."""
         self.abort(sorted(self._responses))

@@ -1,4 +1,4 @@
-"""Whether the weights of every replica fit into memory, and how much of it is left for the KV cache."""
+"""Memory check of a layout: whether the weights fit, and how much is left for the KV cache."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ..engine_args import EngineArgs
 from ..workers.ray_cluster import LayoutDoesNotFit, Node
 
 NUM_SHOWN = 3
-"""Layouts that an error message names."""
+"""Number of layouts that an error message names."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Memory of a layout that fits."""
+    """Memory use of a layout that fits."""
 
     weight_bytes: tuple[int, ...]
-    """Weights on each worker, per replica."""
+    """Bytes of weights on each worker, per replica."""
     kv_tokens: int | None
-    """Tokens that the KV caches of all replicas have room for; None where the memory of the GPUs is unknown."""
+    """Capacity in tokens of the KV caches of all replicas; None where the memory of the GPUs is unknown."""
 
     def __str__(self) -> str:
         room = "" if self.kv_tokens is None else f", room for {self.kv_tokens:,} tokens of KV cache"
@@ -38,9 +38,9 @@ class MemoryUse:
 
 
 def check_memory(args: EngineArgs, config: ModelConfig, available: Sequence[Node]) -> MemoryUse:
-    """LayoutDoesNotFit when the nodes, even if nothing else ran on them, could not hold the weights.
+    """LayoutDoesNotFit when the nodes, even if idle, cannot hold the weights.
 
-    Nothing is read: sizes follow from the configuration, the layout and the dtypes on the device.
+    No weights are read: sizes follow from the configuration, the layout and the dtypes on the device.
     """
     storage = storage_format(args, config, on_gpu=args.device == "cuda")
     per_worker = [_weights_per_worker(config, spec.parallel, storage, available, args) for spec in args.replica_specs]
@@ -64,7 +64,7 @@ def _weights_per_worker(
     args: EngineArgs,
 ) -> int:
     on_node = _most_workers_on_a_node(available, args)
-    return rank_weight_bytes(config, layout, storage, ranks_on_node=min(on_node, layout.world_size))
+    return rank_weight_bytes(config, layout, storage, local_world_size=min(on_node, layout.world_size))
 
 
 def _most_workers_on_a_node(available: Sequence[Node], args: EngineArgs) -> int:
@@ -81,7 +81,7 @@ def _gpu_memory(available: Sequence[Node]) -> int | None:
 
 
 def _host_memory(args: EngineArgs, config: ModelConfig, per_worker: Sequence[int], available: Sequence[Node]) -> int:
-    """Bytes of host memory for each worker; LayoutDoesNotFit when all weights together need more than there is."""
+    """Bytes of host memory per worker; LayoutDoesNotFit when all weights together exceed the cluster's memory."""
     layouts = [spec.parallel for spec in args.replica_specs]
     total = sum(node.memory_bytes for node in available)
     needed = sum(weights * layout.world_size for weights, layout in zip(per_worker, layouts, strict=True))
@@ -110,7 +110,7 @@ def _too_little_gpu_memory(
     available: Sequence[Node],
 ) -> str:
     per_node = max(int(node.num_gpus) for node in available)
-    nearest = islice(fitting_layouts(config, asked, storage, memory, ranks_on_node=per_node), NUM_SHOWN)
+    nearest = islice(fitting_layouts(config, asked, storage, memory, local_world_size=per_node), NUM_SHOWN)
     shown = [f"{_layout(layout)} ({layout.world_size} GPUs)" for layout in nearest]
     hint = f"the nearest layouts that fit are {'; '.join(shown)}" if shown else "use GPUs with more memory"
     return (

@@ -1,4 +1,4 @@
-"""One copy of the model on a cluster, seen from the driver: its workers, their commands and events, their end."""
+"""The driver's side of one replica: its workers, the commands to them and the events from them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
 
 from ..replica_spec import ReplicaSpec
-from ..workers.actors import INBOX_THREAD, Launch, ObjectRef, Seat, WorkerProcess, end_worker, start_worker
+from ..workers.actors import INBOX_THREAD, LaunchConfig, ObjectRef, WorkerProcess, WorkerSlot, end_worker, start_worker
 from ..workers.assignment import Assignment
 from ..workers.spec import StartReport
 from ..workers.wire import COMMANDS, EVENTS, Command, Event
 from ..workers.worker import AUDIT_TIMEOUT_S
 
 POLL_WAIT_S = 1.0
-"""How long a worker holds a poll while it has no events."""
+"""Longest wait of a worker's poll while there are no events."""
 STOP_TIMEOUT_S = 5.0
 PROFILE_TIMEOUT_S = 10.0
 
 
 class EngineFailed(RuntimeError):  # noqa: N818
-    """A replica cannot go on: which rank is the cause, and why. Its requests can be submitted elsewhere."""
+    """A replica failed: the rank that is the cause, and the reason. Its requests can be submitted elsewhere."""
 
     def __init__(self, rank: int, reason: str) -> None:
         super().__init__(f"rank {rank}: {reason}")
@@ -41,11 +41,11 @@ class EngineFailed(RuntimeError):  # noqa: N818
 
 @dataclass(slots=True)
 class _Leader:
-    """The worker that takes the requests of an attention group: its TP rank 0."""
+    """The worker that receives the requests of an attention group: its TP rank 0."""
 
     rank: int
     worker: WorkerProcess | None
-    """None while it is lost and not replaced."""
+    """None while the rank is vacant."""
     poll: ObjectRef | None = None
     sends: list[ObjectRef] = field(default_factory=list)
     """Calls of `Worker.send` that may still fail."""
@@ -53,7 +53,7 @@ class _Leader:
 
 
 def listen(host: str) -> TCPStore:
-    """The rendezvous of a replica's ranks, on a free port of one address (a TCPStore by itself listens on all)."""
+    """Rendezvous store of a replica on a free port of `host` (a TCPStore by itself listens on all addresses)."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.bind((host, 0))
     listener.listen(1024)
@@ -69,17 +69,17 @@ def listen(host: str) -> TCPStore:
 
 
 class Replica:
-    """The workers of one copy, to be used after `wait_ready` and by one thread at a time.
+    """The workers of one replica, for use after `wait_ready`. Not thread-safe.
 
-    The supervisor reports workers that died or whose loop failed (`lose`) and their replacements (`fill`).
+    Workers that are lost (`lose`) and their replacements (`fill`) are reported by the supervisor.
     """
 
     def __init__(
-        self, spec: ReplicaSpec, launch: Launch, seats: Sequence[Seat], *, host: str, first_number: int = 0
+        self, spec: ReplicaSpec, launch: LaunchConfig, slots: Sequence[WorkerSlot], *, host: str, first_number: int = 0
     ) -> None:
-        """Starts a worker in each seat and lets them build their engines.
+        """Start a worker in each slot; the workers build their engines.
 
-        `host` is this node's own address; `first_number` counts the workers of this role in the replicas before.
+        `host`: this node's address. `first_number`: number of workers of this role in the replicas before.
         """
         self.role = spec.role
         self._store = listen(host)
@@ -87,7 +87,7 @@ class Replica:
         self._num_kv_tokens: dict[int, int] = {}
         self._failure: EngineFailed | None = None
         self.unreachable: list[tuple[str, str]] = []
-        """Name of workers that did not answer a call or whose loop failed, and why, for the supervisor."""
+        """Workers that did not answer a call or whose loop failed, with the reason, for the supervisor."""
         self.assignments = [
             Assignment(
                 epoch=0,
@@ -101,10 +101,10 @@ class Replica:
         ]
         """Assignments by rank; complete once the replica is ready."""
         self.workers = [
-            start_worker(launch, seat, assignment, title=f"{spec.role}:{first_number + assignment.rank}")
-            for seat, assignment in zip(seats, self.assignments, strict=True)
+            start_worker(launch, slot, assignment, label=f"{spec.role}:{first_number + assignment.rank}")
+            for slot, assignment in zip(slots, self.assignments, strict=True)
         ]
-        """First worker of each rank."""
+        """Initial worker of each rank."""
         tp = spec.tensor_parallel_size
         self._leaders = [_Leader(rank, self.workers[rank]) for rank in range(0, len(self.workers), tp)]
         self._starts: dict[ObjectRef, int] = {w.started: rank for rank, w in enumerate(self.workers)}
@@ -114,7 +114,7 @@ class Replica:
     def wait_ready(self, timeout_s: float) -> list[StartReport]:
         """Wait until all ranks can serve; returns their reports by rank.
 
-        EngineFailed, or ValueError for what a user can mend, when a rank cannot.
+        EngineFailed when a rank fails, ValueError when a setting of the user is the cause.
         """
         deadline = time.monotonic() + timeout_s
         reports: dict[int, StartReport] = {}
@@ -141,7 +141,7 @@ class Replica:
         self.assignments = [
             replace(
                 assignment,
-                ranks_on_node=reports[rank].ranks_on_node,
+                local_world_size=reports[rank].local_world_size,
                 num_kv_blocks=reports[rank].num_kv_blocks,
                 max_model_len=self._limits.max_model_len,
             )
@@ -151,21 +151,21 @@ class Replica:
 
     @property
     def limits(self) -> RequestLimits:
-        """The limits that hold in every attention group."""
+        """Limits that hold in every attention group."""
         assert self._limits is not None, "limits are known after wait_ready"
         return self._limits
 
     def leader_of(self, rank: int) -> int:
-        """The rank that takes the requests of this rank's attention group."""
+        """The rank that receives the requests of this rank's attention group."""
         return max(leader for leader in self.leaders if leader <= rank)
 
     def num_kv_tokens(self, rank: int) -> int:
-        """Tokens that the cache of a rank holds."""
+        """Capacity in tokens of a rank's KV cache."""
         return self._num_kv_tokens[rank]
 
     @property
     def leaders(self) -> list[int]:
-        """The ranks that take requests."""
+        """The ranks that receive requests."""
         return [leader.rank for leader in self._leaders]
 
     def send(self, rank: int, commands: Sequence[Command]) -> None:
@@ -173,13 +173,13 @@ class Replica:
         self._check_alive()
         leader = next(leader for leader in self._leaders if leader.rank == rank)
         if leader.worker is None:
-            return  # its loss is about to be reported, and its requests are sent elsewhere then
+            return  # the supervisor is about to report the loss, and the requests are sent elsewhere then
         send = leader.worker.actor.send.options(concurrency_group=INBOX_THREAD)
         leader.sends.append(send.remote(leader.num_sends, [COMMANDS.encode(c) for c in commands]))
         leader.num_sends += 1
 
     def refs(self) -> list[ObjectRef]:
-        """What to wait for: events of the leaders, and the end of any rank's loop."""
+        """Refs to wait for: polls of the leaders, and the end of every rank's loop."""
         self._check_alive()
         for leader in self._leaders:
             if leader.poll is None and leader.worker is not None:
@@ -188,7 +188,7 @@ class Replica:
         return polls + [worker.ended for worker in self._running.values()]
 
     def lose(self, rank: int) -> bool:
-        """Note that the worker of a rank is dead; returns whether it was a leader, whose requests are lost with it."""
+        """Remove the worker of a rank; returns whether it was a leader, whose requests are lost with it."""
         self._running.pop(rank, None)
         for leader in self._leaders:
             if leader.rank == rank:
@@ -198,7 +198,7 @@ class Replica:
         return False
 
     def fill(self, rank: int, worker: WorkerProcess) -> bool:
-        """Note that a lost rank has another worker; returns whether it is a leader, which takes requests."""
+        """Set the new worker of a rank; returns whether it is a leader, which receives requests."""
         self._running[rank] = worker
         for leader in self._leaders:
             if leader.rank == rank:
@@ -209,13 +209,14 @@ class Replica:
     def collect(self, ready: set[ObjectRef]) -> list[tuple[int, Event]]:
         """Events of the leaders whose polls are `ready`, each with the leader's rank.
 
-        Loops that failed are looked at only when there are no events, so that none gets lost.
+        Failed loops are looked for only when there are no events, so that no event is lost.
         """
         events: list[tuple[int, Event]] = []
         for leader in self._leaders:
             self._check_sends(leader)
             if leader.poll is not None and leader.poll in ready:
-                poll, leader.poll = leader.poll, None
+                poll = leader.poll
+                leader.poll = None
                 try:
                     messages = ray.get(poll)
                 except RayError as error:
@@ -227,7 +228,7 @@ class Replica:
         return events
 
     def _check_sends(self, leader: _Leader) -> None:
-        """Notice commands that did not arrive, which would be missed for ever."""
+        """Report the leader as unreachable when a command did not arrive: it would be missing from then on."""
         if leader.worker is None or not leader.sends:
             return
         done, leader.sends = ray.wait(leader.sends, num_returns=len(leader.sends), timeout=0)
@@ -244,13 +245,13 @@ class Replica:
 
     @staticmethod
     def _forget(leader: _Leader) -> None:
-        """The worker of a leader is gone, with all calls to it."""
+        """Drop the worker of a leader, with all calls to it."""
         leader.worker = None
         leader.poll = None
         leader.sends = []
 
     def stop(self) -> None:
-        """Ask all loops to end in the same step, and wait for it for at most STOP_TIMEOUT_S."""
+        """Stop all loops in the same step and wait for their ends, at most STOP_TIMEOUT_S."""
         if self._failure is None and self._running:
             for leader in self._leaders:
                 if leader.worker is not None:
@@ -259,11 +260,11 @@ class Replica:
             ray.wait(ended, num_returns=len(ended), timeout=STOP_TIMEOUT_S)
 
     def audit(self) -> list[str]:
-        """What ranks still hold although nothing is in flight; [] when all is freed."""
-        asked = {worker.title: worker.actor.audit.remote() for worker in self._running.values()}
+        """Resources that ranks still hold although nothing is in flight; [] when all are free."""
+        asked = {worker.label: worker.actor.audit.remote() for worker in self._running.values()}
         return [
-            f"{title}: {problem}"
-            for title, ref in asked.items()
+            f"{label}: {problem}"
+            for label, ref in asked.items()
             for problem in ray.get(ref, timeout=AUDIT_TIMEOUT_S + POLL_WAIT_S)
         ]
 
@@ -274,7 +275,7 @@ class Replica:
         return profiles
 
     def close(self) -> None:
-        """Stop, then end the first workers. Closing twice is allowed."""
+        """Stop the loops, then end the initial workers. Closing twice is allowed."""
         self.stop()
         self._running = {}
         for worker in self.workers:
@@ -291,7 +292,7 @@ class Replica:
         raise self._failure
 
     def _check_ends(self, ready: set[ObjectRef]) -> None:
-        """Report loops that ended by themselves; of a process that died the supervisor knows."""
+        """Report loops that ended by themselves; dead processes are detected by the supervisor."""
         for rank, worker in list(self._running.items()):
             if worker.ended not in ready:
                 continue
@@ -301,7 +302,7 @@ class Replica:
                 failure: Any = ray.get(ended)
             except RayError:
                 continue
-            reason = "it ended although nobody asked" if failure is None else failure.message
+            reason = "it ended without being stopped" if failure is None else failure.message
             self.unreachable.append((worker.name, f"its loop failed: {reason}"))
 
 

@@ -1,4 +1,4 @@
-"""How a set of replicas starts: connect, check, place, build."""
+"""Start of a pool of replicas: connect to Ray, check the layout, reserve resources, build engines."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from shoal.parallel.failpoints import VARIABLE, Failpoints
 
 from ..engine_args import EngineArgs, read_model_config
 from ..supervision.supervisor import ReplicaPlan, Supervisor
-from ..workers.actors import Launch, Seat, WorkerProcess, end_worker, start_worker
+from ..workers.actors import LaunchConfig, WorkerProcess, WorkerSlot, end_worker, start_worker
 from ..workers.engine_factory import BUILD_ENGINE
 from ..workers.kv_transports import choose_transport
 from ..workers.ray_cluster import (
+    BundlePlacement,
     Layout,
-    Placement,
     check_fits,
     connect,
     core_shares,
@@ -33,15 +33,15 @@ from ..workers.ray_cluster import (
 from ..workers.spec import OnPhase, Phase, StartReport
 from .memory_check import check_memory
 from .replica import EngineFailed, Replica
-from .router import Router
+from .replica_pool import ReplicaPool
 
 LONG_WAIT_S = 5.0
-"""A wait that takes longer is announced."""
+"""Waits longer than this are announced."""
 
 
 @contextmanager
 def announced(what: str, say: Callable[[str], None], *, after_s: float = LONG_WAIT_S) -> Iterator[None]:
-    """Call `say`, on another thread, with what the block waits for if it takes longer than `after_s`."""
+    """Call `say` on another thread if the block takes longer than `after_s`; `what` names what it waits for."""
     timer = threading.Timer(after_s, say, [f"waiting for {what}"])
     timer.daemon = True
     timer.start()
@@ -58,25 +58,25 @@ def start_engines(
     on_wait: Callable[[str], None] | None = None,
     engine_factory: str = BUILD_ENGINE,
     faults: str | None = None,
-) -> Router:
+) -> ReplicaPool:
     """Start all replicas in parallel and wait until they can serve.
 
     ValueError for a model or setting that cannot work, LayoutDoesNotFit for a cluster that is too small (both before
-    any weight is read), EngineFailed when a worker fails. `on_phase` is told of every part of the start-up as it ends,
-    `on_wait`, on another thread, of what a part that takes long waits for.
-    `faults` are those of `shoal.parallel.failpoints`; None: what the environment says.
+    any weight is read), EngineFailed when a worker fails. `on_phase` is called with every completed phase, `on_wait`,
+    on another thread, with a description of every long wait.
+    `faults`: see `shoal.parallel.failpoints`; None: read from the environment.
     """
-    tell = on_phase or (lambda phase: None)
+    report_phase = on_phase or (lambda phase: None)
     say = on_wait or (lambda what: None)
     config = read_model_config(args)
     faults = os.environ.get(VARIABLE, "") if faults is None else faults
-    _ = Failpoints(faults)  # a bad one is the user's to mend
+    _ = Failpoints(faults)  # raises ValueError before anything is started
     begin = time.monotonic()
     num_workers = args.num_workers + args.spares
     num_cpus = num_workers * (args.num_threads_per_worker or 1)
     with announced("Ray to start or to answer", say):
         cluster = connect(args.ray_address, num_cpus=num_cpus, insecure=args.insecure)
-    tell(Phase("ray", time.monotonic() - begin))
+    report_phase(Phase("ray", time.monotonic() - begin))
     with ExitStack() as undo:
         undo.callback(cluster.close)
         transport = choose_transport(args, len(nodes())) if args.hands_over else None
@@ -91,7 +91,7 @@ def start_engines(
             placements = place(layout, nodes(), timeout_s=args.startup_timeout_s)
         for placement in placements:
             undo.callback(placement.remove)
-        tell(Phase("placement", time.monotonic() - start, str(memory)))
+        report_phase(Phase("placement", time.monotonic() - start, str(memory)))
         start = time.monotonic()
         supervisor = Supervisor(
             node_address(),
@@ -101,7 +101,7 @@ def start_engines(
         )
         undo.callback(supervisor.close)
         launch = supervisor.launch(
-            Launch(
+            LaunchConfig(
                 args,
                 engine_factory,
                 layout.num_cpus_per_worker,
@@ -110,15 +110,15 @@ def start_engines(
             )
         )
         supervisor.start(launch)
-        seats = _seats(args, placements, embedded=cluster.embedded)
+        slots = _worker_slots(args, placements, embedded=cluster.embedded)
         replicas: list[Replica] = []
-        for spec, own in zip(args.replica_specs, seats, strict=False):
+        for spec, own in zip(args.replica_specs, slots, strict=False):
             number = sum(len(r.workers) for r in replicas if r.role == spec.role)
             replicas.append(Replica(spec, launch, own, host=node_address(), first_number=number))
             undo.callback(replicas[-1].close)
         spares = [
-            start_worker(launch, seat, None, title=f"spare:{number}")
-            for number, (seat,) in enumerate(seats[len(replicas) :])
+            start_worker(launch, slot, None, label=f"spare:{number}")
+            for number, (slot,) in enumerate(slots[len(replicas) :])
         ]
         for worker in spares:
             undo.callback(end_worker, worker)
@@ -126,14 +126,14 @@ def start_engines(
         with announced(f"{num_workers} workers to start and to load the model {limit}", say):
             reports = [r for replica in replicas for r in replica.wait_ready(deadline - time.monotonic())]
             reports += [_spare_report(worker, deadline - time.monotonic()) for worker in spares]
-        supervisor.take_over([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
+        supervisor.watch([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
         weight_bytes = memory.weight_bytes[0] * args.replica_specs[0].parallel.world_size
         for phase in _phases(reports, time.monotonic() - start, weight_bytes):
-            tell(phase)
+            report_phase(phase)
         notices = {notice for report in reports for notice in report.notices}
         if transport is not None:
             notices.add(str(transport))
-        tell(Phase("ready", time.monotonic() - begin, "; ".join(sorted(notices))))
+        report_phase(Phase("ready", time.monotonic() - begin, "; ".join(sorted(notices))))
         undo.pop_all()
 
     def close() -> None:
@@ -141,17 +141,17 @@ def start_engines(
             placement.remove()
         cluster.close()
 
-    return Router(replicas, supervisor, close, max_num_seqs=args.max_num_seqs, block_size=args.block_size)
+    return ReplicaPool(replicas, supervisor, close, max_num_seqs=args.max_num_seqs, block_size=args.block_size)
 
 
-def _seats(args: EngineArgs, placements: Sequence[Placement], *, embedded: bool) -> list[list[Seat]]:
-    """Per replica, then per spare, a seat for every worker."""
+def _worker_slots(args: EngineArgs, placements: Sequence[BundlePlacement], *, embedded: bool) -> list[list[WorkerSlot]]:
+    """The slots of all workers, per replica and then per spare."""
     num_replicas = len(args.replica_specs)
     placed = placements[:num_replicas]
     shares = core_shares(placed, nodes(), embedded=embedded, num_threads=args.num_threads_per_worker)
-    shares += [[shares[0][0]]] * (len(placements) - num_replicas)  # a spare takes what the worker had that it replaces
+    shares += [[shares[0][0]]] * (len(placements) - num_replicas)  # a spare runs on the cores of the worker it replaces
     return [
-        [Seat(placement, bundle, share) for bundle, share in enumerate(own)]
+        [WorkerSlot(placement, bundle, share) for bundle, share in enumerate(own)]
         for placement, own in zip(placements, shares, strict=True)
     ]
 
@@ -177,7 +177,7 @@ def _layout(args: EngineArgs) -> Layout:
 
 
 def _phases(reports: Sequence[StartReport], seconds: float, weight_bytes: int) -> list[Phase]:
-    """The slowest rank of each phase; what the ranks did not account for is their processes' own start."""
+    """Time of the slowest rank per phase; the time outside all phases is that of starting the processes."""
     slowest = {name: max(r.phases.get(name, 0.0) for r in reports) for name in reports[0].phases}
     phases = [Phase("workers", max(0.0, seconds - sum(slowest.values())))]
     for name, took in slowest.items():

@@ -1,1 +1,1 @@
-"""Membership of workers: health, epochs, replacement."""
+"""Supervision of workers: detection of losses, epochs, replacement."""

@@ -1,9 +1,11 @@
-r"""Which worker has which rank of a replica, and when its ranks must form their groups again: no clock, no I/O.
+r"""Members of a replica: which worker holds which rank, and when the ranks must form their groups again.
+
+A state machine without a clock and without I/O:
 
     formed --a worker is lost--> incomplete --every rank has a worker with weights--> forming --all joined--> formed
-       \--ranks left although nobody was lost------------------------------------------^
+       \--ranks left although no worker was lost---------------------------------------^
 
-Each time the ranks form again it is a new epoch. Frames, aborts and reports of an earlier one count for nothing.
+Each new forming is a new epoch. Messages, aborts and reports of an earlier epoch are ignored.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """Tell a worker that its peers will not answer in this epoch or an earlier one."""
+    """Order a worker to leave this epoch and earlier ones: its peers will not answer."""
 
     worker: str
     epoch: int
@@ -22,7 +24,7 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Tell a worker its rank in a new epoch; the ranks `replaced` have other workers than when all last joined."""
+    """Order a worker to join a new epoch; ranks in `replaced` have a new worker since all last joined."""
 
     worker: str
     rank: int
@@ -32,14 +34,14 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Find a worker for this rank, and say so with `fill`."""
+    """Find a worker for this rank and pass it to `fill`."""
 
     rank: int
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Tell a worker which rank's weights to load; the others need not wait for it in a collective."""
+    """Order a worker to load the weights of a rank, before the others wait for it in a collective."""
 
     worker: str
     rank: int
@@ -47,7 +49,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Formed:
-    """All ranks joined this epoch."""
+    """All ranks have joined this epoch."""
 
     epoch: int
 
@@ -56,7 +58,7 @@ Action = Leave | Join | Need | Load | Formed
 
 
 class Membership:
-    """The ranks of one replica; every method is one event and returns what to do about it, in order."""
+    """The ranks of one replica; every method is an event and returns the actions to carry out, in order."""
 
     def __init__(self, workers: Sequence[str]) -> None:
         """`workers[rank]`, all of which have formed epoch 0."""
@@ -69,19 +71,19 @@ class Membership:
 
     @property
     def complete(self) -> bool:
-        """Whether every rank has a worker that has its weights."""
+        """Whether every rank has a worker with its weights."""
         return None not in self.workers and not self._loading
 
     @property
     def formed(self) -> bool:
-        """Whether every rank has a worker with its weights, and all have joined."""
+        """Whether the replica is complete and all ranks have joined."""
         return self.complete and len(self._joined) == len(self.workers)
 
     @property
     def missing(self) -> list[str]:
-        """Workers that the others wait for: told to join, but not joining yet.
+        """Workers that the others wait for: ordered to join, but not joining yet.
 
-        When all have begun and do not find each other, all that have not joined.
+        When all are joining and do not find each other, all that have not joined.
         """
         if not self.complete:
             return []
@@ -90,7 +92,7 @@ class Membership:
         return [w for rank in late if (w := self.workers[rank]) is not None]
 
     def lose(self, worker: str) -> list[Action]:
-        """A worker is dead, or is treated as if it were; one that has no rank is none of this replica's."""
+        """A worker is lost; ignored for a worker without a rank in this replica."""
         if worker not in self.workers:
             return []
         rank = self.workers.index(worker)
@@ -100,32 +102,32 @@ class Membership:
         return [*self._leave(), Need(rank)]
 
     def fill(self, rank: int, worker: str) -> list[Action]:
-        """A worker was found for a rank that has none."""
+        """A worker was found for a vacant rank."""
         assert self.workers[rank] is None, f"rank {rank} has worker {self.workers[rank]}"
         self.workers[rank] = worker
         self._loading.add(rank)
         return [Load(worker, rank)]
 
     def loaded(self, worker: str) -> list[Action]:
-        """A worker has the weights of the rank that it was found for."""
+        """A worker has loaded the weights of its new rank."""
         if worker not in self.workers or (rank := self.workers.index(worker)) not in self._loading:
             return []
         self._loading.remove(rank)
         return self._join() if self.complete else []
 
     def reform(self, epoch: int) -> list[Action]:
-        """A rank left `epoch` although no worker was lost: all leave, and join again."""
+        """A rank left `epoch` although no worker was lost: all ranks leave and join again."""
         if epoch != self.epoch or not self.complete:
             return []
         return [*self._leave(), *self._join()]
 
     def joining(self, worker: str, epoch: int) -> None:
-        """A worker began to join an epoch, and waits for the others."""
+        """A worker has begun to join an epoch and waits for the others."""
         if epoch == self.epoch and worker in self.workers:
             self._joining.add(self.workers.index(worker))
 
     def join(self, worker: str, epoch: int) -> list[Action]:
-        """A worker joined an epoch."""
+        """A worker has joined an epoch."""
         if epoch != self.epoch or worker not in self.workers or self.workers.index(worker) in self._loading:
             return []
         self._joined.add(self.workers.index(worker))

@@ -1,8 +1,8 @@
-"""Keeps every rank of every replica filled: finds out who is lost, and gives the rank to a process that waits.
+"""Supervisor of all replicas: detects lost workers and assigns their ranks to waiting processes.
 
-Spares and restarts are one mechanism. A worker that is lost leaves its seat (reserved resources), in which a new
-process starts at once and then waits for a rank; with spares, others were waiting before, and take the rank at once.
-Detection and the new group are ours; Ray only starts processes.
+Spares and restarts are one mechanism. A lost worker leaves its slot (reserved resources), in which a new process starts
+and then waits for a rank. A spare is a process that is waiting already, and gets the rank at once. Detection and the
+forming of new groups are Shoal's; Ray only starts processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from ..workers.actors import Launch, Seat, WorkerProcess, end_worker, failed_starts, start_worker
+from ..workers.actors import LaunchConfig, WorkerProcess, WorkerSlot, end_worker, failed_starts, start_worker
 from ..workers.assignment import Assignment
 from ..workers.liveness import Liveness, Process
 from ..workers.wire import (
@@ -36,20 +36,20 @@ from .fault import Fault
 from .membership import Action, Formed, Join, Leave, Load, Membership, Need
 
 LEFT_GRACE_S = 0.5
-"""How long ranks that left may have a dead peer whose end is not known yet, before all are told to join again."""
+"""Delay between a rank leaving and the order to join again, in which the loss of a peer may still be detected."""
 START_CHECK_S = 0.5
-"""How often to look after processes that have not connected yet."""
+"""Interval of checks on processes that have not connected yet."""
 MAX_FAILED_STARTS = 6
-"""In one seat, one after another, each after a longer pause: there is a reason then that does not go away."""
+"""Failed starts in a row after which a slot is abandoned; the pause doubles with each."""
 FORM_TIMEOUT_S = 20.0
-"""A worker that has not joined after this long is treated as lost."""
+"""Time limit of joining; a worker that exceeds it counts as lost."""
 STALL_GRACE_S = 10.0
-"""A rank whose step does not end in the time of a collective and this is stuck; those that wait for it left before."""
+"""A step that takes longer than a collective's timeout and this is stuck: ranks that wait for it have left by then."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankLost:
-    """A rank has no worker; what it was told is forgotten."""
+    """A rank has lost its worker, with the commands sent to it."""
 
     replica: int
     rank: int
@@ -58,7 +58,7 @@ class RankLost:
 
 @dataclass(frozen=True, slots=True)
 class RankFilled:
-    """A rank has another worker, which takes commands and acts on them when its group is formed."""
+    """A rank has a new worker, which queues commands until its group is formed."""
 
     replica: int
     rank: int
@@ -79,7 +79,7 @@ SupervisorEvent = RankLost | RankFilled | GaveUp
 
 @dataclass(slots=True)
 class ReplicaPlan:
-    """One replica, as the supervisor takes it over."""
+    """Initial state of a replica to watch."""
 
     workers: list[WorkerProcess]
     """Workers by rank."""
@@ -93,31 +93,33 @@ class _Replica:
     assignments: list[Assignment]
     forming_since: float | None = None
     loading_since: dict[str, float] = field(default_factory=dict)
-    """Workers that load weights."""
+    """Start time by worker that loads weights."""
     left_at: float | None = None
     left_epoch: int = -1
 
 
 @dataclass(slots=True)
-class _Wanted:
+class _Vacancy:
+    """A rank that needs a worker."""
+
     replica: int
     rank: int
     since: float
 
 
 @dataclass(slots=True)
-class _Heard:
-    """What a connected worker told of itself."""
+class _WorkerStatus:
+    """State of a connected worker, from its messages."""
 
     process: Process
     num_steps: int = -1
     stepped_at: float = 0.0
     fault: tuple[str, float] | None = None
-    """Failpoint that is about to strike, and when the worker announced it."""
+    """Failpoint that the worker announced before it strikes, and the time."""
 
 
 class Supervisor:
-    """Watches workers on a thread of its own; `events` is read by the thread that uses the replicas."""
+    """Watches workers on its own thread; the thread that uses the replicas reads `events`."""
 
     def __init__(
         self,
@@ -128,98 +130,102 @@ class Supervisor:
         replace_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Lost is a worker whose process ended, that was silent for `heartbeat_timeout_s`, or whose step took longer
-        than `step_timeout_s` and a grace; given up is a rank that nobody fills in `replace_timeout_s`."""
+        """A worker counts as lost when its process exits, it misses heartbeats for `heartbeat_timeout_s`, or a step
+        takes longer than `step_timeout_s` and STALL_GRACE_S. A rank is given up when no worker fills it within
+        `replace_timeout_s`."""
         self.events: queue.SimpleQueue[SupervisorEvent] = queue.SimpleQueue()
         self.faults: list[Fault] = []
         self._liveness = Liveness(host, timeout_s=heartbeat_timeout_s)
-        self._step_timeout_s, self._replace_timeout_s, self._clock = step_timeout_s, replace_timeout_s, clock
+        self._step_timeout_s = step_timeout_s
+        self._replace_timeout_s = replace_timeout_s
+        self._clock = clock
         self._replicas: list[_Replica] = []
         self._processes: dict[str, WorkerProcess] = {}
-        self._heard: dict[str, _Heard] = {}
+        self._statuses: dict[str, _WorkerStatus] = {}
         """Connected workers by name."""
         self._num_spares = 0
-        """Number of spares started so far, for their titles."""
+        """Number of spares started so far, for their labels."""
         self._waiting: list[str] = []
-        """Connected workers without a rank, the longest waiting first."""
-        self._wanted: list[_Wanted] = []
+        """Connected workers without a rank, longest waiting first."""
+        self._vacancies: list[_Vacancy] = []
         self._starts_checked_at = 0.0
-        self._failed_starts: Counter[Seat] = Counter()
-        """Since a process last connected from there."""
-        self._restarts: list[tuple[float, Seat]] = []
-        """When and where to start one."""
-        self._launch: Launch | None = None
-        self._taken_over: tuple[list[ReplicaPlan], list[WorkerProcess]] | None = None
-        """Until the thread that watches finds it."""
+        self._failed_starts: Counter[WorkerSlot] = Counter()
+        """Failed starts by slot since a process last connected from it."""
+        self._restarts: list[tuple[float, WorkerSlot]] = []
+        """Due time and slot of processes to start."""
+        self._launch: LaunchConfig | None = None
+        self._to_watch: tuple[list[ReplicaPlan], list[WorkerProcess]] | None = None
+        """Arguments of `watch` for the watching thread, until it has read them."""
         self._suspects: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._lost_early: dict[str, tuple[str, float]] = {}
-        """Before it was taken over: how, and how long it was silent."""
+        """Workers lost before `watch`: the reason and seconds of silence."""
 
-    def launch(self, launch: Launch) -> Launch:
-        """The same, for workers that report here."""
+    def launch(self, launch: LaunchConfig) -> LaunchConfig:
+        """The configuration with this supervisor's address and key, for workers that report to it."""
         return replace(launch, supervisor=self._liveness.address, supervisor_key=self._liveness.key)
 
-    def start(self, launch: Launch) -> None:
-        """Listen; nothing is replaced before `take_over`."""
+    def start(self, launch: LaunchConfig) -> None:
+        """Listen for workers; none is replaced before `watch`."""
         self._launch = launch
         self._liveness.start(self)
 
-    def take_over(self, replicas: Sequence[ReplicaPlan], spares: Sequence[WorkerProcess]) -> None:
-        """From now on, keep these replicas filled; `spares` have no rank."""
-        self._taken_over = (list(replicas), list(spares))
+    def watch(self, replicas: Sequence[ReplicaPlan], spares: Sequence[WorkerProcess]) -> None:
+        """Keep the ranks of these replicas filled from now on; `spares` are processes without a rank."""
+        self._to_watch = (list(replicas), list(spares))
 
     def close(self) -> None:
-        """Stop watching, and end every process that was taken over or started. Closing twice is allowed."""
+        """Stop watching and end all watched and started processes. Closing twice is allowed."""
         self._liveness.close()
-        self._adopt()
+        self._start_watching()
         for worker in self._processes.values():
             end_worker(worker, process=self._process(worker.name))
         self._processes = {}
 
     def worker(self, replica: int, rank: int) -> WorkerProcess | None:
-        """Worker that holds this rank now."""
+        """Current worker of a rank; None while it is vacant."""
         name = self._replicas[replica].members.workers[rank]
         return None if name is None else self._processes[name]
 
     def process(self, worker: WorkerProcess) -> Process | None:
-        """Where a worker runs; None before it has connected."""
+        """Node and pid of a worker; None before it has connected."""
         return self._process(worker.name)
 
     def is_whole(self, num_spares: int) -> bool:
-        """Whether all ranks of all replicas are in their groups, and so many processes wait."""
+        """Whether all ranks of all replicas have joined their groups and at least `num_spares` processes wait."""
         formed = bool(self._replicas) and all(r.members.formed for r in self._replicas)
         return formed and len(self._waiting) >= num_spares
 
     def _process(self, name: str) -> Process | None:
-        return self._heard[name].process if name in self._heard else None
+        return self._statuses[name].process if name in self._statuses else None
 
     def check(self) -> None:
-        """RuntimeError when workers are watched no longer. Any thread may call."""
+        """RuntimeError when the watching thread has failed. Any thread may call."""
         if self._liveness.failure is not None:
             raise RuntimeError("the thread that watches the workers failed") from self._liveness.failure
 
     def suspect(self, name: str, reason: str) -> None:
-        """A worker is of no use any more: it did not answer a call, or its loop failed. Any thread may call."""
+        """Report a worker that did not answer a call or whose loop failed; it is replaced. Any thread may call."""
         self._suspects.put((name, reason))
 
-    # -- on the thread that watches ----------------------------------------------------------------------------------
+    # -- on the watching thread --------------------------------------------------------------------------------------
 
     def on_hello(self, name: str) -> None:
-        self._heard[name] = _Heard(self._liveness.process(name))
+        self._statuses[name] = _WorkerStatus(self._liveness.process(name))
         if name in self._processes:
-            self._failed_starts.pop(self._processes[name].seat, None)
+            self._failed_starts.pop(self._processes[name].slot, None)
         if name in self._processes and not any(name in r.members.workers for r in self._replicas):
             self._wait(name)
             self._fill()
 
     def on_report(self, name: str, report: WorkerReport) -> None:
-        heard = self._heard[name]
+        status = self._statuses[name]
         if isinstance(report, Heartbeat):
-            if report.num_steps != heard.num_steps:
-                heard.num_steps, heard.stepped_at = report.num_steps, self._clock()
+            if report.num_steps != status.num_steps:
+                status.num_steps = report.num_steps
+                status.stepped_at = self._clock()
             return
         if isinstance(report, FaultNotice):
-            heard.fault = (report.point, self._clock())
+            status.fault = (report.point, self._clock())
             self._liveness.send(name, FaultNoted())
             return
         for number, replica in enumerate(self._replicas):
@@ -233,53 +239,55 @@ class Supervisor:
                     self._note(number, "loaded_s", replica.members.workers.index(name))
                     self._act(number, replica.members.loaded(name))
                 elif isinstance(report, Left) and report.epoch > replica.left_epoch:
-                    replica.left_epoch, replica.left_at = report.epoch, self._clock()
+                    replica.left_epoch = report.epoch
+                    replica.left_at = self._clock()
 
     def on_lost(self, name: str, how: str, silent_s: float) -> None:
         worker = self._processes.pop(name, None)
         if worker is None:
             self._lost_early[name] = (how, silent_s)
             return
-        heard = self._heard.pop(name, None)
-        fault = self._fault(worker, heard, how, silent_s)
+        status = self._statuses.pop(name, None)
+        fault = self._fault(worker, status, how, silent_s)
         self.faults.append(fault)
         if name in self._waiting:
             self._waiting.remove(name)
         for number, replica in enumerate(self._replicas):
             if name in replica.members.workers:
                 replica.loading_since.pop(name, None)
-                fault.replica, fault.rank = number, replica.members.workers.index(name)
+                fault.replica = number
+                fault.rank = replica.members.workers.index(name)
                 self.events.put(RankLost(number, fault.rank, fault))
                 self._act(number, replica.members.lose(name))
-        # Calls of Ray take their time: the others know by now.
-        end_worker(worker, process=None if heard is None else heard.process)
-        if not (num_failed := self._failed_starts[worker.seat]):
-            self._start_in(worker.seat)
+        # Last, because calls of Ray are slow and the other ranks must leave their collectives first.
+        end_worker(worker, process=None if status is None else status.process)
+        if not (num_failed := self._failed_starts[worker.slot]):
+            self._start_in(worker.slot)
         elif num_failed < MAX_FAILED_STARTS:
-            self._restarts.append((self._clock() + START_CHECK_S * 2**num_failed, worker.seat))
+            self._restarts.append((self._clock() + START_CHECK_S * 2**num_failed, worker.slot))
 
-    def _fault(self, worker: WorkerProcess, heard: _Heard | None, how: str, silent_s: float) -> Fault:
+    def _fault(self, worker: WorkerProcess, status: _WorkerStatus | None, how: str, silent_s: float) -> Fault:
         now = self._clock()
         fault = Fault(
             at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            worker=worker.title,
-            node_id=worker.seat.node_id if heard is None else heard.process.node_id,
+            worker=worker.label,
+            node_id=worker.slot.node_id if status is None else status.process.node_id,
             replica=None,
             rank=None,
             reason=how,
             noticed_at=now,
             silent_s=silent_s,
         )
-        if heard is not None and heard.fault is not None:
-            fault.point, struck_at = heard.fault
+        if status is not None and status.fault is not None:
+            fault.point, struck_at = status.fault
             fault.detection_s = now - struck_at
         return fault
 
     def on_tick(self) -> None:
-        self._adopt()
+        self._start_watching()
         while not self._suspects.empty():
             name, reason = self._suspects.get()
-            if name in self._heard:
+            if name in self._statuses:
                 self._give_up_on(name, reason)
         now = self._clock()
         for number, replica in enumerate(self._replicas):
@@ -295,34 +303,34 @@ class Supervisor:
             self._starts_checked_at = now
             self._check_starts()
         limit = self._step_timeout_s + STALL_GRACE_S
-        for name in [n for n, h in self._heard.items() if h.num_steps >= 0 and now - h.stepped_at >= limit]:
+        for name in [n for n, h in self._statuses.items() if h.num_steps >= 0 and now - h.stepped_at >= limit]:
             self._give_up_on(name, f"no step ended in {limit:g} s: stuck")
-        for wanted in [w for w in self._wanted if now - w.since >= self._replace_timeout_s]:
-            self._wanted.remove(wanted)
-            reason = f"no process took its place in {self._replace_timeout_s:g} s"
-            self.events.put(GaveUp(wanted.replica, wanted.rank, reason))
+        for vacancy in [w for w in self._vacancies if now - w.since >= self._replace_timeout_s]:
+            self._vacancies.remove(vacancy)
+            reason = f"no replacement worker became available within {self._replace_timeout_s:g} s"
+            self.events.put(GaveUp(vacancy.replica, vacancy.rank, reason))
 
     def _check_starts(self) -> None:
-        """Processes that end before they connect have no connection whose end would tell."""
-        silent = [worker for name, worker in self._processes.items() if name not in self._heard]
+        """Detect processes that ended before they connected, and start those that are due."""
+        silent = [worker for name, worker in self._processes.items() if name not in self._statuses]
         for worker, reason in failed_starts(silent):
-            self._failed_starts[worker.seat] += 1
+            self._failed_starts[worker.slot] += 1
             self.on_lost(worker.name, reason, 0.0)
         now = self._clock()
-        for due, seat in [entry for entry in self._restarts if entry[0] <= now]:
-            self._restarts.remove((due, seat))
-            self._start_in(seat)
+        for due, slot in [entry for entry in self._restarts if entry[0] <= now]:
+            self._restarts.remove((due, slot))
+            self._start_in(slot)
 
     def _give_up_on(self, name: str, reason: str) -> None:
-        """Treat a worker that is connected as lost; the end of its connection is then no news."""
+        """Treat a connected worker as lost; the end of its connection is not reported again."""
         self._liveness.drop(name)
         self.on_lost(name, reason, 0.0)
 
-    def _adopt(self) -> None:
-        if self._taken_over is None:
+    def _start_watching(self) -> None:
+        if self._to_watch is None:
             return
-        replicas, spares = self._taken_over
-        self._taken_over = None
+        replicas, spares = self._to_watch
+        self._to_watch = None
         processes = [worker for replica in replicas for worker in replica.workers]
         self._processes |= {worker.name: worker for worker in [*processes, *spares]}
         self._num_spares += len(spares)
@@ -330,13 +338,13 @@ class Supervisor:
             _Replica(Membership([w.name for w in plan.workers]), list(plan.assignments)) for plan in replicas
         ]
         for worker in spares:
-            if worker.name in self._heard:
+            if worker.name in self._statuses:
                 self._wait(worker.name)
         for name in [n for n in self._lost_early if n in self._processes]:
             self.on_lost(name, *self._lost_early.pop(name))
 
     def _wait(self, name: str) -> None:
-        """A process is up and has no rank."""
+        """Let a process without a rank run and wait for one."""
         self._processes[name] = self._processes[name].run()
         self._waiting.append(name)
 
@@ -346,13 +354,14 @@ class Supervisor:
             if isinstance(action, Leave):
                 self._liveness.send(action.worker, LeaveEpoch(action.epoch))
             elif isinstance(action, Need):
-                self._wanted.append(_Wanted(number, action.rank, self._clock()))
+                self._vacancies.append(_Vacancy(number, action.rank, self._clock()))
                 replica.forming_since = None
             elif isinstance(action, Load):
                 replica.loading_since[action.worker] = self._clock()
                 self._liveness.send(action.worker, LoadRank(replica.assignments[action.rank]))
             elif isinstance(action, Join):
-                replica.forming_since, replica.left_at = self._clock(), None
+                replica.forming_since = self._clock()
+                replica.left_at = None
                 first = replica.assignments[action.rank]
                 assignment = msgspec.structs.replace(first, epoch=action.epoch, replaced=action.replaced)
                 self._liveness.send(action.worker, JoinEpoch(assignment))
@@ -362,25 +371,26 @@ class Supervisor:
         self._fill()
 
     def _fill(self) -> None:
-        """Give ranks that have no worker to workers that have no rank."""
-        while self._wanted and self._waiting:
-            wanted, name = self._wanted.pop(0), self._waiting.pop(0)
-            self.events.put(RankFilled(wanted.replica, wanted.rank, self._processes[name]))
-            self._note(wanted.replica, "filled_s", wanted.rank)
-            self._act(wanted.replica, self._replicas[wanted.replica].members.fill(wanted.rank, name))
+        """Assign vacant ranks to waiting workers."""
+        while self._vacancies and self._waiting:
+            vacancy = self._vacancies.pop(0)
+            name = self._waiting.pop(0)
+            self.events.put(RankFilled(vacancy.replica, vacancy.rank, self._processes[name]))
+            self._note(vacancy.replica, "filled_s", vacancy.rank)
+            self._act(vacancy.replica, self._replicas[vacancy.replica].members.fill(vacancy.rank, name))
 
-    def _start_in(self, seat: Seat) -> None:
+    def _start_in(self, slot: WorkerSlot) -> None:
         assert self._launch is not None
-        worker = start_worker(self._launch, seat, None, title=f"spare:{self._num_spares}")
+        worker = start_worker(self._launch, slot, None, label=f"spare:{self._num_spares}")
         self._num_spares += 1
         self._processes[worker.name] = worker
 
     def _note(self, number: int, what: str, rank: int | None = None) -> None:
-        """Something was reached after the faults of a replica, or of one of its ranks."""
+        """Record the time of a recovery step, `what`, in the faults of a replica or of one of its ranks."""
         for fault in self.faults:
             if fault.replica == number and rank in (None, fault.rank) and getattr(fault, what) is None:
                 setattr(fault, what, self._clock() - fault.noticed_at)
 
     def note_first_token(self, fault: Fault) -> None:
-        """An interrupted request told something new. On the thread that uses the replicas."""
+        """Record the first new token of an interrupted request. Call on the thread that uses the replicas."""
         fault.first_token_s = self._clock() - fault.noticed_at

@@ -1,4 +1,4 @@
-"""Worker processes as Ray actors: where one can run, how it starts and how it is ended."""
+"""Worker processes as Ray actors: slots, start and end."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from ..engine_args import EngineArgs
 from .assignment import Assignment
 from .liveness import Process
-from .ray_cluster import CoreShare, Placement
+from .ray_cluster import BundlePlacement, CoreShare
 from .spec import WorkerSpec
 from .worker import Worker
 
 ENGINE_THREAD = "engine"
-"""The group of one thread in a worker that `start` and `run` share."""
+"""Concurrency group, of one thread, of a worker's `start` and `run`."""
 INBOX_THREAD = "inbox"
-"""The group of one thread in a worker that takes commands in, so that they keep their order."""
+"""Concurrency group, of one thread, that receives commands, so that they keep their order."""
 
 _KEEP_FREED_MEMORY = {
     "MALLOC_ARENA_MAX": "1",  # the engine's thread is not the first, and other arenas are cut into heaps of 64 MB
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
 }
-"""For glibc: a step frees what the next one allocates again, so giving it back costs a page fault for every 4 KB."""
+"""glibc settings: a step frees memory that the next one allocates; returning it costs a page fault for every 4 KB."""
 
 ActorHandle = Any
 ObjectRef = Any
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WorkerSlot:
     """Reserved resources for one worker."""
 
-    placement: Placement
+    placement: BundlePlacement
     bundle: int
     cores: CoreShare
 
@@ -50,8 +50,8 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """What all workers of a run have in common."""
+class LaunchConfig:
+    """Settings that all workers of a run share."""
 
     args: EngineArgs
     engine_factory: str
@@ -65,37 +65,37 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcess:
-    """A worker that was started."""
+    """A started worker."""
 
     name: str
-    title: str
-    seat: Seat
+    label: str
+    slot: WorkerSlot
     actor: ActorHandle
     started: ObjectRef
     """Its `StartReport`."""
     ended: ObjectRef | None = None
-    """The end of its loop; None before `run`."""
+    """Result of its loop; None before `run`."""
 
     def run(self) -> WorkerProcess:
-        """Let it serve; only once it has started, as Ray promises no order of calls to a process that is not up."""
+        """Start the worker's loop. Call after `started`: Ray does not order calls to a process that is not up."""
         return replace(self, ended=_on_engine_thread(self.actor.run))
 
 
-def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None, *, title: str) -> WorkerProcess:
-    """Start a process in a seat that is free, with a rank or (None) as a spare; returns at once.
+def start_worker(launch: LaunchConfig, slot: WorkerSlot, assignment: Assignment | None, *, label: str) -> WorkerProcess:
+    """Start a process in a free slot, with a rank or (assignment None) as a spare; returns at once.
 
-    `title`: what to call it, see `WorkerSpec`.
+    `label`: see `WorkerSpec`.
     """
     spec = WorkerSpec(
         args=launch.args,
         name=f"shoal-{secrets.token_hex(8)}",
         assignment=assignment,
-        num_threads=seat.cores.num_threads,
-        dedicated_cores=seat.cores.dedicated,
+        num_threads=slot.cores.num_threads,
+        dedicated_cores=slot.cores.dedicated,
         engine_factory=launch.engine_factory,
         supervisor=launch.supervisor,
         supervisor_key=launch.supervisor_key,
-        title=title,
+        label=label,
         faults=launch.faults,
     )
     # OpenMP reads its thread count once, when its library is loaded: before the worker's first line of Python.
@@ -105,17 +105,17 @@ def start_worker(launch: Launch, seat: Seat, assignment: Assignment | None, *, t
         name=spec.name,
         num_cpus=launch.num_cpus_per_worker,
         num_gpus=launch.num_gpus_per_worker,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(seat.placement.group, seat.bundle),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(slot.placement.group, slot.bundle),
         runtime_env={"env_vars": env},
-        max_concurrency=4,  # a waiting poll must not keep requests out
+        max_concurrency=4,  # a waiting poll must not block commands
         max_restarts=0,
         max_task_retries=0,
     ).remote(spec)
-    return WorkerProcess(spec.name, title, seat, handle, _on_engine_thread(handle.start))
+    return WorkerProcess(spec.name, label, slot, handle, _on_engine_thread(handle.start))
 
 
 def failed_starts(workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess, str]]:
-    """The workers whose start failed, each with the reason; does not wait for those that are starting."""
+    """Workers whose start failed, each with the reason; does not wait for those that are still starting."""
     starts = {worker.started: worker for worker in workers}
     ready, _ = ray.wait(list(starts), num_returns=len(starts), timeout=0) if starts else ([], [])
     failed = []
@@ -131,7 +131,7 @@ def failed_starts(workers: Sequence[WorkerProcess]) -> list[tuple[WorkerProcess,
 
 
 def end_worker(worker: WorkerProcess, *, process: Process | None = None) -> None:
-    """Kill a worker. With its `process`, also when it is frozen: Ray asks it to end itself, which it cannot."""
+    """Kill a worker. With its `process` also a frozen one, which cannot obey Ray's request to exit."""
     ray.kill(worker.actor)
     if process is None:
         return

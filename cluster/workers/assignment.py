@@ -18,7 +18,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, array_like=True, for
     store_port: int
     replaced: tuple[int, ...] = ()
     """Ranks whose workers changed since the last epoch that all ranks joined."""
-    ranks_on_node: int | None = None
+    local_world_size: int | None = None
     """None until the ranks have agreed on it in the first epoch; likewise for the next two fields."""
     num_kv_blocks: int | None = None
     max_model_len: int | None = None

@@ -17,21 +17,21 @@ from .spec import WorkerSpec
 
 @dataclass(frozen=True, slots=True)
 class TransportChoice:
-    """The transport of a run, and why it is that one."""
+    """The transport of a run and the reason for it."""
 
     name: Literal["nixl", "ray"]
     reason: str = ""
-    """Why `auto` passed over NIXL although it is installed."""
+    """Why `auto` did not choose NIXL although it is installed."""
 
     def __str__(self) -> str:
         return f"KV cache entries travel through {self.name}" + (f" ({self.reason})" if self.reason else "")
 
 
 def choose_transport(args: EngineArgs, num_nodes: int) -> TransportChoice:
-    """Resolve `kv_transport` for this cluster; ValueError when NIXL was asked for and cannot be used here.
+    """Resolve `kv_transport` for this cluster; ValueError when NIXL was requested and cannot be used here.
 
-    `auto` takes NIXL on one node only, where it listens for that node alone (see `nixl_transport`), and only if it
-    passes a trial in a process of its own.
+    `auto` selects NIXL on a single node only, where it listens on the loopback address (see `nixl_transport`), and only
+    if a trial in a separate process succeeds.
     """
     if args.kv_transport == "ray" or (args.kv_transport == "auto" and (num_nodes > 1 or not is_installed())):
         return TransportChoice("ray")
@@ -51,7 +51,7 @@ def create_transport(spec: WorkerSpec) -> KVTransport:
         return RayTransport(spec.name)
     assert spec.args.kv_transport == "nixl", "the driver chooses"
     num_nodes = len(nodes())
-    if num_nodes > 1 and (failure := trial_failure()) is not None:  # of this node the driver has not tried it
+    if num_nodes > 1 and (failure := trial_failure()) is not None:  # the driver has tried its own node only
         raise ValueError(f"kv_transport nixl: {failure}; set kv_transport to ray")
-    host = "127.0.0.1" if num_nodes == 1 else node_address()  # nobody outside need reach a port that trusts all
+    host = "127.0.0.1" if num_nodes == 1 else node_address()  # the port has no authentication: expose it only if needed
     return NixlTransport(spec.name, host=host, buffer_bytes=spec.args.kv_buffer_size)

@@ -1,4 +1,4 @@
-"""Several Ray nodes on this machine, so that one of them can be lost."""
+"""A Ray cluster of several nodes on this machine, for tests and demonstrations of lost nodes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .ray_environment import choose_temp_dir, ensure_token, job_config
 
 @contextmanager
 def local_cluster(num_nodes: int, num_cpus: int) -> Iterator[None]:
-    """A cluster to which this process is connected: a head without CPUs, and so many nodes with so many each.
+    """Start and connect to a cluster of a head without CPUs and `num_nodes` nodes with `num_cpus` CPUs each.
 
-    Dead nodes are noticed in about 2 s and not in 15, which is what Ray takes by itself.
+    Dead nodes are detected within about 2 s; with Ray's defaults it takes 15 s.
     """
     from ray._private.authentication import authentication_token_setup as authentication
     from ray.cluster_utils import Cluster

@@ -1,4 +1,4 @@
-"""Ray: which cluster to use, whether it can hold a layout, and where its workers go."""
+"""Ray cluster: connection, check that a layout fits, and placement of workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GPU_MEMORY_BYTES = {
     "L4": 24 << 30,
     "L40S": 48 << 30,
 }
-"""Memory by Ray's accelerator type; a type that is not listed is not checked for memory."""
+"""Memory in bytes by Ray's accelerator type; GPUs of other types are not checked for memory."""
 
 
 class LayoutDoesNotFit(ValueError):  # noqa: N818
@@ -50,12 +50,12 @@ class InsecureCluster(ValueError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class RayCluster:
-    """The Ray that this process is connected to."""
+    """The Ray cluster that this process is connected to."""
 
     embedded: bool
-    """Started by `connect` inside this process's machine, as opposed to a cluster that was there before."""
+    """Whether `connect` started it on this machine, as opposed to joining a running cluster."""
     owned: bool
-    """Whether `connect` made the connection, which `close` then ends."""
+    """Whether `connect` opened the connection, which `close` then ends."""
 
     def close(self) -> None:
         """Disconnect; an embedded Ray is shut down with all its processes."""
@@ -65,7 +65,7 @@ class RayCluster:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """One alive node and what it has in total."""
+    """An alive node and its total resources."""
 
     node_id: str
     address: str
@@ -78,7 +78,7 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What a set of replicas asks of a cluster."""
+    """Workers and resources that a set of replicas needs."""
 
     replicas: tuple[ParallelConfig, ...]
     spares: int
@@ -96,12 +96,12 @@ class Layout:
 
     @property
     def bundle(self) -> dict[str, float]:
-        """The Ray resources of one worker."""
+        """Ray resources of one worker."""
         gpus: dict[str, float] = {"GPU": self.num_gpus_per_worker} if self.num_gpus_per_worker else {}
         return {"CPU": self.num_cpus_per_worker, **gpus}
 
     def workers_on(self, node: Node) -> int:
-        """How many workers the node has room for."""
+        """Number of workers that fit on the node."""
         by_cpu = int(node.num_cpus // self.num_cpus_per_worker)
         return min(by_cpu, int(node.num_gpus // self.num_gpus_per_worker)) if self.num_gpus_per_worker else by_cpu
 
@@ -133,9 +133,9 @@ def connect(address: str | None, *, num_cpus: int, insecure: bool = False) -> Ra
 
 @contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM while Ray connects, which an exception in the middle would crash; then deliver them.
+    """Defer SIGINT and SIGTERM while Ray connects, as an exception in the middle would crash it; then deliver them.
 
-    Only the main thread receives signals; on another one this does nothing. Ray's own handlers are gone afterwards.
+    Only the main thread receives signals; on another thread this does nothing. Ray's own handlers are removed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -155,7 +155,7 @@ def signals_deferred() -> Iterator[None]:
 
 
 def _start_embedded(num_cpus: int) -> RayCluster:
-    # Ray reads these variables when it starts its processes; the embedded one reports nothing to anybody.
+    # Ray reads these variables when it starts its processes. The embedded one sends no usage statistics.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves workers on a node that does other work too
     ensure_token(os.environ)
@@ -180,12 +180,12 @@ def _join(address: str) -> RayCluster:
 
 
 def node_address() -> str:
-    """The address of this process's node, under which the other nodes reach it."""
+    """Address at which other nodes reach this process's node."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def authentication_enabled() -> bool:
-    """Whether Ray checks a token on every connection; False for a Ray that is too old to have one."""
+    """Whether Ray checks a token on every connection; False for versions without tokens."""
     try:
         from ray._private.authentication.authentication_utils import is_token_auth_enabled
     except ImportError:
@@ -194,7 +194,7 @@ def authentication_enabled() -> bool:
 
 
 def nodes() -> list[Node]:
-    """The alive nodes, by node id."""
+    """Alive nodes in the order of their ids."""
     alive = [n for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
     return sorted((_node(n) for n in alive), key=lambda n: n.node_id)
 
@@ -214,14 +214,16 @@ def _node(entry: dict[str, Any]) -> Node:
 
 
 def check_fits(layout: Layout, available: Sequence[Node]) -> None:
-    """LayoutDoesNotFit when the nodes, even if nothing else ran on them, have too few CPUs or GPUs for the layout."""
+    """LayoutDoesNotFit when the nodes, even if idle, have too few CPUs or GPUs for the layout."""
     room = sum(layout.workers_on(node) for node in available)
     if room < layout.num_workers:
         need = {name: amount * layout.num_workers for name, amount in layout.bundle.items()}
         have = {"CPU": sum(n.num_cpus for n in available), "GPU": sum(n.num_gpus for n in available)}
         missing = [f"{amount - have[name]:g} {name}s" for name, amount in need.items() if amount > have[name]]
-        lack = f"{' and '.join(missing)} missing" if missing else "the rest is in pieces too small for a worker"
-        per_worker, total = _resources(layout.bundle), _resources(need)
+        fragmented = "the remaining resources are too fragmented for another worker"
+        lack = f"{' and '.join(missing)} missing" if missing else fragmented
+        per_worker = _resources(layout.bundle)
+        total = _resources(need)
         raise LayoutDoesNotFit(
             f"the layout needs {layout.num_workers} workers with {per_worker} each = {total}; the cluster has "
             f"{_resources({name: have[name] for name in need})} on {len(available)} node(s), room for {room} workers "
@@ -230,7 +232,7 @@ def check_fits(layout: Layout, available: Sequence[Node]) -> None:
 
 
 def _options(layout: Layout, room: int) -> str:
-    """The largest layouts with at most `room` workers that split no dimension in a way the asked one does not."""
+    """Hint with the largest layouts of at most `room` workers whose parallel sizes the requested layout allows."""
     asked = layout.replicas[0]
     if any(parallel != asked for parallel in layout.replicas):
         return "Ask for fewer or smaller replicas"
@@ -243,7 +245,7 @@ def _options(layout: Layout, room: int) -> str:
         if tp * dp * replicas <= room
     ]
     if not sizes:
-        return "No layout of this model fits: a single worker does not"
+        return "No layout of this model fits, not even a single worker"
     sizes.sort(key=lambda s: (-s[0] * s[1] * s[2], -s[2], -s[0]))
     shown = [f"tensor_parallel_size={tp} data_parallel_size={dp} replicas={replicas}" for tp, dp, replicas in sizes[:3]]
     return f"Layouts that fit: {'; '.join(shown)}"
@@ -254,7 +256,7 @@ def _resources(amounts: dict[str, float]) -> str:
 
 
 def placement_strategies(layout: Layout, available: Sequence[Node]) -> list[Literal["STRICT_PACK", "PACK"]]:
-    """Per replica and spare: STRICT_PACK while a node has room for a whole one, after that PACK (few nodes)."""
+    """Per replica and spare: STRICT_PACK while a whole one fits on a node, afterwards PACK (few nodes)."""
     free = sorted((layout.workers_on(node) for node in available), reverse=True)
     strategies: list[Literal["STRICT_PACK", "PACK"]] = []
     for left in layout.sizes:
@@ -268,22 +270,22 @@ def placement_strategies(layout: Layout, available: Sequence[Node]) -> list[Lite
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Where the workers of one replica run."""
+class BundlePlacement:
+    """Reserved resources of one replica, a bundle per rank."""
 
     group: PlacementGroup
     node_ids: tuple[str, ...]
-    """Per rank."""
+    """Node per rank."""
 
     def remove(self) -> None:
-        """Give the resources back; workers that still run in them are killed."""
+        """Release the resources; workers that still run in them are killed."""
         remove_placement_group(self.group)
 
 
-def place(layout: Layout, available: Sequence[Node], *, timeout_s: float) -> list[Placement]:
+def place(layout: Layout, available: Sequence[Node], *, timeout_s: float) -> list[BundlePlacement]:
     """Reserve the resources of every replica, then of every spare.
 
-    LayoutDoesNotFit when others hold them for longer than `timeout_s`.
+    LayoutDoesNotFit when they are in use for longer than `timeout_s`.
     """
     strategies = placement_strategies(layout, available)
     groups = [
@@ -302,14 +304,14 @@ def place(layout: Layout, available: Sequence[Node], *, timeout_s: float) -> lis
     return [_placement(group) for group in groups]
 
 
-def _placement(group: PlacementGroup) -> Placement:
+def _placement(group: PlacementGroup) -> BundlePlacement:
     by_rank = placement_group_table(group)["bundles_to_node_id"]
-    return Placement(group, tuple(by_rank[rank] for rank in range(len(by_rank))))
+    return BundlePlacement(group, tuple(by_rank[rank] for rank in range(len(by_rank))))
 
 
 @dataclass(frozen=True, slots=True)
 class CoreShare:
-    """What a worker gets of its node's cores."""
+    """A worker's share of its node's cores."""
 
     num_threads: int
     dedicated: bool
@@ -317,10 +319,13 @@ class CoreShare:
 
 
 def core_shares(
-    placements: Sequence[Placement], available: Sequence[Node], *, embedded: bool, num_threads: int | None = None
+    placements: Sequence[BundlePlacement], available: Sequence[Node], *, embedded: bool, num_threads: int | None = None
 ) -> list[list[CoreShare]]:
-    """Per replica and rank: `num_threads`, by default the node's cores divided by the workers on it, at least 1, and no
-    more than OMP_NUM_THREADS where that is set."""
+    """Core shares per replica and rank.
+
+    A worker gets `num_threads`; None: the node's cores divided by its workers, at least 1 and at most OMP_NUM_THREADS
+    where that is set.
+    """
     everyone = [node_id for placement in placements for node_id in placement.node_ids]
     cores = {node.node_id: num_cores() if embedded else int(node.num_cpus) for node in available}
 

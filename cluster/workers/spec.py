@@ -1,4 +1,4 @@
-"""What a worker process is told when it starts, and what it says of its start and its end."""
+"""Specification of a worker process, and its reports of start-up and failure."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from .assignment import Assignment
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
-    """What a worker process is, whatever rank it has."""
+    """Settings of a worker process, independent of its rank."""
 
     args: EngineArgs
     name: str
-    """Name of the actor, by which other workers of this cluster find it."""
+    """Name of the actor, by which other workers of the cluster address it."""
     assignment: Assignment | None
-    """Its first rank; None: a spare, which waits for one."""
+    """First assignment; None for a spare, which waits for one."""
     num_threads: int
     dedicated_cores: bool
     """Whether the node has a core for every thread of every worker on it."""
     engine_factory: str
     """`module:function` with the signature of `build_engine`, resolved inside the worker."""
     supervisor: tuple[str, int] | None = None
-    """Where to report; None: nobody replaces ranks, and a failure ends this one."""
+    """Address to report to; None: ranks are not replaced, and a failure ends this one."""
     supervisor_key: str = field(default="", repr=False)
-    """Known to the processes of this run alone."""
-    title: str = ""
-    """What people and failpoints call it: decode:0 for the first worker of that role, spare:1 for the second spare."""
+    """Secret shared by the processes of this run."""
+    label: str = ""
+    """Name in messages and failpoints: decode:0 for the first worker of that role, spare:1 for the second spare."""
     faults: str = ""
     """See `Failpoints`."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFailure:
-    """Why a rank cannot go on."""
+    """Why a rank failed."""
 
     rank: int
     kind: Literal["value", "collective", "error"]
-    """value: what the user asked for cannot work; collective: another rank did not answer, the likelier cause."""
+    """value: a setting of the user cannot work; collective: another rank did not answer and is the likelier cause."""
     message: str
     traceback: str
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A finished part of the start-up."""
+    """A completed phase of the start-up."""
 
     name: str
     seconds: float
@@ -66,22 +66,22 @@ OnPhase = Callable[[Phase], None]
 
 @dataclass(slots=True)
 class StartReport:
-    """How a rank started; filled while it does."""
+    """Start-up of a rank; filled in as it proceeds."""
 
     phases: dict[str, float] = field(default_factory=dict)
-    """Seconds, in order."""
+    """Seconds per phase, in order."""
     notices: list[str] = field(default_factory=list)
-    """What a user should know although nothing is wrong."""
+    """Messages to the user that are not errors."""
     limits: RequestLimits | None = None
     num_kv_tokens: int = 1 << 20
-    """Tokens that the cache of this rank's attention group holds."""
+    """Capacity in tokens of the KV cache of this rank's attention group."""
     num_kv_blocks: int | None = None
-    ranks_on_node: int = 1
+    local_world_size: int = 1
     failure: WorkerFailure | None = None
 
 
 def failure_of(rank: int, error: Exception) -> WorkerFailure:
-    """The exception as plain data; call it while the exception is being handled."""
+    """An exception as plain data; call in its except block, for the traceback."""
     kind: Literal["value", "collective", "error"] = "error"
     if isinstance(error, CollectiveError):
         kind = "collective"

@@ -117,7 +117,7 @@ class Worker:
         self._audit: list[str] | None = None
         self._audit_wanted = False
         self._fault_noted = threading.Event()
-        self._failpoints = Failpoints(spec.faults, spec.title, on_fault=self._on_fault)
+        self._failpoints = Failpoints(spec.faults, spec.label, on_fault=self._on_fault)
         self._spans = Spans()
         self._spans.add(self._failpoints, SPAN_POINTS)
         self._started = self._ended = False
@@ -248,7 +248,7 @@ class Worker:
                 secret=self._spec.supervisor_key.encode(),
             )
         report.phases["groups"] = time.monotonic() - start
-        report.ranks_on_node = self._groups.ranks_on_node
+        report.local_world_size = self._groups.local_world_size
         self._engine = self._build(assignment, self._groups, report)
         self._epoch = assignment.epoch
 
@@ -257,7 +257,7 @@ class Worker:
         args = self._spec.args
         if _is_alone(place, args):
             return single_process_groups(spans=self._spans)
-        assert place.ranks_on_node is not None
+        assert place.local_world_size is not None
         return create_groups(
             place.parallel,
             place.rank,
@@ -266,7 +266,7 @@ class Worker:
             hostname=node_address(),
             busy_wait_s=BUSY_WAIT_S if self._spec.dedicated_cores else 0.0,
             spans=self._spans,
-            ranks_on_node=place.ranks_on_node,
+            local_world_size=place.local_world_size,
             secret=self._spec.supervisor_key.encode(),
         )
 

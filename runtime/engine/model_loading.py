@@ -197,7 +197,7 @@ def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[KVC
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
     per_sequence = -(-max_len // config.block_size)
-    sharing = groups.ranks_on_node if groups.device.type == "cpu" else 1  # every rank has a GPU of its own
+    sharing = groups.local_world_size if groups.device.type == "cpu" else 1  # every rank has a GPU of its own
     budget = available_memory(groups.device) * config.kv_cache_memory_fraction / sharing
     fits = int(budget // bytes_per_block(specs, config.block_size))
     wanted = max(1, min(per_sequence * config.max_num_seqs, fits))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import shoal.cluster.bench.roofline
-from shoal.cluster.bench.roofline import Ceilings
+from shoal.cluster.bench.roofline import Peaks
 from shoal.runtime.random_checkpoint import make_checkpoint
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -52,7 +52,7 @@ def test_a_comparison(programs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     command = ["peers.py", "compare", "--model", str(model), "--workloads", "TINY", "--rounds", "1"]
     command += ["--layouts", ALONE, "--peer", peer, "--peer", broken, "--output", str(output)]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(shoal.cluster.bench.roofline, "measure_ceilings", lambda: Ceilings(1e9, 1e9))
+    monkeypatch.setattr(shoal.cluster.bench.roofline, "measure_peaks", lambda: Peaks(1e9, 1e9))
     monkeypatch.setattr(programs.peers, "table", lambda report: "")
     programs.peers.main()
     report = json.loads(output.read_text())

@@ -25,7 +25,7 @@ from shoal.cluster.jobs.job import run_job
 from shoal.cluster.jobs.stop_signal import StopSignal
 from shoal.cluster.prompts import ModelPrompts
 from shoal.cluster.replicas.inprocess import InProcessEngine
-from shoal.cluster.workers.actors import Launch
+from shoal.cluster.workers.actors import LaunchConfig
 from shoal.cluster.workers.spec import WorkerSpec
 from shoal.cluster.workers.worker import Worker
 from shoal.kernels import build
@@ -203,7 +203,7 @@ def test_what_goes_through_ray_while_rows_are_answered_is_bytes_and_numbers() ->
 
 def test_keys_are_not_shown() -> None:
     key = "0123456789abcdef"
-    assert key not in repr(Launch(EngineArgs(model="m"), "", 1, 0, supervisor_key=key))
+    assert key not in repr(LaunchConfig(EngineArgs(model="m"), "", 1, 0, supervisor_key=key))
     required = {
         f.name: None
         for f in dataclasses.fields(WorkerSpec)

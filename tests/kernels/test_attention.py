@@ -206,7 +206,7 @@ def test_many_heads_are_independent(dtype: torch.dtype, heads: int) -> None:
 
 @pytest.mark.parametrize("dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("form", FORMS)
-def test_company_block_size_placement_and_threads_change_nothing(
+def test_attention_is_invariant_to_batch_block_size_and_threads(
     dtype: torch.dtype, form: Form, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shoal.kernels.cpu_library.MIN_PARALLEL_WORK", 0)

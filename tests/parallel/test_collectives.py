@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from shoal.parallel.collectives import HEADER_BYTES, CollectiveError, Communicator
+from shoal.parallel.collectives import CollectiveError, Communicator
 from shoal.parallel.config import ParallelConfig
+from shoal.parallel.diagnosis import HEADER_BYTES
 from shoal.parallel.groups import init_groups
 from shoal.parallel.transport import SocketMesh
 from tests.support.spawn import barrier, run_ranks

@@ -17,13 +17,13 @@ from shoal.kernels.ops import Ops
 from shoal.parallel.collectives import CollectiveError, Communicator, as_process_group
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.deep_ep import (
+    BufferSizes,
+    DeepEPAdapter,
     DeepEPTokenDispatcher,
-    Exchange,
-    ExchangeSizes,
     deep_ep_dispatcher,
     import_deep_ep,
     interface_of,
-    open_exchange,
+    open_adapter,
     slots_per_rank,
 )
 from shoal.parallel.dispatcher import LocalTokenDispatcher
@@ -92,12 +92,12 @@ def with_fakes(rank: int, store: Store) -> dict[str, list[str]]:
         def make(
             placement: ExpertPlacement, interface: str = interface, group: ProcessGroup = group
         ) -> DeepEPTokenDispatcher:
-            sizes = ExchangeSizes(HIDDEN, MAX_ROWS, 2 * slots_per_rank(placement), timeout_s=60.0)
+            sizes = BufferSizes(HIDDEN, MAX_ROWS, 2 * slots_per_rank(placement), timeout_s=60.0)
             return DeepEPTokenDispatcher(
                 placement,
                 comm,
                 CPU_OPS,
-                lambda: open_exchange(module_with(interface), group, sizes),
+                lambda: open_adapter(module_with(interface), group, sizes),
                 torch.device("cpu"),
             )
 
@@ -140,8 +140,8 @@ def engines_with_fakes(rank: int, store: Store, model_dir: Path) -> list[list[Ro
         dtype: torch.dtype,
     ) -> DeepEPTokenDispatcher:
         max_rows = config.max_num_batched_tokens * model.num_experts_per_tok
-        sizes = ExchangeSizes(model.hidden_size, max_rows, model.n_routed_experts, timeout_s=60.0)
-        return DeepEPTokenDispatcher(placement, groups.world, ops, lambda: open_exchange(module, group, sizes))
+        sizes = BufferSizes(model.hidden_size, max_rows, model.n_routed_experts, timeout_s=60.0)
+        return DeepEPTokenDispatcher(placement, groups.world, ops, lambda: open_adapter(module, group, sizes))
 
     model_loading._dispatcher = dispatcher
     return run_points_on_rank(rank, store, [(model_dir, "bfloat16")], POINTS)
@@ -185,12 +185,12 @@ class Alone:
 
 
 def test_what_deep_ep_refuses_is_said_in_its_words() -> None:
-    sizes = ExchangeSizes(HIDDEN, MAX_ROWS, 6, timeout_s=1.0)
+    sizes = BufferSizes(HIDDEN, MAX_ROWS, 6, timeout_s=1.0)
     group: Any = Alone(3)
     with pytest.raises(ValueError, match="cannot connect 3 ranks: Unsupported number of EP ranks: 3"):
-        open_exchange(module_with("Buffer"), group, sizes)
+        open_adapter(module_with("Buffer"), group, sizes)
     with pytest.raises(CollectiveError, match=r"deep_ep\.EPBuffer cannot connect 3 ranks: rank 1 is gone"):
-        open_exchange(module_with("EPBuffer"), group, sizes)
+        open_adapter(module_with("EPBuffer"), group, sizes)
 
 
 def test_ranks_with_different_numbers_of_experts_are_refused() -> None:
@@ -199,7 +199,7 @@ def test_ranks_with_different_numbers_of_experts_are_refused() -> None:
 
 
 class Stays:
-    """An exchange of which everything is on this rank."""
+    """An adapter of which everything is on this rank."""
 
     def dispatch(self, rows: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         return rows, experts, None
@@ -212,7 +212,7 @@ def test_a_new_epoch_gets_a_new_buffer() -> None:
     opened: list[int] = []
     comm = Communicator()
 
-    def open_one() -> Exchange:
+    def open_one() -> DeepEPAdapter:
         opened.append(comm.epoch)
         return Stays()
 
@@ -231,10 +231,10 @@ def test_a_peer_that_does_not_come_ends_the_epoch(op: str) -> None:
     def times_out(*_: object) -> Any:
         raise RuntimeError("DeepEP error: timeout (dispatch CPU)")
 
-    exchange: Any = Stays()
-    setattr(exchange, op, times_out)
+    adapter: Any = Stays()
+    setattr(adapter, op, times_out)
     placement = ExpertPlacement.contiguous(NUM_EXPERTS, 1)
-    dispatcher = DeepEPTokenDispatcher(placement, Communicator(), CPU_OPS, lambda: exchange)
+    dispatcher = DeepEPTokenDispatcher(placement, Communicator(), CPU_OPS, lambda: adapter)
     inputs = (torch.ones(1, 4).bfloat16(), torch.tensor([[2]]), torch.ones(1, 1))
     with pytest.raises(CollectiveError, match=rf"rank 0 of 1 failed in 'moe\.{op}' \(epoch 0, layer 7\): DeepEP error"):
         through(dispatcher, list(range(NUM_EXPERTS)), inputs, layer=7)

@@ -34,7 +34,7 @@ def join_layouts(rank: int, store: Store) -> list[Any]:
         assert groups.world.epoch == groups.tp.epoch == epoch
         in_tp = [row[0] for row in groups.tp.all_gather_ints([rank], layer=-1, op="hello")]
         in_world = [row[0] for row in groups.world.all_gather_ints([rank], layer=-1, op="hello")]
-        sizes = (groups.tp.rank, groups.tp.size, groups.world.rank, groups.world.size, groups.ranks_on_node)
+        sizes = (groups.tp.rank, groups.tp.size, groups.world.rank, groups.world.size, groups.local_world_size)
         found.append((groups.dp_rank, groups.tp_rank, groups.is_leader, groups.leader_rank, in_tp, in_world, sizes))
     return found
 
@@ -62,7 +62,7 @@ def survive(rank: int, store: Store) -> list[int]:
     config = ParallelConfig(data_parallel_size=3)
     if rank == 3:
         store.wait(["left/0", "left/1"], timedelta(seconds=30))
-        groups = create_groups(config, 2, ranks_on_node=3)
+        groups = create_groups(config, 2, local_world_size=3)
         with pytest.raises(CollectiveError, match="it was never formed"):
             groups.world.all_gather_ints([rank], layer=-1, op="too early")
         groups.join(store, 1)
@@ -104,7 +104,7 @@ def test_a_rank_stops_waiting_for_peers_that_will_not_come() -> None:
 
 def test_single_process_groups() -> None:
     groups = single_process_groups()
-    assert (groups.rank, groups.dp_rank, groups.tp_rank, groups.is_leader, groups.ranks_on_node) == (
+    assert (groups.rank, groups.dp_rank, groups.tp_rank, groups.is_leader, groups.local_world_size) == (
         0,
         0,
         0,

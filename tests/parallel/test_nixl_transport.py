@@ -92,7 +92,7 @@ def test_what_was_not_announced_is_refused(start: Start) -> None:
     assert reader.read(chunk) is True
     assert "checksum" in reader.read(replace(chunk, checksum=chunk.checksum ^ 1))
     assert "checksum" in reader.read(replace(chunk, epoch=chunk.epoch + 1))
-    assert "no memory of source" in reader.read(replace(chunk, num_bytes=BUFFER_BYTES + 1))
+    assert "source has no registered memory" in reader.read(replace(chunk, num_bytes=BUFFER_BYTES + 1))
     for address in (b"", b"a name", bytes(100)):
         assert "cannot be reached" in reader.read(replace(chunk, address=address))
     assert reader.read(chunk) is True
@@ -181,7 +181,7 @@ def test_quarantine_has_a_bound_and_ends_with_the_publisher(start: Start, enviro
         reader.close(chunk.generation)
     assert reader.quarantined() == BUFFER_BYTES
     healthy = other.publish(9, MIB)
-    assert "may still arrive hold 4194304 bytes" in reader.read(healthy)
+    assert "4194304 bytes are still pinned by cancelled reads" in reader.read(healthy)
     frozen.kill()
     deadline = time.monotonic() + DEADLINE_S
     while (outcome := reader.read(healthy)) is not True and time.monotonic() < deadline:

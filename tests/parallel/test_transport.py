@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from shoal.parallel.transport import Patience, SocketMesh, connect_mesh
+from shoal.parallel.transport import Deadline, SocketMesh, connect_mesh
 from tests.support.sockets import listening
 
 HEADER = 16
@@ -60,7 +60,7 @@ def connect(
         size,
         hostname=hostname,
         header_bytes=HEADER,
-        patience=Patience(timeout_s),
+        deadline=Deadline(timeout_s),
         busy_wait_s=busy_wait_s,
         secret=secret,
     )

@@ -72,7 +72,7 @@ def test_deepseek_v32_in_fp8_on_a_gpu_of_eight() -> None:
     expected = experts + attention + kv_b + indexer + mlps + router + embedding * 9 // 8
     assert rank_weight_bytes(V32, layout(1, 8), ON_GPU) == pytest.approx(expected, rel=1e-3)
     # over several nodes the head is split over the tp group only, so that every rank has all of it
-    several = rank_weight_bytes(V32, layout(1, 8), ON_GPU, ranks_on_node=4)
+    several = rank_weight_bytes(V32, layout(1, 8), ON_GPU, local_world_size=4)
     assert several - rank_weight_bytes(V32, layout(1, 8), ON_GPU) == embedding * 7 // 8
 
 
@@ -93,7 +93,7 @@ def test_bytes_of_a_token() -> None:
 
 
 def test_the_nearest_layouts_come_first() -> None:
-    found = list(fitting_layouts(V32, layout(1, 8), ON_GPU, 80 << 30, ranks_on_node=8))
+    found = list(fitting_layouts(V32, layout(1, 8), ON_GPU, 80 << 30, local_world_size=8))
     assert found[0] == layout(1, 16)
     assert layout(1, 8) not in found
     assert layout(8, 1) not in found

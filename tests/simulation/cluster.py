@@ -11,14 +11,14 @@ from typing import Any, cast
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replica_spec import ReplicaSpec
 from shoal.cluster.replicas import replica as replica_module
-from shoal.cluster.replicas import router as router_module
+from shoal.cluster.replicas import replica_pool as replica_pool_module
 from shoal.cluster.replicas.replica import Replica
-from shoal.cluster.replicas.router import Router
+from shoal.cluster.replicas.replica_pool import ReplicaPool
 from shoal.cluster.routing import prefixes as prefixes_module
 from shoal.cluster.supervision import supervisor as supervisor_module
 from shoal.cluster.supervision.supervisor import ReplicaPlan, Supervisor
 from shoal.cluster.workers import liveness as liveness_module
-from shoal.cluster.workers.actors import Launch, Seat, WorkerProcess
+from shoal.cluster.workers.actors import LaunchConfig, WorkerProcess, WorkerSlot
 from shoal.cluster.workers.assignment import Assignment
 from shoal.cluster.workers.wire import Event, SupervisorOrder, WorkerReport
 
@@ -30,7 +30,7 @@ from .process import Process
 from .transport import Weather
 from .virtual import Ray, World
 
-LAUNCH = Launch(EngineArgs(model="none"), "none", 1, 0)
+LAUNCH = LaunchConfig(EngineArgs(model="none"), "none", 1, 0)
 MAX_NUM_SEQS = 4
 REPLACE_TIMEOUT_S = 30.0
 TICK_S = 0.1
@@ -115,7 +115,7 @@ class Cluster:
         self._num_stores = 0
         self._num_steps = self._num_calls = 0
 
-    def start(self) -> Router:
+    def start(self) -> ReplicaPool:
         """As `start_engines` does."""
         supervisor = Supervisor(
             "",
@@ -128,15 +128,15 @@ class Cluster:
         supervisor.start(launch)
         replicas = []
         for spec, _ in self.layout.replicas:
-            seats = [_seat() for _ in range(spec.parallel.world_size)]
-            replicas.append(Replica(spec, launch, seats, host=""))
-        spares = [self.start_worker(launch, _seat(), None, title="spare") for _ in range(self.layout.num_spares)]
+            slots = [_slot() for _ in range(spec.parallel.world_size)]
+            replicas.append(Replica(spec, launch, slots, host=""))
+        spares = [self.start_worker(launch, _slot(), None, label="spare") for _ in range(self.layout.num_spares)]
         for replica in replicas:
             replica.wait_ready(1.0)
-        supervisor.take_over([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
+        supervisor.watch([ReplicaPlan(r.workers, r.assignments) for r in replicas], spares)
         supervisor.on_tick()
         self.plan.begin(self)
-        return Router(replicas, supervisor, lambda: None, max_num_seqs=MAX_NUM_SEQS, block_size=1)
+        return ReplicaPool(replicas, supervisor, lambda: None, max_num_seqs=MAX_NUM_SEQS, block_size=1)
 
     @property
     def members(self) -> list[Process]:
@@ -147,7 +147,9 @@ class Cluster:
         """Stores, which are numbered, stand for replicas."""
         return self.layout.replicas[place.store_port][1]
 
-    def start_worker(self, launch: Launch, seat: Seat, assignment: Assignment | None, *, title: str) -> WorkerProcess:
+    def start_worker(
+        self, launch: LaunchConfig, slot: WorkerSlot, assignment: Assignment | None, *, label: str
+    ) -> WorkerProcess:
         name = f"worker-{len(self.processes)}"
         process = self.processes[name] = Process(self, name, assignment)
         if assignment is None:
@@ -156,7 +158,7 @@ class Cluster:
             process.build(assignment)
             process.connect()
             process.enter()
-        return WorkerProcess(name, title, seat, process, process.start.remote())
+        return WorkerProcess(name, label, slot, process, process.start.remote())
 
     def end_worker(self, worker: WorkerProcess, *, process: Any = None) -> None:
         """Out of reach, now and then, it goes on until it finds that it was left."""
@@ -200,11 +202,11 @@ class _Store:
     port: int
 
 
-def _seat() -> Seat:
-    return cast(Seat, _NoSeat())
+def _slot() -> WorkerSlot:
+    return cast(WorkerSlot, _NoSlot())
 
 
-class _NoSeat:
+class _NoSlot:
     node_id = ""
 
 
@@ -215,7 +217,7 @@ def installed(cluster: Cluster) -> Iterator[None]:
     processes = {"start_worker": cluster.start_worker, "end_worker": cluster.end_worker}
     wire = {"COMMANDS": _AsItIs(), "EVENTS": _AsItIs()}
     with (
-        replaced(router_module, ray=ray, time=cluster.world),
+        replaced(replica_pool_module, ray=ray, time=cluster.world),
         replaced(prefixes_module, PREFIX_TOKENS=2),
         replaced(replica_module, ray=ray, time=cluster.world, listen=cluster.listen, **processes, **wire),
         replaced(

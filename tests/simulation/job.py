@@ -14,7 +14,7 @@ from typing import Any, cast
 from msgspec.structs import replace
 
 from shoal.cluster.jobs.journal import Journal, ProgressRecord, Record, RowRecord
-from shoal.cluster.replicas.router import Router
+from shoal.cluster.replicas.replica_pool import ReplicaPool
 from shoal.runtime.response import without_text
 from shoal.runtime.types import GeneratedTokens, Request, RequestOutput, Tokens
 
@@ -129,7 +129,7 @@ class JobRun:
         self._pending: list[Record] = []
         self._last_commit = 0.0
 
-    def answer(self, world: World, router: Router) -> None:
+    def answer(self, world: World, router: ReplicaPool) -> None:
         """All rows that have no answer yet."""
         to_ask = [name for name in self._job.rows if name in self.ledger.open]
         in_flight: set[str] = set()
@@ -159,7 +159,7 @@ class JobRun:
         known = tuple(self._generated.get((name, i), GeneratedTokens()) for i in range(row.params.n))
         return replace(row, generated=known if any(g.token_ids for g in known) else ())
 
-    def _abort(self, router: Router, name: str) -> str:
+    def _abort(self, router: ReplicaPool, name: str) -> str:
         router.abort([name])
         self.ledger.aborted.add(name)
         self._job.aborted.add(name)

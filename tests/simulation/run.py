@@ -8,7 +8,7 @@ from random import Random
 
 from shoal.cluster.jobs import journal as journal_module
 from shoal.cluster.replica_spec import ReplicaSpec, Role
-from shoal.cluster.replicas.router import Router
+from shoal.cluster.replicas.replica_pool import ReplicaPool
 
 from .cluster import Cluster, Layout, installed, replaced
 from .engine import EngineSettings
@@ -113,7 +113,7 @@ def _live(job: Job, rows: dict[str, Row], layout: Layout, rng: Random, outcome: 
     return True
 
 
-def settle(cluster: Cluster, router: Router) -> None:
+def settle(cluster: Cluster, router: ReplicaPool) -> None:
     """Until nobody holds anything, or for as long as the slowest mending takes."""
     end = cluster.world.now + SETTLE_S
     while cluster.world.now < end:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replicas.inprocess import InProcessEngine
-from shoal.cluster.replicas.router import Router
+from shoal.cluster.replicas.replica_pool import ReplicaPool
 from shoal.cluster.replicas.start import start_engines
 from shoal.cluster.supervision.fault import Fault
 from shoal.cluster.workers.actors import WorkerProcess
@@ -89,7 +89,7 @@ class Target:
 class Rig:
     """Replicas that stay up from one case to the next, and what one process answers."""
 
-    router: Router
+    router: ReplicaPool
     expected: list[Bits]
     num_spares: int
     pids: set[int] = field(default_factory=set)
@@ -148,10 +148,10 @@ class Rig:
         calls = []
         for target in targets:
             worker = self.worker(target.replica, target.rank)
-            calls.append(worker.actor.arm.remote(f"{worker.title}:{target.point}:{target.nth}:{target.action}"))
+            calls.append(worker.actor.arm.remote(f"{worker.label}:{target.point}:{target.nth}:{target.action}"))
         supervisor = self.router.supervisor
         for worker in [supervisor._processes[name] for name in supervisor._waiting] if spares else []:
-            calls.append(worker.actor.arm.remote(spares.replace("{}", worker.title)))
+            calls.append(worker.actor.arm.remote(spares.replace("{}", worker.label)))
         ray.wait(calls, num_returns=len(calls), timeout=30)  # one may strike before another is armed
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ class _Rank:
 
 
 class RolesCluster:
-    """Started workers; `answer` drives them as `shoal.cluster.replicas.router` does."""
+    """Started workers; `answer` drives them as `shoal.cluster.replicas.replica_pool` does."""
 
     def __init__(self, point: Roles, model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
         settings: dict[str, Any] = {

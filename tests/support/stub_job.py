@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.cluster.jobs.job import Engines, JobSpec, run_job
+from shoal.cluster.jobs.engine_client import EngineClient
+from shoal.cluster.jobs.job import JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.stop_signal import StopSignal
 from shoal.cluster.openai.requests import RequestDefaults
@@ -214,7 +215,7 @@ def main() -> int:
         if count == 1:
             print("answering", flush=True)
 
-    def start() -> Engines:
+    def start() -> EngineClient:
         engines = {"poll_s": poll_s} if poll_s > 0 else {"capacity": 128, "per_poll": 64}
         return StubEngines(on_poll=on_poll, **engines)
 

@@ -44,9 +44,9 @@ def test_every_op_is_measured_and_agrees_with_its_reference(tmp_path: Path) -> N
     for row in rows:
         assert row["op"] in result.stdout
         assert row["seconds"] > 0
-        least = row["fraction_of_ceiling"] * row["seconds"]
+        least = row["fraction_of_peak"] * row["seconds"]
         binding = ("flops_per_s", "flops_per_s") if row["bound"] == "compute" else ("bytes_per_s", "bytes_per_s")
-        assert least == pytest.approx(row[binding[0]] * row["seconds"] / report["ceilings"][binding[1]])
+        assert least == pytest.approx(row[binding[0]] * row["seconds"] / report["peaks"][binding[1]])
         assert row.get("within_tolerance") is (None if row["op"] == "sample" else True)
 
 

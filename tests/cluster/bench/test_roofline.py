@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.cluster.bench.roofline import Ceilings, decode_cost, measure_ceilings, prefill_cost, workload_limit
+from shoal.cluster.bench.roofline import Peaks, decode_cost, measure_peaks, prefill_cost, workload_limit
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.models.families import parse_config
 from shoal.runtime.random_checkpoint import tiny_config
@@ -34,7 +34,7 @@ def config(model_type: str = "deepseek_v3", **overrides: object) -> ModelConfig:
 )
 def test_limits_of_a_dense_model(requests: int, prompt: int, output: int, seconds: float) -> None:
     """Against figures of another program."""
-    limit = workload_limit(config(), Ceilings(0.8e12, 65e9), requests=requests, prompt=prompt, output=output)
+    limit = workload_limit(config(), Peaks(0.8e12, 65e9), requests=requests, prompt=prompt, output=output)
     assert limit == pytest.approx(seconds, abs=5e-5)
 
 
@@ -56,12 +56,12 @@ def test_a_sparse_model_reads_index_keys_and_selected_records() -> None:
 
 
 def test_what_binds() -> None:
-    ceilings = Ceilings(flops_per_s=100.0, bytes_per_s=10.0)
-    assert (ceilings.seconds(200.0, 10.0), ceilings.binding(200.0, 10.0)) == (2.0, "compute")
-    assert (ceilings.seconds(200.0, 50.0), ceilings.binding(200.0, 50.0)) == (5.0, "memory")
-    assert ceilings.best(Ceilings(50.0, 20.0)) == Ceilings(100.0, 20.0)
+    peaks = Peaks(flops_per_s=100.0, bytes_per_s=10.0)
+    assert (peaks.seconds(200.0, 10.0), peaks.binding(200.0, 10.0)) == (2.0, "compute")
+    assert (peaks.seconds(200.0, 50.0), peaks.binding(200.0, 50.0)) == (5.0, "memory")
+    assert peaks.best(Peaks(50.0, 20.0)) == Peaks(100.0, 20.0)
 
 
-def test_ceilings_are_measured() -> None:
-    measured = measure_ceilings(matrix_size=64, read_bytes=1 << 16, repeats=2)
+def test_peaks_are_measured() -> None:
+    measured = measure_peaks(matrix_size=64, read_bytes=1 << 16, repeats=2)
     assert measured.flops_per_s > 0 < measured.bytes_per_s

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.jobs.job import Engines, JobResult, JobSpec, run_job
+from shoal.cluster.jobs.engine_client import EngineClient
+from shoal.cluster.jobs.job import JobResult, JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.stop_signal import JobStopped, StopSignal
 from shoal.runtime.request_limits import RequestLimits
@@ -39,7 +40,7 @@ def run(spec: JobSpec, engines: StubEngines | None = None, stop: StopSignal | No
     return result
 
 
-def must_not_start() -> Engines:
+def must_not_start() -> EngineClient:
     raise AssertionError("the engines were started")
 
 
@@ -280,7 +281,7 @@ def test_a_dead_engine_leaves_a_job_that_can_be_resumed(tmp_path: Path, when: st
         if when == "poll" and count == 3:
             raise RuntimeError("rank 3 is gone")
 
-    def start() -> Engines:
+    def start() -> EngineClient:
         if when == "start":
             raise RuntimeError("rank 3 is gone")
         return engines
@@ -317,7 +318,7 @@ def test_a_resumed_job_goes_on_in_the_middle_of_answers(tmp_path: Path) -> None:
     assert len(counts) == 8
     assert counts.count(1) + counts.count(2) == 8
     assert counts.count(1) <= 2
-    assert f"8 rows go on in the middle of their answers, after {sum(counts)} tokens" in said.getvalue()
+    assert f"resuming 8 partially generated rows ({sum(counts)} tokens)" in said.getvalue()
 
 
 def test_an_answer_to_nothing_is_a_failure(tmp_path: Path) -> None:
@@ -371,7 +372,7 @@ def test_a_signal_drains_and_the_job_resumes(tmp_path: Path, signum: int, exit_c
 def test_a_signal_ends_a_start_that_takes_long(tmp_path: Path) -> None:
     spec = make_spec(write_input(tmp_path / "in.jsonl", 3), tmp_path / "out")
 
-    def start() -> Engines:
+    def start() -> EngineClient:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
         raise AssertionError
@@ -384,7 +385,7 @@ def test_a_signal_ends_a_start_that_takes_long(tmp_path: Path) -> None:
 def test_a_signal_that_the_engines_see_first_is_still_a_stop(tmp_path: Path, how: str) -> None:
     spec = make_spec(write_input(tmp_path / "in.jsonl", 3), tmp_path / "out")
 
-    def start() -> Engines:
+    def start() -> EngineClient:
         if how == "handler":
             signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
             os.kill(os.getpid(), signal.SIGTERM)
@@ -403,7 +404,7 @@ def test_a_signal_that_the_engines_see_first_is_still_a_stop(tmp_path: Path, how
 def test_handlers_that_the_engines_installed_are_replaced(tmp_path: Path) -> None:
     spec = make_spec(write_input(tmp_path / "in.jsonl", 60), tmp_path / "out")
 
-    def start() -> Engines:
+    def start() -> EngineClient:
         signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(signum))
         return StubEngines(on_poll=lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 1 else None)
 

@@ -132,7 +132,7 @@ def test_losses_are_told_and_kept(tmp_path: Path) -> None:
     assert said.count("lost decode:0: its connection ended") == 1
     assert said.count("lost spare:0") == 1
     mending = "lost decode:0 (its connection ended), all ranks in their groups again after 250 ms, 1 rows interrupted"
-    assert said.count(f"{mending}, 7 of their tokens computed again, a new token of theirs after 500 ms") == 1
+    assert said.count(f"{mending}, 7 of their tokens computed again, first new token after 500 ms") == 1
     run([fault("prefill:0")], {})
     kept = json.loads((tmp_path / "out" / "faults.json").read_text())["faults"]
     assert [f["worker"] for f in kept] == ["decode:0", "spare:0", "prefill:0"]

@@ -113,7 +113,7 @@ def test_a_killed_driver_goes_on_in_the_middle_of_answers(tmp_path: Path) -> Non
     with batch_process(model, rows, output) as process:
         stdout, stderr = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, stderr
-    said = re.search(r"(\d+) rows go on in the middle of their answers, after (\d+) tokens", stderr)
+    said = re.search(r"resuming (\d+) partially generated rows \((\d+) tokens\)", stderr)
     assert said is not None, stderr
     assert int(said[1]) > 0
     assert int(said[2]) > 100

@@ -12,8 +12,8 @@ import ray
 
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replicas.replica import EngineFailed, Replica
-from shoal.cluster.workers.actors import Launch, Seat
-from shoal.cluster.workers.ray_cluster import CoreShare, Layout, Placement, connect, node_address, nodes, place
+from shoal.cluster.workers.actors import LaunchConfig, WorkerSlot
+from shoal.cluster.workers.ray_cluster import BundlePlacement, CoreShare, Layout, connect, node_address, nodes, place
 from shoal.cluster.workers.wire import Abort, Event
 from shoal.parallel.request_id import RequestId
 from shoal.runtime.types import Finished, GeneratedTokens, Request, SamplingParams, Tokens
@@ -39,7 +39,7 @@ Start = Callable[..., Replica]
 def start() -> Iterator[Start]:
     """Creates replicas and closes them; nothing of theirs is left when the test ends."""
     created: list[Replica] = []
-    placements: list[Placement] = []
+    placements: list[BundlePlacement] = []
 
     def create(tp: int = 1, dp: int = 1, *, factory: str = STUB, collective_timeout_s: float = 20.0) -> Replica:
         args = EngineArgs(
@@ -53,8 +53,8 @@ def start() -> Iterator[Start]:
         layout = Layout(replicas=(spec.parallel,), spares=0, num_cpus_per_worker=1, num_gpus_per_worker=0)
         (placement,) = place(layout, nodes(), timeout_s=DEADLINE_S)
         placements.append(placement)
-        seats = [Seat(placement, rank, CoreShare(3, dedicated=False)) for rank in range(args.num_workers)]
-        created.append(Replica(spec, Launch(args, factory, 1, 0), seats, host=node_address()))
+        slots = [WorkerSlot(placement, rank, CoreShare(3, dedicated=False)) for rank in range(args.num_workers)]
+        created.append(Replica(spec, LaunchConfig(args, factory, 1, 0), slots, host=node_address()))
         return created[-1]
 
     yield create

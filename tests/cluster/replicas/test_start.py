@@ -13,7 +13,7 @@ import ray
 
 from shoal.cluster.engine_args import EngineArgs, read_model_config
 from shoal.cluster.replicas import start as start_module
-from shoal.cluster.replicas.router import Router
+from shoal.cluster.replicas.replica_pool import ReplicaPool
 from shoal.cluster.replicas.start import announced, start_engines
 from shoal.cluster.workers.ray_cluster import LayoutDoesNotFit, Node
 from shoal.cluster.workers.spec import Phase
@@ -76,7 +76,7 @@ def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
     router.close()
 
 
-def finished(router: Router) -> dict[str, RequestOutput]:
+def finished(router: ReplicaPool) -> dict[str, RequestOutput]:
     """The requests that the next poll finishes."""
     return {output.request_id: output for output in router.poll(60.0) if isinstance(output, RequestOutput)}
 

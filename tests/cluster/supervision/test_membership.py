@@ -38,7 +38,7 @@ def test_a_loss_while_forming_adds_to_what_was_replaced() -> None:
     assert members.loaded("e") == [Join(w, r, 2, (1, 2)) for r, w in enumerate("ade")], "a may not know of b's end yet"
 
 
-def test_who_has_not_begun_to_join_is_to_blame_and_otherwise_all() -> None:
+def test_missing_lists_late_joiners_or_everyone() -> None:
     members = Membership(["a", "b", "c"])
     members.reform(0)
     members.joining("a", 1)

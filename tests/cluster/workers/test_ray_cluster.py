@@ -73,7 +73,7 @@ def test_missing_resources_are_given_in_numbers_with_what_would_fit() -> None:
 
 
 def test_pieces_too_small_and_missing_gpus_are_told_apart() -> None:
-    with pytest.raises(LayoutDoesNotFit, match=r"room for 2 workers .*pieces too small"):
+    with pytest.raises(LayoutDoesNotFit, match=r"room for 2 workers .*too fragmented"):
         check_fits(layout(tp=3, cpus=2), [node("a", cpus=3), node("b", cpus=3)])
     with pytest.raises(LayoutDoesNotFit, match=r"2 CPU and 2 GPU; .* 1 GPU on 1 node.*1 GPUs missing"):
         check_fits(layout(tp=2, gpus=1), [node(gpus=1)])

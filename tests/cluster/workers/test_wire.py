@@ -121,7 +121,7 @@ ASSIGNMENTS = st.builds(
     store_host=TEXT,
     store_port=INDICES,
     replaced=TOKEN_IDS,
-    ranks_on_node=st.none() | INDICES,
+    local_world_size=st.none() | INDICES,
     num_kv_blocks=st.none() | INDICES,
     max_model_len=st.none() | INDICES,
 )

@@ -227,14 +227,14 @@ def test_the_cache_takes_its_share_of_the_memory(model_dir: Path, monkeypatch: p
     specs = cache_specs(read_config(model_dir), torch.float32)
     monkeypatch.setattr(model_loading, "available_memory", lambda _: 12 * bytes_per_block(specs, 4))
 
-    def blocks(device: str = "cpu", ranks_on_node: int = 1, **settings: Any) -> int:
-        groups = replace(single_process_groups(torch.device(device)), ranks_on_node=ranks_on_node)
+    def blocks(device: str = "cpu", local_world_size: int = 1, **settings: Any) -> int:
+        groups = replace(single_process_groups(torch.device(device)), local_world_size=local_world_size)
         return model_loading._num_kv_blocks(EngineConfig(block_size=4, **settings), groups, specs, 1024)
 
     assert blocks() == 6
     assert blocks(kv_cache_memory_fraction=0.8) == 9
-    assert blocks(ranks_on_node=2) == 3
-    assert blocks(device="cuda", ranks_on_node=2) == 6, "every rank has a GPU of its own"
+    assert blocks(local_world_size=2) == 3
+    assert blocks(device="cuda", local_world_size=2) == 6, "every rank has a GPU of its own"
     assert blocks(num_kv_blocks=11) == 11
 
 
@@ -285,12 +285,12 @@ def test_a_rank_holds_its_shard_and_at_most_one_more_tensor(tmp_path: Path, monk
 
     monkeypatch.setattr(Checkpoint, "read", counting)
     totals = {}
-    for tp, dp, ranks_on_node in [(1, 1, 1), (2, 1, 2), (1, 4, 1), (1, 4, 4)]:
+    for tp, dp, local_world_size in [(1, 1, 1), (2, 1, 2), (1, 4, 1), (1, 4, 4)]:
         sizes.clear()
         layout = ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp)
         with Checkpoint(tmp_path) as checkpoint:
-            declare_model(config, layout, ranks_on_node=ranks_on_node).load(checkpoint)
-        totals[tp, dp, ranks_on_node] = sum(sizes)
+            declare_model(config, layout, local_world_size=local_world_size).load(checkpoint)
+        totals[tp, dp, local_world_size] = sum(sizes)
     experts = (config.num_hidden_layers - config.first_k_dense_replace) * config.n_routed_experts
     of_experts = experts * 3 * config.hidden_size * config.moe_intermediate_size
     alone = totals[1, 1, 1]
@@ -331,10 +331,10 @@ def test_ranks_that_were_idle_start_together(tmp_path: Path) -> None:
 
 
 def test_experts_are_spread_on_one_node_and_kept_together_over_several() -> None:
-    def of_rank_1(ranks_on_node: int) -> list[int]:
+    def of_rank_1(local_world_size: int) -> list[int]:
         comm = Communicator(1, 2)
         layout = ParallelConfig(data_parallel_size=2)
-        groups = ParallelGroups(layout, 1, torch.device("cpu"), comm, Communicator(), ranks_on_node)
+        groups = ParallelGroups(layout, 1, torch.device("cpu"), comm, Communicator(), local_world_size)
         return default_placement(16, groups).local_experts(1)
 
     assert of_rank_1(2) == list(range(1, 16, 2))

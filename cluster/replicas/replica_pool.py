@@ -1,4 +1,4 @@
-"""Several replicas as one set of engines: carries out what `RequestRouter` decides."""
+"""A pool of replicas as one engine client: carries out the decisions of `RequestRouter`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..workers.wire import Command
 from .replica import EngineFailed, Replica
 
 LOOK_S = 0.1
-"""How often to look for lost workers while nothing else happens."""
+"""Interval of checks for lost workers while no events arrive."""
 MAX_LOSSES = 10
-"""Workers of one replica that may be lost without anything new of a request: it is not bad luck then."""
+"""Give up on a replica after this many worker losses in a row without a single new token."""
 MAX_GIVEN_UP = 10
-"""Requests that may be given up one after another without an answer in between: they are not the cause then."""
+"""Give up on the run after this many requests in a row were given up without a finished one in between."""
 
 
-class Router:
-    """Takes requests, sends them to the replicas, and returns their outputs; for one thread at a time."""
+class ReplicaPool:
+    """Sends requests to replicas and returns their outputs. Not thread-safe."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Router:
         max_num_seqs: int,
         block_size: int,
     ) -> None:
-        """Take over replicas that are ready and the supervisor that watches them; `close` is called after their end."""
+        """Own ready replicas and the supervisor that watches them; `close` is called after they are closed."""
         self._replicas = list(replicas)
         self._supervisor = supervisor
         self._close = close
@@ -50,41 +50,41 @@ class Router:
         """Replica and rank of the leader of every attention group."""
         self._groups = {place: group for group, place in enumerate(self._ranks)}
         self.limits: RequestLimits = min((r.limits for r in replicas), key=lambda x: x.max_model_len)
-        """The limits that hold in every replica."""
+        """Limits that hold in every replica."""
         specs = [
             GroupSpec(role=replicas[n].role, max_num_seqs=max_num_seqs, num_kv_tokens=replicas[n].num_kv_tokens(rank))
             for n, rank in self._ranks
         ]
         self.capacity = 2 * max_num_seqs * len(specs)
-        """Requests in flight that keep every replica busy."""
+        """Number of requests in flight that keeps every replica busy."""
         self._routing = RequestRouter(specs, max_model_len=self.limits.max_model_len, block_size=block_size)
         self._quarantine = Quarantine()
         self._allowed: frozenset[str] | None = None
-        """The requests that `_routing` may send."""
+        """Requests that `_routing` may send; None: all."""
         self._num_given_up = 0
-        """Since a request was last answered."""
+        """Requests given up since one was last finished."""
         self._losses: dict[str, int] = {}
-        """Requests that were interrupted since `take_losses`, and how often each was in all."""
+        """Total number of losses by request, for requests interrupted since `take_losses`."""
         self._outputs: list[EngineOutput | RequestOutput] = []
         self._interrupted: list[tuple[Fault, frozenset[str]]] = []
-        """Losses with the requests that they interrupted, until one of those has a new token."""
+        """Faults with the requests that they interrupted, until one of those has a new token."""
 
     @property
     def num_in_flight(self) -> int:
         return self._routing.num_in_flight
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue requests; ValueError, before any is taken, for an id that is in use."""
+        """Queue requests; ValueError, before any is queued, for an id that is in use."""
         suspects = [request for request in requests if request.num_losses]
         if suspects:
-            self._restrict(frozenset())  # none is sent before it is decided which may run together
+            self._restrict(frozenset())  # send none before the quarantine has decided which may run together
         self._carry_out(self._routing.submit(requests))
         for request in suspects:
             self._quarantine.add(request.request_id, request.num_losses)
         self._follow_quarantine()
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Drop requests; no output of theirs is returned after this. Unknown ids are ignored."""
+        """Drop requests; no further outputs are returned for them. Unknown ids are ignored."""
         for request_id in request_ids:
             self._carry_out(self._routing.abort(request_id))
             self._quarantine.forget(request_id)
@@ -93,11 +93,11 @@ class Router:
         self._outputs = [output for output in self._outputs if output.request_id not in dropped]
 
     def poll(self, timeout_s: float) -> list[EngineOutput | RequestOutput]:
-        """New parts of answers, and the whole answers of finished requests, as soon as there are any.
+        """Return new parts of answers and the whole answers of finished requests, as soon as there are any.
 
-        [] after `timeout_s`, or at once when nothing is in flight. EngineFailed when a loop failed, or a lost rank
-        cannot be replaced, or workers are lost too often. A request whose workers are lost again and again while it
-        runs alone is answered with an error.
+        [] after `timeout_s`, or at once when nothing is in flight. EngineFailed when a loop failed, a lost rank cannot
+        be replaced, or workers are lost too often. A request whose workers are lost repeatedly while it runs alone
+        finishes with an error.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -117,21 +117,23 @@ class Router:
                     self._supervisor.suspect(*replica.unreachable.pop())
             self._follow_quarantine()
             if self._outputs or not self.num_in_flight or time.monotonic() >= deadline:
-                outputs, self._outputs = self._outputs, []
+                outputs = self._outputs
+                self._outputs = []
                 return outputs
 
     def take_losses(self) -> dict[str, int]:
-        """Requests that were interrupted since the last call, and how often each was in all."""
-        losses, self._losses = self._losses, {}
+        """Requests that were interrupted since the last call, with the total number of losses of each."""
+        losses = self._losses
+        self._losses = {}
         return losses
 
     def audit(self) -> list[str]:
-        """What workers still hold with nothing in flight; [] when every block of every rank is free."""
+        """Resources that workers still hold with nothing in flight; [] when every block of every rank is free."""
         assert not self.num_in_flight
         return [problem for replica in self._replicas for problem in replica.audit()]
 
     def step_profiles(self) -> list[StepProfile]:
-        """Where the time of the steps went on every rank; needs engines that measure it."""
+        """Step profiles of every rank; the engines must measure their steps."""
         return [profile for replica in self._replicas for profile in replica.step_profiles()]
 
     def close(self) -> None:
@@ -151,7 +153,7 @@ class Router:
 
     @property
     def faults(self) -> list[Fault]:
-        """Workers that were lost so far, and how far each loss is repaired."""
+        """Workers lost so far, and the progress of each recovery."""
         return self._supervisor.faults
 
     def _follow_supervisor(self) -> None:
@@ -180,12 +182,13 @@ class Router:
 
     def _note_interrupted(self, fault: Fault, group: int) -> None:
         num_tokens = self._routing.generated_in(group)
-        fault.num_replayed_requests, fault.num_replayed_tokens = len(num_tokens), sum(num_tokens.values())
+        fault.num_replayed_requests = len(num_tokens)
+        fault.num_replayed_tokens = sum(num_tokens.values())
         if num_tokens:
             self._interrupted.append((fault, frozenset(num_tokens)))
 
     def _suspect_requests(self, replica: int, fault: Fault) -> None:
-        """Count a loss for every request of the replica: the one to blame may be with another of its groups."""
+        """Count a loss for every request of the replica: the cause may be a request of another of its groups."""
         groups = [group for group, (number, _) in enumerate(self._ranks) if number == replica]
         interrupted = {request_id for group in groups for request_id in self._routing.generated_in(group)}
         given_up = self._quarantine.lose(interrupted)
