@@ -63,7 +63,7 @@ def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
         assert str(phases[4]) == "stub 0.2 s"
         assert phases[5].detail == "this is a stub"
         router.submit([request("a", 2, 3), request("b", 3, 2)])
-        outputs = {}
+        outputs: dict[str, RequestOutput] = {}
         while router.num_in_flight:
             outputs |= finished(router)
         assert {request_id: output.outputs[0].token_ids for request_id, output in outputs.items()} == {
