@@ -9,18 +9,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/.installed
 	$(BIN)/shoal demo
 
+# Threads that wait must not spin: the processes share the cores.
+TEST_PROCESSES ?= 2
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadgroup
+
 test: $(VENV)/.installed-test
 	$(MAKE) --no-print-directory check
 
 # Three minutes on two quiet cores: what neither starts Ray nor takes long.
 test-quick: $(VENV)/.installed-test
-	$(BIN)/pytest -q -m 'not (gpu or ray or slow or docs)'
+	$(PYTEST) -m 'not (gpu or ray or slow or docs)'
 
 check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q --durations=15
+	$(PYTEST) --durations=15
 
 # The bundled model from nothing: 90 minutes of training on two cores; an interrupted run goes on where it was.
 TINY := examples/tiny_model

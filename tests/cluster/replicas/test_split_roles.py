@@ -61,6 +61,7 @@ UNEQUAL = [
 WITH_A_MIXED_ONE = ["prefill:1:dp=2", "decode:1:tp=2", "mixed:1"]
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("replicas", "transport"),
     [
@@ -90,6 +91,7 @@ def test_the_answers_of_one_process(
     assert [one.error for one in loaded if one.error is not None] == [], "prompts that were computed again"
 
 
+@pytest.mark.ray
 def test_streams_go_on_across_the_hand_over(model: str) -> None:
     import asyncio
 
