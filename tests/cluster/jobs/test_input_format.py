@@ -70,6 +70,7 @@ def tarred() -> bytes:
         (b'"id";"prompt"\r\n"a";"hello"\r\n', "a table (CSV)"),
         (b"prompt: hello\n" * 20, "text of another kind"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "data",
 )
 def test_a_file_of_another_kind_is_named(tmp_path: Path, data: bytes, kind: str) -> None:
     path = tmp_path / "in.jsonl"
