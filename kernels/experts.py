@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cpu_library import DTYPE_CODES, CFunction, num_threads
-from .linear import PackedWeight, check_input, multiply_reference
+from .linear import PackedWeight, check_input, matmul_reference
 from .registry import Kernel, register
 
 shoal_swiglu = CFunction("shoal_swiglu", c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3)
@@ -96,7 +96,7 @@ def combine_topk(
 
     y: [R, H] float32 or bfloat16. row_of: [T, K] int64, -1 for a slot that adds nothing, checked on the CPU only.
     topk_weights: [T, K] float32. shared: [T, H] in y's dtype.
-    Returns [T, H] in y's dtype: acc = acc + w * y from 0, product and sums each rounded to fp32, the last one to y's.
+    Returns [T, H] in y's dtype: acc = acc + w * y from 0, each step rounded to fp32, the last one to y's dtype.
     """
     if row_of.dim() != 2 or row_of.dtype != torch.int64 or topk_weights.dtype != torch.float32:
         raise ValueError(f"combine_topk needs row_of [T, K] int64 and float32 weights, got {row_of.dtype}")
@@ -205,8 +205,8 @@ def _experts_mlp_reference(
     x = x if x_row is None else x[x_row]
     outputs = []
     for e, rows in enumerate(torch.split(x, counts.tolist())):
-        hidden = _swiglu_reference(multiply_reference(rows, gate_up, e).to(x.dtype))
-        outputs.append(multiply_reference(hidden, down, e).to(x.dtype))
+        hidden = _swiglu_reference(matmul_reference(rows, gate_up, e).to(x.dtype))
+        outputs.append(matmul_reference(hidden, down, e).to(x.dtype))
     y = torch.cat(outputs) if outputs else x.new_empty(x.shape)
     return y if out_row is None else torch.empty_like(y).index_copy_(0, out_row, y)
 

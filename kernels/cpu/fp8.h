@@ -31,7 +31,7 @@ inline float to_float(e4m3 x) {
   return values[x.bits];
 }
 
-// Bytes of a packed panel of k terms for products in T; its scales start at a multiple of 4.
+// Bytes of a packed panel of k terms for GEMMs in T; its scales start at a multiple of 4.
 template <typename T>
 constexpr int64_t fp8_scales_offset(int64_t k) {
   return padded_terms<T>(k) * kPanel;
@@ -61,7 +61,7 @@ void pack_fp8(const e4m3* values, int64_t stride, const float* scales, int64_t n
   }
 }
 
-// One step of 16 lanes times their scales, each product rounded once to T: what dequantising first gives.
+// One step of 16 lanes times their scales, each rounded once to T: the bits of dequantising first.
 inline void dequantize_step(const uint8_t* step, Vec scale, float* out) {
   Vec x;
   for (int j = 0; j < kLanes; ++j) x[j] = to_float(e4m3{step[j]});
@@ -92,8 +92,8 @@ inline void dequantize_step(const uint8_t* step, Vec scale, bf16* out) {
 #endif
 }
 
-// Terms [begin, end) of a panel of k into a panel of T; `begin` is a multiple of kScaleTerms. What lies `ahead` bytes
-// further on is asked for: it comes from memory and is needed soon.
+// Terms [begin, end) of a panel of k into a panel of T; `begin` is a multiple of kScaleTerms. Prefetches `ahead` bytes
+// ahead, as panels come from memory.
 template <typename T>
 void dequantize_panel(const uint8_t* panel, int64_t k, int64_t begin, int64_t end, int64_t ahead, T* out) {
   constexpr int64_t width = Step<T>::width;

@@ -26,7 +26,7 @@ struct IndexQueries {
   const T* head(int64_t token, int64_t h) const { return q + token * token_stride + h * head_stride; }
 };
 
-// Scores of a tile of tokens for a chunk of keys, 16 keys being the lanes of a sum over heads. The product before it has
+// Scores of a tile of tokens for a chunk of keys, 16 keys being the lanes of a sum over heads. The GEMM before it has
 // packed keys as columns; that pays when several tokens share them. For one, its heads are packed, and the dots turned.
 template <typename T>
 class Scorer {

@@ -46,7 +46,7 @@ struct Workspace {
   Buffer<T> latent;   // of one position, where the cache does not hold rows of T
   Buffer<T> queries;   // 64 rows of A
   Buffer<T> weights;   // 64 rows of A
-  Buffer<float> product, scores, max, sum, output;
+  Buffer<float> projected, scores, max, sum, output;
 };
 
 template <typename T>
@@ -98,13 +98,13 @@ class HeadTask {
       copy_terms(latent, a_.latent_dim, latents + j * latent_stride);
       std::copy_n(latent + a_.latent_dim, a_.rope_dim, rows + j * key_stride + a_.nope_dim);
     }
-    multiply(latents, latent_stride, count, a_.w_uk, a_.nope_dim, rows, key_stride);
+    project(latents, latent_stride, count, a_.w_uk, a_.nope_dim, rows, key_stride);
     for (int64_t j = 0; j < kBlockKeys; j += kPanel)
       pack_panel(rows + j * key_stride, key_stride, a_.key_dim(),
                  w_.keys.reserve(0) + block * key_block_ + j / kPanel * panel_size<T>(a_.key_dim()));
 
     std::memset(static_cast<void*>(rows), 0, size_t(kBlockKeys * value_stride) * sizeof(T));
-    multiply(latents, latent_stride, count, a_.w_uv, a_.v_dim, rows, value_stride);
+    project(latents, latent_stride, count, a_.w_uv, a_.v_dim, rows, value_stride);
     for (int64_t j = 0; j < kBlockKeys; j += Step<T>::width) {
       const T* terms[Step<T>::width];
       for (int64_t i = 0; i < Step<T>::width; ++i) terms[i] = rows + (j + i) * value_stride;
@@ -115,12 +115,12 @@ class HeadTask {
   }
 
   // rows[j][0, n) = latents[j] . w[head], rounded to T
-  void multiply(const T* latents, int64_t stride, int64_t count, const T* w, int64_t n, T* rows, int64_t row_stride) {
+  void project(const T* latents, int64_t stride, int64_t count, const T* w, int64_t n, T* rows, int64_t row_stride) {
     const int64_t columns = round_up(n, kPanel);
-    float* product = w_.product.reserve(kBlockKeys * columns);
+    float* projected = w_.projected.reserve(kBlockKeys * columns);
     const Panels<T> panels{w + h_.head * packed_size<T>(n, a_.latent_dim), columns / kPanel, panel_size<T>(a_.latent_dim)};
-    gemm_panels<T>(latents, stride, count, panels, a_.latent_dim, product, columns);
-    for (int64_t j = 0; j < count; ++j) round_row(product + j * columns, n, rows + j * row_stride);
+    gemm_panels<T>(latents, stride, count, panels, a_.latent_dim, projected, columns);
+    for (int64_t j = 0; j < count; ++j) round_row(projected + j * columns, n, rows + j * row_stride);
   }
 
   // The keys [begin, end) for tokens [first, first + count).

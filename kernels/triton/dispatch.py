@@ -17,12 +17,12 @@ from torch import Tensor
 from ..registry import register
 
 CHUNK = 128
-"""Pairs of one program, which are compared with each other."""
+"""Pairs per program, which are compared with each other."""
 
 
 @triton.jit
 def _slots_of(topk_idx, slot_of, pairs, num_pairs, num_slots):
-    """Slots of pairs; those without an expert come last, in a slot of their own."""
+    """Slots of pairs; pairs without an expert come last, in an extra slot."""
     expert = tl.load(topk_idx + pairs, mask=pairs < num_pairs, other=-1)
     slot = tl.load(slot_of + expert, mask=expert >= 0, other=num_slots)
     return tl.where(pairs < num_pairs, slot, -1).to(tl.int32)
@@ -30,7 +30,7 @@ def _slots_of(topk_idx, slot_of, pairs, num_pairs, num_slots):
 
 @triton.jit
 def _count_kernel(topk_idx, slot_of, chunk_counts, num_pairs, num_slots, CHUNK: tl.constexpr, SLOTS: tl.constexpr):
-    """chunk_counts[chunk, slot], for num_slots slots and the one of pairs without an expert."""
+    """chunk_counts[chunk, slot] for num_slots slots and the extra slot of pairs without an expert."""
     pairs = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     slots = tl.arange(0, SLOTS)
     slot = _slots_of(topk_idx, slot_of, pairs, num_pairs, num_slots)
@@ -238,7 +238,7 @@ def _pack_send_buffers(
     totals = torch.zeros(2, num_ranks, dtype=torch.int32, device=x.device)
     slots = triton.next_power_of_2(top_k)
     tokens = max(1, CHUNK // slots)
-    num_chunks = max(1, triton.cdiv(num_tokens, tokens))  # one writes the heads, also of no tokens
+    num_chunks = max(1, triton.cdiv(num_tokens, tokens))  # a program writes the heads even without tokens
     chunk_counts = torch.empty(num_chunks, 2, num_ranks, dtype=torch.int32, device=x.device)
     row_places = torch.empty_like(topk_idx)
     blocks = {"TOP_K": top_k, "TOKENS": tokens, "SLOTS": slots, "RANKS": triton.next_power_of_2(num_ranks)}
