@@ -1,10 +1,9 @@
 """Linear layers whose bits depend only on the input row and the weight row.
 
 Contract: y[i, j] is one fp32 chain over k ascending, `acc = fma(x[i, k], w[j, k], acc)` from 0, with bf16 operands
-widened to fp32 (exact), and one rounding to the output dtype (to nearest, ties to even). So neither the number of rows
-or columns, nor a split of the output, nor the number of threads changes a bit. The reference backend keeps the same
-dtypes and roundings in torch, in whatever order torch sums; Triton's kernels in an order of their own, which is the
-same for every row (kernels/triton/gemm.py).
+widened to fp32 (exact), and one rounding to the output dtype (to nearest, ties to even). So the number of rows, columns
+or threads and splits of the output do not change a bit. The reference backend has the same dtypes and roundings with
+torch's order of sums; Triton's kernels have an order of their own, the same for every row (kernels/triton/gemm.py).
 
 Block-scaled FP8 weights stay in 8 bits; results are bit-identical to dequantising first: a panel is dequantised when it
 is used, each element rounded once to the input's dtype. Triton's kernels quantise bf16 inputs to FP8 instead: y = sum
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .backends import Backend
 from .cpu_library import DTYPE_CODES, CFunction, num_threads
+from .math_utils import cdiv, round_up
 from .quant import BLOCK, BlockFP8Weight, quantize_token_groups_reference
 from .registry import Kernel, register
 
@@ -63,7 +63,7 @@ class PackedWeight:
 
     @property
     def has_row_scales(self) -> bool:
-        return self.scale_inv is not None and self.scale_inv.shape[1] != -(-self.out_features // BLOCK)
+        return self.scale_inv is not None and self.scale_inv.shape[1] != cdiv(self.out_features, BLOCK)
 
     def matrices(self, part: slice) -> PackedWeight:
         """A slice of the weights, which have no scales."""
@@ -115,7 +115,7 @@ def pack_block_fp8(kernel: Kernel, w: Tensor, scale_inv: Tensor, *, ue8m0: bool 
     batch, n, k = stacked.shape
     if w.dtype != torch.float8_e4m3fn or scale_inv.dtype != torch.float32:
         raise ValueError(f"an FP8 weight is float8_e4m3fn with float32 scales, got {w.dtype}, {scale_inv.dtype}")
-    if scales.shape != (batch, -(-n // BLOCK), -(-k // BLOCK)):
+    if scales.shape != (batch, cdiv(n, BLOCK), cdiv(k, BLOCK)):
         raise ValueError(
             f"an FP8 weight {list(w.shape)} has one scale per 128 x 128 block, got {list(scale_inv.shape)}"
         )
@@ -204,7 +204,7 @@ def _pack_weight_cpu(w: Tensor) -> Tensor:
         w = w.contiguous()
     batch, n, k = w.shape
     width = 2 if w.dtype == torch.bfloat16 else 1
-    data = w.new_empty(batch, -(-n // PANEL), -(-k // width), PANEL, width)
+    data = w.new_empty(batch, cdiv(n, PANEL), cdiv(k, width), PANEL, width)
     shoal_pack_weight(
         DTYPE_CODES[w.dtype],
         w.data_ptr(),
@@ -222,8 +222,8 @@ def _pack_weight_cpu(w: Tensor) -> Tensor:
 def _pack_fp8_cpu(w: BlockFP8Weight, dtype: torch.dtype) -> PackedWeight:
     (n, k), width = w.values.shape, 2 if dtype == torch.bfloat16 else 1
     values, scales = w.values.contiguous(), w.scales.contiguous()
-    panel_bytes = PANEL * (-(-k // width) * width + 4 * -(-k // BLOCK))
-    data = torch.empty(1, -(-n // PANEL), panel_bytes, dtype=torch.uint8)
+    panel_bytes = PANEL * (round_up(k, width) + 4 * cdiv(k, BLOCK))
+    data = torch.empty(1, cdiv(n, PANEL), panel_bytes, dtype=torch.uint8)
     shoal_pack_fp8(
         DTYPE_CODES[dtype], values.data_ptr(), scales.data_ptr(), data.data_ptr(), n, k, num_threads(values.numel())
     )
@@ -308,13 +308,13 @@ def packed_num_bytes(
     fp8: packed from a `BlockFP8Weight`. row_scales: its rows were sliced or concatenated off block boundaries.
     """
     n, k = shape
-    blocks = -(-k // BLOCK)
+    blocks = cdiv(k, BLOCK)
     if backend == "cpu":
         width = 2 if dtype == torch.bfloat16 else 1
-        columns = -(-k // width) * width
-        return -(-n // PANEL) * PANEL * (columns + 4 * blocks if fp8 else columns * dtype.itemsize)
+        columns = round_up(k, width)
+        return round_up(n, PANEL) * (columns + 4 * blocks if fp8 else columns * dtype.itemsize)
     fp8 = fp8 and backend == "triton" and dtype == torch.bfloat16
     itemsize = 1 if fp8 else dtype.itemsize
-    columns = -(-k * itemsize // ALIGNMENT) * ALIGNMENT // itemsize if backend == "triton" else k
-    scales = n + BLOCK if row_scales else -(-n // BLOCK)
+    columns = round_up(k * itemsize, ALIGNMENT) // itemsize if backend == "triton" else k
+    scales = n + BLOCK if row_scales else cdiv(n, BLOCK)
     return n * columns * itemsize + (4 * scales * blocks if fp8 else 0)

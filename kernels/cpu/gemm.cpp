@@ -1,5 +1,5 @@
-// Linear layers, experts and the weighted sum of their outputs. The order of operations is gemm.h's; everything here
-// only decides which thread computes which elements.
+// Linear layers, experts and the weighted sum of their outputs. gemm.h fixes the order of operations; this file only
+// distributes elements over threads.
 #include "fp8.h"
 #include "ops.h"
 
@@ -10,7 +10,7 @@ namespace shoal {
 namespace {
 
 constexpr int64_t kRowBlock = 64;
-constexpr int64_t kFp8RowBlock = 256;  // a panel is dequantised once for so many rows
+constexpr int64_t kFp8RowBlock = 256;  // rows per dequantisation of a panel
 
 // A packed matrix [n, k] for GEMMs in T: panels of T, or of e4m3 with scales.
 template <typename T>
@@ -21,7 +21,7 @@ struct Matrix {
 
   int64_t panel_bytes() const { return is_fp8 ? fp8_panel_bytes<T>(k) : panel_size<T>(k) * int64_t(sizeof(T)); }
   const char* panel(int64_t p) const { return data + p * panel_bytes(); }
-  // Matrix i of several that follow each other.
+  // Matrix i of several contiguous ones.
   Matrix at(int64_t i) const { return {data + i * num_panels(n) * panel_bytes(), is_fp8, n, k}; }
   int64_t row_block() const { return is_fp8 ? kFp8RowBlock : kRowBlock; }
 };
@@ -34,14 +34,14 @@ Matrix<T> matrix(const void* data, int64_t format, int64_t n, int64_t k) {
 // Panels per task: a multiple of the register tile that `rows` rows use.
 int64_t panels_per_task(int64_t rows) { return rows > kMaxRows ? 6 : 2 * max_panels(int(rows)); }
 
-// How many neighbouring tasks a thread takes at a time: one run for each thread where several passes ask for the panels
-// after their own ahead, so that these are the thread's next ones.
+// Number of consecutive tasks that a thread takes at a time: one run per thread where several passes prefetch the panels
+// after their own, so that these are the thread's next ones.
 int64_t run_length(int64_t rows, int64_t num_tasks, int64_t threads) {
   const bool ahead = rows > kMaxRows && rows <= kMaxRows * kMostPassesAhead;
   return ahead ? std::max<int64_t>(1, (num_tasks + threads - 1) / threads) : 1;
 }
 
-// A thread's copy of a block of input rows, bf16 in swapped pairs; fp32 rows that follow each other are read in place.
+// A thread's copy of a block of input rows, bf16 in swapped pairs; contiguous fp32 rows are read in place.
 template <typename T>
 struct RowBlock {
   Buffer<T>& copy;
@@ -49,7 +49,7 @@ struct RowBlock {
   const T* data = nullptr;
   int64_t stride = 0;
 
-  // Rows 0, 1, .. of `rows`, `ld` apart, or those that `which` lists. `id` names the block within this GEMM, so that
+  // Rows 0, 1, .. of `rows`, `ld` apart, or those listed in `which`. `id` names the block within this GEMM, so that
   // consecutive tasks on one block copy it once.
   void load(int64_t id, const T* rows, int64_t ld, int64_t count, int64_t k, const int64_t* which = nullptr) {
     if (id == loaded) return;
@@ -78,7 +78,7 @@ struct GemmMemory {
   }
 };
 
-// Parts of the panels are dequantised into the cache, one after another along the chains.
+// Dequantises parts of the panels into the cache, one after another along k.
 template <typename T>
 void gemm_tile_fp8(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_t first_panel, int64_t count, float* tile) {
   const int64_t part = rows <= kMaxRows ? kScaleTerms : 4 * kScaleTerms, stride = panel_size<T>(part);
@@ -86,7 +86,7 @@ void gemm_tile_fp8(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64
   T* panels = buffer.reserve(count * stride);
   for (int64_t begin = 0; begin < w.k; begin += part) {
     const int64_t end = std::min(w.k, begin + part);
-    // The next part of these panels, or the first one of those that follow.
+    // The next part of these panels, or the first part of the next panels.
     const int64_t ahead = end < w.k ? part * kPanel : count * w.panel_bytes() - begin * kPanel;
     for (int64_t p = 0; p < count; ++p)
       dequantize_panel(reinterpret_cast<const uint8_t*>(w.panel(first_panel + p)), w.k, begin, end, ahead,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..math_utils import round_up
 from ..registry import register
 
 CHUNK = 128
@@ -233,7 +234,7 @@ def _pack_send_buffers(
     (num_tokens, width), top_k = x.shape, topk_idx.shape[1]
     row_bytes = width * x.element_size()
     capacity = num_ranks * 16 + 8 * topk_idx.numel() + num_tokens * min(top_k, num_ranks) * row_bytes
-    buffer = torch.empty(-(-capacity // 8) * 8, dtype=torch.uint8, device=x.device)
+    buffer = torch.empty(round_up(capacity, 8), dtype=torch.uint8, device=x.device)
     row_of = torch.empty_like(topk_idx)
     totals = torch.zeros(2, num_ranks, dtype=torch.int32, device=x.device)
     slots = triton.next_power_of_2(top_k)
@@ -268,7 +269,7 @@ def _pack_send_buffers(
     for pairs, rows in zip(num_pairs, num_rows, strict=True):
         size = 8 + 8 * pairs + rows * row_bytes
         send_buffers.append(buffer[begin : begin + size])
-        begin += -(-size // 8) * 8
+        begin += round_up(size, 8)
     return send_buffers, num_pairs, row_of
 
 

@@ -326,7 +326,9 @@ def index_topk_triton(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLay
 
 @register("index_scores", "triton")
 def index_scores_triton(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    q, weights, keys = q.contiguous(), weights.contiguous(), keys.contiguous()
+    q = q.contiguous()
+    weights = weights.contiguous()
+    keys = keys.contiguous()
     num_tokens, num_keys = q.shape[0], keys.shape[0]
     if num_keys == 0:
         return q.new_empty(num_tokens, 0, dtype=torch.float32)

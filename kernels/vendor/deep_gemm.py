@@ -1,6 +1,6 @@
 """DeepGEMM for `experts_mlp` with FP8 weights and for `index_topk` of generated tokens over FP8 keys.
 
-Rows of experts are grouped, and each group begins at a multiple of its tile of rows:
+Rows are grouped by expert, and each group starts at a multiple of DeepGEMM's row alignment:
 
     pairs   | e0 e0 e0 | e2 e2 |                      rows without a pair have expert -1
     rows    | e0 e0 e0 -1 | e2 e2 -1 -1 | -1 .. |
@@ -153,7 +153,7 @@ def _grouped_gemm(inputs: tuple[Tensor, Tensor], w: PackedWeight, layout: Tensor
 def index_topk_deep_gemm(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
     """Queries are quantised per token and head; slots are not checked.
 
-    Keys that are not in FP8 are for Triton's kernels, and so are prompts, where a tile of keys serves many tokens.
+    Caches in other dtypes and prompts use Triton's kernels; for prompts a tile of keys is shared by many tokens.
     """
     num_tokens, num_heads, dim = q.shape
     if keys.dtype != FP8_CACHE or not 0 < num_tokens <= layout.block_tables.shape[0]:
