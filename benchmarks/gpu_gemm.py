@@ -27,9 +27,9 @@ from triton.testing import do_bench
 from shoal.kernels.linear import PackedWeight
 from shoal.kernels.ops import Ops
 from shoal.kernels.rope import RopeTable
-from shoal.kernels.triton.experts import multiply_grouped, tile_table
+from shoal.kernels.triton.experts import grouped_gemm, tile_table
 from shoal.kernels.triton.gemm_config import tiles_for
-from shoal.kernels.triton.linear import Operands, multiply
+from shoal.kernels.triton.linear import Operands, gemm
 
 HIDDEN, INNER, VOCAB = 7168, 2048, 129280
 FP8, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
@@ -92,7 +92,7 @@ def bench_linear(bench: Bench, dtype: torch.dtype, m: int, n: int, k: int) -> No
     w, x = weight(dtype, n, k), randn(1, m, k, dtype=FP32 if dtype == FP32 else BF16)
     y = torch.empty(1, m, n, dtype=x.dtype, device=DEVICE)
     tiles = tiles_for(dtype, m, n, DEVICE)
-    call = partial(multiply, Operands.of(x, w, tiles), y, tiles)
+    call = partial(gemm, Operands.of(x, w, tiles), y, tiles)
     size = w.data.nbytes + m * k * dtype.itemsize + y.nbytes
     bench.case(f"linear {str(dtype)[6:]} M {m} N {n} K {k}", call, bytes_=size, flop=2 * m * n * k, dtype=dtype)
 
@@ -106,7 +106,7 @@ def bench_experts(bench: Bench, dtype: torch.dtype, rows: int, num_experts: int)
         tiles = tiles_for(dtype, rows // num_experts, n * num_experts, DEVICE, gated=gated)
         table = tile_table(counts, rows, tiles.block_m)
         y = torch.empty(rows, n, dtype=BF16, device=DEVICE)
-        call = partial(multiply_grouped, Operands.of(randn(1, rows, k), w, tiles), table, y, tiles, gated=gated)
+        call = partial(grouped_gemm, Operands.of(randn(1, rows, k), w, tiles), table, y, tiles, gated=gated)
         size = w.data.nbytes + rows * k * dtype.itemsize + y.nbytes
         bench.case(f"{part} {shape}", call, bytes_=size, flop=2 * rows * k * n * (1 + gated), dtype=dtype)
     x = randn(rows, HIDDEN)

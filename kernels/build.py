@@ -1,4 +1,4 @@
-"""Compiles kernels/cpu/*.cpp into one shared library at first use, and loads it."""
+"""Compilation of kernels/cpu/*.cpp into one shared library at first use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 SOURCE_DIR = Path(__file__).parent / "cpu"
-# No -ffast-math and no contraction: bits depend on the source, not on what the optimiser chose.
+# No -ffast-math and no contraction: bits depend on the source, not on the optimiser.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
 COMPILE_TIMEOUT_S = 300.0
 
@@ -38,7 +38,7 @@ def find_compiler() -> str:
 
 
 def cache_dir() -> Path:
-    """Where compiled libraries are kept: $SHOAL_CACHE_DIR, else $XDG_CACHE_HOME/shoal, else ~/.cache/shoal."""
+    """Folder of compiled libraries: $SHOAL_CACHE_DIR, else $XDG_CACHE_HOME/shoal, else ~/.cache/shoal."""
     if chosen := os.environ.get("SHOAL_CACHE_DIR"):
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -46,7 +46,7 @@ def cache_dir() -> Path:
 
 
 def cpu_flags() -> str:
-    """The instruction sets of this machine, which -march=native compiles for."""
+    """Instruction sets of this machine, which -march=native compiles for."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -56,7 +56,7 @@ def cpu_flags() -> str:
 
 
 def link_flags() -> list[str]:
-    """Link the OpenMP runtime that torch brings, so that the process has only one."""
+    """Flags that link torch's OpenMP runtime, so that the process has only one."""
     lib = Path(torch.__file__).parent / "lib"
     found = sorted(lib.glob("libgomp*.so*"))
     return ["-Wl,--as-needed", str(found[0]), f"-Wl,-rpath,{lib}"] if found else []
@@ -81,7 +81,7 @@ def build_library(sources: Path = SOURCE_DIR, *, timeout_s: float = COMPILE_TIME
     if library.exists():
         return library
     try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)  # what lies here is run
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # others must not be able to replace code that is loaded
         with _one_at_a_time(folder / "build.lock", timeout_s):
             if not library.exists():
                 _compile([compiler, *flags], library, timeout_s)
@@ -92,7 +92,7 @@ def build_library(sources: Path = SOURCE_DIR, *, timeout_s: float = COMPILE_TIME
 
 @contextmanager
 def _one_at_a_time(lock: Path, timeout_s: float) -> Iterator[None]:
-    """Hold `lock`, so that one process compiles and the others wait for it; after `timeout_s`, go on without it."""
+    """Hold `lock`, so that one process compiles and the others wait; after `timeout_s`, continue without it."""
     deadline = time.monotonic() + timeout_s
     with lock.open("w") as file:
         while time.monotonic() < deadline:
@@ -120,5 +120,5 @@ def _compile(command: list[str], library: Path, timeout_s: float) -> None:
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """The compiled CPU kernels, built if need be."""
+    """The compiled CPU kernels, built on first use."""
     return ctypes.CDLL(str(build_library()))

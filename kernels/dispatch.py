@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .cpu_library import CFunction, num_threads
+from .math_utils import round_up
 from .registry import Kernel, register
 
 shoal_permute_by_expert = CFunction(
@@ -146,7 +147,7 @@ def _pack_send_buffers_cpu(
     send_buffers, begin = [], 0
     for size in buffer_bytes:
         send_buffers.append(buffer[begin : begin + size])
-        begin += -(-size // _ALIGNMENT) * _ALIGNMENT
+        begin += round_up(size, _ALIGNMENT)
     return send_buffers, num_pairs, row_of
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cpu_library import DTYPE_CODES, CFunction, num_threads
-from .linear import PackedWeight, check_input, multiply_reference
+from .linear import PackedWeight, check_input, matmul_reference
 from .registry import Kernel, register
 
 shoal_swiglu = CFunction("shoal_swiglu", c_int64, c_void_p, c_int64, c_void_p, *[c_int64] * 3)
@@ -29,7 +29,7 @@ shoal_combine_topk = CFunction("shoal_combine_topk", c_int64, c_void_p, c_int64,
 def swiglu(kernel: Kernel, gate_up: Tensor) -> Tensor:
     """silu(gate) * up: [T, 2I] = [gate | up] in float32 or bfloat16 -> [T, I] in the same dtype.
 
-    fp32 per element, silu(g) = g / (1 + e^-g) with an e^x that is the same wherever the element sits, one rounding.
+    fp32 per element, silu(g) = g / (1 + e^-g), with the same e^x for every element index, one rounding.
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 or gate_up.dtype not in DTYPE_CODES:
         raise ValueError(f"swiglu needs [T, 2I] in float32 or bfloat16, got {list(gate_up.shape)} in {gate_up.dtype}")
@@ -48,15 +48,17 @@ def experts_mlp(
 ) -> Tensor:
     """y = linear(swiglu(linear(x, gate_up[e])), down[e]) for the rows of each expert e, with exactly those bits.
 
-    x: [N, H]. x_row: [R] int64, rows of x (not checked) grouped by expert, ascending; None takes all in their order.
+    x: [N, H]. x_row: [R] int64, rows of x (not checked) grouped by expert, ascending; None: all rows in order.
     num_tokens_per_expert: [E] int64 summing to R, on the CPU, or on x's device for kernels of that device, which do not
-    wait for it to check the sum.
+    check the sum.
     gate_up: E weights [2I, H]. down: E weights [H, I].
-    out_row: [R] int64, a permutation (not checked): where each row's output goes; None leaves it where the row is.
+    out_row: [R] int64, a permutation (not checked): output row of each input row; None: the same row.
     Returns [R, H] in x's dtype.
     """
     check_input(kernel, x, gate_up)
-    experts, hidden, intermediate = gate_up.num_matrices, gate_up.in_features, down.in_features
+    experts = gate_up.num_matrices
+    hidden = gate_up.in_features
+    intermediate = down.in_features
     expected = (experts, hidden, gate_up.dtype, gate_up.backend)
     if (down.num_matrices, down.out_features, down.dtype, down.backend) != expected or (
         gate_up.out_features != 2 * intermediate
@@ -85,18 +87,18 @@ def experts_mlp(
 
 
 def mlp(kernel: Kernel, x: Tensor, gate_up: PackedWeight, down: PackedWeight) -> Tensor:
-    """linear(swiglu(linear(x, gate_up)), down), with exactly those bits: `experts_mlp` of one expert that sees all."""
+    """linear(swiglu(linear(x, gate_up)), down), with exactly those bits: `experts_mlp` of one expert for all rows."""
     return experts_mlp(kernel, x, torch.full((1,), len(x), device=x.device), gate_up, down)
 
 
 def combine_topk(
     kernel: Kernel, y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: Tensor | None = None
 ) -> Tensor:
-    """out[t] = sum over slots k = 0..K-1 of topk_weights[t, k] * y[row_of[t, k]], in that order, then + shared[t].
+    """out[t] = sum over k = 0..K-1 of topk_weights[t, k] * y[row_of[t, k]], in that order, then + shared[t].
 
-    y: [R, H] float32 or bfloat16. row_of: [T, K] int64, -1 for a slot that adds nothing, checked on the CPU only.
+    y: [R, H] float32 or bfloat16. row_of: [T, K] int64, -1 for no contribution, checked on the CPU only.
     topk_weights: [T, K] float32. shared: [T, H] in y's dtype.
-    Returns [T, H] in y's dtype: acc = acc + w * y from 0, product and sums each rounded to fp32, the last one to y's.
+    Returns [T, H] in y's dtype: acc = acc + w * y from 0, each step rounded to fp32, the last one to y's dtype.
     """
     if row_of.dim() != 2 or row_of.dtype != torch.int64 or topk_weights.dtype != torch.float32:
         raise ValueError(f"combine_topk needs row_of [T, K] int64 and float32 weights, got {row_of.dtype}")
@@ -167,7 +169,9 @@ def _experts_mlp_cpu(
 
 @register("combine_topk", "cpu")
 def _combine_topk_cpu(y: Tensor, row_of: Tensor, topk_weights: Tensor, shared: Tensor | None) -> Tensor:
-    y, row_of, topk_weights = _rows(y), row_of.contiguous(), topk_weights.contiguous()
+    y = _rows(y)
+    row_of = row_of.contiguous()
+    topk_weights = topk_weights.contiguous()
     shared = None if shared is None else shared.contiguous()
     tokens, top_k = row_of.shape
     out = y.new_empty(tokens, y.shape[1])
@@ -205,8 +209,8 @@ def _experts_mlp_reference(
     x = x if x_row is None else x[x_row]
     outputs = []
     for e, rows in enumerate(torch.split(x, counts.tolist())):
-        hidden = _swiglu_reference(multiply_reference(rows, gate_up, e).to(x.dtype))
-        outputs.append(multiply_reference(hidden, down, e).to(x.dtype))
+        hidden = _swiglu_reference(matmul_reference(rows, gate_up, e).to(x.dtype))
+        outputs.append(matmul_reference(hidden, down, e).to(x.dtype))
     y = torch.cat(outputs) if outputs else x.new_empty(x.shape)
     return y if out_row is None else torch.empty_like(y).index_copy_(0, out_row, y)
 

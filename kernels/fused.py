@@ -1,7 +1,7 @@
 """Halves of a decoder layer in one call of the compiled kernels, so that Python does little between the GEMMs.
 
-Each is the composition of public operations that runtime/models/deepseek.py writes out, with exactly its bits, for the
-"cpu" backend only. The structures hold pointers: the caller keeps the tensors alive, and in place.
+Each is bit-identical to the composition of public operations in runtime/models/deepseek.py, on the "cpu" backend only.
+The structures hold pointers: the caller must keep the tensors alive and unmoved.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .linear import PackedWeight
 
 
 class Threads(ctypes.Structure):
-    """shoal::Threads: how many threads an operation gets, by its size."""
+    """shoal::Threads: number of threads of an operation, by its size."""
 
     _fields_ = (("count", c_int64), ("min_parallel_work", c_int64))
 
@@ -35,7 +35,7 @@ class PackedWeightArgs(ctypes.Structure):
 
 
 class FusedAttention(ctypes.Structure):
-    """shoal::FusedAttention: sizes and weights of one layer's attention, the norm before it included."""
+    """shoal::FusedAttention: sizes and weights of one layer's attention, including the norm before it."""
 
     _fields_ = (
         *((name, c_int64) for name in ("dtype", "hidden_size", "num_heads", "q_lora_rank", "kv_lora_rank")),
@@ -51,7 +51,7 @@ class FusedAttention(ctypes.Structure):
 
 
 class FusedMoE(ctypes.Structure):
-    """shoal::FusedMoE: router, experts and shared expert of one layer, the norm before them included."""
+    """shoal::FusedMoE: router, experts and shared expert of one layer, including the norm before them."""
 
     _fields_ = (
         *(
@@ -67,7 +67,7 @@ class FusedMoE(ctypes.Structure):
 
 
 class StepArgs(ctypes.Structure):
-    """shoal::StepArgs: the arguments that change from step to step; the same for all layers."""
+    """shoal::StepArgs: arguments that change per step, shared by all layers."""
 
     _fields_ = (
         *((name, c_int64) for name in ("num_tokens", "num_mha_tokens")),
@@ -116,7 +116,7 @@ def fused_attention(
     index_keys: Tensor | None,
     topk_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden [T, H], residual) -> (attention output [T, H], hidden + residual, selection that this layer used).
+    """(hidden [T, H], residual) -> (attention output [T, H], hidden + residual, topk_indices of this layer).
 
     kv_cache, index_keys: this layer's part of the cache; only layers with an indexer have index_keys.
     The results are in the memory of hidden and residual.

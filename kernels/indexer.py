@@ -1,4 +1,4 @@
-"""The lightning indexer of DeepSeek sparse attention: score every earlier position, keep the best.
+"""Lightning indexer of DeepSeek sparse attention: scores of all earlier positions, and top-k selection.
 
 T tokens, Hi index heads of dimension D, S keys.
 """
@@ -45,12 +45,13 @@ shoal_topk_positions = CFunction("shoal_topk_positions", c_void_p, c_int64, c_vo
 
 
 def index_topk(kernel: Kernel, q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
-    """The `topk` positions of each token's context that score best -> [T, topk] int32, ascending, then -1.
+    """The `topk` highest-scoring positions of each token's context -> [T, topk] int32, ascending, then -1.
 
-    q: [T, Hi, D], weights: [T, Hi] fp32, keys: pages [num_blocks, block_size * width] in q's dtype or in FP8, as
-    kernels/kv_format.py says, contiguous. A context (positions 0..positions[t]) of at most topk positions is returned
-    whole, unscored. Otherwise scores are those of `index_scores`, the selection that of `topk_positions`: both depend
-    on the token and its context only. ValueError when a context reaches outside the block table or the pages.
+    q: [T, Hi, D], weights: [T, Hi] fp32, keys: pages [num_blocks, block_size * width] in q's dtype or in FP8, in the
+    format of kernels/kv_format.py, contiguous. A context (positions 0..positions[t]) of at most topk positions is
+    returned whole, unscored. Otherwise scores are those of `index_scores` and the selection is that of
+    `topk_positions`, so both depend on the token and its context only. ValueError for a context outside the block table
+    or the pages.
     """
     _check_queries("index_topk", q, weights, topk)
     page_size = index_page_size("index_topk", keys, q.shape[2], q.dtype)
@@ -80,10 +81,10 @@ def index_scores(kernel: Kernel, q: Tensor, weights: Tensor, keys: Tensor) -> Te
 
 
 def topk_positions(kernel: Kernel, scores: Tensor, lengths: Tensor, topk: int) -> Tensor:
-    """Positions of the `topk` best of each row's first lengths[t] scores, [T, topk] int32: ascending, then -1.
+    """Positions of the `topk` highest of each row's first lengths[t] scores -> [T, topk] int32, ascending, then -1.
 
-    scores: [T, S] fp32, lengths: [T] int64, checked on the CPU only. Best is (score descending, position ascending),
-    -0 equal to 0, NaN below -infinity, so the selection is one definite set.
+    scores: [T, S] fp32, lengths: [T] int64, checked on the CPU only. Order is (score descending, position
+    ascending), -0 equal to 0, NaN below -infinity, so the selection is unique.
     """
     if scores.dim() != 2 or scores.dtype != torch.float32 or lengths.shape != scores.shape[:1] or topk < 1:
         raise ValueError(f"topk_positions needs scores [T, S] in float32, lengths [T] and topk >= 1, got topk={topk}")
@@ -130,7 +131,9 @@ def _index_topk_cpu(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayou
 
 @register("index_scores", "cpu")
 def _index_scores_cpu(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    q, weights, keys = q.contiguous(), weights.contiguous(), keys.contiguous()
+    q = q.contiguous()
+    weights = weights.contiguous()
+    keys = keys.contiguous()
     out = torch.empty(q.shape[0], keys.shape[0])
     shoal_index_scores(
         DTYPE_CODES[q.dtype],

@@ -1,15 +1,14 @@
 """Linear layers whose bits depend only on the input row and the weight row.
 
 Contract: y[i, j] is one fp32 chain over k ascending, `acc = fma(x[i, k], w[j, k], acc)` from 0, with bf16 operands
-widened to fp32 (exact), and one rounding to the output dtype (to nearest, ties to even). So neither the number of rows
-or columns, nor a split of the output, nor the number of threads changes a bit. The reference backend keeps the same
-dtypes and roundings in torch, in whatever order torch sums; Triton's kernels in an order of their own, which is the
-same for every row (kernels/triton/gemm.py).
+widened to fp32 (exact), and one rounding to the output dtype (to nearest, ties to even). So the number of rows, columns
+or threads and splits of the output do not change a bit. The reference backend has the same dtypes and roundings with
+torch's order of sums; Triton's kernels have an order of their own, the same for every row (kernels/triton/gemm.py).
 
-A weight in FP8 with block scales stays in 8 bits and gives the bits of the weight that is dequantised first: a panel is
-dequantised when it is used, each element rounded once to the input's dtype. Triton's kernels multiply it by bf16 inputs
-that are quantised to FP8 first: y = sum over blocks of 128 columns, ascending, of (fp32 product of the block) * (scale
-of the input row * scale of the weight row), in fp32, with one rounding.
+Block-scaled FP8 weights stay in 8 bits; results are bit-identical to dequantising first: a panel is dequantised when it
+is used, each element rounded once to the input's dtype. Triton's kernels quantise bf16 inputs to FP8 instead: y = sum
+over blocks of 128 columns, ascending, of (fp32 dot product of the block) * (scale of the input row * scale of the
+weight row), in fp32, with one rounding.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ from torch import Tensor
 
 from .backends import Backend
 from .cpu_library import DTYPE_CODES, CFunction, num_threads
+from .math_utils import cdiv, round_up
 from .quant import BLOCK, BlockFP8Weight, quantize_token_groups_reference
 from .registry import Kernel, register
 
 FP8_CODE = 2
 PANEL = 16
 ALIGNMENT = 16
-"""Bytes that the rows of Triton's weights are padded to a multiple of."""
+"""Rows of Triton's weights are padded to a multiple of this many bytes."""
 
 shoal_pack_weight = CFunction("shoal_pack_weight", c_int64, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4)
 shoal_pack_fp8 = CFunction("shoal_pack_fp8", c_int64, *[c_void_p] * 3, *[c_int64] * 3)
@@ -40,7 +40,7 @@ shoal_linear = CFunction(
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """`num_matrices` weights [out_features, in_features] in the layout that `backend` multiplies by.
+    """`num_matrices` weights [out_features, in_features] in the layout of `backend`'s GEMM.
 
     cpu: [num_matrices, ceil(N / 16), ceil(K / width), 16, width], width 1 for fp32 and 2 for bf16, padded with zeros;
     in FP8 [num_matrices, ceil(N / 16), bytes of a panel] uint8, as kernels/cpu/fp8.h says.
@@ -57,23 +57,23 @@ class PackedWeight:
     is_fp8: bool = False
     scale_inv: Tensor | None = None
     """FP8 GEMMs only: [num_matrices, ceil(N / 128), ceil(K / 128)] float32, a scale per 128 x 128 block, or
-    [num_matrices, N + 128, ceil(K / 128)] one for each row, for rows that were cut or put together between blocks."""
+    [num_matrices, N + 128, ceil(K / 128)] one per row, for rows sliced or concatenated off block boundaries."""
     ue8m0: bool = False
-    """FP8 GEMMs only: whether the scales of the inputs are rounded up to powers of two."""
+    """FP8 GEMMs only: input scales are rounded up to powers of two."""
 
     @property
     def has_row_scales(self) -> bool:
-        return self.scale_inv is not None and self.scale_inv.shape[1] != -(-self.out_features // BLOCK)
+        return self.scale_inv is not None and self.scale_inv.shape[1] != cdiv(self.out_features, BLOCK)
 
     def matrices(self, part: slice) -> PackedWeight:
-        """Some of the weights; of those without scales."""
+        """A slice of the weights, which have no scales."""
         assert self.scale_inv is None
         data = self.data[part]
         return replace(self, data=data, num_matrices=len(data))
 
     @property
     def format(self) -> int:
-        """The compiled kernels' code of what `data` holds."""
+        """The compiled kernels' code of the format of `data`."""
         return FP8_CODE if self.is_fp8 else DTYPE_CODES[self.dtype]
 
 
@@ -82,7 +82,7 @@ def pack_weight(
 ) -> PackedWeight:
     """Pack a weight [N, K] or weights [B, N, K] (fp32 or bf16, any strides) for the GEMMs of the kernel's backend.
 
-    A block-scaled FP8 weight is packed for inputs in `dtype`; where a backend quantises bf16 inputs to multiply by it,
+    A block-scaled FP8 weight is packed for inputs in `dtype`; on a backend that quantises bf16 inputs for it,
     `ue8m0` rounds their scales up to powers of two.
     """
     backend = kernel.backend
@@ -106,21 +106,21 @@ def pack_weight(
 
 
 def pack_block_fp8(kernel: Kernel, w: Tensor, scale_inv: Tensor, *, ue8m0: bool = False) -> PackedWeight:
-    """Pack an FP8 weight [N, K] or weights [B, N, K] float8_e4m3fn with their block scales, to be multiplied by FP8.
+    """Pack an FP8 weight [N, K] or weights [B, N, K] float8_e4m3fn with block scales for FP8 GEMMs.
 
-    What it multiplies is bf16 and is quantised first (`quantize_token_groups` with `ue8m0`). ValueError on the CPU
-    backend, which has no such product: there, use `pack_weight`.
+    Inputs are bf16, quantised first (`quantize_token_groups` with `ue8m0`). ValueError on the CPU backend, which has no
+    FP8 GEMM: use `pack_weight` there.
     """
     stacked, scales = (w, scale_inv) if w.dim() == 3 else (w.unsqueeze(0), scale_inv.unsqueeze(0))
     batch, n, k = stacked.shape
     if w.dtype != torch.float8_e4m3fn or scale_inv.dtype != torch.float32:
         raise ValueError(f"an FP8 weight is float8_e4m3fn with float32 scales, got {w.dtype}, {scale_inv.dtype}")
-    if scales.shape != (batch, -(-n // BLOCK), -(-k // BLOCK)):
+    if scales.shape != (batch, cdiv(n, BLOCK), cdiv(k, BLOCK)):
         raise ValueError(
             f"an FP8 weight {list(w.shape)} has one scale per 128 x 128 block, got {list(scale_inv.shape)}"
         )
     if kernel.backend == "cpu":
-        raise ValueError("the CPU kernels do not quantise what they multiply: use pack_weight(BlockFP8Weight)")
+        raise ValueError("the CPU kernels have no FP8 GEMM: use pack_weight(BlockFP8Weight)")
     return _packed_fp8(kernel, stacked, scales, ue8m0=ue8m0)
 
 
@@ -136,10 +136,10 @@ def _packed_fp8(kernel: Kernel, values: Tensor, scales: Tensor, *, ue8m0: bool) 
 def pack_each(
     kernel: Kernel, weights: Iterable[PackedWeight], num_matrices: int, shape: tuple[int, int], dtype: torch.dtype
 ) -> PackedWeight:
-    """`num_matrices` packed weights [N, K] = `shape` for inputs in `dtype`, stacked, but taking them one at a time.
+    """`num_matrices` packed weights [N, K] = `shape` for inputs in `dtype`, stacked, consuming them one at a time.
 
-    With a generator no more than one of them exists apart; `num_matrices` may be 0. ValueError unless all are in FP8 or
-    none.
+    With a generator at most one unpacked weight exists at a time; `num_matrices` may be 0. ValueError unless all are in
+    FP8 or none.
     """
     stacked: PackedWeight | None = None
     for index, weight in enumerate(weights):
@@ -204,7 +204,7 @@ def _pack_weight_cpu(w: Tensor) -> Tensor:
         w = w.contiguous()
     batch, n, k = w.shape
     width = 2 if w.dtype == torch.bfloat16 else 1
-    data = w.new_empty(batch, -(-n // PANEL), -(-k // width), PANEL, width)
+    data = w.new_empty(batch, cdiv(n, PANEL), cdiv(k, width), PANEL, width)
     shoal_pack_weight(
         DTYPE_CODES[w.dtype],
         w.data_ptr(),
@@ -222,8 +222,8 @@ def _pack_weight_cpu(w: Tensor) -> Tensor:
 def _pack_fp8_cpu(w: BlockFP8Weight, dtype: torch.dtype) -> PackedWeight:
     (n, k), width = w.values.shape, 2 if dtype == torch.bfloat16 else 1
     values, scales = w.values.contiguous(), w.scales.contiguous()
-    panel_bytes = PANEL * (-(-k // width) * width + 4 * -(-k // BLOCK))
-    data = torch.empty(1, -(-n // PANEL), panel_bytes, dtype=torch.uint8)
+    panel_bytes = PANEL * (round_up(k, width) + 4 * cdiv(k, BLOCK))
+    data = torch.empty(1, cdiv(n, PANEL), panel_bytes, dtype=torch.uint8)
     shoal_pack_fp8(
         DTYPE_CODES[dtype], values.data_ptr(), scales.data_ptr(), data.data_ptr(), n, k, num_threads(values.numel())
     )
@@ -236,7 +236,7 @@ def _linear_cpu(x: Tensor, w: PackedWeight, out_dtype: torch.dtype) -> Tensor:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     y = x.new_empty(*x.shape[:-1], w.out_features, dtype=out_dtype)
-    _multiply(rows, (0, rows.stride(0)), w, y, (0, w.out_features))
+    _gemm(rows, (0, rows.stride(0)), w, y, (0, w.out_features))
     return y
 
 
@@ -246,11 +246,11 @@ def _batched_linear_cpu(x: Tensor, w: PackedWeight) -> Tensor:
         x = x.contiguous()
     n = w.out_features
     y = x.new_empty(x.shape[0], w.num_matrices, n)
-    _multiply(x, (x.stride(1), x.stride(0)), w, y, (n, w.num_matrices * n))
+    _gemm(x, (x.stride(1), x.stride(0)), w, y, (n, w.num_matrices * n))
     return y
 
 
-def _multiply(x: Tensor, x_strides: tuple[int, int], w: PackedWeight, y: Tensor, y_strides: tuple[int, int]) -> None:
+def _gemm(x: Tensor, x_strides: tuple[int, int], w: PackedWeight, y: Tensor, y_strides: tuple[int, int]) -> None:
     """y[b, i] = x[b, i] w[b]^T for all matrices b and rows i; strides are those of b and i."""
     shoal_linear(
         DTYPE_CODES[x.dtype],
@@ -276,11 +276,11 @@ def _pack_weight_reference(w: Tensor) -> Tensor:
 
 @register("linear", "reference")
 def _linear_reference(x: Tensor, w: PackedWeight, out_dtype: torch.dtype) -> Tensor:
-    return multiply_reference(x, w, 0).to(out_dtype)
+    return matmul_reference(x, w, 0).to(out_dtype)
 
 
-def multiply_reference(x: Tensor, w: PackedWeight, index: int) -> Tensor:
-    """x [..., K] times the transpose of one of the matrices, in fp32."""
+def matmul_reference(x: Tensor, w: PackedWeight, index: int) -> Tensor:
+    """x [..., K] times the transpose of matrix `index`, in fp32."""
     if w.scale_inv is None:
         return x.float() @ w.data[index].float().T
     rows = x.reshape(-1, w.in_features)
@@ -305,16 +305,16 @@ def packed_num_bytes(
 ) -> int:
     """Bytes of a packed weight [N, K] for inputs in `dtype`: `data` and `scale_inv` of what `pack_weight` returns.
 
-    fp8: packed from a `BlockFP8Weight`. row_scales: its rows were cut or put together between blocks.
+    fp8: packed from a `BlockFP8Weight`. row_scales: its rows were sliced or concatenated off block boundaries.
     """
     n, k = shape
-    blocks = -(-k // BLOCK)
+    blocks = cdiv(k, BLOCK)
     if backend == "cpu":
         width = 2 if dtype == torch.bfloat16 else 1
-        columns = -(-k // width) * width
-        return -(-n // PANEL) * PANEL * (columns + 4 * blocks if fp8 else columns * dtype.itemsize)
+        columns = round_up(k, width)
+        return round_up(n, PANEL) * (columns + 4 * blocks if fp8 else columns * dtype.itemsize)
     fp8 = fp8 and backend == "triton" and dtype == torch.bfloat16
     itemsize = 1 if fp8 else dtype.itemsize
-    columns = -(-k * itemsize // ALIGNMENT) * ALIGNMENT // itemsize if backend == "triton" else k
-    scales = n + BLOCK if row_scales else -(-n // BLOCK)
+    columns = round_up(k * itemsize, ALIGNMENT) // itemsize if backend == "triton" else k
+    scales = n + BLOCK if row_scales else cdiv(n, BLOCK)
     return n * columns * itemsize + (4 * scales * blocks if fp8 else 0)

@@ -1,4 +1,4 @@
-"""Normalisation over the last dimension, every row on its own.
+"""Normalisation over the last dimension, independently per row.
 
 Contract, all three: the input is widened to fp32; sums run in fp32 over 16 lanes (lane j adds elements j, j + 16, ...
 in order), the lanes add up in a fixed tree; the weight multiplies in fp32; one rounding to the output dtype.
@@ -54,7 +54,7 @@ def layer_norm(kernel: Kernel, x: Tensor, weight: Tensor, bias: Tensor, eps: flo
 def add_rms_norm(kernel: Kernel, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> (rms_norm of the sum, the sum), where the sum is x + residual in fp32, rounded to the residual's dtype.
 
-    x: [..., D] in the residual's dtype or fp32. The norm is taken of the rounded sum, so the two outputs agree.
+    x: [..., D] in the residual's dtype or fp32. The norm is that of the rounded sum, so the two outputs agree.
     """
     _check("add_rms_norm", residual, weight)
     if x.shape != residual.shape or x.dtype not in (residual.dtype, torch.float32):
@@ -77,7 +77,7 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., D] as rows [R, D] whose elements are neighbours."""
+    """[..., D] -> rows [R, D] with contiguous elements."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -101,7 +101,9 @@ def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @register("layer_norm", "cpu")
 def _layer_norm_cpu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    rows, weight, bias = _rows(x), weight.contiguous(), bias.contiguous()
+    rows = _rows(x)
+    weight = weight.contiguous()
+    bias = bias.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     shoal_layer_norm(
         DTYPE_CODES[x.dtype],
@@ -119,7 +121,9 @@ def _layer_norm_cpu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
 
 @register("add_rms_norm", "cpu")
 def _add_rms_norm_cpu(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rows, residual, weight = _rows(x), residual.contiguous(), weight.contiguous()
+    rows = _rows(x)
+    residual = residual.contiguous()
+    weight = weight.contiguous()
     normed, total = torch.empty_like(residual), torch.empty_like(residual)
     shoal_add_rms_norm(
         DTYPE_CODES[x.dtype],

@@ -11,11 +11,11 @@ import torch
 def set_deterministic_fp_mode() -> dict[str, str | bool]:
     """Fix every torch setting that can change the bits of a float operation; returns them for the run manifest.
 
-    The settings are the process's: a host program that computes beside an engine uses `torch_settings`.
+    The settings apply to the process: a host program that computes beside an engine uses `torch_settings`.
 
-    torch keeps subnormal numbers, because that is the mode in which threads start: a flag set on one thread would make
-    results depend on which thread computes them. The compiled kernels flush them to zero, each thread for the time of a
-    call, as bf16 dot products do in hardware. fp32 matmuls stay fp32, and bf16 and fp16 sums stay fp32.
+    torch keeps subnormal numbers, the default of new threads: a flag set on one thread would make results depend on the
+    thread that computes them. The compiled kernels flush them to zero in each thread for the duration of a call, as
+    bf16 dot products do in hardware. fp32 matmuls stay fp32, and bf16 and fp16 sums stay fp32.
     """
     torch.set_flush_denormal(False)
     torch.set_float32_matmul_precision("highest")
@@ -55,5 +55,5 @@ def torch_settings(num_threads: int) -> Iterator[None]:
 
 
 def _flushes_denormals() -> bool:
-    """Whether this thread turns subnormal results into zero; torch has no getter."""
+    """Whether this thread flushes subnormal results to zero; torch has no getter."""
     return (torch.tensor([2.0**-133]) * 1.0).item() == 0.0

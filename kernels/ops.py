@@ -43,9 +43,10 @@ class Op(Generic[P, R]):
 
 
 class Ops:
-    """Operations as functions of tensors, with the contracts that kernels/<file>.py states for each.
+    """Operations as functions of tensors, with the contracts stated in kernels/<file>.py.
 
-    Immutable, and independent of every other `Ops` of the process. Weights packed by one backend are refused by others.
+    Immutable, and independent of every other `Ops` of the process. Weights packed for one backend are refused by
+    others.
     """
 
     backend: Backend
@@ -55,7 +56,7 @@ class Ops:
         """Bind every operation; the first of `vendors` that implements an operation replaces Triton's kernel.
 
         ValueError for an unknown backend, for "triton" without the package triton, and for `vendors` without "triton".
-        Whether a vendor's library works is for `choose` to say.
+        `choose` also checks that vendor libraries work.
         """
         if backend not in get_args(Backend):
             raise ValueError(f"kernels {backend!r} do not exist, choose one of {', '.join(get_args(Backend))}")
@@ -75,7 +76,7 @@ class Ops:
     def choose(cls, device: torch.device, backend: KernelBackend = "auto", vendors: Sequence[Vendor] = ()) -> Ops:
         """The operations for tensors on `device`; auto: triton on a GPU, cpu elsewhere.
 
-        ValueError for a device that is not there, and for kernels or vendors' libraries that do not run on it.
+        ValueError for a device that does not exist, and for kernels or vendor libraries that do not run on it.
         """
         if device.type == "cuda" and not torch.cuda.is_available():
             why = "torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"

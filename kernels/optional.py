@@ -1,4 +1,4 @@
-"""Libraries that Shoal can do without: imported when a setting asks for one, never before."""
+"""Import of optional libraries, only when a setting asks for them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from types import ModuleType
 
 
 def import_optional(name: str, *, setting: str, install: str) -> ModuleType:
-    """The top-level module `name`, which `setting` asks for.
+    """Import the top-level module `name`, which `setting` needs.
 
-    ValueError when it is not there, which says how to get it (`install`), or cannot be imported, which says why.
+    ValueError if it is not installed, with instructions (`install`), or cannot be imported, with the reason.
     """
     if find_spec(name) is None:
         raise ValueError(f"{setting} needs the module {name}, which is not installed: {install}, or change the setting")
     try:
         return import_module(name)
-    except Exception as error:  # whatever a foreign package does when it is imported
+    except Exception as error:  # an import runs arbitrary code of the package
         raise ValueError(
             f"{setting} needs the module {name}, which is installed but cannot be imported: {error}"
         ) from error

@@ -16,7 +16,7 @@ _NUM_ROUNDS = 10
 
 
 def philox4x32(counter: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Encrypt counters: [n, 4] uint32 and keys [n, 2] uint32 to [n, 4] uint32; row i depends on row i only."""
+    """Counters [n, 4] uint32 and keys [n, 2] uint32 -> random numbers [n, 4] uint32; row i depends on row i only."""
     assert counter.shape[1:] == (4,)
     assert key.shape == (len(counter), 2)
     assert counter.dtype == key.dtype == np.uint32

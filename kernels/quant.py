@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .cpu_library import DTYPE_CODES, CFunction, num_threads
+from .math_utils import cdiv, round_up
 from .registry import Kernel, register
 
 BLOCK = 128
@@ -54,7 +55,7 @@ class BlockFP8Weight:
         if values.dim() != 2 or scale_inv.dim() != 2:
             raise ValueError("an FP8 weight and its scales are both 2-D")
         rows, columns = values.shape
-        needed = (-(-(row_offset + rows) // BLOCK), -(-columns // BLOCK))
+        needed = (cdiv(row_offset + rows, BLOCK), cdiv(columns, BLOCK))
         if row_offset < 0 or scale_inv.shape[0] < needed[0] or scale_inv.shape[1] != needed[1]:
             raise ValueError(
                 f"rows {row_offset}..{row_offset + rows} x {columns} columns of an FP8 weight need scales of at least "
@@ -97,7 +98,7 @@ def quantize_block_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = w.shape
     padded = torch.nn.functional.pad(w.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     # [N, K] -> [N / 128, 128, K / 128, 128]
-    blocks = padded.view(-(-rows // BLOCK), BLOCK, -(-columns // BLOCK), BLOCK)
+    blocks = padded.view(cdiv(rows, BLOCK), BLOCK, cdiv(columns, BLOCK), BLOCK)
     scale_inv = (blocks.abs().amax(dim=(1, 3)) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = (blocks / scale_inv[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).view(padded.shape)[:rows, :columns]
     return scaled.to(torch.float8_e4m3fn), scale_inv
@@ -122,8 +123,8 @@ def quantize_token_groups(kernel: Kernel, x: Tensor, *, ue8m0: bool = False) -> 
 
 def scale_columns(num_rows: int, num_channels: int, device: torch.device) -> Tensor:
     """Uninitialised scales [T, ceil(K / 128)] float32 with strides (1, T rounded up to 4)."""
-    groups = -(-num_channels // BLOCK)
-    return torch.empty(groups, -(-num_rows // 4) * 4, dtype=torch.float32, device=device)[:, :num_rows].T
+    groups = cdiv(num_channels, BLOCK)
+    return torch.empty(groups, round_up(num_rows, 4), dtype=torch.float32, device=device)[:, :num_rows].T
 
 
 @register("quantize_token_groups", "reference")
@@ -145,7 +146,7 @@ def quantize_token_groups_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, Ten
 
 def fp8_row_bytes(columns: int) -> int:
     """Bytes of a row of the FP8 KV cache: values, then scales."""
-    return columns + 4 * -(-columns // BLOCK)
+    return columns + 4 * cdiv(columns, BLOCK)
 
 
 def quantize_rows_fp8(kernel: Kernel, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +167,7 @@ def dequantize_rows_fp8(kernel: Kernel, q: Tensor, scales: Tensor, dtype: torch.
 
     Both steps are exact for power-of-two scales, unless the result leaves the range of normal numbers.
     """
-    groups = -(-q.shape[-1] // BLOCK)
+    groups = cdiv(q.shape[-1], BLOCK)
     fits = q.dim() == 2 and scales.shape == (q.shape[0], groups)
     if not fits or q.dtype != torch.float8_e4m3fn or scales.dtype != torch.float32 or dtype not in DTYPE_CODES:
         raise ValueError(
@@ -181,7 +182,7 @@ def dequantize_rows_fp8(kernel: Kernel, q: Tensor, scales: Tensor, dtype: torch.
 def _quantize_rows_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
     q = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(x.shape[0], -(-x.shape[1] // BLOCK))
+    scales = torch.empty(x.shape[0], cdiv(x.shape[1], BLOCK))
     threads = num_threads(x.numel())
     shoal_quantize_rows(
         DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), *x.shape, q.data_ptr(), scales.data_ptr(), threads

@@ -1,4 +1,4 @@
-"""The implementations of every operation: a table that decorators fill while modules are imported, and only they."""
+"""Implementations of every operation, registered by decorators when their modules are imported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _table: dict[tuple[str, Backend | Vendor], Callable[..., Any]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """The implementation of one operation that an `Ops` has chosen."""
+    """Implementation of one operation, chosen by an `Ops`."""
 
     op: str
     backend: Backend
@@ -30,7 +30,7 @@ class Kernel:
 
 
 def register(op: str, backend: Backend | Vendor) -> Callable[[F], F]:
-    """Decorator: the function implements `op` on `backend`, or with a vendor's library in place of Triton's kernel."""
+    """Decorator that registers a function as `op` on `backend`, or on a vendor's library in place of Triton."""
 
     def add(function: F) -> F:
         assert (op, backend) not in _table, f"{op} has two implementations for {backend}"

@@ -1,4 +1,4 @@
-"""Rotary position embedding with YaRN (https://arxiv.org/abs/2309.00071), in the two orders the models use."""
+"""Rotary position embedding with YaRN (https://arxiv.org/abs/2309.00071), with interleaved or half-split pairs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ shoal_apply_rope = CFunction(
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-    """`rope_scaling` of a checkpoint, by its names there."""
+    """`rope_scaling` of a checkpoint, with its names."""
 
     factor: float
     original_max_position_embeddings: int
@@ -41,9 +41,9 @@ class YarnConfig:
 
 
 def yarn_mscale(factor: float, m: float) -> float:
-    """YaRN's attention temperature, 0.1 m ln(factor) + 1; 1 where nothing is stretched.
+    """YaRN's attention temperature, 0.1 m ln(factor) + 1; 1 for a factor of at most 1.
 
-    The softmax scale of MLA carries yarn_mscale(factor, mscale_all_dim) ** 2.
+    The softmax scale of MLA includes yarn_mscale(factor, mscale_all_dim) ** 2.
     """
     return 0.1 * m * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
@@ -51,8 +51,9 @@ def yarn_mscale(factor: float, m: float) -> float:
 def inv_freq(dim: int, theta: float, yarn: YarnConfig | None = None) -> Tensor:
     """Radians per position of each pair: theta^(-2i / dim), i < dim / 2 -> [dim / 2] fp32.
 
-    YaRN divides by `factor` what turns less than `beta_slow` times over the original context, keeps what turns more
-    than `beta_fast` times, and ramps in between. Each operation rounds to fp32, as in the published implementations.
+    YaRN divides frequencies of less than `beta_slow` turns over the original context by `factor`, keeps those of more
+    than `beta_fast` turns, and interpolates in between. Each operation rounds to fp32, as in the published
+    implementations.
     """
     if dim <= 0 or dim % 2:
         raise ValueError(f"rotary dimensions come in pairs, got {dim}")
@@ -62,7 +63,7 @@ def inv_freq(dim: int, theta: float, yarn: YarnConfig | None = None) -> Tensor:
         return torch.from_numpy(freq)
 
     def pair_turning(times: float) -> float:
-        """Index (with a fraction) of the pair that turns so many times over the original context."""
+        """Fractional index of the pair that makes this many turns over the original context."""
         positions_per_turn = yarn.original_max_position_embeddings / times
         return dim * math.log(positions_per_turn / (2 * math.pi)) / (2 * math.log(theta))
 
@@ -77,8 +78,8 @@ def inv_freq(dim: int, theta: float, yarn: YarnConfig | None = None) -> Tensor:
 def cos_sin_table(inv_freq: Tensor, max_positions: int, scale: float = 1.0) -> Tensor:
     """[max_positions, dim] fp32 = [cos | sin] of position * inv_freq, times `scale`; inv_freq is [dim / 2] fp32.
 
-    The angle is rounded to fp32; its cosine and sine are taken in double precision and rounded once, so a row does not
-    depend on how many there are.
+    The angle is rounded to fp32; its cosine and sine are computed in double precision and rounded once, so a row does
+    not depend on max_positions.
     """
     angles = np.arange(max_positions, dtype=np.float32)[:, None] * inv_freq.numpy()[None, :]
     wide = angles.astype(np.float64)
@@ -87,26 +88,26 @@ def cos_sin_table(inv_freq: Tensor, max_positions: int, scale: float = 1.0) -> T
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """How the pairs of each token's columns turn: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Rotation of each token's pairs of columns: (a, b) -> (a cos - b sin, b cos + a sin)."""
 
     table: Tensor
-    """[P, d] fp32 of `cos_sin_table`."""
+    """[P, d] fp32, from `cos_sin_table`."""
     positions: Tensor
     """[T] int64, rows of the table."""
     interleaved: bool
-    """Pairs (x[2i], x[2i + 1]), which stay where they are; otherwise pairs (x[i], x[i + d / 2])."""
+    """Pairs are (x[2i], x[2i + 1]); otherwise (x[i], x[i + d / 2])."""
 
     @property
     def dim(self) -> int:
-        """Columns that turn."""
+        """Number of rotated columns."""
         return self.table.shape[1]
 
 
 def apply_rope(kernel: Kernel, x: Tensor, rope: RopeTable) -> Tensor:
-    """Turn the pairs of x [T, h, d] by the angles of its tokens' positions -> [T, h, d] in x's dtype.
+    """Rotate the pairs of x [T, h, d] by the angles of the tokens' positions -> [T, h, d] in x's dtype.
 
-    In fp32, each operation rounded, then one rounding to x's dtype. ValueError for a position outside the table, or NaN
-    from kernels that run on a device and do not wait for it to look at the positions.
+    In fp32, each operation rounded, then one rounding to x's dtype. ValueError for a position outside the table; on a
+    GPU NaN instead, as a check would synchronise.
     """
     table, positions = rope.table, rope.positions
     if x.dim() != 3 or x.dtype not in DTYPE_CODES or table.dim() != 2 or table.shape[1] != x.shape[2]:

@@ -1,4 +1,4 @@
-"""The next token of rows of logits, greedy or at a temperature, with random numbers that are a function of the row.
+"""Sampling of the next token, greedy or at a temperature, with random numbers that are a function of the row.
 
 N rows, V tokens.
 """
@@ -17,11 +17,11 @@ def sample_tokens(
 ) -> Tensor:
     """-> token ids [N] int64 for logits [N, V] float32; -1 for a row with NaN or +Inf, or with nothing but -Inf.
 
-    temperatures: [N] float32, 0 for the highest logit, of equal ones the lowest id. seeds, positions
+    temperatures: [N] float32, 0 for greedy: the highest logit, of equal ones the lowest id. seeds, positions
     and sample_indices: [N] int64, the arguments of `philox.uniforms`.
     With a temperature: weights exp((logit - highest) / temperature), the difference in fp32, the rest in fp64; the
-    token is the first whose cumulative weight, in order of id, exceeds uniform * total. The order of the sums is the
-    backend's, and the same for every row.
+    token is the first whose cumulative weight, in order of id, exceeds uniform * total. The order of the sums depends
+    on the backend, and is the same for every row.
     """
     integers = (seeds, positions, sample_indices)
     _check("sample_tokens", logits, (temperatures,), integers)
@@ -34,11 +34,11 @@ def truncate_logits(
 ) -> Tensor:
     """-> [N, V] float32: the logits of the tokens that may be drawn, -Inf for the others.
 
-    temperatures, top_p and min_p: [N] float32; top_k: [N] int64, 0 for all. What they leave, one after the other:
+    temperatures, top_p and min_p: [N] float32; top_k: [N] int64, 0 for all. Applied in this order:
     top_k   the first k by (logit descending, id ascending)
     min_p   weights of at least min_p, the highest weight being 1
-    top_p   of what is left, the shortest beginning by (logit descending, id ascending) that reaches top_p of its weight
-    Weights are exp((logit - highest) / temperature) in fp32, and add up as integers of 2^-40, so in any order.
+    top_p   of the rest, the shortest prefix by (logit descending, id ascending) that reaches top_p of its weight
+    Weights are exp((logit - highest) / temperature) in fp32, and are summed as integers of 2^-40, so in any order.
     Rows at temperature 0 and rows without a finite highest logit stay as they are.
     """
     _check("truncate_logits", logits, (temperatures, top_p, min_p), (top_k,))
@@ -49,9 +49,9 @@ def truncate_logits(
 def token_logprobs(kernel: Kernel, logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(log_softmax of the logits at some tokens of each row [N, M] float32, the rank of the first of them [N] int64).
 
-    token_ids: [N, M] int64; rows whose first one is -1 give NaN and rank 0. The likeliest token has rank 1; order is by
-    (logit descending, id ascending). log_softmax is (logit - highest) - log(sum of exp(logit - highest)): fp32, with
-    the sum in fp64 in an order that is the backend's.
+    token_ids: [N, M] int64; rows whose first one is -1 give NaN and rank 0. The most likely token has rank 1; order is
+    by (logit descending, id ascending). log_softmax is (logit - highest) - log(sum of exp(logit - highest)): fp32, with
+    the sum in fp64 in an order that depends on the backend.
     """
     _check("token_logprobs", logits, (), tuple(token_ids.unbind(1)))
     logprobs: Tensor

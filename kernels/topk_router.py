@@ -1,4 +1,4 @@
-"""Which experts a token goes to: sigmoid scores, selection by biased score, optionally among the best groups only."""
+"""Top-k routing of tokens to experts: sigmoid scores, selection by biased score, optionally within the best groups."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def route(
     """-> (topk_idx [T, K] int64, topk_weights [T, K] fp32) for logits [T, E] fp32 and bias [E] fp32, K = top_k.
 
     p = sigmoid(logits) and s = p + bias in fp32; s selects, p weighs.
-    1. The E experts form n_group groups of neighbours; a group scores the sum of its two largest s. The topk_group best
-       groups stay (ties: lower group), experts of the others are out of the question, whatever the sign of s.
+    1. The E experts form n_group contiguous groups; a group scores the sum of its two largest s. The topk_group best
+       groups stay (ties: lower group); experts of the others are never selected, whatever the sign of s.
     2. The top_k best experts by (s descending, index ascending), in that order. NaN is below everything.
     3. weight = p / (sum of the K p in that order + 1e-20) if norm_topk_prob, else p; times routed_scaling_factor.
     ValueError when the groups do not divide the experts or cannot hold top_k of them.

@@ -1,4 +1,4 @@
-"""What `shoal bench kernels` runs: every public op of the kernels on the sizes of a model. To add one, see `cases`."""
+"""Cases of `shoal bench kernels`: every public op of the kernels with the sizes of a model. Add new ones to `cases`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.kernels.math_utils import cdiv, round_up
 from shoal.kernels.ops import Ops
 from shoal.kernels.rope import RopeTable, cos_sin_table, inv_freq
 from shoal.runtime.sampling.sampler import Sampler, SamplingRow
@@ -22,46 +23,51 @@ EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One op on one set of sizes."""
+    """One op with one set of sizes."""
 
     op: str
     sizes: str
     make: Callable[[Inputs], tuple[Any, ...]]
     """Arguments of the call, made for `Inputs.ops`."""
     call: Callable[[Ops], Callable[..., Any]]
-    """The function that is measured, on a backend."""
+    """The function to measure, on a backend."""
     flops: float
     num_bytes: float
-    """What must move at least: weights that are used and the inputs once, the outputs once (perhaps to a cache)."""
+    """Lower bound of memory traffic: used weights and inputs read once, outputs written once (perhaps to a cache)."""
     tolerance: float | None = None
     """Largest `difference` from the reference; None: by the dtype of the output."""
     has_reference: bool = True
 
 
 def num_slots(sequences: int, context: int) -> int:
-    return sequences * -(-context // BLOCK_SIZE) * BLOCK_SIZE
+    return sequences * round_up(context, BLOCK_SIZE)
 
 
 def index_keys(r: Inputs, sequences: int, context: int, dim: int) -> Tensor:
-    """Pages of them, as many as the sequences have blocks."""
+    """Pages of index keys for all blocks of the sequences."""
     return r.normal(num_slots(sequences, context), dim).view(-1, BLOCK_SIZE * dim)
 
 
 def rope_table(r: Inputs, dim: int, tokens: int, *, interleaved: bool) -> RopeTable:
-    """Rotary tables and positions of tokens, drawn from 4096 positions."""
+    """Rotary table of 4096 positions, with random positions of tokens."""
     return RopeTable(cos_sin_table(inv_freq(dim, 10000.0), 4096), r.positions(tokens, 4096), interleaved)
 
 
 def cases(s: Shapes) -> Iterator[Case]:
-    """Every public op of the kernels, and the sampler."""
+    """All cases: every public op of the kernels, and the sampler."""
     for group in (_gemms, _rows, _attention, _cache_writes, _index, _exchange, _sampling):
         yield from group(s)
 
 
 def _gemms(s: Shapes) -> Iterator[Case]:
     """Linear layers and experts."""
-    h, inner, dl, heads = s.hidden_size, s.moe_intermediate_size, s.kv_lora_rank, s.num_attention_heads
-    top_k, v_all, local = s.num_experts_per_tok, heads * s.v_head_dim, s.num_local_experts
+    h = s.hidden_size
+    inner = s.moe_intermediate_size
+    dl = s.kv_lora_rank
+    heads = s.num_attention_heads
+    top_k = s.num_experts_per_tok
+    v_all = heads * s.v_head_dim
+    local = s.num_local_experts
     for t in s.rows:
         yield _linear(t, v_all, h)
     yield _linear(s.decode_batch, h, s.vocab_size, out_dtype=torch.float32)
@@ -96,7 +102,10 @@ def _gemms(s: Shapes) -> Iterator[Case]:
 
 def _rows(s: Shapes) -> Iterator[Case]:
     """Norms, rotary embedding, routing, quantisation."""
-    h, dr, d, t = s.hidden_size, s.qk_rope_head_dim, s.index_head_dim, s.rows[-1]
+    h = s.hidden_size
+    dr = s.qk_rope_head_dim
+    d = s.index_head_dim
+    t = s.rows[-1]
     heads, top_k = s.num_attention_heads, s.num_experts_per_tok
     norm_weight = partial(Inputs.normal, dtype=torch.float32)
     yield Case(
@@ -157,10 +166,14 @@ def _rows(s: Shapes) -> Iterator[Case]:
 
 
 def _attention(s: Shapes) -> Iterator[Case]:
-    """Dense and sparse, of prompts and of generated tokens."""
-    heads, dl, dr = s.num_attention_heads, s.kv_lora_rank, s.qk_rope_head_dim
+    """Dense and sparse attention of prompts and of generated tokens."""
+    heads = s.num_attention_heads
+    dl = s.kv_lora_rank
+    dr = s.qk_rope_head_dim
     width = dl + dr
-    b, context, long = s.decode_batch, s.context, s.long_context
+    b = s.decode_batch
+    context = s.context
+    long = s.long_context
     scale = (s.qk_nope_head_dim + dr) ** -0.5
     yield Case(
         "mla_attention",
@@ -211,8 +224,11 @@ def _attention(s: Shapes) -> Iterator[Case]:
 
 
 def _cache_writes(s: Shapes) -> Iterator[Case]:
-    """What writes and reads the cache."""
-    dl, dr, d, t = s.kv_lora_rank, s.qk_rope_head_dim, s.index_head_dim, s.rows[-1]
+    """Writes to the KV cache and reads from it."""
+    dl = s.kv_lora_rank
+    dr = s.qk_rope_head_dim
+    d = s.index_head_dim
+    t = s.rows[-1]
     width = dl + dr
     norm_weight = partial(Inputs.normal, dtype=torch.float32)
     yield Case(
@@ -230,7 +246,7 @@ def _cache_writes(s: Shapes) -> Iterator[Case]:
         4 * t * width,
         4 * t * width,
     )
-    fp8_bytes = t * (3 * dl + 4 * -(-dl // 128))
+    fp8_bytes = t * (3 * dl + 4 * cdiv(dl, 128))
     yield Case(
         "quantize_rows_fp8",
         f"{t} x {dl}",
@@ -265,8 +281,11 @@ def _cache_writes(s: Shapes) -> Iterator[Case]:
 
 
 def _index(s: Shapes) -> Iterator[Case]:
-    """Scores and selection."""
-    hi, d, b, long = s.index_n_heads, s.index_head_dim, s.decode_batch, s.long_context
+    """Indexer scores and top-k selection."""
+    hi = s.index_n_heads
+    d = s.index_head_dim
+    b = s.decode_batch
+    long = s.long_context
     yield Case(
         "index_topk",
         f"decode {b} x {long} -> {s.index_topk}",
@@ -280,7 +299,7 @@ def _index(s: Shapes) -> Iterator[Case]:
         lambda ops: ops.index_topk,
         2 * b * long * hi * d,
         2 * b * long * d,
-        tolerance=0.01,  # scores that are nearly equal may change places
+        tolerance=0.01,  # nearly equal scores may be selected differently
     )
     yield Case(
         "index_scores",
@@ -301,8 +320,10 @@ def _index(s: Shapes) -> Iterator[Case]:
 
 
 def _exchange(s: Shapes) -> Iterator[Case]:
-    """Tokens to experts."""
-    h, t, top_k = s.hidden_size, s.rows[-1], s.num_experts_per_tok
+    """Dispatch of tokens to experts."""
+    h = s.hidden_size
+    t = s.rows[-1]
+    top_k = s.num_experts_per_tok
     identity = torch.arange(s.n_routed_experts)
     halves = (identity * 2 // s.n_routed_experts, identity % (s.n_routed_experts // 2))
     yield Case(
@@ -332,7 +353,7 @@ def _exchange(s: Shapes) -> Iterator[Case]:
 
 
 def _sampling(s: Shapes) -> Iterator[Case]:
-    """Tokens from logits."""
+    """Sampling."""
     b = s.decode_batch
     yield Case(
         "sample_tokens",
@@ -416,7 +437,7 @@ def _experts_mlp(rows: int, experts: int, h: int, inner: int) -> Case:
 
 
 def _written(write: Callable[..., None]) -> Callable[..., Tensor]:
-    """A call that writes to its first argument, as one that returns it."""
+    """Turn a call that writes to its first argument into one that returns it."""
 
     def call(kv_cache: Tensor, *args: Any) -> Tensor:
         write(kv_cache, *args)
@@ -426,7 +447,7 @@ def _written(write: Callable[..., None]) -> Callable[..., Tensor]:
 
 
 def _num_kept(ops: Ops, *args: Tensor) -> Tensor:
-    """How many tokens `truncate_logits` leaves: which one is the last is a matter of the last bit."""
+    """Number of tokens that `truncate_logits` leaves; the identity of the last one depends on the last bit."""
     return (~ops.truncate_logits(*args).isneginf()).sum(dim=1).float()
 
 
@@ -444,13 +465,13 @@ def _sample(name: str, rows: int, vocab_size: int, params: SamplingParams) -> Ca
 
 
 def _even(rows: int, experts: int) -> Tensor:
-    """Rows of each expert, as even as can be: [experts] int64."""
+    """Number of rows per expert, as even as possible: [experts] int64."""
     return torch.tensor([rows // experts + (e < rows % experts) for e in range(experts)])
 
 
 def _unpack_inputs(
     ops: Ops, x: Tensor, topk_idx: Tensor, halves: tuple[Tensor, Tensor]
 ) -> tuple[list[Tensor], Tensor, int]:
-    """What a rank receives when both ranks send it what this one would."""
+    """Receive buffers of a rank to which both ranks send what this one would."""
     send_buffers, _, _ = ops.pack_send_buffers(x, topk_idx, *halves, 2)
     return [send_buffers[0], send_buffers[0]], x, len(halves[0]) // 2

@@ -1,4 +1,4 @@
-"""`shoal bench kernels`: how close every op comes to what the machine could do, and to its reference."""
+"""`shoal bench kernels`: speed of every op relative to the machine's peaks, and difference from its reference."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ from .roofline import Peaks, event_seconds, measure_device_peaks, measure_peaks
 from .shapes import SHAPES, Inputs, ShapesName
 
 COLD_BYTES, MAX_COPIES = 1 << 27, 64
-"""Copies of the inputs take turns until they are this large together, so that they come from memory, not a cache."""
-MIN_SECONDS, MIN_CALLS, MAX_CALLS = 0.2, 5, 2000
+"""Total size of the copies of the inputs that calls cycle through, so that inputs come from memory, not a cache."""
+MIN_SECONDS = 0.2
+MIN_CALLS = 5
+MAX_CALLS = 2000
 MAX_SECONDS = 10.0
-"""Once the calls of a case took so long, three of them are enough."""
+"""After this time, three calls of a case are enough."""
 OPS_THAT_WAIT = ("mha_attention", "pack_send_buffers", "unpack_recv_buffers")
-"""For the device, to learn sizes, and so cannot be in a graph."""
+"""Ops that synchronise with the device to learn sizes, and so cannot be captured in a graph."""
 TOLERANCES = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-14}
 """Tolerances of float outputs, relative to the largest one; all other outputs must be equal."""
 
@@ -53,7 +55,7 @@ def kernels(
 ) -> int:
     """Measure, print a table on stdout and write all figures to `output`; 1 when an op differs from its reference.
 
-    `ops`: these only; ValueError for one that does not exist. `device`: cpu or cuda; ValueError where there is none.
+    `ops`: only these; ValueError for unknown ones. `device`: cpu or cuda; ValueError if it is not available.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: torch finds no GPU here")
@@ -81,10 +83,10 @@ def measure_kernels(
     refcheck: bool,
     on_case: Callable[[Case, dict[str, Any] | None], None],
 ) -> dict[str, Any]:
-    """All figures; `on_case` sees each case before it is measured, with None, and its row afterwards.
+    """All figures; `on_case` is called with each case and None before it is measured, and with its row afterwards.
 
-    On a GPU what the host does is left out: a time is one of replays of a CUDA graph, or for an op that waits for the
-    device, of the device's events around it.
+    On a GPU host time is excluded: times are those of CUDA graph replays, or of device events around an op that
+    synchronises.
     """
     chosen = [case for case in cases(SHAPES[shapes]) if device.type == "cpu" or case.op != "sample"]
     if unknown := sorted(set(names or ()) - {case.op for case in chosen}):
@@ -173,7 +175,7 @@ def _device_seconds(call: Callable[..., Any], copies: Sequence[tuple[Any, ...]],
 
 
 def _to(inputs: Any, device: torch.device) -> Any:
-    """The same with all tensors on the device."""
+    """A copy of the inputs with all tensors on the device."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, PackedWeight):
@@ -181,13 +183,15 @@ def _to(inputs: Any, device: torch.device) -> Any:
     if isinstance(inputs, RopeTable):
         return replace(inputs, table=inputs.table.to(device), positions=inputs.positions.to(device))
     if isinstance(inputs, PagedLayout):
-        tables, bounds, positions = inputs.block_tables, inputs.cu_seqlens_q, inputs.positions
+        tables = inputs.block_tables
+        bounds = inputs.cu_seqlens_q
+        positions = inputs.positions
         return PagedLayout(tables.to(device), bounds.to(device), positions.to(device), inputs.block_size)
     return type(inputs)(_to(part, device) for part in inputs) if isinstance(inputs, tuple | list) else inputs
 
 
 def _size(inputs: Any) -> int:
-    """Bytes of the tensors among them."""
+    """Bytes of the tensors among the inputs."""
     if isinstance(inputs, PackedWeight):
         return inputs.data.nbytes
     if isinstance(inputs, Tensor):
@@ -205,7 +209,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _worst_difference(ours: Sequence[Tensor], reference: Sequence[Tensor], tolerance: float | None) -> dict[str, Any]:
-    """Difference of the output that is furthest from its reference, as a multiple of its tolerance."""
+    """Largest difference of an output from its reference, as a multiple of its tolerance."""
     compared = []
     for x, y in zip(ours, reference, strict=True):
         allowed = TOLERANCES.get(y.dtype, 0.0) if tolerance is None else tolerance
@@ -215,8 +219,8 @@ def _worst_difference(ours: Sequence[Tensor], reference: Sequence[Tensor], toler
 
 
 def difference(x: Tensor, reference: Tensor) -> float:
-    """Floats: the largest distance, against the largest reference value. Whole numbers: the share, row by row, of
-    numbers that only one of the two has, or 1 where they have the same in another order."""
+    """Floats: largest distance relative to the largest reference value. Integers: per row, the fraction of numbers that
+    only one of the two has, or 1 if they have the same in another order."""
     if x.shape != reference.shape or x.dtype != reference.dtype:
         return math.inf
     if not x.numel() or torch.equal(x, reference):

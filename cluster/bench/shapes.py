@@ -1,4 +1,4 @@
-"""Sizes of models for `shoal bench kernels`, and what kernels are given of those sizes."""
+"""Sizes of models for `shoal bench kernels`, and inputs of those sizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
 from shoal.kernels.linear import PackedWeight
+from shoal.kernels.math_utils import cdiv
 from shoal.kernels.ops import Ops
 
 BLOCK_SIZE = 64
@@ -19,7 +20,7 @@ ShapesName = Literal["tiny", "v3-test", "v3"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shapes:
-    """Sizes of one rank's part of a model, by their names in config.json, and of the batches that meet it."""
+    """Sizes of one rank's part of a model, with the names of config.json, and of its batches."""
 
     hidden_size: int
     q_lora_rank: int
@@ -121,10 +122,10 @@ SHAPES: dict[ShapesName, Shapes] = {"tiny": _TINY, "v3-test": _V3_TEST, "v3": _V
 
 
 class Inputs:
-    """Draws what a kernel is given; a new object draws the same again."""
+    """Random inputs of kernels; every new object draws the same ones."""
 
     def __init__(self, ops: Ops, device: torch.device | None = None) -> None:
-        """`ops` packs weights; `device`: where large tensors are drawn."""
+        """`ops` packs weights; large tensors are drawn on `device`."""
         self.ops = ops
         self._device = device or torch.device("cpu")
         self._generator = torch.Generator(self._device).manual_seed(0)
@@ -141,13 +142,13 @@ class Inputs:
         return torch.randint(limit, (count,), generator=self._generator, device=self._device)
 
     def experts(self, tokens: int, num_experts: int, top_k: int) -> Tensor:
-        """[T, K] int64, different ones for each token."""
+        """[T, K] int64, distinct experts for each token."""
         draws = torch.rand(tokens, num_experts, generator=self._generator, device=self._device)
         return draws.topk(top_k, dim=1).indices
 
     def layout(self, sequences: int, length: int, context: int) -> PagedLayout:
-        """The last `length` tokens of contexts whose blocks lie anywhere among `num_slots` entries."""
-        blocks = -(-context // BLOCK_SIZE)
+        """The last `length` tokens of contexts whose blocks are scattered over `num_slots` slots."""
+        blocks = cdiv(context, BLOCK_SIZE)
         order = torch.randperm(sequences * blocks, generator=self._generator, device=self._device)
         return PagedLayout(
             block_tables=order.to("cpu", torch.int32).view(sequences, blocks),

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from shoal.kernels.math_utils import cdiv
 from shoal.runtime.engine.step_profile import PHASES, StepProfile
 from shoal.runtime.types import RequestOutput, SamplingParams
 
@@ -71,7 +72,7 @@ def measure(
     factory = BUILD_PROFILED_ENGINE if phases else BUILD_ENGINE
     with LLM(executor=executor, on_phase=on_phase, engine_factory=factory, **asdict(args)) as llm:
         startup_s = time.perf_counter() - started
-        warm_up = workload.prompts(model.vocab_size, "warm-up")[: -(-workload.num_prompts // 4)]
+        warm_up = workload.prompts(model.vocab_size, "warm-up")[: cdiv(workload.num_prompts, 4)]
         answer(llm, warm_up, workload.output_len)
         before = llm.step_profiles() if phases else []
         seconds, digests = [], []

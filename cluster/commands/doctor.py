@@ -1,4 +1,4 @@
-"""`shoal doctor`: what this machine has, which parts of it Shoal uses, and why not the others."""
+"""`shoal doctor`: devices and optional libraries of this machine, which of them Shoal uses, and why not the others."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from ..exit_codes import ExitCode
 from ..report import prepare_report, write_report
 
 Verdict = Literal["used", "available", "not used", "missing", "broken"]
-"""available: it works here, and a setting asks for it."""
+"""available: it works here and is opt-in by a setting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result for one device, tool or library."""
 
     name: str
     found: str
-    """What is there: a version and who installed it, or ""."""
+    """Version and distribution, or "" if it is missing."""
     verdict: Verdict
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A package that Shoal can do without."""
+    """An optional package."""
 
     name: str
-    """As it is imported."""
+    """Name of the module to import."""
     purpose: str
     generation: Callable[[ModuleType], str] = lambda _: ""
     """Interface of the installed version, or what it lacks; "" where there is only one."""
     setting: str = ""
-    """What asks for it, and then needs a GPU; "" for one that is used wherever it is installed."""
+    """Setting that opts in, and then needs a GPU; "" for a package that is used wherever it is installed."""
     check: Callable[[torch.device], None] | None = None
     """ValueError if it does not work on a device."""
 
@@ -81,7 +81,7 @@ MODULES = (
 
 
 def doctor(*, output: Path | None, stdout: TextIO) -> int:
-    """Look, print a table and write it to `output`; 1 when something that would be used is broken."""
+    """Print a table of findings and write it to `output`; 1 if something that would be used is broken."""
     prepare_report(output)
     device = torch.device("cuda") if torch.cuda.is_available() else None
     findings = [_compiler(), *_devices(), *(look_at(module, device) for module in MODULES)]
@@ -91,14 +91,14 @@ def doctor(*, output: Path | None, stdout: TextIO) -> int:
 
 
 def look_at(module: Module, device: torch.device | None) -> Finding:
-    """Import it, if it is there, say whose it is, and try it on `device`, a GPU or None."""
+    """Import a package if it is installed, find its distribution, and try it on `device`, a GPU or None."""
     wanted_by = f", with {module.setting}" if module.setting else ""
     if find_spec(module.name) is None:
         return Finding(module.name, "", "missing", f"not installed; it is for {module.purpose}{wanted_by}")
     owner = distribution_of(module.name)
     try:
         generation = module.generation(importlib.import_module(module.name))
-    except Exception as error:  # whatever a foreign package does when it is imported is the finding
+    except Exception as error:  # an import runs arbitrary code of the package; its error is the finding
         return Finding(module.name, owner, "not used" if module.setting else "broken", f"cannot be imported: {error}")
     found = f"{owner}, {generation}" if generation else owner
     if not module.setting:
@@ -130,7 +130,7 @@ def _compiler() -> Finding:
 
 
 def _devices() -> list[Finding]:
-    """The CPU and every GPU, with the kernels that would run there."""
+    """Findings for the CPU and every GPU, with the kernels that would run there."""
     capability = torch.backends.cpu.get_cpu_capability()
     findings = [Finding("device cpu", f"torch {torch.__version__}, {capability}", "used", "kernels cpu")]
     if not torch.cuda.is_available():

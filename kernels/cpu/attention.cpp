@@ -1,8 +1,8 @@
 // Multi-head latent attention in the absorbed form over a paged KV cache; mla_attention in kernels/attention.py states the
 // contract.
 //
-// A task is one token and one split of its keys. In the scores and in the softmax the heads are lanes, in the sum of the
-// values the columns, so no sum crosses lanes:
+// A task is one token and one split of its keys. Lanes are heads in the scores and the softmax, and columns in the sum of
+// the values, so no sum crosses lanes:
 //   S [key][head] = latents x packed queries      O [head][column] += P [head][key] x interleaved latents
 #include <atomic>
 #include <vector>
@@ -15,7 +15,7 @@ namespace shoal {
 namespace {
 
 constexpr int64_t kBlockKeys = 64;   // part of the contract: where the online softmax rescales
-constexpr int64_t kSplitKeys = 512;  // part of the contract: where a row's keys are cut into splits
+constexpr int64_t kSplitKeys = 512;  // part of the contract: where a row's keys are split
 
 template <typename T>
 struct AbsorbedAttention {
@@ -37,10 +37,10 @@ struct AbsorbedAttention {
 // Keys [begin, end) of a token's list.
 struct Split {
   int64_t token, sequence, begin, end;
-  bool whole;  // there is no other split of this token
+  bool whole;  // the only split of this token
 };
 
-// What a split leaves behind for the merge: per head the maximum, the sum and the unnormalised output.
+// Partial result of a split, per head: maximum, sum and unnormalised output.
 struct Partial {
   float *max, *sum, *output;  // [heads], [heads], [heads, width]
 };
@@ -52,7 +52,7 @@ struct Workspace {
   Buffer<T> keys;     // [key][key_dim] as rows of A
   Buffer<T> values;   // [panel of columns][key step][16]
   Buffer<T> weights;  // [head][key] as rows of A
-  Buffer<T> rows;     // 16 padded rows of something to pack
+  Buffer<T> rows;     // 16 padded rows to pack
   Buffer<T> latents;  // of a step, where the cache does not hold rows of T
   Buffer<float> scores;
   Buffer<float> state;
@@ -61,11 +61,11 @@ struct Workspace {
 template <typename T>
 class SplitAttention {
  public:
-  // `next` is what comes after this split, here or in another thread, or nullptr.
+  // `next`: the split after this one, on this thread or another, or nullptr.
   SplitAttention(const AbsorbedAttention<T>& args, const Split& split, const Split* next, Workspace<T>& w)
       : a_(args), s_(split), next_(next), w_(w), key_stride_(padded_terms<T>(args.key_dim())) {}
 
-  // Fills `to`; false when a key cannot be found.
+  // Fills `to`; false for a key without a slot.
   bool run(const Partial& to) {
     pack_queries();
     keys_ = w_.keys.reserve(kBlockKeys * key_stride_);
@@ -82,8 +82,8 @@ class SplitAttention {
   }
 
  private:
-  // Of a panel of values, in elements. One line more than it takes: a pair of keys writes one line of every panel, and at
-  // a distance of a power of two those lines would have few places in the cache.
+  // Stride of a panel of values, in elements. Padded by one cache line: a pair of keys writes one line of every panel, and
+  // with a power-of-two stride those lines would map to few cache sets.
   static constexpr int64_t kValueStride = panel_size<T>(kBlockKeys) + Step<T>::step;
 
   void pack_queries() {
@@ -108,7 +108,7 @@ class SplitAttention {
     return a_.paged.find(split.sequence, position);
   }
 
-  // The key that comes a block of keys after this one; nullptr where there is none.
+  // The key one block after this one; nullptr for none.
   const char* find_ahead(int64_t index) const {
     index += kBlockKeys;
     if (index < s_.end) return find_key(s_, index);
@@ -116,7 +116,7 @@ class SplitAttention {
     return find_key(*next_, index);
   }
 
-  // The keys as rows, and their latents interleaved as the terms of a sum over keys.
+  // Loads keys as rows, and interleaves their latents as terms of the sum over keys.
   bool gather(int64_t begin, int64_t count) {
     constexpr int64_t width = Step<T>::width;
     const bool fp8 = a_.paged.kv_cache.fp8;
@@ -154,7 +154,7 @@ class SplitAttention {
     interleave(rows, kPanel, values + full / kPanel * kValueStride, kValueStride);
   }
 
-  // 64 keys more for 16 heads.
+  // Scores of the next 64 keys for 16 heads.
   void add_block(int64_t group, int64_t count, const Partial& to) {
     const int64_t first = group * kLanes, heads = std::min<int64_t>(kLanes, a_.num_heads - first);
     float* scores = w_.scores.reserve(kBlockKeys * kLanes);
@@ -172,7 +172,7 @@ class SplitAttention {
                    a_.width(), true);
   }
 
-  // Scores to weights for 16 heads; returns the factor for what was added before.
+  // Turns scores into softmax weights for 16 heads; returns the rescaling factor of the previous sums.
   Vec softmax(float* scores, int64_t count, float* max, float* sum) const {
     const Vec old_max = load_vec(max);
     Vec new_max = old_max;
@@ -197,7 +197,7 @@ class SplitAttention {
   // [key][head] fp32 -> [head][key] rows of A.
   const T* transpose_weights(const float* scores, int64_t count, int64_t heads) {
     T* weights = w_.weights.reserve(kLanes * kBlockKeys);
-    T rows[kLanes][kBlockKeys];  // beyond `count`, up to an even number, zero
+    T rows[kLanes][kBlockKeys];  // zero from `count` up to an even number
     for (int64_t j = 0; j < count; j += kLanes) {
       Vec block[kLanes] = {};
       for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - j); ++i) block[i] = load_vec(scores + (j + i) * kLanes);
@@ -216,7 +216,7 @@ class SplitAttention {
   T *queries_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
 };
 
-// The next split joins what is there: the same step as the softmax over blocks, with a split for a block.
+// Merges the next split: the online-softmax step, with a split in place of a block.
 template <typename T>
 void merge(const AbsorbedAttention<T>& a, const Partial& next, const Partial& to) {
   for (int64_t h = 0; h < a.num_heads; ++h) {

@@ -1,4 +1,4 @@
-// Permutes token rows by expert on one rank, or packs them into one send buffer per rank; contracts in kernels/dispatch.py.
+// Permutes token rows by expert on one rank, or packs one send buffer per rank; contracts in kernels/dispatch.py.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

@@ -31,7 +31,7 @@ inline float to_float(e4m3 x) {
   return values[x.bits];
 }
 
-// Bytes of a packed panel of k terms for products in T; its scales start at a multiple of 4.
+// Bytes of a packed panel of k terms for GEMMs in T; its scales start at a multiple of 4.
 template <typename T>
 constexpr int64_t fp8_scales_offset(int64_t k) {
   return padded_terms<T>(k) * kPanel;
@@ -61,7 +61,7 @@ void pack_fp8(const e4m3* values, int64_t stride, const float* scales, int64_t n
   }
 }
 
-// One step of 16 lanes times their scales, each product rounded once to T: what dequantising first gives.
+// One step of 16 lanes times their scales, each rounded once to T: the bits of dequantising first.
 inline void dequantize_step(const uint8_t* step, Vec scale, float* out) {
   Vec x;
   for (int j = 0; j < kLanes; ++j) x[j] = to_float(e4m3{step[j]});
@@ -70,7 +70,7 @@ inline void dequantize_step(const uint8_t* step, Vec scale, float* out) {
 
 inline void dequantize_step(const uint8_t* step, Vec scale, bf16* out) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-  // e4m3 bits moved to the places of fp16 are the number times 2^-8, exactly.
+  // e4m3 bits shifted to their places in fp16 are the value times 2^-8, exactly.
   const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(step));
   const __m256i sign = _mm256_set1_epi16(int16_t(0x8000)), rest = _mm256_set1_epi16(0x3f80);
   const __m256i upper = _mm256_or_si256(_mm256_and_si256(pairs, sign), _mm256_and_si256(_mm256_srli_epi16(pairs, 1), rest));
@@ -79,7 +79,7 @@ inline void dequantize_step(const uint8_t* step, Vec scale, bf16* out) {
   const __m512 scale_256 = (__m512)(scale * 256.0f);
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_cvtph_ps(upper), scale_256),
                                                     _mm512_mul_ps(_mm512_cvtph_ps(lower), scale_256));
-  // 16 lower, 16 upper ones -> lower and upper by turns
+  // 16 lower, 16 upper ones -> alternating
   alignas(64) static const auto order = [] {
     std::array<uint16_t, 32> index;
     for (int i = 0; i < 32; ++i) index[i] = uint16_t(i / 2 + i % 2 * 16);
@@ -92,8 +92,8 @@ inline void dequantize_step(const uint8_t* step, Vec scale, bf16* out) {
 #endif
 }
 
-// Terms [begin, end) of a panel of k into a panel of T; `begin` is a multiple of kScaleTerms. What lies `ahead` bytes
-// further on is asked for: it comes from memory and is needed soon.
+// Terms [begin, end) of a panel of k into a panel of T; `begin` is a multiple of kScaleTerms. Prefetches `ahead` bytes
+// ahead, as panels come from memory.
 template <typename T>
 void dequantize_panel(const uint8_t* panel, int64_t k, int64_t begin, int64_t end, int64_t ahead, T* out) {
   constexpr int64_t width = Step<T>::width;

@@ -1,5 +1,5 @@
-// Halves of a decoder layer in one call each, so that little happens between the GEMMs of a step; kernels/fused.py mirrors
-// the structures. Every operation is one of ops.h, in the order in which runtime/models composes them.
+// Halves of a decoder layer in one call each, to minimise the time between the GEMMs of a step; kernels/fused.py declares
+// the same structures. Every operation is one of ops.h, in the order of runtime/models.
 #include <algorithm>
 
 #include "ops.h"
@@ -7,7 +7,7 @@
 
 namespace shoal {
 
-// How many threads an operation of `work` multiply-adds gets; kernels/cpu_library.py has the same rule.
+// Number of threads of an operation of `work` multiply-adds; kernels/cpu_library.py has the same rule.
 struct Threads {
   static constexpr const char* abi_name = "Threads";
   int64_t count, min_parallel_work;
@@ -21,11 +21,11 @@ struct PackedWeightArgs {
   int64_t format;
 };
 
-// Sizes and weights of one layer's attention, the norm before it included.
+// Sizes and weights of one layer's attention, including the norm before it.
 struct FusedAttention {
   static constexpr const char* abi_name = "FusedAttention";
   int64_t dtype, hidden_size, num_heads, q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim;
-  // q_lora_rank 0: w_a is kv_a alone, w_q multiplies the hidden states and there is no q_a_norm
+  // q_lora_rank 0: w_a is kv_a alone, w_q applies to the hidden states and there is no q_a_norm
   int64_t rope_interleave, rope_rows;
   const float *input_norm, *q_a_norm, *kv_a_norm, *rope_table;
   PackedWeightArgs w_a, w_q, w_uk, w_uk_absorbed, w_uv, w_o;  // w_a: q_a over kv_a; uk and uv are of `dtype`
@@ -35,7 +35,7 @@ struct FusedAttention {
   float index_weight_scale, rms_norm_eps, latent_norm_eps, scale;
 };
 
-// The arguments that change from step to step. Tokens of the MHA form come first.
+// Arguments that change per step. Tokens of the MHA form come first.
 struct StepArgs {
   static constexpr const char* abi_name = "StepArgs";
   int64_t num_tokens, num_mha_tokens;
@@ -56,8 +56,7 @@ struct FusedMoE {
 
 namespace {
 
-// Intermediate results of one thread's steps; they grow to the largest step and stay. The two halves of a layer use the
-// same memory.
+// Intermediate results of one thread's steps, sized for the largest step so far and shared by the two halves of a layer.
 struct Scratch {
   Buffer<char> x, large[2], a, q_latent, absorbed, attended, index_k, index_q;
   Buffer<float> wide, logits, weights;

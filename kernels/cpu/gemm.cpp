@@ -1,5 +1,5 @@
-// Linear layers, experts and the weighted sum of their outputs. The order of operations is gemm.h's; everything here
-// only decides which thread computes which elements.
+// Linear layers, experts and the weighted sum of their outputs. gemm.h fixes the order of operations; this file only
+// distributes elements over threads.
 #include "fp8.h"
 #include "ops.h"
 
@@ -10,9 +10,9 @@ namespace shoal {
 namespace {
 
 constexpr int64_t kRowBlock = 64;
-constexpr int64_t kFp8RowBlock = 256;  // a panel is dequantised once for so many rows
+constexpr int64_t kFp8RowBlock = 256;  // rows per dequantisation of a panel
 
-// A packed matrix [n, k] for products in T: panels of T, or of e4m3 with scales.
+// A packed matrix [n, k] for GEMMs in T: panels of T, or of e4m3 with scales.
 template <typename T>
 struct Matrix {
   const char* data;
@@ -21,7 +21,7 @@ struct Matrix {
 
   int64_t panel_bytes() const { return is_fp8 ? fp8_panel_bytes<T>(k) : panel_size<T>(k) * int64_t(sizeof(T)); }
   const char* panel(int64_t p) const { return data + p * panel_bytes(); }
-  // Matrix i of several that follow each other.
+  // Matrix i of several contiguous ones.
   Matrix at(int64_t i) const { return {data + i * num_panels(n) * panel_bytes(), is_fp8, n, k}; }
   int64_t row_block() const { return is_fp8 ? kFp8RowBlock : kRowBlock; }
 };
@@ -34,14 +34,14 @@ Matrix<T> matrix(const void* data, int64_t format, int64_t n, int64_t k) {
 // Panels per task: a multiple of the register tile that `rows` rows use.
 int64_t panels_per_task(int64_t rows) { return rows > kMaxRows ? 6 : 2 * max_panels(int(rows)); }
 
-// How many neighbouring tasks a thread takes at a time: one run for each thread where several passes ask for the panels
-// after their own ahead, so that these are the thread's next ones.
+// Number of consecutive tasks that a thread takes at a time: one run per thread where several passes prefetch the panels
+// after their own, so that these are the thread's next ones.
 int64_t run_length(int64_t rows, int64_t num_tasks, int64_t threads) {
   const bool ahead = rows > kMaxRows && rows <= kMaxRows * kMostPassesAhead;
   return ahead ? std::max<int64_t>(1, (num_tasks + threads - 1) / threads) : 1;
 }
 
-// A thread's copy of a block of input rows, bf16 in swapped pairs; fp32 rows that follow each other are read in place.
+// A thread's copy of a block of input rows, bf16 in swapped pairs; contiguous fp32 rows are read in place.
 template <typename T>
 struct RowBlock {
   Buffer<T>& copy;
@@ -49,7 +49,7 @@ struct RowBlock {
   const T* data = nullptr;
   int64_t stride = 0;
 
-  // Rows 0, 1, .. of `rows`, `ld` apart, or those that `which` lists. `id` names the block within this product, so that
+  // Rows 0, 1, .. of `rows`, `ld` apart, or those listed in `which`. `id` names the block within this GEMM, so that
   // consecutive tasks on one block copy it once.
   void load(int64_t id, const T* rows, int64_t ld, int64_t count, int64_t k, const int64_t* which = nullptr) {
     if (id == loaded) return;
@@ -66,27 +66,27 @@ struct RowBlock {
   }
 };
 
-// What a thread's products need besides their operands; kept from one to the next.
+// Scratch memory of a thread's GEMMs, kept from one to the next.
 template <typename T>
-struct ProductMemory {
+struct GemmMemory {
   Buffer<T> rows;
   Buffer<float> tile, second_tile;
 
-  static ProductMemory& of_thread() {
-    static thread_local ProductMemory memory;
+  static GemmMemory& of_thread() {
+    static thread_local GemmMemory memory;
     return memory;
   }
 };
 
-// Parts of the panels are dequantised into the cache, one after another along the chains.
+// Dequantises parts of the panels into the cache, one after another along k.
 template <typename T>
-void multiply_fp8(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_t first_panel, int64_t count, float* tile) {
+void gemm_tile_fp8(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_t first_panel, int64_t count, float* tile) {
   const int64_t part = rows <= kMaxRows ? kScaleTerms : 4 * kScaleTerms, stride = panel_size<T>(part);
   static thread_local Buffer<T> buffer;
   T* panels = buffer.reserve(count * stride);
   for (int64_t begin = 0; begin < w.k; begin += part) {
     const int64_t end = std::min(w.k, begin + part);
-    // The next part of these panels, or the first one of those that follow.
+    // The next part of these panels, or the first part of the next panels.
     const int64_t ahead = end < w.k ? part * kPanel : count * w.panel_bytes() - begin * kPanel;
     for (int64_t p = 0; p < count; ++p)
       dequantize_panel(reinterpret_cast<const uint8_t*>(w.panel(first_panel + p)), w.k, begin, end, ahead,
@@ -95,13 +95,13 @@ void multiply_fp8(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_
   }
 }
 
-// One tile of a product: rows of an input block times `count` panels.
+// One output tile: rows of an input block times `count` panels.
 template <typename T>
-const float* multiply(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_t first_panel, int64_t count,
+const float* gemm_tile(const RowBlock<T>& a, int64_t rows, const Matrix<T>& w, int64_t first_panel, int64_t count,
                       Buffer<float>& memory) {
   float* tile = memory.reserve(rows * count * kPanel);
   if (w.is_fp8) {
-    multiply_fp8(a, rows, w, first_panel, count, tile);
+    gemm_tile_fp8(a, rows, w, first_panel, count, tile);
   } else {
     const T* panels = reinterpret_cast<const T*>(w.panel(first_panel));
     gemm_panels<T>(a.data, a.stride, rows, {panels, count, panel_size<T>(w.k)}, w.k, tile, count * kPanel, false,
@@ -138,7 +138,7 @@ void linear(const T* x, int64_t x_batch, int64_t x_row, const Matrix<T>& w, Out*
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
-    ProductMemory<T>& memory = ProductMemory<T>::of_thread();
+    GemmMemory<T>& memory = GemmMemory<T>::of_thread();
     RowBlock<T> a{memory.rows};
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t task = 0; task < num_tasks; ++task) {
@@ -146,7 +146,7 @@ void linear(const T* x, int64_t x_batch, int64_t x_row, const Matrix<T>& w, Out*
       const int64_t rows = std::min(block, m - row);
       const int64_t panel = task % groups * group, count = std::min(group, panels - panel);
       a.load(task / groups, x + b * x_batch + row * x_row, x_row, rows, w.k);
-      const float* tile = multiply(a, rows, w.at(b), panel, count, memory.tile);
+      const float* tile = gemm_tile(a, rows, w.at(b), panel, count, memory.tile);
       for (int64_t r = 0; r < rows; ++r)
         store_row(tile + r * count * kPanel, std::min(count * kPanel, n - panel * kPanel),
                   out + b * out_batch + (row + r) * out_row + panel * kPanel);
@@ -206,7 +206,7 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* rows_of_x, const int6
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
-    ProductMemory<T>& memory = ProductMemory<T>::of_thread();
+    GemmMemory<T>& memory = GemmMemory<T>::of_thread();
     RowBlock<T> a{memory.rows};
 #pragma omp for schedule(dynamic, run_length(most_rows, first.size(), threads))
     for (size_t i = 0; i < first.size(); ++i) {
@@ -218,8 +218,8 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* rows_of_x, const int6
       const int64_t up_count = num_panels(shift + columns);
       rows_of_x == nullptr ? a.load(t.row, x + t.row * x_row, x_row, t.rows, h)
                            : a.load(t.row, x, x_row, t.rows, h, rows_of_x + t.row);
-      const float* gate = multiply(a, t.rows, w, t.panel, t.count, memory.tile);
-      const float* up = multiply(a, t.rows, w, up_panel, up_count, memory.second_tile);
+      const float* gate = gemm_tile(a, t.rows, w, t.panel, t.count, memory.tile);
+      const float* up = gemm_tile(a, t.rows, w, up_panel, up_count, memory.second_tile);
       for (int64_t r = 0; r < t.rows; ++r) {
         const float* g = gate + r * t.count * kPanel;
         const float* u = up + r * up_count * kPanel + shift;
@@ -233,7 +233,7 @@ void experts_mlp(const T* x, int64_t x_row, const int64_t* rows_of_x, const int6
     for (size_t i = 0; i < second.size(); ++i) {
       const ExpertTask t = second[i];
       b.load(t.row, hidden + t.row * intermediate, intermediate, t.rows, intermediate);
-      const float* tile = multiply(b, t.rows, down.at(t.expert), t.panel, t.count, memory.tile);
+      const float* tile = gemm_tile(b, t.rows, down.at(t.expert), t.panel, t.count, memory.tile);
       for (int64_t r = 0; r < t.rows; ++r)
         store_row(tile + r * t.count * kPanel, std::min(t.count * kPanel, h - t.panel * kPanel),
                   out + (rows_of_out == nullptr ? t.row + r : rows_of_out[t.row + r]) * h + t.panel * kPanel);
@@ -249,7 +249,7 @@ void combine_topk(const T* y, int64_t y_row, const int64_t* row_of, const float*
 #pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
-    float* acc = ProductMemory<T>::of_thread().tile.reserve(h);
+    float* acc = GemmMemory<T>::of_thread().tile.reserve(h);
 #pragma omp for
     for (int64_t t = 0; t < tokens; ++t) {
       std::fill_n(acc, h, 0.0f);

@@ -1,10 +1,10 @@
-// The matrix product of every CPU kernel: rows of A times packed panels of B, both fp32 or both bf16, summed in fp32.
+// The GEMM of every CPU kernel: rows of A times packed panels of B, both fp32 or both bf16, accumulated in fp32.
 //
 // Contract. C[i][j] is one fp32 chain over k ascending that starts at 0 (or at C[i][j] when accumulating):
 //   acc = fma(A[i][k], B[j][k], acc)        bf16 operands are widened to fp32, which is exact; subnormals are zero
 // So an element's bits never depend on how many rows or columns there are, on tiling, on threads or on the instruction
-// set, and bf16 gives the bits that fp32 gives for the same numbers. A product cut in two along k, at an even term, the
-// second part accumulating, equals the uncut one.
+// set, and bf16 gives the bits that fp32 gives for the same numbers. A GEMM split in two along k, at an even term, the
+// second part accumulating, equals the whole one.
 //
 // Packed layout. B has n output columns and k terms each. 16 columns form a panel; a step is 64 bytes:
 //   float [ceil(n/16)][k][16]              panel p, step k,   lane j          = B[16p + j][k]
@@ -208,7 +208,7 @@ void pack_rows(const Source* rows, int64_t stride, int64_t n, int64_t k, T* out)
   }
 }
 
-// The panels of one product, `stride` elements apart: more than panel_size(k) when k is part of a longer chain.
+// The panels of one GEMM, `stride` elements apart: more than panel_size(k) when k is part of a longer chain.
 template <typename T>
 struct Panels {
   const T* data;
@@ -216,14 +216,14 @@ struct Panels {
   int64_t stride;
 };
 
-// Scattered cache lines that are needed soon, once; one is asked for in each step of a product.
+// Scattered cache lines to prefetch, one per step of a GEMM.
 struct Lines {
   const char* const* begin = nullptr;
   const char* const* end = nullptr;
 };
 
-// What to bring into the cache while a tile is computed: what its own panels hold kStreamSteps further on, or `per_step`
-// cache lines in each step, from `next` on, or scattered ones.
+// Prefetch policy while a tile is computed: its own panels kStreamSteps ahead, `per_step` cache lines per step starting
+// at `next`, or scattered lines.
 struct Prefetch {
   bool stream = false;
   const char* next = nullptr;
@@ -299,12 +299,12 @@ void gemm_row_tile(int64_t rows, const T* a, int64_t lda, Panels<T> b, int64_t k
   if constexpr (MR > 1) gemm_row_tile<T, MR - 1>(rows, a, lda, b, k, c, ldc, accumulate, ahead);
 }
 
-// What is read only once comes from memory, and only a core that asks for it early computes meanwhile.
+// Panels that are read once come from memory, so they are prefetched early.
 enum class Source { kCache, kMemory };
 
-// With one pass over the panels, each line is asked for shortly before its use; not for up to kRowsKeptUp rows, where the
-// hardware's prefetcher keeps up. With a few passes, all of them together bring in the group of panels that follows; with
-// many, memory is far ahead anyway.
+// With one pass over the panels, each line is prefetched shortly before its use, except for up to kRowsKeptUp rows, where
+// the hardware prefetcher keeps up. With a few passes, they prefetch the next group of panels together; with many, memory
+// keeps up anyway.
 constexpr int64_t kRowsKeptUp = 3;
 constexpr int64_t kMostPassesAhead = 6;
 
@@ -313,8 +313,8 @@ constexpr int64_t kMostPassesAhead = 6;
 // a: rows `lda` elements apart, of padded_terms<T>(k) terms (bf16 in swapped pairs). b: packed panels; b.data may point
 // into a panel, at a step, to multiply part of a chain. c: fp32 rows, `ldc` floats apart; all 16 * b.count columns are
 // written.
-// With kMemory, b's panels follow each other, and what comes after them is likely to be needed next. `lines` are asked
-// for meanwhile, as many as there are steps.
+// With kMemory, b's panels are contiguous, and the memory after them is likely to be needed next. `lines` are prefetched,
+// one per step.
 template <typename T>
 void gemm_panels(const T* a, int64_t lda, int64_t m, Panels<T> b, int64_t k, float* c, int64_t ldc,
                  bool accumulate = false, Source source = Source::kCache, Lines lines = {}) {

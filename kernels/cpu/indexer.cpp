@@ -11,9 +11,9 @@ namespace shoal {
 namespace {
 
 constexpr int64_t kTileTokens = 16;   // tokens that share packed keys
-constexpr int64_t kKeysAhead = 32;    // how far ahead keys are asked for
-constexpr int64_t kChunkKeys = 1024;  // keys of a task
-constexpr int64_t kWaveTokens = 256;  // tokens whose scores are in memory at a time
+constexpr int64_t kKeysAhead = 32;    // prefetch distance
+constexpr int64_t kChunkKeys = 1024;  // keys per task
+constexpr int64_t kWaveTokens = 256;  // tokens whose scores are held at a time
 
 // Index queries of T tokens.
 template <typename T>
@@ -26,15 +26,15 @@ struct IndexQueries {
   const T* head(int64_t token, int64_t h) const { return q + token * token_stride + h * head_stride; }
 };
 
-// Scores of a tile of tokens for a chunk of keys, 16 keys being the lanes of a sum over heads. The product before it has
-// packed keys as columns; that pays when several tokens share them. For one, its heads are packed, and the dots turned.
+// Scores of a tile of tokens for a chunk of keys, with 16 keys as the lanes of the sum over heads. The GEMM before
+// it has packed keys as columns if several tokens share them; for one token its heads are packed, and the dots transposed.
 template <typename T>
 class Scorer {
  public:
   Scorer(const IndexQueries<T>& queries, const IndexKeys& keys) : q_(queries), keys_(keys) {}
 
-  // find(s) is where key s is, s in [begin, end); row t of `scores`, `stride` apart, gets them from column `begin` on.
-  // False when a key cannot be found.
+  // find(s) returns the address of key s, s in [begin, end); row t of `scores`, `stride` apart, is written from column
+  // `begin` on. False for a key without a slot.
   template <typename Find>
   bool score(int64_t token, int64_t num_tokens, int64_t begin, int64_t end, Find find, float* scores, int64_t stride) {
     return num_tokens == 1 ? score_one(token, begin, end, find, scores)
@@ -95,14 +95,14 @@ class Scorer {
   // A multiple of both kVector and padded_terms, so that rows may be packed and multiplied.
   int64_t padded_dim() const { return round_up(q_.dim, kVector<T>); }
 
-  // 16 rows; what is beyond a row's terms is zero.
+  // 16 rows, padded with zeros.
   T* clear_rows() {
     T* rows = rows_.reserve(kPanel * padded_dim());
     if (padded_dim() > q_.dim) std::memset(static_cast<void*>(rows), 0, size_t(kPanel * padded_dim()) * sizeof(T));
     return rows;
   }
 
-  // Keys [begin, end), at most 16, into rows_.
+  // Loads keys [begin, end), at most 16, into rows_.
   template <typename Find, typename Read>
   bool read_keys(int64_t begin, int64_t end, Find find, Read read) {
     T* rows = clear_rows();
@@ -114,7 +114,7 @@ class Scorer {
     return true;
   }
 
-  // The cache lines of keys [begin, end), at most 16.
+  // Cache lines of keys [begin, end), at most 16.
   template <typename Find>
   Lines lines_of(int64_t begin, int64_t end, Find find) {
     const char** const lines = lines_.reserve(kPanel * (keys_.data_bytes / 64 + keys_.scale_bytes / 64 + 2));
@@ -128,7 +128,7 @@ class Scorer {
     return {lines, line};
   }
 
-  // All heads of a token as columns, into packed_.
+  // Packs all heads of a token as columns into packed_.
   void pack_queries(int64_t token) {
     T* packed = packed_.reserve(packed_size<T>(q_.num_heads, q_.dim));
     T* rows = clear_rows();
@@ -156,7 +156,7 @@ class Scorer {
     Vec total = {};
     for (int64_t h = 0; h < q_.num_heads; ++h) {
       const Vec dot = load_vec(dots + h * stride);
-      total += q_.weights[token * q_.num_heads + h] * (dot < 0.0f ? Vec{} : dot);  // NaN passes
+      total += q_.weights[token * q_.num_heads + h] * (dot < 0.0f ? Vec{} : dot);  // propagates NaN
     }
     return total;
   }
@@ -175,11 +175,11 @@ inline uint32_t rank_of(float score) {
   return score == score ? rank : 0u;
 }
 
-// Exact selection in one thread's memory: the k-th largest rank is found digit by digit from the top, the later digits
-// among those only whose first is large enough.
+// Exact selection by one thread: radix select of the k-th largest rank from the top digit down, where later digits
+// consider only ranks whose first digit is large enough.
 class TopK {
  public:
-  // The `k` best of scores[0, n) by (score desc, position asc), ascending, then -1 up to `k`.
+  // Positions of the `k` best of scores[0, n) by (score desc, position asc), ascending, then -1.
   void select(const float* scores, int64_t n, int64_t k, int32_t* out) {
     if (n <= k) return select_all(n, k, out);
     ranks_.resize(n);
@@ -197,7 +197,7 @@ class TopK {
     const auto among_candidates = [&](auto count) { for (const int32_t i : candidates_) count(ranks_[i]); };
     find_digit(10, 11, among_candidates);
     find_digit(0, 10, among_candidates);
-    // all above the threshold, and the first `wanted_` that equal it
+    // all above the threshold, and the first `wanted_` equal to it
     int64_t found = 0;
     for (const int32_t i : candidates_)
       if (ranks_[i] > threshold_ || (ranks_[i] == threshold_ && wanted_-- > 0)) out[found++] = i;
@@ -208,7 +208,7 @@ class TopK {
   }
 
  private:
-  // The digit of `bits` bits from `shift` on that the wanted rank has, among ranks that begin as the threshold does.
+  // Finds the digit of `bits` bits at `shift` of the wanted rank, among ranks with the known prefix.
   template <typename ForEach>
   void find_digit(int shift, int bits, ForEach for_each) {
     const uint32_t mask = (1u << bits) - 1;
@@ -222,11 +222,11 @@ class TopK {
 
   std::vector<uint32_t> ranks_;
   std::vector<int32_t> candidates_, counts_;
-  uint32_t threshold_ = 0, known_ = 0;  // what is known of the wanted rank, and which of its bits
-  int64_t wanted_ = 0;                  // still to find among the ranks that begin as the threshold does
+  uint32_t threshold_ = 0, known_ = 0;  // known prefix of the wanted rank, and its mask
+  int64_t wanted_ = 0;                  // still to find among the ranks with that prefix
 };
 
-// Neighbouring tokens of one sequence and a chunk of the keys that the last of them sees.
+// Consecutive tokens of one sequence and a chunk of the context of the last of them.
 struct ScoreTask {
   int64_t token, num_tokens, sequence, begin, end;
 };

@@ -1,8 +1,8 @@
-// Multi-head attention of prompt tokens, keys and values of each head made from the latents; mha_attention in
+// Attention of prompt tokens in the MHA form, with keys and values per head computed from the latents; mha_attention in
 // kernels/attention.py states the contract.
 //
-// A task is one head of one sequence. It goes over the context in segments whose keys and values stay in cache, and over
-// the tokens in tiles; what a token has so far (maximum, sum, output) is kept between segments, in fp32, exactly.
+// A task is one head of one sequence. It processes the context in segments whose keys and values stay in cache, and the
+// tokens in tiles; the state of a token (maximum, sum, output) is kept between segments, exactly, in fp32.
 //   S [token][key] = queries x packed keys      O [token][column] += P [token][key] x interleaved values
 #include <atomic>
 #include <vector>
@@ -15,12 +15,12 @@ namespace shoal {
 namespace {
 
 constexpr int64_t kBlockKeys = 64;       // part of the contract: where the online softmax rescales
-constexpr int64_t kSegmentBlocks = 16;   // this and the next only shape the work
+constexpr int64_t kSegmentBlocks = 16;   // this and the next affect speed only
 constexpr int64_t kTileTokens = 64;
 
 template <typename T>
 struct HeadAttention {
-  const T* q;  // [T, h, key_dim]: what the latent makes | rope
+  const T* q;  // [T, h, key_dim]: nope | rope
   int64_t token_stride, head_stride;
   const PagedArgs& paged;
   const T *w_uk, *w_uv;  // packed, per head: [nope_dim, latent_dim], [v_dim, latent_dim]
@@ -43,10 +43,10 @@ struct Workspace {
   Buffer<T> values;    // [block][panel of columns][key step][16]
   Buffer<T> latents;   // 64 rows of A
   Buffer<T> rows;      // 64 padded keys or values
-  Buffer<T> latent;   // of one position, where the cache does not hold rows of T
+  Buffer<T> latent;    // of one position, where the cache does not hold rows of T
   Buffer<T> queries;   // 64 rows of A
   Buffer<T> weights;   // 64 rows of A
-  Buffer<float> product, scores, max, sum, output;
+  Buffer<float> projected, scores, max, sum, output;
 };
 
 template <typename T>
@@ -62,7 +62,7 @@ class HeadTask {
         key_block_(kBlockKeys / kPanel * panel_size<T>(args.key_dim())),
         value_block_(args.width() / kPanel * panel_size<T>(kBlockKeys)) {}
 
-  // False when a key cannot be found.
+  // False for a key without a slot.
   bool run() {
     w_.keys.reserve(kSegmentBlocks * key_block_);
     w_.values.reserve(kSegmentBlocks * value_block_);
@@ -98,13 +98,13 @@ class HeadTask {
       copy_terms(latent, a_.latent_dim, latents + j * latent_stride);
       std::copy_n(latent + a_.latent_dim, a_.rope_dim, rows + j * key_stride + a_.nope_dim);
     }
-    multiply(latents, latent_stride, count, a_.w_uk, a_.nope_dim, rows, key_stride);
+    project(latents, latent_stride, count, a_.w_uk, a_.nope_dim, rows, key_stride);
     for (int64_t j = 0; j < kBlockKeys; j += kPanel)
       pack_panel(rows + j * key_stride, key_stride, a_.key_dim(),
                  w_.keys.reserve(0) + block * key_block_ + j / kPanel * panel_size<T>(a_.key_dim()));
 
     std::memset(static_cast<void*>(rows), 0, size_t(kBlockKeys * value_stride) * sizeof(T));
-    multiply(latents, latent_stride, count, a_.w_uv, a_.v_dim, rows, value_stride);
+    project(latents, latent_stride, count, a_.w_uv, a_.v_dim, rows, value_stride);
     for (int64_t j = 0; j < kBlockKeys; j += Step<T>::width) {
       const T* terms[Step<T>::width];
       for (int64_t i = 0; i < Step<T>::width; ++i) terms[i] = rows + (j + i) * value_stride;
@@ -115,12 +115,12 @@ class HeadTask {
   }
 
   // rows[j][0, n) = latents[j] . w[head], rounded to T
-  void multiply(const T* latents, int64_t stride, int64_t count, const T* w, int64_t n, T* rows, int64_t row_stride) {
+  void project(const T* latents, int64_t stride, int64_t count, const T* w, int64_t n, T* rows, int64_t row_stride) {
     const int64_t columns = round_up(n, kPanel);
-    float* product = w_.product.reserve(kBlockKeys * columns);
+    float* projected = w_.projected.reserve(kBlockKeys * columns);
     const Panels<T> panels{w + h_.head * packed_size<T>(n, a_.latent_dim), columns / kPanel, panel_size<T>(a_.latent_dim)};
-    gemm_panels<T>(latents, stride, count, panels, a_.latent_dim, product, columns);
-    for (int64_t j = 0; j < count; ++j) round_row(product + j * columns, n, rows + j * row_stride);
+    gemm_panels<T>(latents, stride, count, panels, a_.latent_dim, projected, columns);
+    for (int64_t j = 0; j < count; ++j) round_row(projected + j * columns, n, rows + j * row_stride);
   }
 
   // The keys [begin, end) for tokens [first, first + count).
@@ -131,7 +131,7 @@ class HeadTask {
       copy_terms(a_.q + (h_.first_token + first + i) * a_.token_stride + h_.head * a_.head_stride, a_.key_dim(),
                  queries + i * query_stride_);
     for (int64_t block = begin; block < end; block += kBlockKeys) {
-      // Contexts grow with the tokens: none of the block, some of it | all of it
+      // Contexts grow with the tokens: they contain nothing or part of the block | all of it
       int64_t seeing = 0, whole = 0;
       while (seeing < count && context_of(first + seeing) <= block) ++seeing;
       while (whole < count && context_of(first + whole) < block + kBlockKeys) ++whole;
@@ -159,7 +159,7 @@ class HeadTask {
                    a_.width(), true);
   }
 
-  // The first `limit` keys of a block, and nothing of the others: not even a term of zero.
+  // Adds the first `limit` keys of a block; the others contribute no term, not even zero.
   void add_some(const T* weights, Panels<T> values, int64_t limit, float* output) {
     const int64_t pairs = limit / Step<T>::width * Step<T>::width;
     gemm_panels<T>(weights, kBlockKeys, 1, values, pairs, output, a_.width(), true);
@@ -175,7 +175,7 @@ class HeadTask {
     }
   }
 
-  // Scores of 64 keys, of which `limit` count, to weights; what token t has so far is rescaled.
+  // Turns scores of 64 keys, of which `limit` count, into softmax weights, and rescales the state of token t.
   void softmax(int64_t t, float* scores, int64_t limit, T* weights) {
     float& old_max = w_.max.reserve(0)[t];
     float* sums = w_.sum.reserve(0) + t * kLanes;

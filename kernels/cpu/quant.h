@@ -1,4 +1,4 @@
-// Rows of e4m3 numbers with an fp32 scale for every 128 of them; kernels/quant.py states the contract. All need
+// Quantisation of rows to e4m3 with an fp32 scale per 128 values; contract in kernels/quant.py. All functions need
 // FlushDenormals.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace shoal {
 
 typedef uint8_t ByteVec __attribute__((vector_size(16)));
 
-// The first n, at most 16; the other lanes are zero.
+// Loads the first n bytes, at most 16; the other lanes are zero.
 inline ByteVec load_bytes(const char* p, int64_t n) {
   ByteVec x = {};
   n >= kLanes ? std::memcpy(&x, p, sizeof(x)) : std::memcpy(&x, p, size_t(n));
@@ -25,7 +25,7 @@ inline void store_bytes(char* p, ByteVec x, int64_t n) {
   n >= kLanes ? std::memcpy(p, &x, sizeof(x)) : std::memcpy(p, &x, size_t(n));
 }
 
-// Of magnitudes up to 448: to nearest, ties to even; NaN stays NaN.
+// Magnitudes up to 448 -> e4m3, to nearest, ties to even; NaN stays NaN.
 inline ByteVec to_e4m3(Vec x) {
   const UintVec bits = (UintVec)x, magnitude = bits & 0x7fffffffu;
   const UintVec normal = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
@@ -58,7 +58,7 @@ inline void quantize_row(const T* x, int64_t n, char* codes, char* scales) {
     Vec highest = {};
     for (int64_t i = begin; i < end; i += kLanes) {
       const Vec magnitude = (Vec)((UintVec)load_vec(x + i, end - i) & 0x7fffffffu);
-      highest = magnitude > highest ? magnitude : highest;  // a NaN does not count
+      highest = magnitude > highest ? magnitude : highest;  // ignores NaN
     }
     const float scale = fp8_scale(max_lanes(highest));
     std::memcpy(scales, &scale, sizeof(scale));
@@ -72,7 +72,7 @@ inline void quantize_row(const T* x, int64_t n, char* codes, char* scales) {
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-// 32 codes at a time, as half-precision numbers 2^-8 times as large; returns how many of n are done.
+// Converts 32 codes at a time through fp16, which holds them times 2^-8; returns the number of converted codes.
 inline int64_t dequantize_vectors(const char* codes, float scale, int64_t n, bf16* out) {
   if (!(scale < 0x1p118f)) return 0;  // the factor would overflow
   const __m512 factor = _mm512_set1_ps(scale * 256.0f);

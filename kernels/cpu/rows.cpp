@@ -63,7 +63,7 @@ void rotate_row(const T* x, const float* cos, int64_t dim, bool interleaved, T* 
   }
 }
 
-// Memory of this thread for n numbers; what it held before is lost.
+// Scratch memory of this thread for n values; previous contents are lost.
 template <typename T>
 T* row_memory(int64_t n) {
   static thread_local Buffer<T> memory;
@@ -81,7 +81,7 @@ struct RouterConfig {
   float routed_scaling_factor;
 };
 
-// The `k` best of values[candidates], best first, ties to the candidate that comes first; moves them to the front.
+// Moves the `k` best of values[candidates] to the front, best first, ties to the earlier candidate.
 void select_best(const std::vector<float>& values, std::vector<int64_t>& candidates, int64_t k) {
   for (int64_t slot = 0; slot < k; ++slot) {
     auto best = candidates.begin() + slot;
@@ -115,7 +115,7 @@ class Router {
   }
 
  private:
-  // The experts of the groups whose two best scores sum highest, ascending.
+  // Experts of the groups with the highest sums of their two best scores, ascending.
   void find_candidates() {
     const int64_t size = c_.num_experts / c_.n_group;
     groups_.resize(c_.n_group);
@@ -188,7 +188,7 @@ extern "C" void shoal_add_rms_norm(int64_t x_dtype, int64_t dtype, const void* x
 }
 SHOAL_EXPORT(shoal_add_rms_norm)
 
-// x and out: [T, h, dim] with strides in elements, apart or the same; table: [table_rows, dim] = [cos | sin]. Writes a
+// x and out: [T, h, dim] with strides in elements, separate or in place; table: [table_rows, dim] = [cos | sin]. Writes a
 // shoal::Status.
 extern "C" void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_stride, int64_t head_stride,
                                  int64_t num_tokens, int64_t num_heads, int64_t dim, const float* table,
@@ -213,7 +213,7 @@ extern "C" void shoal_apply_rope(int64_t dtype, const void* x, int64_t token_str
 }
 SHOAL_EXPORT(shoal_apply_rope)
 
-// kv: rows [latent | rope key], `stride` elements apart; fills latent and rope key of the tokens' entries. Writes a
+// kv: rows [latent | rope key], `stride` elements apart; fills the tokens' KV cache entries. Writes a
 // shoal::Status.
 extern "C" void shoal_write_latents(int64_t dtype, const void* kv, int64_t stride, int64_t num_tokens,
                                     int64_t latent_dim, int64_t rope_dim, const float* weight, float eps,
@@ -241,7 +241,7 @@ extern "C" void shoal_write_latents(int64_t dtype, const void* kv, int64_t strid
 }
 SHOAL_EXPORT(shoal_write_latents)
 
-// k: rows of `dim`, `stride` elements apart, whose first rope_dim columns turn; fills the tokens' index keys. Writes a
+// k: rows of `dim`, `stride` elements apart, whose first rope_dim columns rotate; fills the tokens' index keys. Writes a
 // shoal::Status.
 extern "C" void shoal_write_index_keys(int64_t dtype, const void* k, int64_t stride, int64_t num_tokens, int64_t dim,
                                        int64_t rope_dim, const float* weight, const float* bias, float eps,
@@ -282,7 +282,7 @@ extern "C" void shoal_quantize_rows(int64_t dtype, const void* x, int64_t stride
 }
 SHOAL_EXPORT(shoal_quantize_rows)
 
-// The inverse of shoal_quantize_rows, up to the rounding; out: [rows, n] contiguous.
+// Inverse of shoal_quantize_rows, up to rounding; out: [rows, n] contiguous.
 extern "C" void shoal_dequantize_rows(int64_t dtype, const char* codes, const float* scales, int64_t rows, int64_t n,
                                       void* out, int64_t num_threads) {
   using namespace shoal;

@@ -13,7 +13,7 @@
 
 namespace shoal {
 
-// Denormals are zero while it lives: threads inherit different modes, and bits must not depend on the thread.
+// Flushes denormals to zero during its lifetime: threads inherit different modes, and bits must not depend on the thread.
 class FlushDenormals {
 #if defined(__SSE__)
  public:
@@ -34,7 +34,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-// The codes of the C interface.
+// Dtype codes of the C interface.
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFp8 = 2 };  // kFp8: weights only, see fp8.h
 
 // Calls f with a value of the element type that `code` names.

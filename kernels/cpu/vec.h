@@ -17,7 +17,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Memory of one thread that grows and is not cleared; what it held before is lost when it grows.
+// Growable memory of one thread, uninitialised; growing discards its contents.
 template <typename T>
 class Buffer {
  public:
@@ -75,7 +75,7 @@ inline HalfVec narrow_words(UintVec x) {
 #endif
 }
 
-// 16 elements.
+// Loads 16 elements.
 inline Vec load_vec(const float* p) {
   Vec x;
   std::memcpy(&x, p, sizeof(x));
@@ -84,7 +84,7 @@ inline Vec load_vec(const float* p) {
 
 inline Vec load_vec(const bf16* p) { return (Vec)(widen_halves(&p->bits) << 16); }
 
-// The first n (at most 16) elements; the other lanes are zero.
+// Loads the first n (at most 16) elements; the other lanes are zero.
 template <typename T>
 inline Vec load_vec(const T* p, int64_t n) {
   if (n >= kLanes) return load_vec(p);
@@ -104,7 +104,7 @@ inline void store_vec(bf16* p, Vec x, int64_t n = kLanes) {
   std::memcpy(p, &half, size_t(n) * sizeof(bf16));
 }
 
-// n fp32 numbers, rounded once to T.
+// Rounds n fp32 values once to T.
 template <typename T>
 inline void round_row(const float* source, int64_t n, T* out) {
   for (int64_t i = 0; i < n; i += kLanes) store_vec(out + i, load_vec(source + i, n - i), n - i < kLanes ? n - i : kLanes);
@@ -144,10 +144,10 @@ inline Vec exp_vec(Vec x) {
   return p * (Vec)((half + 127) << 23) * (Vec)((exponent - half + 127) << 23);
 }
 
-// 16 x 16: rows become columns.
+// Transposes 16 x 16.
 inline void transpose(Vec (&x)[kLanes]) {
 #if defined(__AVX512F__)
-  // In each pair of rows (i, i + step), the step x step squares off the diagonal change places.
+  // In each pair of rows (i, i + step), the off-diagonal step x step blocks are swapped.
   const auto exchange = [&](auto constant) __attribute__((always_inline)) {
     constexpr int step = decltype(constant)::value;
     alignas(64) int32_t low[kLanes], high[kLanes];

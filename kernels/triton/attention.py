@@ -1,10 +1,9 @@
 """`mla_attention`: flash attention in the absorbed form, over a KV cache in bf16, fp32 or FP8.
 
-One program takes a token, up to 64 of its heads and SPLIT_KEYS entries of its list. Tiles and splits begin at fixed
-entries of the list, and splits are merged in order, so a row's bits depend on its own list only: not on other rows,
-chunks, block size or the number of heads. Weights are rounded to the cache's dtype before they multiply the values. A
-position without a slot makes its row NaN instead of an error, because asking the device whether there was one would
-stall it.
+One program computes up to 64 heads of a token over SPLIT_KEYS keys of its list. Tiles and splits begin at fixed indices
+of the list, and splits are merged in order, so a row's bits depend on its own list only: not on other rows, chunks,
+block size or the number of heads. Softmax weights are rounded to the cache's dtype before the GEMM with the values. A
+position without a slot makes its row NaN instead of raising an error, which would have to synchronise.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from . import attention_hopper as hopper
 from .launch import decode_e4m3, dot, has_fp8, round_to, shared_memory
 
 SPLIT_KEYS = 2048
-"""List entries of one split; part of the numeric contract, like the tiles below."""
+"""Keys per split; part of the numeric contract, like the tiles below."""
 BLOCK_HEADS = 64
-"""Always one shape of matrix instruction on a device, whatever share of the heads is here."""
+"""Heads per tile, fixed so that the matrix instructions do not depend on the number of heads of a rank."""
 MAX_PARTIAL_BYTES = 256 << 20
-"""Most bytes of the splits' partial results; more tokens are computed in parts."""
+"""Maximum bytes of the splits' partial results; more tokens are processed in parts."""
 FP8_LATENT_DIM, FP8_ROPE_DIM = 512, 64
 _LOG2_E = 1.4426950408889634
 
@@ -35,7 +34,7 @@ BAD_SLOT = tl.constexpr(-2)
 
 @triton.jit
 def find_sequence(cu_seqlens_q, num_sequences, token, BLOCK_SEQUENCES: tl.constexpr):
-    """The sequence of a token: how many end at or before it."""
+    """Sequence of a token: the number of sequences that end at or before it."""
     sequences = tl.arange(0, BLOCK_SEQUENCES)
     ends = tl.load(cu_seqlens_q + 1 + sequences, mask=sequences < num_sequences, other=0x7FFFFFFF)
     return tl.sum((ends <= token).to(tl.int32), axis=0)
@@ -43,14 +42,14 @@ def find_sequence(cu_seqlens_q, num_sequences, token, BLOCK_SEQUENCES: tl.conste
 
 @triton.jit
 def find_blocks(positions, inside, table, max_blocks, block_size):
-    """Blocks of positions in a sequence's block table: negative unless `inside`, or where there is none."""
+    """Blocks of positions in a sequence's block table; negative unless `inside` and in the table."""
     index = positions // block_size
     return tl.load(table + index, mask=inside & (index < max_blocks), other=-1)
 
 
 @triton.jit
 def find_slots(positions, inside, table, max_blocks, block_size, num_slots):
-    """Slots of positions in a sequence's block table: NO_SLOT unless `inside`, BAD_SLOT where there is none."""
+    """Slots of positions in a sequence's block table; NO_SLOT unless `inside`, BAD_SLOT where there is no block."""
     block = find_blocks(positions, inside, table, max_blocks, block_size)
     slot = block * block_size + positions % block_size
     slot = tl.where((block < 0) | (slot >= num_slots), BAD_SLOT, slot)
@@ -75,7 +74,7 @@ def list_kernel(
     BLOCK_SEQUENCES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A token's sequence, how long its list is and, with a selection, the slots of its list."""
+    """A token's sequence, the length of its list and, with a selection, the slots of its list."""
     token = tl.program_id(0).to(tl.int64)
     sequence = find_sequence(cu_seqlens_q, num_sequences, token, BLOCK_SEQUENCES)
     tl.store(sequences + token, sequence)
@@ -93,7 +92,7 @@ def list_kernel(
 
 @triton.jit
 def expand_kernel(block_tables, slots, width, max_blocks, block_size, num_slots, BLOCK: tl.constexpr):
-    """The slots of a sequence's positions [0, width)."""
+    """Slots of a sequence's positions [0, width)."""
     sequence = tl.program_id(0).to(tl.int64)
     positions = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     table = block_tables + sequence * max_blocks
@@ -103,7 +102,7 @@ def expand_kernel(block_tables, slots, width, max_blocks, block_size, num_slots,
 
 @triton.jit
 def _load_fp8_latents(values, scales, slot, entry_bytes, NATIVE_FP8: tl.constexpr, DTYPE: tl.constexpr):
-    """[keys, 512] in DTYPE: 512 FP8 codes times the scale of their group of 128, the scales behind the codes."""
+    """[keys, 512] in DTYPE: FP8 codes times the scale of their group of 128; scales follow the codes."""
     rows = slot.to(tl.int64)[:, None, None]
     groups = tl.arange(0, 4)
     columns = tl.arange(0, 128)
@@ -225,7 +224,7 @@ def merge_kernel(
     BLOCK_LATENT: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
 ):
-    """The splits of one row, added up in order. One split alone keeps its bits."""
+    """Merge the splits of one row in order; a single split keeps its bits."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row // num_heads)
     latents = tl.arange(0, BLOCK_LATENT)
@@ -248,7 +247,7 @@ def merge_kernel(
 
 
 def mla_options(dtype: torch.dtype, capability: tuple[int, int], shared_bytes: int, *, fp8: bool) -> dict[str, int]:
-    """Tiles of `mla_kernel` for a device with that much shared memory; BLOCK_KEYS is part of its numeric contract."""
+    """Launch options of `mla_kernel` by shared memory; BLOCK_KEYS is part of its numeric contract."""
     if dtype == torch.float32:
         return {"BLOCK_HEADS": 16, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4}
     if capability[0] != 9:  # smaller shared memory on sm_80, yet smaller on others; on sm_100 the compiler needs more
@@ -361,9 +360,9 @@ def _attend(
 
 
 def find_lists(layout: PagedLayout, num_slots: int, selected: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """-> each token's sequence [T], slots of the lists' entries, and how many entries of them a token attends to [T].
+    """-> (sequence of each token [T], slots of the key lists, number of keys of each token [T]).
 
-    Slots are [T, topk] with a selection and otherwise [B, positions], all tokens of a sequence sharing a list.
+    Slots are [T, topk] with a selection, otherwise [B, positions]: the tokens of a sequence share a list.
     """
     tables = layout.block_tables
     num_sequences, max_blocks = tables.shape
@@ -371,7 +370,7 @@ def find_lists(layout: PagedLayout, num_slots: int, selected: Tensor | None) -> 
     sequences, lengths = tables.new_empty(num_tokens), tables.new_empty(num_tokens)
     sizes = (max_blocks, layout.block_size, num_slots)
     if selected is None:
-        # at least one entry beyond the table, so that a context that is too long ends with a BAD_SLOT
+        # at least one position beyond the table, so that a context that is too long ends with a BAD_SLOT
         width = (max_blocks * layout.block_size // 16 + 1) * 16
         slots = tables.new_empty(num_sequences, width)
         expand_kernel[(num_sequences, triton.cdiv(width, 1024))](tables, slots, width, *sizes, BLOCK=1024)

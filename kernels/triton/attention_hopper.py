@@ -1,10 +1,10 @@
 """`mla_kernel` of attention.py for cache entries of 512 + 64 columns on sm_90, with its layouts and copies by hand.
 
-Tiles of 64 keys go in pairs, and three groups of four warps work at once: one copies entries, and two multiply. Of
-these the first scores the even tiles and keeps the left half of the output, the second the odd tiles and the right
-half; they pass each other the weights, which take the place of the tile's rotary keys, and the running maximum. So one
-of them multiplies while the other exponentiates. FP8 latents are widened to bf16 on their way, by the group that
-copies, which loads the next keys before it widens the last ones. The numeric contract is that of attention.py.
+Tiles of 64 keys are processed in pairs by three warp groups of four warps: one copies cache entries, two compute. The
+first of these scores the even tiles and accumulates the left half of the output, the second the odd tiles and the right
+half; they exchange softmax weights, stored over the tile's rotary keys, and the running maximum, so that the GEMM of
+one overlaps with the exponentials of the other. FP8 latents are widened to bf16 by the copying group, which loads the
+next keys before it widens the last ones. The numeric contract is that of attention.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _copy(kv_cache, kv_stride, slot, column: gl.constexpr, tile, layout: gl.cons
 
 @gluon.jit
 def _load_codes(codes, scales, kv_stride, slot, column: gl.constexpr, layout: gl.constexpr):
-    """256 codes of each key from `column` on, in two groups of 128, and the two scales of each key."""
+    """256 codes of each key, starting at `column`, in two groups of 128, and the two scales of each key."""
     found = slot >= 0
     rows = slot.to(gl.int64) * kv_stride
     columns = column + gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
@@ -111,7 +111,7 @@ def _bring_tiles(kv_cache, codes, scales, kv_stride, slots, begin, end, latents,
 
 @gluon.jit
 def _copy_tiles(kv_cache, kv_stride, slots, begin, end, latents, ropes, full, free):
-    """The group that copies: tile after tile, as soon as both others are done with its place."""
+    """The copying warp group: copies each tile as soon as both computing groups have released its buffer."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     rope_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     phase = 1
@@ -136,7 +136,7 @@ def _copy_tiles(kv_cache, kv_stride, slots, begin, end, latents, ropes, full, fr
 
 @gluon.jit
 def _score_tile(queries, query_rope, latents, ropes, place, scale, slots, start, end, layout: gl.constexpr):
-    """Scores of 64 heads for the keys in `place`; -infinity where there is none, NaN where a slot is missing."""
+    """Scores of 64 heads for the keys in buffer `place`; -infinity for no key, NaN for a missing slot."""
     scores = gl.zeros([64, 64], gl.float32, layout=layout)
     rope = ropes.index(place).permute((1, 0))
     scores = warpgroup_mma(query_rope, rope, scores, use_acc=False, is_async=True)
@@ -160,7 +160,7 @@ def _scaled(output, factor, layout: gl.constexpr):
 
 @gluon.jit
 def _pass_on(weights, maximum, ropes, maxima, weighed, place: gl.constexpr):
-    """Hand the weights of a tile, and the maximum they are relative to, to the other group."""
+    """Pass the weights of a tile, and the maximum they are relative to, to the other computing group."""
     ropes.index(place).store(weights.to(gl.bfloat16))
     maxima.index(place).store(maximum)
     fence_async_shared()
@@ -175,7 +175,7 @@ def _release(free, place: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(
+def _mma_group(
     queries,
     query_rope,
     latents,
@@ -198,7 +198,7 @@ def _multiply(
     SPLIT: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """A group that multiplies: scores of every second tile, and 256 columns of the output."""
+    """A computing warp group: scores of every second tile, and 256 columns of the output."""
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     output_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     rows: gl.constexpr = gl.SliceLayout(1, score_layout)
@@ -207,7 +207,7 @@ def _multiply(
     output = gl.zeros([64, 256], gl.float32, layout=output_layout)
     phase = 0
     for start in range(begin, end, 128):
-        # a zero that the compiler cannot see keeps it from computing all addresses of the tiles in advance
+        # a zero unknown to the compiler keeps it from precomputing the addresses of all tiles
         zero = gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r,r", [phase], dtype=gl.int32, is_pure=False, pack=1)
         mbarrier.wait(full.index(GROUP), phase)
         fence_async_shared()
@@ -353,7 +353,7 @@ def mla_kernel(
     gl.warp_specialize(
         [
             (
-                _multiply,
+                _mma_group,
                 (
                     queries,
                     query_rope,
@@ -379,7 +379,7 @@ def mla_kernel(
                 ),
             ),
             (
-                _multiply,
+                _mma_group,
                 (
                     queries,
                     query_rope,

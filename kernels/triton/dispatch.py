@@ -14,15 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..math_utils import round_up
 from ..registry import register
 
 CHUNK = 128
-"""Pairs of one program, which are compared with each other."""
+"""Pairs per program, which are compared with each other."""
 
 
 @triton.jit
 def _slots_of(topk_idx, slot_of, pairs, num_pairs, num_slots):
-    """Slots of pairs; those without an expert come last, in a slot of their own."""
+    """Slots of pairs; pairs without an expert come last, in an extra slot."""
     expert = tl.load(topk_idx + pairs, mask=pairs < num_pairs, other=-1)
     slot = tl.load(slot_of + expert, mask=expert >= 0, other=num_slots)
     return tl.where(pairs < num_pairs, slot, -1).to(tl.int32)
@@ -30,7 +31,7 @@ def _slots_of(topk_idx, slot_of, pairs, num_pairs, num_slots):
 
 @triton.jit
 def _count_kernel(topk_idx, slot_of, chunk_counts, num_pairs, num_slots, CHUNK: tl.constexpr, SLOTS: tl.constexpr):
-    """chunk_counts[chunk, slot], for num_slots slots and the one of pairs without an expert."""
+    """chunk_counts[chunk, slot] for num_slots slots and the extra slot of pairs without an expert."""
     pairs = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     slots = tl.arange(0, SLOTS)
     slot = _slots_of(topk_idx, slot_of, pairs, num_pairs, num_slots)
@@ -233,12 +234,12 @@ def _pack_send_buffers(
     (num_tokens, width), top_k = x.shape, topk_idx.shape[1]
     row_bytes = width * x.element_size()
     capacity = num_ranks * 16 + 8 * topk_idx.numel() + num_tokens * min(top_k, num_ranks) * row_bytes
-    buffer = torch.empty(-(-capacity // 8) * 8, dtype=torch.uint8, device=x.device)
+    buffer = torch.empty(round_up(capacity, 8), dtype=torch.uint8, device=x.device)
     row_of = torch.empty_like(topk_idx)
     totals = torch.zeros(2, num_ranks, dtype=torch.int32, device=x.device)
     slots = triton.next_power_of_2(top_k)
     tokens = max(1, CHUNK // slots)
-    num_chunks = max(1, triton.cdiv(num_tokens, tokens))  # one writes the heads, also of no tokens
+    num_chunks = max(1, triton.cdiv(num_tokens, tokens))  # a program writes the heads even without tokens
     chunk_counts = torch.empty(num_chunks, 2, num_ranks, dtype=torch.int32, device=x.device)
     row_places = torch.empty_like(topk_idx)
     blocks = {"TOP_K": top_k, "TOKENS": tokens, "SLOTS": slots, "RANKS": triton.next_power_of_2(num_ranks)}
@@ -268,7 +269,7 @@ def _pack_send_buffers(
     for pairs, rows in zip(num_pairs, num_rows, strict=True):
         size = 8 + 8 * pairs + rows * row_bytes
         send_buffers.append(buffer[begin : begin + size])
-        begin += -(-size // 8) * 8
+        begin += round_up(size, 8)
     return send_buffers, num_pairs, row_of
 
 

@@ -1,7 +1,7 @@
 """The experts' feed-forward over rows grouped by expert, and the weighted sum of their outputs.
 
-Each of the two products is one launch for all experts. No row tile straddles two experts; a table says which expert a
-tile belongs to. It is made on the device, for as many tiles as there could be, so the host need not know the counts.
+Each of the two grouped GEMMs is one launch for all experts. No row tile spans two experts; a table holds the expert of
+each tile. It is computed on the device for the largest possible number of tiles, so the host need not know the counts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..linear import PackedWeight
 from ..registry import register
-from .gemm import NATIVE_FP8, multiply_and_store, multiply_tile_pair, store_tile, tile_of
-from .gemm_config import Tiles, tiles_for
+from .gemm import NATIVE_FP8, gemm_and_store, gemm_tile_pair, store_tile, tile_of
+from .gemm_config import GemmConfig, tiles_for
 from .launch import round_to, shared_memory
 from .linear import Operands
 
@@ -37,7 +37,7 @@ def _swiglu_kernel(gate_up, y, stride, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _tile_table_kernel(counts, table, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """table[t] = (expert, first row, end of the expert's rows) of row tile t, the end 0 if there is no such tile."""
+    """table[t] = (expert, first row, end of the expert's rows) of row tile t; the end is 0 for unused tiles."""
     tile = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     rows_of = tl.load(counts + experts, mask=experts < num_experts, other=0).to(tl.int32)
@@ -83,12 +83,12 @@ def _experts_kernel(
     expert = tl.load(table + tile_m * 3)
     m0 = tl.load(table + tile_m * 3 + 1)
     row_end = tl.load(table + tile_m * 3 + 2)
-    K = tl.where(row_end > 0, K, 0)  # a tile that does not exist costs nothing
+    K = tl.where(row_end > 0, K, 0)  # unused tiles cost nothing
     if KIND >= NATIVE_FP8:
         w_scale += expert * stride_ws
     if GATED:
         n0 = tile_n * BLOCK_N
-        gate, up = multiply_tile_pair(
+        gate, up = gemm_tile_pair(
             x_desc,
             w_desc,
             x_scale,
@@ -108,12 +108,12 @@ def _experts_kernel(
             ROW_SCALES,
             False,
         )
-        # as if gate and up had been stored
+        # as if gate and up had been stored in y's dtype
         gate = round_to(gate, y.dtype.element_ty).to(tl.float32)
         acc = silu_times(gate, round_to(up, y.dtype.element_ty).to(tl.float32))
         store_tile(y, stride_y, acc, m0, n0, row_end, N, BLOCK_M, BLOCK_N)
     else:
-        multiply_and_store(
+        gemm_and_store(
             x_desc,
             w_desc,
             x_scale,
@@ -199,17 +199,17 @@ def _experts_mlp(
         tiles = tiles_for(down.data.dtype, rows_each, inner_dim * num_experts, x.device, gated=True)
         inner = x.new_empty(num_rows, inner_dim)
         operands = Operands.of(x.unsqueeze(0), gate_up, tiles, x_row)
-        multiply_grouped(operands, tile_table(counts, num_rows, tiles.block_m), inner, tiles, gated=True)
+        grouped_gemm(operands, tile_table(counts, num_rows, tiles.block_m), inner, tiles, gated=True)
         tiles = tiles_for(down.data.dtype, rows_each, x.shape[1] * num_experts, x.device)
         operands = Operands.of(inner.unsqueeze(0), down, tiles)
-        multiply_grouped(operands, tile_table(counts, num_rows, tiles.block_m), y, tiles)
+        grouped_gemm(operands, tile_table(counts, num_rows, tiles.block_m), y, tiles)
     return y if out_row is None else torch.empty_like(y).index_copy_(0, out_row, y)
 
 
 def tile_table(counts: Tensor, num_rows: int, block_m: int) -> Tensor:
     """(expert, first row, end of the expert's rows) of every row tile [T, 3] int32, for counts [E] on the device."""
     num_experts = counts.shape[0]
-    # Every expert may end in a tile that is not full.
+    # Each expert may end with a partial tile.
     most_tiles = min(num_rows, triton.cdiv(num_rows, block_m) + num_experts - 1)
     table = torch.empty(most_tiles, 3, dtype=torch.int32, device=counts.device)
     _tile_table_kernel[(most_tiles,)](
@@ -218,7 +218,7 @@ def tile_table(counts: Tensor, num_rows: int, block_m: int) -> Tensor:
     return table
 
 
-def multiply_grouped(operands: Operands, table: Tensor, y: Tensor, tiles: Tiles, *, gated: bool = False) -> None:
+def grouped_gemm(operands: Operands, table: Tensor, y: Tensor, tiles: GemmConfig, *, gated: bool = False) -> None:
     """y = x w[e]^T for the rows of each expert e, or with `gated` the swiglu of that; y is not empty."""
     num_tiles, n = table.shape[0], y.shape[1]
     num_stages = tiles.stages(operands.itemsize, shared_memory(y.device), gated=gated)

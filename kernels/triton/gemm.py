@@ -1,11 +1,11 @@
-"""Products with weights [N, K]: a program computes one tile of outputs, or two side by side, over K ascending.
+"""GEMM with weights [N, K]: a program computes one output tile, or two adjacent ones, over K ascending.
 
-bf16: the tensor cores add to one fp32 accumulator per output.
-fp32: operands are sums of three bf16, of whose nine products the six that reach the last bit of an fp32 product are
-added up; accumulators of 512 columns each are added up in fp32, ascending, be it in one program or in several.
-FP8: the sum of each 128 columns is multiplied by the two scales and added to the accumulator in fp32.
-So an output's bits depend neither on the rows and columns of the tile nor on where in it the output sits; on its depth,
-`block_k`, only in fp32. Tests on a device compare all of `TILES`.
+bf16: tensor cores accumulate in one fp32 accumulator per output.
+fp32: each operand is split into three bf16, and the six of nine cross terms that reach the last bit of fp32 are summed;
+the accumulators of every 512 columns are summed in fp32, ascending, in one program or in several.
+FP8: the sum over each 128 columns is multiplied by the two scales and added to the accumulator in fp32.
+So the bits of an output depend neither on the tile's rows and columns nor on the output's position in it; on its depth,
+`block_k`, in fp32 only. Tests on a device compare all of `TILES`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import triton.language as tl
 from .launch import INTERPRET, decode_e4m3, dot, round_to
 
 CHUNK = tl.constexpr(512)
-"""Columns of an fp32 product whose sum is one accumulator."""
+"""Columns of an fp32 GEMM that share an accumulator."""
 
-# What the operands are.
+# Kinds of operands.
 BF16 = tl.constexpr(0)
 FP32 = tl.constexpr(1)
 NATIVE_FP8 = tl.constexpr(2)
@@ -45,7 +45,7 @@ def _load(desc, batch, row, column, KIND: tl.constexpr, ROWS: tl.constexpr, BLOC
 
 @triton.jit
 def _scales_of(w_scale, n0, num_blocks, BLOCK_N: tl.constexpr, ROW_SCALES: tl.constexpr):
-    """Where the scales of weight rows n0 .. n0 + BLOCK_N begin: one for all, or each its own."""
+    """Pointers to the scales of weight rows [n0, n0 + BLOCK_N): one for all rows, or one per row."""
     if ROW_SCALES:
         return w_scale + (n0 + tl.arange(0, BLOCK_N)) * num_blocks
     else:
@@ -54,7 +54,7 @@ def _scales_of(w_scale, n0, num_blocks, BLOCK_N: tl.constexpr, ROW_SCALES: tl.co
 
 @triton.jit
 def _times(xs, w_scale, ROW_SCALES: tl.constexpr):
-    """Scale of a row times that of a weight row, [M, N] or, if they have one, [M, 1]: the same product."""
+    """Scale of each row times that of each weight row, [M, N], or [M, 1] with equal bits if weight rows share one."""
     if ROW_SCALES:
         return xs[:, None] * tl.load(w_scale)[None, :]
     else:
@@ -62,7 +62,7 @@ def _times(xs, w_scale, ROW_SCALES: tl.constexpr):
 
 
 @triton.jit
-def multiply_tile(
+def gemm_tile(
     x_desc,
     w_desc,
     x_scale,
@@ -84,7 +84,7 @@ def multiply_tile(
 ):
     """x[m0 : m0 + BLOCK_M] w[n0 : n0 + BLOCK_N]^T over columns k_begin .. k_end, in fp32.
 
-    w_scale is that of the matrix `w_batch`; FP8 products begin at column 0.
+    w_scale belongs to the matrix `w_batch`; FP8 GEMMs start at column 0.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if KIND == BF16:
@@ -118,7 +118,7 @@ def multiply_tile(
 
 
 @triton.jit
-def multiply_tile_pair(
+def gemm_tile_pair(
     x_desc,
     w_desc,
     x_scale,
@@ -138,7 +138,7 @@ def multiply_tile_pair(
     ROW_SCALES: tl.constexpr,
     ONE_SCALE: tl.constexpr,
 ):
-    """`multiply_tile` of all columns at n0 and at n1, with the bits of two calls but one pass over x.
+    """`gemm_tile` over all columns at n0 and at n1, with the bits of two calls but one pass over x.
 
     ONE_SCALE: n0 and n1 lie in one block of 128 weight rows.
     """
@@ -202,7 +202,7 @@ def store_tile(y, stride_y, acc, m0, n0, row_end, column_end, BLOCK_M: tl.conste
 
 
 @triton.jit
-def multiply_and_store(
+def gemm_and_store(
     x_desc,
     w_desc,
     x_scale,
@@ -226,11 +226,11 @@ def multiply_and_store(
     ROW_SCALES: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Rows m0 .. row_end of y, in one tile of columns or in a pair of them."""
+    """Rows [m0, row_end) of y, in one tile of columns or in a pair of tiles."""
     if PAIRED:
         n0 = tile_n * (2 * BLOCK_N)
         n1 = n0 + BLOCK_N
-        acc, acc1 = multiply_tile_pair(
+        acc, acc1 = gemm_tile_pair(
             x_desc,
             w_desc,
             x_scale,
@@ -253,7 +253,7 @@ def multiply_and_store(
         store_tile(y, stride_y, acc1, m0, n1, row_end, N, BLOCK_M, BLOCK_N)
     else:
         n0 = tile_n * BLOCK_N
-        acc = multiply_tile(
+        acc = gemm_tile(
             x_desc,
             w_desc,
             x_scale,

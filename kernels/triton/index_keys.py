@@ -19,14 +19,14 @@ TOKENS_PER_PROGRAM = 4
 
 @triton.jit
 def _normed(row, columns, mask, mean, scale, weight, bias, DTYPE: tl.constexpr):
-    """Those columns [TOKENS, n] of the normed rows, rounded to DTYPE and widened again."""
+    """Columns [TOKENS, n] of the normed rows, rounded to DTYPE and widened again."""
     wide = tl.load(row + columns, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight + columns, mask=mask, other=0.0)
     b = tl.load(bias + columns, mask=mask, other=0.0)
     return round_to((wide - mean) * scale * w + b, DTYPE).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])  # one token alone gets the code, and so the sums, of many
+@triton.jit(do_not_specialize=["num_tokens"])  # a single token must run the same code, with the same sums, as many
 def _write_index_keys_kernel(
     k,
     weight,
@@ -61,7 +61,7 @@ def _write_index_keys_kernel(
     centred = tl.where(mask, wide - mean, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / dim + eps)
 
-    # the first 2 HALF columns turn in pairs: neighbours, or a column of the first half and one of the second
+    # pairs of the first 2 HALF columns rotate: adjacent columns, or column i and column i + HALF
     turns = columns < 2 * HALF
     if INTERLEAVED:
         partner = tl.where(turns, columns ^ 1, columns)
@@ -82,7 +82,7 @@ def _write_index_keys_kernel(
     key = round_to(tl.where(turns, turned, own), dtype)
 
     slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=0)
-    if FP8:  # codes of a block | its scales, 4 bytes a key
+    if FP8:  # a page is codes | scales, 4 bytes per key
         first = slot // block_size * block_size
         value = key.to(tl.float32)
         group = group_scale(group_maximum(value), True)[:, None]
@@ -101,7 +101,7 @@ def _write_index_keys(
     eps: float,
     rope: RopeTable,
 ) -> None:
-    """A position outside the table is NaN, a slot is not checked."""
+    """NaN for a position outside the table; slots are not checked."""
     num_tokens, dim = k.shape
     if rope.dim & (rope.dim - 1) or (keys.dtype == FP8_CACHE and (dim > BLOCK or dim % 4)):
         raise ValueError(

@@ -1,8 +1,8 @@
 """`index_scores` and `index_topk`, over pages of keys in the queries' dtype or in FP8.
 
-A score is a product with keys as rows and heads as columns, and a sum over the heads in fp32. Many tokens of a sequence
-keep a tile of keys and go through the tokens, a single one goes through the keys; both compute a score alike, so which
-of them a row takes changes none of its bits. A position without a slot scores NaN, which is chosen last.
+A score is a GEMM with keys as rows and heads as columns, and a sum over the heads in fp32. For many tokens of a
+sequence a program keeps a tile of keys and loops over tokens, for a single token it loops over keys; both compute a
+score in the same way, with the same bits. A position without a slot scores NaN, which is selected last.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .token_tiles import token_tiles
 from .topk import select_best
 
 CHUNK_KEYS = 2048
-"""Keys that one program scores for one token."""
+"""Keys per program for a single token."""
 TILE_TOKENS = 64
-"""Tokens that one program scores against one tile of keys."""
+"""Tokens per program for a tile of keys."""
 MAX_SCORE_BYTES = 256 << 20
 
 
@@ -43,9 +43,9 @@ def _load_keys(
     FP8: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """-> keys [n, BLOCK_DIM] in DTYPE, which holds every FP8 number, and their scales [n], NaN for a key without block.
+    """-> keys [n, BLOCK_DIM] in DTYPE, exact for FP8, and their scales [n], NaN for a key without block.
 
-    Where block_size is a multiple of 16, so are the addresses of FP8 keys: loads see it in the products.
+    If block_size is a multiple of 16, so are the addresses of FP8 keys, which the compiler sees in the factors.
     """
     block = find_blocks(positions, inside, table, max_blocks, block_size)
     found = (block >= 0) & (block < num_blocks)
@@ -54,7 +54,7 @@ def _load_keys(
     slot = first + positions % block_size
     unit = tl.where(found, 1.0, float("nan"))
     mask = found[:, None] & (columns < DIM)
-    if FP8:  # codes of a block | its scales, 4 bytes a key: `scales` is the same memory
+    if FP8:  # a page is codes | scales, 4 bytes per key; `scales` is the same memory
         codes = tl.load(keys + first[:, None] * 4 + slot[:, None] * DIM + columns, mask=mask, other=0)
         scale = tl.load(scales + (first + block_size) * (DIM // 4) + slot, mask=found, other=0.0) * unit
         key = codes.to(tl.float8e4nv, bitcast=True) if NATIVE_FP8 else decode_e4m3(codes)
@@ -83,9 +83,9 @@ def _load_queries(
 
 @triton.jit
 def _score(key, query, weight):
-    """sum over heads of weight * relu(query . key), for a tile of keys."""
+    """Sum over heads of weight * relu(query . key), for a tile of keys."""
     dots = dot(key, tl.trans(query), tl.zeros([key.shape[0], query.shape[0]], tl.float32))
-    return tl.sum(weight[None, :] * tl.where(dots < 0.0, 0.0, dots), axis=1)  # NaN passes
+    return tl.sum(weight[None, :] * tl.where(dots < 0.0, 0.0, dots), axis=1)  # propagates NaN
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def tile_scores_kernel(
 
 
 def score_options(dtype: torch.dtype) -> dict[str, int]:
-    """Tiles of the two kernels."""
+    """Launch options of the two kernels."""
     if dtype == torch.float32:
         return {"BLOCK_KEYS": 32, "STAGES": 1, "num_warps": 4}
     return {"BLOCK_KEYS": 128, "STAGES": 2, "num_warps": 4}
@@ -256,7 +256,7 @@ def paged_scores(
     scores = torch.empty(num_tokens, max_blocks * layout.block_size, dtype=torch.float32, device=device)
     if scores.numel() == 0:
         return scores
-    if fp8 and dim not in (32, 64, 128):  # one scale, and bytes that the kernel need not count
+    if fp8 and dim not in (32, 64, 128):  # a single scale, and a width that the kernel supports
         raise ValueError(f"FP8 index keys have 32, 64 or 128 columns on a GPU, not {dim}")
     pages = (keys, keys.view(torch.float32) if fp8 else weights, layout.block_tables)
     sizes = (max_blocks, layout.block_size, len(keys))
@@ -307,7 +307,7 @@ def paged_scores(
 
 @register("index_topk", "triton")
 def index_topk_triton(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
-    """Scores and selection, a bounded number of tokens at a time."""
+    """Score and select, for a bounded number of tokens at a time."""
     q, weights = q if q.stride(-1) == 1 else q.contiguous(), weights.contiguous()
     num_tokens = q.shape[0]
     positions_per_row = max(1, layout.block_tables.shape[1] * layout.block_size)
@@ -326,11 +326,13 @@ def index_topk_triton(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLay
 
 @register("index_scores", "triton")
 def index_scores_triton(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    q, weights, keys = q.contiguous(), weights.contiguous(), keys.contiguous()
+    q = q.contiguous()
+    weights = weights.contiguous()
+    keys = keys.contiguous()
     num_tokens, num_keys = q.shape[0], keys.shape[0]
     if num_keys == 0:
         return q.new_empty(num_tokens, 0, dtype=torch.float32)
-    layout = PagedLayout(  # every token sees all keys, which are one block
+    layout = PagedLayout(  # every token sees all keys, in one block
         torch.zeros(num_tokens, 1, dtype=torch.int32, device=q.device),
         torch.arange(num_tokens + 1, dtype=torch.int32, device=q.device),
         torch.full((num_tokens,), num_keys - 1, device=q.device),

@@ -1,4 +1,4 @@
-"""What every Triton kernel shares: whether it is interpreted, what the device can do, products and roundings."""
+"""Shared by all Triton kernels: interpreter flag, device properties, dot products and conversions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Kernels run on CPU tensors, one program after the other (TRITON_INTERPRET=1 before the first import)."""
+"""Whether kernels run on CPU tensors, one program at a time (TRITON_INTERPRET=1 before the first import)."""
 
 
 @functools.cache
@@ -33,14 +33,14 @@ def _shared_memory(index: int) -> int:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program can have; what an H100 has under the interpreter."""
+    """Bytes of shared memory available to one program; an H100's under the interpreter."""
     return _shared_memory(device.index or 0) if device.type == "cuda" else 232448
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether the device multiplies and converts float8_e4m3fn itself: sm_89 and newer, not the interpreter.
+    """Whether the device has float8_e4m3fn GEMMs and conversions: sm_89 and newer, not the interpreter.
 
-    Where it does not, kernels take FP8 tensors as uint8 and use `decode_e4m3` and `encode_e4m3`.
+    Without them kernels take FP8 tensors as uint8 and use `decode_e4m3` and `encode_e4m3`.
     """
     return device.type == "cuda" and _capability(device.index or 0) >= (8, 9)
 
@@ -48,7 +48,7 @@ def has_fp8(device: torch.device) -> bool:
 @triton.jit
 def dot(a, b, acc):
     """acc + a b in fp32. fp32 operands are not rounded to TF32."""
-    if INTERPRET:  # its products of bfloat16 are wrong
+    if INTERPRET:  # its bfloat16 dots are wrong
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")

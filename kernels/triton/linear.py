@@ -1,4 +1,4 @@
-"""`linear` and `batched_linear`: their kernel, and what products are given; multiply.py says how tiles are computed."""
+"""`linear` and `batched_linear`: kernel, operands and launch; gemm.py computes the tiles."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..linear import PackedWeight
 from ..quant import scale_columns
 from ..registry import register
-from .gemm import BF16, CHUNK, DECODED_FP8, FP32, NATIVE_FP8, multiply_and_store, tile_of
-from .gemm_config import Tiles, tiles_for
+from .gemm import BF16, CHUNK, DECODED_FP8, FP32, NATIVE_FP8, gemm_and_store, tile_of
+from .gemm_config import GemmConfig, tiles_for
 from .launch import has_fp8, num_sms, round_to, shared_memory
 from .quant import quantize_token_groups_triton
 
@@ -46,7 +46,7 @@ def _linear_kernel(
     SPLIT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """y = x w^T; with SPLIT, y[s] is the product of the s-th chunk of columns."""
+    """y = x w^T; with SPLIT, y[s] = x w^T over the s-th chunk of columns."""
     batch = tl.program_id(1)
     width = 2 * BLOCK_N if PAIRED else BLOCK_N
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, width), GROUP_M)
@@ -56,7 +56,7 @@ def _linear_kernel(
         k_begin = tl.program_id(2) * CHUNK
         k_end = tl.minimum(k_begin + CHUNK, K)
         y += tl.program_id(2).to(tl.int64) * stride_ys
-    multiply_and_store(
+    gemm_and_store(
         x_desc,
         w_desc,
         x_scale,
@@ -84,7 +84,7 @@ def _linear_kernel(
 
 @triton.jit
 def _sum_chunks_kernel(chunks, y, num_chunks, M, N, stride_ys, stride_yb, stride_ym, BLOCK: tl.constexpr):
-    """y = the sum of contiguous chunks [S, B, M, N], in order."""
+    """y = sum of contiguous chunks [S, B, M, N], in order."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
@@ -109,7 +109,7 @@ def _linear(x: Tensor, w: PackedWeight, out_dtype: torch.dtype) -> Tensor:
     if y.numel():
         rows = x.reshape(1, -1, w.in_features)
         tiles = tiles_for(w.data.dtype, rows.shape[1], w.out_features, x.device)
-        multiply(Operands.of(rows, w, tiles), y.view(1, -1, w.out_features), tiles)
+        gemm(Operands.of(rows, w, tiles), y.view(1, -1, w.out_features), tiles)
     return y
 
 
@@ -118,16 +118,16 @@ def batched_linear_triton(x: Tensor, w: PackedWeight) -> Tensor:
     y = x.new_empty(x.shape[0], w.num_matrices, w.out_features)
     if y.numel():
         tiles = tiles_for(w.data.dtype, x.shape[0], w.out_features * w.num_matrices, x.device)
-        multiply(Operands.of(x.transpose(0, 1), w, tiles), y.transpose(0, 1), tiles)
+        gemm(Operands.of(x.transpose(0, 1), w, tiles), y.transpose(0, 1), tiles)
     return y
 
 
-def multiply(operands: Operands, y: Tensor, tiles: Tiles) -> None:
-    """y[b] = x[b] w[b]^T for y [B, M, N], which is not empty."""
+def gemm(operands: Operands, y: Tensor, tiles: GemmConfig) -> None:
+    """y[b] = x[b] w[b]^T for non-empty y [B, M, N]."""
     batch, num_rows, n = y.shape
     num_programs = tiles.num_programs(num_rows, n)
     num_chunks = triton.cdiv(operands.num_channels, CHUNK.value)
-    # Chunks side by side where there are too few programs to fill the device; the sum is the same.
+    # Split K where there are too few programs to fill the device; the sum is the same.
     split = operands.kind == FP32.value and num_chunks > 1 and num_programs * batch < num_sms(y.device)
     target = torch.empty(num_chunks, *y.shape, dtype=torch.float32, device=y.device) if split else y.unsqueeze(0)
     strides = target.stride()
@@ -164,7 +164,7 @@ def multiply(operands: Operands, y: Tensor, tiles: Tiles) -> None:
 
 @dataclass(frozen=True)
 class Operands:
-    """x [B, M, K] and weights as the kernels take them; x is quantised if the weights are FP8."""
+    """Kernel arguments for x [B, M, K] and weights; x is quantised if the weights are FP8."""
 
     x: TensorDescriptor
     w: TensorDescriptor
@@ -177,8 +177,8 @@ class Operands:
     row_scales: bool
 
     @classmethod
-    def of(cls, x: Tensor, w: PackedWeight, tiles: Tiles, rows: Tensor | None = None) -> Operands:
-        """`rows` [M] int64: of x [1, ..], which are the operand; quantised before they are taken, perhaps often."""
+    def of(cls, x: Tensor, w: PackedWeight, tiles: GemmConfig, rows: Tensor | None = None) -> Operands:
+        """`rows` [M] int64: rows of x [1, ..] to use, with repeats; x is quantised before they are gathered."""
         data, x_scale, kind = w.data, None, (FP32 if w.dtype == torch.float32 else BF16).value
         if w.scale_inv is not None:
             assert x.shape[0] == 1, "FP8 weights come one at a time or grouped by rows"
@@ -206,7 +206,7 @@ class Operands:
 
 
 def _aligned(x: Tensor, num_channels: int) -> Tensor:
-    """x [B, M, K] as a tensor descriptor wants it, padded with zeros to `num_channels`."""
+    """x [B, M, K] aligned for a tensor descriptor, padded with zeros to `num_channels`."""
     if x.shape[2] < num_channels:
         return torch.nn.functional.pad(x, (0, num_channels - x.shape[2]))
     size = x.element_size()

@@ -54,7 +54,7 @@ def _layer_norm_kernel(x, weight, bias, y, stride_x, dim, eps, BLOCK: tl.constex
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., D] as rows [R, D] whose elements are neighbours."""
+    """[..., D] -> rows [R, D] with contiguous elements."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

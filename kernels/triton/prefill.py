@@ -1,4 +1,4 @@
-"""Attention of prompt tokens per head, for whole chunks: each head has keys and values of its own."""
+"""`mha_attention`: attention of prompt chunks in the MHA form, with keys and values per head."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .linear import batched_linear_triton
 from .token_tiles import token_tiles
 
 BLOCK_TOKENS = 128
-"""Always one shape of matrix instruction, however short a chunk is."""
+"""Tokens per tile, fixed so that the matrix instructions do not depend on the length of a chunk."""
 BLOCK_KEYS = 64
 MAX_KEY_BYTES = 512 << 20
-"""Most bytes of keys and values that are expanded at a time; which heads go together changes no bit."""
+"""Maximum bytes of keys and values computed at a time; the grouping of heads does not change results."""
 _LOG2_E = 1.4426950408889634
 
 
@@ -93,7 +93,7 @@ def prefill_kernel(
         scores = dot(query, tl.trans(key), scores)
         scores = dot(query_rope, tl.trans(key_rope), scores) * scale
         scores = tl.where(keys[None, :] <= position[:, None], scores, float("-inf"))
-        # a tile without keys of a row leaves the row as it is, to the bit
+        # a tile without keys of a row leaves the row's bits unchanged
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
         base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weights = tl.exp2(scores - base[:, None])
@@ -109,7 +109,7 @@ def prefill_kernel(
 
 
 def prefill_options(dtype: torch.dtype, shared_bytes: int) -> dict[str, int]:
-    """Tiles of `prefill_kernel` for that much shared memory; BLOCK_KEYS is part of the numeric contract."""
+    """Launch options of `prefill_kernel` by shared memory; BLOCK_KEYS is part of the numeric contract."""
     if dtype == torch.float32:
         return {"BLOCK_TOKENS": 32, "BLOCK_KEYS": 16, "STAGES": 1, "num_warps": 4}
     return {
@@ -135,8 +135,8 @@ def prefill_attention(
 
     q_nope: [T, h, Dn], q_rope: [T, h, Dr], k_nope: [S, h, Dn], k_rope: [S, Dr] shared by the heads, v: [S, h, Dv], last
     dimensions contiguous. Tokens [cu_seqlens_q[b], cu_seqlens_q[b + 1]) belong to sequence b, whose keys begin at row
-    cu_seqlens_k[b], the first of them at position 0; a token attends to positions 0..positions[t]. So a chunk of a
-    prompt comes with the keys of the chunks before it.
+    cu_seqlens_k[b], the first of them at position 0; a token attends to positions 0..positions[t]. A chunk of a
+    prompt is passed with the keys of the chunks before it.
 
     Tiles of keys begin at fixed positions, so a row's bits depend on its own context only.
     """
@@ -191,7 +191,7 @@ def prefill_attention(
 def _mha_attention(
     q: Tensor, kv_cache: Tensor, layout: PagedLayout, w_uk: PackedWeight, w_uv: PackedWeight, scale: float
 ) -> Tensor:
-    """Keys and values of all contexts are made first, for as many heads at a time as MAX_KEY_BYTES hold."""
+    """Compute keys and values of all contexts first, for as many heads at a time as fit into MAX_KEY_BYTES."""
     num_heads, key_dim = q.shape[1:]
     latent_dim, nope_dim = w_uk.in_features, w_uk.out_features
     slots, cu_seqlens_k = layout.contexts

@@ -21,13 +21,13 @@ def _maximum(a, b):
 
 @triton.jit
 def group_maximum(groups):
-    """Largest magnitude of each row, NaN if there is one."""
+    """Largest magnitude of each row; NaN if the row has one."""
     return tl.reduce(tl.abs(groups), 1, _maximum)
 
 
 @triton.jit
 def group_scale(amax, UE8M0: tl.constexpr):
-    """The scale of a group from its largest magnitude; UE8M0 rounds it up to a power of two."""
+    """Scale of a group from its largest magnitude; UE8M0 rounds it up to a power of two."""
     scale = tl.div_rn(tl.maximum(amax, 1e-4, propagate_nan=tl.PropagateNan.ALL), 448.0)
     if UE8M0:
         bits = (scale.to(tl.uint32, bitcast=True) + 0x7FFFFF) & 0x7F800000
@@ -37,7 +37,7 @@ def group_scale(amax, UE8M0: tl.constexpr):
 
 @triton.jit
 def to_e4m3(x, NATIVE: tl.constexpr):
-    """fp32 clamped to +-448 -> float8_e4m3fn, or its code where the device cannot convert."""
+    """fp32 clamped to +-448 -> float8_e4m3fn, or its uint8 code on devices without FP8 conversion."""
     x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     if NATIVE:
         return x.to(tl.float8e4nv)

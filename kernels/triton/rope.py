@@ -19,7 +19,7 @@ TOKENS_PER_PROGRAM = 4
 
 @triton.jit
 def _rotate(x, y, mask, cos, sin, ROWS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Turn the pairs of the rows that begin at x [ROWS, 1] into rows that begin at y; mask is [ROWS, 1]."""
+    """Rotate the pairs of rows starting at x [ROWS, 1] into rows starting at y; mask is [ROWS, 1]."""
     if INTERLEAVED:
         columns = tl.arange(0, 2 * HALF)[None, :]
         wide = tl.load(x + columns, mask=mask, other=0.0).to(tl.float32)
@@ -142,7 +142,7 @@ def _write_fp8_latents_kernel(
     INTERLEAVED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """codes, scales and rope_keys are the entries' memory as FP8, fp32 and bf16; stride_s counts bytes."""
+    """codes, scales and rope_keys are the cache viewed as FP8, fp32 and bf16; stride_s is in bytes."""
     rows = tl.program_id(0).to(tl.int64) * (TOKENS * GROUPS) + tl.arange(0, TOKENS * GROUPS)
     token, group = rows // GROUPS, rows % GROUPS
     inside = (token < num_tokens) & (group < num_groups)
@@ -174,7 +174,7 @@ def _write_latents(
 
 
 def _write_entries(latent: Tensor, rope_key: Tensor, rope: RopeTable, slots: Tensor, kv_cache: Tensor) -> None:
-    """The normed latent and the turned rope key; a position outside the table is NaN, a slot is not checked."""
+    """Write normed latents and rotated rope keys; NaN for a position outside the table, slots are not checked."""
     num_tokens, latent_dim = latent.shape
     if not num_tokens:
         return
@@ -219,4 +219,4 @@ def _write_entries(latent: Tensor, rope_key: Tensor, rope: RopeTable, slots: Ten
 
 def _check_width(dim: int) -> None:
     if dim & (dim - 1):
-        raise ValueError(f"the Triton kernels turn vectors whose width is a power of two, got {dim}")
+        raise ValueError(f"the Triton kernels rotate vectors whose width is a power of two, got {dim}")

@@ -1,6 +1,6 @@
-"""Sampling on the device: the highest logit of a row, sums of its weights per chunk of ids, then the chosen id.
+"""Sampling on the device: the highest logit of a row, sums of its weights per chunk of ids, then the drawn id.
 
-Truncation looks for thresholds two bits at a time, one program for a row, in integers: what it finds is exact.
+Truncation searches for thresholds two bits at a time, one program per row, in integers, so it is exact.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 from ..registry import register
 
 CHUNK = 1024
-"""Ids whose weights are added up before chunks are; part of what decides the bits."""
+"""Ids per chunk, whose weights are summed before the chunks are; part of the numeric contract."""
 
 
 @triton.jit
 def _highest_kernel(logits, highest, tokens, stride, vocab_size, BLOCK: tl.constexpr):
-    """The row's highest logit and its first id; -1 and a logit that is not finite if the row cannot be sampled."""
+    """Highest logit of the row and its first id; id -1 and a non-finite logit if the row cannot be sampled."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     values = tl.full((BLOCK,), -float("inf"), dtype=tl.float32)
@@ -91,7 +91,7 @@ def _draw_kernel(
         weights = _weights(logits + row * stride, best, temperature, chunk * CHUNK + lanes, vocab_size)
         within = base + tl.cumsum(weights, 0)
         chosen = tl.sum((within <= target).to(tl.int32))
-        # Sums of a chunk and sums within it round differently: then the chunk's last token that has a weight.
+        # A chunk's sum and the sums within it round differently: if none exceeds, take the last token with a weight.
         chosen = tl.minimum(chosen, tl.max(tl.where(weights > 0, lanes, 0)))
         tl.store(tokens + row, (chunk * CHUNK + chosen).to(tl.int64))
 
@@ -142,7 +142,7 @@ def _above(logits, best, temperature, min_p, threshold, vocab_size, COUNT: tl.co
 
 @triton.jit
 def _threshold(logits, best, temperature, min_p, wanted, vocab_size, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest rank that `wanted` is reached with."""
+    """The largest rank that reaches `wanted`."""
     threshold = tl.full([], 0, tl.uint32)
     step = tl.full([], 0x40000000, tl.uint32)
     for _ in range(16):
@@ -171,7 +171,7 @@ def _truncate_kernel(logits, out, highest, temperatures, top_k, top_p, min_p, st
     least = tl.where(drawn, least, 0.0)
     temperature = tl.where(drawn, temperature, 1.0)
 
-    # All above a rank stay, and the first `ties` of those that equal it.
+    # Keep all above the rank, and the first `ties` of those equal to it.
     rank = tl.full([], 0, tl.uint32)
     ties = tl.full([], 0, tl.int64)
     if drawn & (k > 0) & (k < vocab_size):
@@ -204,7 +204,7 @@ def _truncate_kernel(logits, out, highest, temperatures, top_k, top_p, min_p, st
 def _logprob_parts_kernel(
     logits, token_ids, highest, sums, earlier, stride, vocab_size, num_chunks, num_tokens, CHUNK: tl.constexpr
 ):
-    """Sum of exp(logit - highest) over one chunk of a row, and how many of its tokens rank before the first token."""
+    """Sum of exp(logit - highest) over a chunk of a row, and how many of its tokens rank before the first token."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     token = tl.load(token_ids + row * num_tokens)
@@ -332,7 +332,7 @@ def _token_logprobs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Highest logit of each row, NaN if it cannot be sampled, and the first token that has it, or -1."""
+    """Highest logit of each row and its first token; NaN and -1 if the row cannot be sampled."""
     highest, tokens = logits.new_empty(len(logits)), torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     if len(logits):
         _highest_kernel[(len(logits),)](

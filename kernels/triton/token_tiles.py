@@ -1,4 +1,4 @@
-"""Tiles of neighbouring tokens of one sequence, laid out without asking the device how many there are."""
+"""Tiles of consecutive tokens of one sequence, computed without synchronising with the device."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def token_tiles(cu_seqlens_q: Tensor, num_tokens: int, size: int) -> tuple[Tensor, Tensor]:
-    """Tiles of up to `size` tokens of one sequence -> their sequences and their first tokens, both int32.
+    """Tiles of up to `size` tokens of one sequence -> sequence ids and first tokens of the tiles, both int32.
 
-    Tiles too many have the number of sequences for their sequence.
+    Unused tiles carry num_sequences as their sequence id.
     """
     num_sequences = cu_seqlens_q.shape[0] - 1
     ends = (cu_seqlens_q.diff() + (size - 1)).div(size, rounding_mode="floor").cumsum(0)

@@ -1,7 +1,7 @@
 """`topk_positions`: exact selection in integers alone, a chunk of a row in the registers of one program.
 
-The best of a row are among the best of its chunks, so longer rows are selected from twice. Positions stay ascending all
-the way, which keeps ties in order.
+The best of a row are among the best of its chunks, so longer rows take two passes. Positions stay ascending throughout,
+which keeps ties in order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..registry import register
 
 CHUNK = 16384
-"""Scores of one program; a count within it fits 16 bits."""
+"""Scores per program; a count of them fits into 16 bits."""
 
 
 @triton.jit
@@ -31,12 +31,12 @@ def topk_kernel(
     present = positions >= 0
     score = tl.load(scores + row * row_stride + positions, mask=present, other=0.0)
 
-    # Scores as unsigned integers of the same order: -0 equals 0, NaN is below -infinity, and so is what is not there.
+    # Scores as unsigned integers of the same order: -0 equals 0; NaN and missing scores are below -infinity.
     bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)
     rank = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     rank = tl.where(present & (score == score), rank, 0)
 
-    # The largest threshold that at least `topk` ranks reach, bit by bit; 0 when there are not so many.
+    # The largest threshold that at least `topk` ranks reach, bit by bit; 0 for fewer ranks.
     threshold = tl.full([], 0, tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)
     num_present = tl.sum(present.to(tl.int32), axis=0)
@@ -47,7 +47,7 @@ def topk_kernel(
             threshold = tl.where(reached, higher, threshold)
             bit = bit >> 1
 
-    # All above the threshold, and the first of those that equal it.
+    # Keep all above the threshold, and the first of those equal to it.
     above = rank > threshold
     equal = present & (rank == threshold)
     wanted = topk - tl.sum(above.to(tl.int32), axis=0)
@@ -71,7 +71,7 @@ def select_best(scores: Tensor, lengths: Tensor, topk: int, *, extra: int) -> Te
         raise ValueError(f"topk_positions selects at most {CHUNK // 2} positions on this backend, got topk={topk}")
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     rows, width = scores.shape
-    selected = lengths  # not read before there are lists
+    selected = lengths  # not read in the first pass
     while True:
         block = min(CHUNK, max(1024, triton.next_power_of_2(max(width, topk))))
         chunks = max(1, triton.cdiv(width, block))

@@ -12,7 +12,7 @@ from ..registry import register
 
 @triton.jit
 def _first_best(scores, index, NONE: tl.constexpr):
-    """Where in `scores` the largest value stands, of equal ones the lowest `index`."""
+    """Index of the largest value in `scores`; of equal ones the lowest `index`."""
     return tl.min(tl.where(scores == tl.max(scores), index, NONE))
 
 
@@ -43,7 +43,7 @@ def _route_kernel(
     scores = probs + tl.load(bias + expert, mask=inside, other=0.0)
     scores = tl.where(scores == scores, scores, -3.4028234663852886e38)  # NaN is below everything
     scores = tl.where(inside, scores, -float("inf"))
-    expert = tl.where(inside, expert, num_experts)  # no index of an expert
+    expert = tl.where(inside, expert, num_experts)  # not the index of an expert
 
     if GROUPS > 1:
         best = tl.max(scores, axis=1)

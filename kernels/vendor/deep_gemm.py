@@ -1,8 +1,8 @@
 """DeepGEMM for `experts_mlp` with FP8 weights and for `index_topk` of generated tokens over FP8 keys.
 
-Rows of experts are grouped, and each group begins at a multiple of its tile of rows:
+Rows are grouped by expert, and each group starts at a multiple of DeepGEMM's row alignment:
 
-    pairs   | e0 e0 e0 | e2 e2 |                      what no pair is at belongs to no expert (-1)
+    pairs   | e0 e0 e0 | e2 e2 |                      rows without a pair have expert -1
     rows    | e0 e0 e0 -1 | e2 e2 -1 -1 | -1 .. |
 """
 
@@ -52,7 +52,7 @@ def check_model(model: ModelProperties) -> None:
 
 
 def check_index(num_heads: int, head_dim: int, page_size: int) -> None:
-    """ValueError for an indexer whose scores DeepGEMM does not compute from pages of that size."""
+    """ValueError for an indexer or a page size that DeepGEMM has no kernel for."""
     if num_heads not in INDEX_HEADS or head_dim != BLOCK or page_size != INDEX_PAGE_SIZE:
         raise ValueError(
             f"deep_gemm scores an FP8 cache with block_size {INDEX_PAGE_SIZE}, index_head_dim {BLOCK} and "
@@ -61,20 +61,20 @@ def check_index(num_heads: int, head_dim: int, page_size: int) -> None:
 
 
 def check_experts(hidden_size: int, intermediate_size: int, *, is_block_aligned: bool) -> None:
-    """ValueError for weights that DeepGEMM does not multiply by."""
+    """ValueError for experts' weights that DeepGEMM has no kernel for."""
     if not is_block_aligned or hidden_size % BLOCK or intermediate_size % BLOCK:
         raise ValueError(
-            f"deep_gemm multiplies by FP8 weights with a scale for each {BLOCK} x {BLOCK} block and whole blocks, the "
+            f"deep_gemm needs FP8 weights with a scale for each {BLOCK} x {BLOCK} block and whole blocks, the "
             f"model has hidden_size {hidden_size}, experts of {intermediate_size} and "
             + ("FP8 weights" if is_block_aligned else "other weights")
         )
 
 
 def check_scales(device: torch.device, *, ue8m0: bool) -> None:
-    """ValueError for weights and inputs whose scales DeepGEMM cannot hold on this device."""
+    """ValueError for scales that DeepGEMM does not support on this device."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10 and not ue8m0:
         raise ValueError(
-            "deep_gemm multiplies on sm_100 and newer with scales that are powers of two, those of this model are not "
+            "deep_gemm needs scales that are powers of two on sm_100 and newer, those of this model are not "
             "(its quantization_config has no scale_fmt ue8m0)"
         )
 
@@ -95,7 +95,7 @@ def experts_mlp_deep_gemm(
     x_row: Tensor | None,
     out_row: Tensor | None,
 ) -> Tensor:
-    """Inputs of both products are quantised per row and 128 channels, as for Triton's kernels."""
+    """Inputs of both GEMMs are quantised per row and 128 channels, as for Triton's kernels."""
     is_block_aligned = all(w.scale_inv is not None and not w.has_row_scales for w in (gate_up, down))
     check_experts(x.shape[1], down.in_features, is_block_aligned=is_block_aligned)
     num_rows = len(x if x_row is None else x_row)
@@ -107,17 +107,17 @@ def experts_mlp_deep_gemm(
     inputs = quantize_token_groups_triton(x, gate_up.ue8m0)
     if x_row is not None:
         inputs = (inputs[0].view(torch.uint8)[x_row].view(torch.float8_e4m3fn), inputs[1][x_row])
-    gated = _multiply(_spread(inputs, place, len(layout)), gate_up, layout)
+    gated = _grouped_gemm(_spread(inputs, place, len(layout)), gate_up, layout)
     inner = quantize_token_groups_triton(swiglu_triton(gated), down.ue8m0)
-    y = _multiply(inner, down, layout)[place]
+    y = _grouped_gemm(inner, down, layout)[place]
     return y if out_row is None else torch.empty_like(y).index_copy_(0, out_row, y)
 
 
 def place_rows(counts: Tensor, num_rows: int, alignment: int) -> tuple[Tensor, Tensor]:
-    """-> (the row of each pair [num_rows] int64, the expert of each row [M] int32, -1 where there is no pair).
+    """-> (row of each pair [num_rows] int64, expert of each row [M] int32, -1 for rows without a pair).
 
-    counts: [E] pairs of each expert, which come first among the num_rows; the others share a row that is nobody's. M
-    depends on num_rows and E only: it is enough however the pairs are spread.
+    counts: [E] number of pairs per expert; these come first among the num_rows, the rest share one unused row. M is an
+    upper bound that depends on num_rows and E only.
     """
     num_experts = counts.shape[0]
     ends = counts.cumsum(0)
@@ -134,7 +134,7 @@ def place_rows(counts: Tensor, num_rows: int, alignment: int) -> tuple[Tensor, T
 
 
 def _spread(inputs: tuple[Tensor, Tensor], place: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Quantised rows and their scales, each where it belongs among `num_rows`; what lies in between is arbitrary."""
+    """Scatter quantised rows and their scales to `place` among `num_rows`; the other rows are undefined."""
     values, scales = inputs
     rows = torch.empty(num_rows, values.shape[1], dtype=torch.uint8, device=values.device)
     rows[place] = values.view(torch.uint8)
@@ -143,7 +143,7 @@ def _spread(inputs: tuple[Tensor, Tensor], place: Tensor, num_rows: int) -> tupl
     return rows.view(torch.float8_e4m3fn), row_scales
 
 
-def _multiply(inputs: tuple[Tensor, Tensor], w: PackedWeight, layout: Tensor) -> Tensor:
+def _grouped_gemm(inputs: tuple[Tensor, Tensor], w: PackedWeight, layout: Tensor) -> Tensor:
     y = torch.empty(len(layout), w.out_features, dtype=torch.bfloat16, device=layout.device)
     _library().m_grouped_fp8_gemm_nt_contiguous(inputs, (w.data, w.scale_inv), y, layout)
     return y
@@ -153,7 +153,7 @@ def _multiply(inputs: tuple[Tensor, Tensor], w: PackedWeight, layout: Tensor) ->
 def index_topk_deep_gemm(q: Tensor, weights: Tensor, keys: Tensor, layout: PagedLayout, topk: int) -> Tensor:
     """Queries are quantised per token and head; slots are not checked.
 
-    Keys that are not in FP8 are for Triton's kernels, and so are prompts, where a tile of keys serves many tokens.
+    Caches in other dtypes and prompts use Triton's kernels; for prompts a tile of keys is shared by many tokens.
     """
     num_tokens, num_heads, dim = q.shape
     if keys.dtype != FP8_CACHE or not 0 < num_tokens <= layout.block_tables.shape[0]:

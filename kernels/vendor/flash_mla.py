@@ -1,7 +1,7 @@
 """FlashMLA for `mla_attention`: its sparse kernel for a bf16 cache, its decode kernels for FP8 or dense attention.
 
-FlashMLA sees 64 or 128 heads: missing ones are zeros. Every token is a sequence of its own to the decode kernels. Lists
-of selected positions become lists of slots, filled up with -1. Slots are not checked here.
+Heads are padded with zeros to 64 or 128. The decode kernels treat every token as a sequence. Lists of selected
+positions become lists of slots, padded with -1. Slots are not checked.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from . import ModelProperties
 LATENT_DIM, ROPE_DIM = 512, 64
 HEADS = (64, 128)
 LIST_MULTIPLE = 128
-"""Multiple that lists of keys are padded to: the size of the kernels' tiles."""
+"""Lists of keys are padded to a multiple of this, the kernels' tile size."""
 PAGE_SIZE = 64
-"""Page size that the dense kernel reads, in tokens."""
+"""Page size of the dense kernel, in tokens."""
 FP8_ENTRY_BYTES = 656
 
 
@@ -62,7 +62,7 @@ def _library() -> ModuleType:
 def mla_attention_flash_mla(
     q_latent: Tensor, q_rope: Tensor, kv_cache: Tensor, layout: PagedLayout, scale: float, selected: Tensor | None
 ) -> Tensor:
-    """ValueError for what FlashMLA does not take: see `check_attention`."""
+    """ValueError for inputs that FlashMLA does not support: see `check_attention`."""
     num_tokens, num_heads, latent_dim = q_latent.shape
     fp8 = kv_cache.dtype == FP8_CACHE
     check_attention(
@@ -103,7 +103,7 @@ def check_attention(
 
 
 def padded_heads(num_heads: int) -> int:
-    """The fewest heads that FlashMLA has a kernel for."""
+    """Smallest supported number of heads that is at least `num_heads`."""
     return next(heads for heads in HEADS if num_heads <= heads)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.attention import PagedLayout
+from shoal.kernels.math_utils import cdiv
 
 from ..kv_cache.cache import KVCache
 from ..models.forward import AttentionMetadata, StepContext
@@ -45,7 +46,7 @@ class DecodeGraphs:
     ) -> None:
         self._model, self._cache, self._device = model, cache, device
         self._max_num_seqs = max_num_seqs
-        self._max_blocks = -(-max_model_len // cache.block_size)
+        self._max_blocks = cdiv(max_model_len, cache.block_size)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # token ids | positions | slots of `size` sequences, then their block tables

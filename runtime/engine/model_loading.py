@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from shoal.kernels.kv_format import FP8_CACHE
+from shoal.kernels.math_utils import cdiv
 from shoal.kernels.numerics import set_deterministic_fp_mode
 from shoal.kernels.ops import Ops, choose_backend
 from shoal.kernels.registry import check_model, is_invariant
@@ -186,7 +187,7 @@ def _dispatcher(
             f"all2all_backend deepep moves bfloat16 between GPUs, this is {dtype} on device {groups.device.type}: "
             f"set all2all_backend to default"
         )
-    tokens_per_rank = -(-config.max_num_batched_tokens // groups.tp.size)
+    tokens_per_rank = cdiv(config.max_num_batched_tokens, groups.tp.size)
     return deep_ep_dispatcher(
         placement, groups, ops, model.hidden_size, max_rows=tokens_per_rank * model.num_experts_per_tok
     )
@@ -196,7 +197,7 @@ def _num_kv_blocks(config: EngineConfig, groups: ParallelGroups, specs: list[KVC
     """KV cache blocks of this attention group: as asked for, else what its sequences can use and its memory holds."""
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
-    per_sequence = -(-max_len // config.block_size)
+    per_sequence = cdiv(max_len, config.block_size)
     sharing = groups.local_world_size if groups.device.type == "cpu" else 1  # every rank has a GPU of its own
     budget = available_memory(groups.device) * config.kv_cache_memory_fraction / sharing
     fits = int(budget // bytes_per_block(specs, config.block_size))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.kv_format import gather_index_keys, index_key_width, scatter_index_keys
+from shoal.kernels.math_utils import round_up
 
 ROW_ALIGNMENT = 16
 """Bytes; alignment of a token's latent on a GPU."""
@@ -105,7 +106,7 @@ class KVCache:
 def _allocate_latents(num_slots: int, spec: KVCacheSpec, device: torch.device, *, huge_pages: bool) -> Tensor:
     """[num_slots, width]; on a GPU rows start at multiples of 16 bytes, for vectorised loads."""
     alignment = 1 if device.type == "cpu" else ROW_ALIGNMENT // spec.dtype.itemsize
-    row = -(-spec.width // alignment) * alignment
+    row = round_up(spec.width, alignment)
     return _allocate(num_slots, row, spec.dtype, device, huge_pages=huge_pages)[:, : spec.width]
 
 

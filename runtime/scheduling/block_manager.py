@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from shoal.kernels.math_utils import cdiv
+
 from .block_pool import BlockPool
 from .prefix_index import PrefixIndex, PrefixNode, hash_block, root_hash
 from .sequence import Sequence
@@ -49,7 +51,7 @@ class BlockManager:
         return len(self.prefixes)
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        return cdiv(num_tokens, self.block_size)
 
     def match_prefix(self, seq: Sequence) -> list[int]:
         """Blocks of the longest cached prefix of `seq`, first to last; references are taken by `allocate` only.

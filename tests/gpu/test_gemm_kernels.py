@@ -88,14 +88,14 @@ def test_a_row_has_the_same_bits_in_every_batch(kind: torch.dtype, n: int, k: in
 def test_all_tiles_have_the_same_bits(kind: torch.dtype) -> None:
     # Not at the top: where there is no GPU there may be no Triton.
     from shoal.kernels.triton.gemm_config import TILES
-    from shoal.kernels.triton.linear import Operands, multiply
+    from shoal.kernels.triton.linear import Operands, gemm
 
     x = inputs(kind, 300, 7168)
     w = weight(triton(), kind, 1000, 7168)
     expected = triton().linear(x, w, out_dtype=FP32)
     for tiles in TILES[kind]:
         y = torch.full((1, 300, 1000), torch.nan, device="cuda")
-        multiply(Operands.of(x.unsqueeze(0), w, tiles), y, tiles)
+        gemm(Operands.of(x.unsqueeze(0), w, tiles), y, tiles)
         assert torch.equal(y[0], expected)
 
 

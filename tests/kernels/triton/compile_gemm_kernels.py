@@ -10,7 +10,7 @@ import torch
 from shoal.kernels.triton import dispatch, experts, index_keys, linear, norm, quant, rope, sampling
 from shoal.kernels.triton import topk_router as router
 from shoal.kernels.triton.gemm import BF16, DECODED_FP8, FP32, NATIVE_FP8
-from shoal.kernels.triton.gemm_config import TILES, Tiles
+from shoal.kernels.triton.gemm_config import TILES, GemmConfig
 from tests.kernels.triton.compiler import SHARED_BYTES, Case, compile_cases, compile_modules
 
 MODULES = (norm, quant, rope, linear, experts, index_keys, router, sampling, dispatch)
@@ -124,7 +124,7 @@ def fp8_row_kernels(native: bool) -> Iterator[Case]:
     yield index_key_case(codes, fp8=True, native=native)
 
 
-def product_kernels(dtype: torch.dtype, tiles: Tiles, target: int) -> Iterator[Case]:
+def product_kernels(dtype: torch.dtype, tiles: GemmConfig, target: int) -> Iterator[Case]:
     kind = KINDS[dtype]
     types, constants = product(tiles, TRITON_TYPES[dtype], kind.value)
     linear_types = types | dict.fromkeys(("M", "stride_ys", "stride_yb", "stride_ym"), "i32!")
@@ -144,7 +144,7 @@ def product_kernels(dtype: torch.dtype, tiles: Tiles, target: int) -> Iterator[C
     yield experts._experts_kernel, expert_types, sized | {"GATED": gated}, options
 
 
-def product(tiles: Tiles, dtype: str, kind: int) -> tuple[dict[str, str], dict[str, Any]]:
+def product(tiles: GemmConfig, dtype: str, kind: int) -> tuple[dict[str, str], dict[str, Any]]:
     types = {
         "x_desc": f"tensordesc<{dtype}[1, {tiles.block_m}, {tiles.block_k}]>",
         "w_desc": f"tensordesc<{dtype}[1, {tiles.block_n}, {tiles.block_k}]>",

@@ -16,7 +16,7 @@ from shoal.kernels.linear import PackedWeight
 from shoal.kernels.ops import Ops
 from shoal.kernels.quant import BlockFP8Weight, quantize_block_fp8
 from shoal.kernels.triton.gemm_config import TILES, tiles_for
-from shoal.kernels.triton.linear import Operands, multiply
+from shoal.kernels.triton.linear import Operands, gemm
 from tests.kernels.triton.interpreter import TRITON_OPS
 from tests.support.ops import CPU_OPS
 
@@ -107,7 +107,7 @@ def test_all_tiles_compute_the_same(dtype: torch.dtype) -> None:
     assert expected.abs().sum() > 0
     for tiles in TILES[dtype]:
         y = torch.empty(1, m, n)
-        multiply(Operands.of(x.unsqueeze(0), w, tiles), y, tiles)
+        gemm(Operands.of(x.unsqueeze(0), w, tiles), y, tiles)
         assert torch.equal(y[0], expected)
 
 
