@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 
 # Threads that wait must not spin: the processes share the cores.
 TEST_PROCESSES ?= 2
-PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadgroup
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadscope
 
 test: $(VENV)/.installed-test
 	$(MAKE) --no-print-directory check
