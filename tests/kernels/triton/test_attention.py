@@ -182,5 +182,5 @@ def test_fp8_entries_refuse_what_does_not_fit() -> None:
     sequences = Sequences([9], torch.bfloat16, **MODEL)
     queries, _, _, layout = sequences.span([(8, 9)])
     q_latent, q_rope = queries[..., :512], queries[..., 512:]
-    with pytest.raises(ValueError, match="go with bfloat16 queries"):
+    with pytest.raises(ValueError, match="needs bfloat16 queries"):
         TRITON_OPS.mla_attention(q_latent[..., :64], q_rope, torch.zeros(16, 656, dtype=torch.uint8), layout, 0.1)
