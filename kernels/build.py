@@ -8,11 +8,14 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,13 +27,16 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC", "
 COMPILE_TIMEOUT_S = 300.0
 
 
-def find_compiler() -> str:
-    """Path of the C++ compiler: $CXX, else g++, c++ or clang++; ValueError when there is none."""
-    chosen = os.environ.get("CXX")
-    for name in (chosen,) if chosen else ("g++", "c++", "clang++"):
-        path = shutil.which(name)
+def find_compiler() -> list[str]:
+    """The C++ compiler as the beginning of a command: $CXX with its arguments, else g++, c++ or clang++.
+
+    ValueError when its program is not installed.
+    """
+    chosen = os.environ.get("CXX", "").strip()
+    for command in [shlex.split(chosen)] if chosen else [["g++"], ["c++"], ["clang++"]]:
+        path = shutil.which(command[0])
         if path is not None:
-            return path
+            return [path, *command[1:]]
     raise ValueError(
         f"no C++ compiler found ({f'CXX={chosen}' if chosen else 'tried g++, c++, clang++'}): the CPU kernels are "
         'compiled at first use. Install g++, set CXX, or choose the "reference" kernels (not invariant)'
@@ -66,28 +72,86 @@ def build_library(sources: Path = SOURCE_DIR, *, timeout_s: float = COMPILE_TIME
     """Compile every .cpp file of `sources` unless the cache already holds the result; returns the library's path.
 
     The name is a hash of the sources, flags, compiler version and CPU, and the file appears by an atomic rename, so any
-    number of processes may call this at once. RuntimeError with the compiler's output when it fails or is too slow.
+    number of processes may call this at once. A library that cannot be loaded (empty, truncated, built for another
+    system) is compiled again, and a cache that cannot be written is replaced by a folder under the system's temporary
+    directory; both are reported on stderr. RuntimeError with the compiler's output when it fails or is too slow.
     """
     compiler = find_compiler()
     files = sorted([*sources.glob("*.cpp"), *sources.glob("*.h")])
-    units = [str(f) for f in files if f.suffix == ".cpp"]
-    flags = [*FLAGS, *units, *link_flags()]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     digest = hashlib.sha256()
-    for part in (compiler, version, cpu_flags(), *flags, *(f.name + "\0" + f.read_text() for f in files)):
+    for part in (
+        *compiler,
+        version,
+        cpu_flags(),
+        *FLAGS,
+        *link_flags(),
+        *(f.name + "\0" + f.read_text() for f in files),
+    ):
         digest.update(part.encode() + b"\0")
-    folder = cache_dir()
-    library = folder / f"kernels-{digest.hexdigest()[:32]}.so"
-    if library.exists():
-        return library
+    name = f"kernels-{digest.hexdigest()[:32]}.so"
+    units = [file for file in files if file.suffix == ".cpp"]
     try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)  # others must not be able to replace code that is loaded
-        with _one_at_a_time(folder / "build.lock", timeout_s):
-            if not library.exists():
-                _compile([compiler, *flags], library, timeout_s)
+        return _build_in(cache_dir(), name, compiler, units, timeout_s)
     except OSError as error:
-        raise RuntimeError(f"cannot write compiled kernels to {folder}: {error}. Set SHOAL_CACHE_DIR") from error
+        if "SHOAL_CACHE_DIR" in os.environ:
+            raise RuntimeError(
+                f"cannot write compiled kernels to {cache_dir()}: {error}. Set SHOAL_CACHE_DIR to a folder that can be "
+                f"written"
+            ) from error
+        fallback = Path(tempfile.gettempdir()) / f"shoal-{os.getuid()}"
+        _say(f"cannot write compiled kernels to {cache_dir()} ({error}); using {fallback}. Set SHOAL_CACHE_DIR")
+        return _build_in(_private(fallback), name, compiler, units, timeout_s)
+
+
+def _build_in(folder: Path, name: str, compiler: list[str], units: Sequence[Path], timeout_s: float) -> Path:
+    """The library `name` in `folder`; OSError when the folder cannot be written."""
+    library = folder / name
+    damage = library_error(library)
+    if damage is None:
+        return library
+    folder.mkdir(0o700, parents=True, exist_ok=True)  # what lies here is run
+    with _one_at_a_time(folder / "build.lock", timeout_s):
+        damage = library_error(library)
+        if damage is not None:
+            if library.exists():
+                _say(f"{library} cannot be used ({damage}); compiling it again")
+            _compile(compiler, units, library, timeout_s)
     return library
+
+
+def library_error(library: Path) -> str | None:
+    """Why a compiled library cannot be used; None for one that can. Its SHA-256 stands in a file beside it.
+
+    The digest is compared first, because the loader may crash on a library whose end is missing.
+    """
+    if not library.exists():
+        return "it does not exist"
+    digest = library.with_suffix(".sha256")
+    if not digest.exists() or digest.read_text() != _sha256(library):
+        return "its bytes are not those that were compiled"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _private(folder: Path) -> Path:
+    """`folder`, made if need be; RuntimeError unless it belongs to this user alone, because what lies in it is run."""
+    folder.mkdir(0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():
+        raise RuntimeError(f"{folder} belongs to another user or can be written by others: set SHOAL_CACHE_DIR")
+    return folder
+
+
+def _say(message: str) -> None:
+    print(f"shoal: {message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -104,18 +168,39 @@ def _one_at_a_time(lock: Path, timeout_s: float) -> Iterator[None]:
         yield
 
 
-def _compile(command: list[str], library: Path, timeout_s: float) -> None:
+def _compile(compiler: list[str], units: Sequence[Path], library: Path, timeout_s: float) -> None:
+    """Compile the translation units, as many at a time as this process has cores, and link them into `library`."""
+    deadline = time.monotonic() + timeout_s
     descriptor, temporary = tempfile.mkstemp(dir=library.parent, prefix="building-", suffix=".so")
     os.close(descriptor)
     try:
-        result = subprocess.run([*command, "-o", temporary], capture_output=True, text=True, timeout=timeout_s)
-        if result.returncode != 0:
-            raise RuntimeError(f"compiling the CPU kernels failed: {' '.join(command)}\n{result.stdout}{result.stderr}")
+        with (
+            tempfile.TemporaryDirectory(prefix="shoal-build-") as objects,
+            ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        ):
+            outputs = [Path(objects) / f"{unit.stem}.o" for unit in units]
+            commands = [
+                [*compiler, *FLAGS, "-c", str(unit), "-o", str(output)]
+                for unit, output in zip(units, outputs, strict=True)
+            ]
+            list(pool.map(lambda command: _run(command, deadline, timeout_s), commands))
+            link = [*compiler, *FLAGS, *map(str, outputs), *link_flags(), "-o", temporary]
+            _run(link, deadline, timeout_s)
+        library.with_suffix(".sha256").write_text(_sha256(Path(temporary)))
         os.replace(temporary, library)
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"compiling the CPU kernels took more than {timeout_s:g} s: {' '.join(command)}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _run(command: list[str], deadline: float, timeout_s: float) -> None:
+    """RuntimeError with the output of a compiler that fails, or is not done by `deadline`."""
+    try:
+        left = max(0.0, deadline - time.monotonic())
+        result = subprocess.run(command, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"compiling the CPU kernels took more than {timeout_s:g} s: {' '.join(command)}") from error
+    if result.returncode != 0:
+        raise RuntimeError(f"compiling the CPU kernels failed: {' '.join(command)}\n{result.stdout}{result.stderr}")
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -126,7 +125,7 @@ def _compiler() -> Finding:
         build_library()
     except (ValueError, RuntimeError) as error:
         return Finding("C++ compiler", "", "broken", str(error))
-    return Finding("C++ compiler", shutil.which(compiler) or compiler, "used", "compiles the kernels of device cpu")
+    return Finding("C++ compiler", " ".join(compiler), "used", "compiles the kernels of device cpu")
 
 
 def _devices() -> list[Finding]:
