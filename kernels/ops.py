@@ -85,6 +85,17 @@ class Ops:
         check_vendors(vendors, device)
         return ops
 
+    def numerics_id(self, device: torch.device) -> str:
+        """The class of bits that these kernels compute on `device`: two equal ids give equal bits.
+
+        On a GPU it names the compute capability, because some kernels differ by it.
+        """
+        parts = [self.backend, *self.vendors]
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            parts.append(f"sm_{major}{minor}")
+        return "+".join(parts)
+
     # Normalisation, rotary embedding, routing
     rms_norm = Op(norm.rms_norm)
     layer_norm = Op(norm.layer_norm)

@@ -17,6 +17,9 @@ from .vendor import LIBRARIES, ModelProperties, Vendor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+IMPORTED_WHERE_USED = ("attention_hopper",)
+"""Modules of kernels/triton that need one version of Triton, and register nothing."""
+
 _table: dict[tuple[str, Backend | Vendor], Callable[..., Any]] = {}
 
 
@@ -83,8 +86,9 @@ def _import_triton_kernels() -> None:
             '(pip install triton), or choose "cpu" or "reference"'
         )
     package = import_module(".triton", __package__)
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        import_module(module.name)
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in IMPORTED_WHERE_USED:
+            import_module(f"{package.__name__}.{module.name}")
 
 
 def is_invariant(backend: Backend) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..attention import PagedLayout
 from ..kv_format import FP8_CACHE
 from ..registry import register
-from . import attention_hopper as hopper
 from .launch import decode_e4m3, dot, has_fp8, round_to, shared_memory
 
 SPLIT_KEYS = 2048
@@ -273,6 +272,13 @@ def mla_attention_triton(
     return _attend(q_latent, q_rope, kv_cache, layout, scale, selected, fp8=kv_cache.dtype == FP8_CACHE)
 
 
+def _fits_hopper_kernel(capability: tuple[int, int], kv_cache: Tensor, latent_dim: int, rope_dim: int) -> bool:
+    """Whether attention_hopper.mla_kernel supports this cache on such a device: it copies 16 bytes at a time."""
+    aligned = kv_cache.data_ptr() % 16 == 0 and kv_cache.stride(0) * kv_cache.element_size() % 16 == 0
+    fits = kv_cache.dtype in (torch.bfloat16, torch.uint8) and (latent_dim, rope_dim) == (512, 64)
+    return capability[0] == 9 and aligned and fits
+
+
 def check_fp8_rows(kv_cache: Tensor) -> None:
     """ValueError unless entries of an FP8 cache begin at multiples of 16 bytes."""
     if kv_cache.stride(0) % 16 or kv_cache.data_ptr() % 16:
@@ -297,7 +303,7 @@ def _attend(
     device = q_latent.device
     sequences, slots, lengths = find_lists(layout, kv_cache.shape[0], selected)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    by_hand = device.type == "cuda" and hopper.supports(capability, kv_cache, latent_dim, q_rope.shape[2])
+    by_hand = device.type == "cuda" and _fits_hopper_kernel(capability, kv_cache, latent_dim, q_rope.shape[2])
     options = mla_options(q_latent.dtype, capability, shared_memory(device), fp8=fp8)
     head_blocks = triton.cdiv(num_heads, options["BLOCK_HEADS"])
     num_splits = triton.cdiv(slots.shape[1], SPLIT_KEYS)
@@ -327,6 +333,8 @@ def _attend(
         results = (out[chunk], partial_out, partial_stats, count, num_heads, scale * _LOG2_E)
         splits = {"SPLIT_KEYS": SPLIT_KEYS, "SPARSE": selected is not None, "SPLIT": num_splits > 1}
         if by_hand:
+            from . import attention_hopper as hopper  # here: it needs names of one version of Triton
+
             hopper.mla_kernel[grid](*queries, *stored, *lists, *results, **splits, FP8=fp8, num_warps=hopper.NUM_WARPS)
         else:
             mla_kernel[grid](

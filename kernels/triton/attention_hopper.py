@@ -9,8 +9,6 @@ next keys before it widens the last ones. The numeric contract is that of attent
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,13 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 NUM_WARPS = 4
-
-
-def supports(capability: tuple[int, int], kv_cache: Tensor, latent_dim: int, rope_dim: int) -> bool:
-    """Whether `mla_kernel` supports this cache on such a device: it copies 16 bytes at a time."""
-    aligned = kv_cache.data_ptr() % 16 == 0 and kv_cache.stride(0) * kv_cache.element_size() % 16 == 0
-    fits = kv_cache.dtype in (torch.bfloat16, torch.uint8) and (latent_dim, rope_dim) == (512, 64)
-    return capability[0] == 9 and aligned and fits
 
 
 @gluon.jit

@@ -99,7 +99,7 @@ def load_model(
         graphs = DecodeGraphs(
             model, cache, groups.device, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
         )
-    kernels = "+".join([ops.backend, *ops.vendors])
+    kernels = ops.numerics_id(groups.device)
     depends_on = f"{fingerprint}/{dtype}/{cache_dtype}/{kernels}"
     return LoadedModel(
         runner=ModelRunner(model, cache, groups.device, graphs, groups.spans),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -151,3 +153,22 @@ def test_torch_settings_are_those_of_the_host_after_a_block_that_failed() -> Non
     assert torch.get_num_threads() == 3
     assert torch.get_float32_matmul_precision() == "medium"
     assert product_of_a_subnormal() == 0.0
+
+
+def test_unlike_gpus_have_unlike_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    ids = []
+    for capability in ((8, 0), (8, 9), (9, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        ids.append(REFERENCE_OPS.numerics_id(gpu))
+    assert ids == ["reference+sm_80", "reference+sm_89", "reference+sm_90", "reference+sm_90"]
+    assert CPU_OPS.numerics_id(torch.device("cpu")) == "cpu"
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_a_triton_without_gluon_keeps_the_other_kernels() -> None:
+    program = (
+        "import os, sys; os.environ['TRITON_INTERPRET'] = '1'; sys.modules['triton.experimental.gluon'] = None; "
+        "from shoal.kernels.ops import Ops; Ops('triton')"
+    )
+    subprocess.run([sys.executable, "-c", program], timeout=120, check=True)
