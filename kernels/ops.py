@@ -90,7 +90,7 @@ class Ops:
 
         On a GPU it names the compute capability, because some kernels differ by it.
         """
-        parts = [self.backend, *self.vendors]
+        parts: list[str] = [self.backend, *self.vendors]
         if device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(device)
             parts.append(f"sm_{major}{minor}")

@@ -61,10 +61,15 @@ def _has(*names: str) -> Callable[[ModuleType], str]:
 def _vendor_module(library: Library) -> Module:
     """A vendor library, tried on a device with its adaptor."""
     why = library.not_invariant
+
+    def lacks(module: ModuleType) -> str:
+        missing = library.missing_functions(module)
+        return f"lacks {', '.join(missing)}" if missing else ""
+
     return Module(
         library.module,
         library.purpose,
-        lambda module: ", ".join(f"without {name}" for name in library.missing_functions(module)),
+        lacks,
         f"vendor_kernels {library.module}" + (f" and invariance relaxed, because {why}" if why else ""),
         lambda device: check_vendors([library.module], device),
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -110,3 +111,13 @@ def test_nothing_is_imported_before_somebody_asks(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, env=environment
     )
     assert not set(run.stdout.split()) & ({module.name for module in MODULES} | {"imported"}) - {"nixl_cu13"}
+
+
+def test_the_functions_of_a_vendor_are_those_that_its_adaptor_calls() -> None:
+    module = next(module for module in MODULES if module.name == "deep_gemm")
+    found = ModuleType("deep_gemm")
+    for name in ("m_grouped_fp8_gemm_nt_contiguous", "fp8_gemm_nt", "get_num_sms"):
+        setattr(found, name, None)
+    assert module.generation(found) == (
+        "lacks get_mk_alignment_for_contiguous_layout, fp8_paged_mqa_logits, get_paged_mqa_logits_metadata"
+    )
