@@ -1,4 +1,4 @@
-"""How much memory a device has left, and giving some back."""
+"""Free memory of a device, and returning freed memory to the system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cgroup import memory_left
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated without swapping or failing: of the device, or of this machine or container."""
+    """Bytes that can still be allocated without swapping or failing, on the GPU or in this machine or container."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
@@ -23,6 +23,6 @@ def available_memory(device: torch.device) -> int:
 
 
 def release_freed_memory() -> None:
-    """Give back to the system what the C library keeps after memory was freed; nothing where it cannot (no glibc)."""
+    """Return memory that the C library keeps after it was freed to the system; does nothing without glibc."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

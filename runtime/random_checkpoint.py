@@ -68,7 +68,7 @@ _BASE: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-# With few heads many keys score exactly 0 (no head's product is positive), and ties are selected differently elsewhere.
+# With few heads many keys score exactly 0 (no q . k of a head is positive), and transformers breaks ties differently.
 _INDEX = {"index_n_heads": 16, "index_head_dim": 32, "index_topk": 8}
 _DIFFERENCES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {},

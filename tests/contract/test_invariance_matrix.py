@@ -17,7 +17,16 @@ from shoal.runtime.engine.build import build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.model_loading import check_layout
 from shoal.runtime.models.families import read_config
-from tests.support.invariance import SCHEDULES, Point, Rows, differing, make_model, run_point, run_points_on_rank
+from tests.support.invariance import (
+    NO_QUERY_LATENT,
+    SCHEDULES,
+    Point,
+    Rows,
+    differing,
+    make_model,
+    run_point,
+    run_points_on_rank,
+)
 from tests.support.spawn import run_ranks
 from tests.support.tables import write_or_compare
 
@@ -26,6 +35,7 @@ pytestmark = pytest.mark.slow
 DOCUMENT = Path(__file__).parents[2] / "docs" / "invariance.md"
 MODELS = [(m, d) for m in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa") for d in ("float32", "bfloat16")]
 MODELS += [("deepseek_v32", "fp8"), ("deepseek_v32", "bfloat16, fp8 cache"), ("glm_moe_dsa", "float32, fp8 cache")]
+MODELS += [(m, d) for m in (NO_QUERY_LATENT, "glm4_moe_lite") for d in ("float32", "bfloat16")]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp 2": {"tp": 2},

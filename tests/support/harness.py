@@ -1,4 +1,4 @@
-"""Runs a model on one rank without an engine, so that tests see every logit and every intermediate tensor."""
+"""Runs a model on one rank without an engine, so that tests see all logits and intermediate tensors."""
 
 from __future__ import annotations
 

@@ -80,12 +80,22 @@ def dtypes(names: str) -> dict[str, Any]:
     }
 
 
-def make_model(directory: Path, model_type: str, dtype: str) -> Path:
-    """Four heads, so that tp 4 divides them; `index_topk` is 8, so that every row but the shortest crosses it."""
-    overrides = {"num_attention_heads": 4, "num_key_value_heads": 4}
+NO_QUERY_LATENT = "deepseek_v3 q_lora_rank=null"
+"""Moonlight, GigaChat3-10B and Kanana-2."""
+
+
+def make_model(directory: Path, name: str, dtype: str) -> Path:
+    """A model of type `name`, or `NO_QUERY_LATENT`.
+
+    Four heads, so that tp 4 divides them; `index_topk` is 8, so that every row but the shortest crosses it.
+    """
+    model_type = name.split()[0]
+    overrides: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4}
     if model_type == "glm_moe_dsa":
-        overrides |= {"indexer_types": ["full", "shared", "full"], "num_hidden_layers": 3}  # type: ignore[dict-item]
-    path = directory / f"{model_type}-{dtype}"
+        overrides |= {"indexer_types": ["full", "shared", "full"], "num_hidden_layers": 3}
+    if name == NO_QUERY_LATENT:
+        overrides["q_lora_rank"] = None
+    path = directory / f"{name}-{dtype}"
     torch_dtype = getattr(torch, dtypes(dtype)["dtype"])
     make_checkpoint(path, model_type, seed=11, dtype=torch_dtype, overrides=overrides, fp8=dtype == "fp8")
     return path
