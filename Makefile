@@ -62,7 +62,7 @@ $(VENV)/.created:
 # The CPU kernels are compiled meanwhile. A failure there is reported, and again at the first start.
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt torch numpy
-	PYTHONPATH=.src $(BIN)/python -m shoal.kernels.build & \
+	PYTHONPATH=.src $(BIN)/python -P -m shoal.kernels.build & \
 	$(PIP) install -q -c constraints.txt -e .; status=$$?; wait; exit $$status
 	touch $@
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.linear import PackedWeight
+from shoal.kernels.math_utils import cdiv
 from shoal.kernels.ops import Ops
 
 from .collectives import Communicator
@@ -30,7 +31,7 @@ def column_parallel(ops: Ops, x: Tensor, weight: PackedWeight, comm: Communicato
 
 def split_tokens(x: Tensor, comm: Communicator) -> Tensor:
     """This rank's share of tokens that every rank of the group holds: [T, ..] -> [<= ceil(T / size), ..]."""
-    share = -(-x.shape[0] // comm.size)
+    share = cdiv(x.shape[0], comm.size)
     return x[comm.rank * share : (comm.rank + 1) * share]
 
 
@@ -42,7 +43,7 @@ def gather_tokens(x: Tensor, num_tokens: int, comm: Communicator, *, layer: int,
     """
     if comm.size == 1:
         return x
-    share = -(-num_tokens // comm.size)
+    share = cdiv(num_tokens, comm.size)
     if x.shape[0] < share:
         x = torch.cat([x, x.new_zeros(share - x.shape[0], *x.shape[1:])])
     return comm.all_gather(x, dim=0, layer=layer, op=op)[:num_tokens]

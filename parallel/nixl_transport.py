@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from shoal.kernels.math_utils import round_up
+
 from .kv_transport import Fetch, KVChunk, TransferError, check_payload
 from .nixl_agent import NixlAgent, ReadState
 
@@ -255,7 +257,7 @@ class Memory:
     def allocate(self, num_bytes: int) -> Slice:
         """Allocate a slice from the first free range that is large enough, or from a new region."""
         assert num_bytes > 0
-        size = _aligned(num_bytes)
+        size = round_up(num_bytes, _ALIGNMENT)
         for region in self.regions:
             for i, (start, end) in enumerate(region.free):
                 if end - start >= size:
@@ -268,7 +270,7 @@ class Memory:
         """Free a slice, once; adjacent free ranges are merged."""
         free = memory.region.free
         start = memory.start
-        end = start + _aligned(memory.num_bytes)
+        end = start + round_up(memory.num_bytes, _ALIGNMENT)
         i = bisect(free, (start, end))
         if i < len(free) and free[i][0] == end:
             end = free.pop(i)[1]
@@ -278,10 +280,6 @@ class Memory:
         free.insert(i, (start, end))
 
     def _grow(self, num_bytes: int) -> None:
-        size = _aligned(max(num_bytes, self._region_bytes))
+        size = round_up(max(num_bytes, self._region_bytes), _ALIGNMENT)
         tensor = torch.empty(size, dtype=torch.uint8)  # its pages are allocated at first use, or when pinned
         self.regions.append(Region(tensor, self._register(tensor), [(0, size)]))
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

@@ -78,7 +78,7 @@ def _vendor_module(library: Library) -> Module:
 MODULES = (
     Module("triton", "kernels on GPUs"),
     Module("ray", "more than one worker"),
-    Module("nixl_cu13", "cache records from one replica to another on a node"),
+    Module("nixl_cu13", "KV cache from one replica to another on a node"),
     Module("deep_ep", "exchange of tokens between GPUs", _has(*INTERFACES), "all2all_backend deepep"),
     *(_vendor_module(library) for library in LIBRARIES.values()),
 )

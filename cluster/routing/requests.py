@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from shoal.kernels.math_utils import round_up
 from shoal.parallel.request_id import RequestId
 from shoal.runtime.request_limits import max_output_tokens
 from shoal.runtime.response import ResponseAssembler
@@ -68,13 +69,13 @@ class TrackedRequest:
             max_output_tokens=max(0, max_output_tokens(request, max_model_len)),
             prefixes=prefix_hashes(request.prompt_token_ids),
             response=response,
-            num_kv_tokens=sum([in_blocks(num_prompt + count + 1, block_size) for count in num_known]),
+            num_kv_tokens=sum([round_up(num_prompt + count + 1, block_size) for count in num_known]),
         )
 
     def grow(self, num_before: int, num_after: int) -> int:
         """Account for new tokens of a sample; returns the cache that they take."""
         start = self.num_prompt_tokens + 1
-        more = in_blocks(start + num_after, self.block_size) - in_blocks(start + num_before, self.block_size)
+        more = round_up(start + num_after, self.block_size) - round_up(start + num_before, self.block_size)
         self.num_kv_tokens += more
         return more
 
@@ -140,7 +141,7 @@ class TrackedRequest:
     def prompt_share(self) -> Share:
         """The share of a prefill group: the prompt, and one token of every sample."""
         n, num_prompt = self.n, self.num_prompt_tokens
-        return Share(n, num_prompt, n * in_blocks(num_prompt + 1, self.block_size), hands_over=True)
+        return Share(n, num_prompt, n * round_up(num_prompt + 1, self.block_size), hands_over=True)
 
     @property
     def answer_share(self) -> Share:
@@ -194,8 +195,3 @@ def pick_to_move(
         and expected - one.num_tokens_expected > MOVE_GAIN * one.num_tokens_again
     ]
     return (max(movable, key=lambda one: one.num_tokens_left - one.num_tokens_again), True) if movable else None
-
-
-def in_blocks(num_tokens: int, block_size: int) -> int:
-    """Cache that a sequence of so many tokens takes, in tokens."""
-    return -(-num_tokens // block_size) * block_size
