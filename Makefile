@@ -59,11 +59,8 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# The CPU kernels are compiled meanwhile. A failure there is reported, and again at the first start.
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
-	$(PIP) install -q -c constraints.txt torch numpy
-	PYTHONPATH=.src $(BIN)/python -P -m shoal.kernels.build & \
-	$(PIP) install -q -c constraints.txt -e .; status=$$?; wait; exit $$status
+	$(PIP) install -q -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

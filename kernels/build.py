@@ -207,10 +207,3 @@ def _run(command: list[str], deadline: float, timeout_s: float) -> None:
 def load_library() -> ctypes.CDLL:
     """The compiled CPU kernels, built on first use."""
     return ctypes.CDLL(str(build_library()))
-
-
-if __name__ == "__main__":
-    try:
-        build_library()
-    except (ValueError, RuntimeError) as error:
-        sys.exit(str(error))
