@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,23 @@ def engine_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise EnginesFailed(f"the engines failed: {error}") from error
+
+
+@contextmanager
+def warnings_shown(say: Callable[[str], None]) -> Iterator[None]:
+    """Pass Shoal's warnings, those of its workers included, to `say`."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    handler = Handler(logging.WARNING)
+    logger = logging.getLogger("shoal")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def line_printer(stream: TextIO) -> Callable[[object], None]:

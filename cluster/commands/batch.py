@@ -27,7 +27,7 @@ from ..jobs.stop_signal import StopSignal
 from ..openai.requests import RequestDefaults
 from ..prompts import ModelPrompts
 from ..replicas.start import start_engines
-from ..report import check_directory
+from ..report import check_directory, warnings_shown
 from .validate import row_rules
 
 _TOKENIZER_FILES = (
@@ -55,7 +55,7 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
         )
 
     try:
-        with StopSignal() as stop:
+        with warnings_shown(progress.message), StopSignal() as stop:
             result = run_job(spec, start, stop=stop, progress=progress, failpoints=failpoints)
     finally:
         progress.close()

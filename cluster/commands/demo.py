@@ -29,7 +29,7 @@ from ..jobs.progress import ProgressReporter
 from ..jobs.stop_signal import StopSignal
 from ..replicas.inprocess import InProcessEngine
 from ..replicas.start import start_engines
-from ..report import check_directory
+from ..report import check_directory, warnings_shown
 from ..supervision.fault import read_faults
 from ..workers.local_cluster import local_cluster
 from .arguments import DemoArgs, Victim
@@ -298,7 +298,7 @@ def _answer(
     config = JobConfig(input=str(prompts), output=str(output), engine=args, sampling=SAMPLING, overwrite=overwrite)
     progress = ProgressReporter(stderr)
     try:
-        with StopSignal() as stop:
+        with warnings_shown(progress.message), StopSignal() as stop:
             return run_job(
                 job_spec(config),
                 lambda: start(args, on_phase=lambda phase: progress.message(f"   {phase}")),

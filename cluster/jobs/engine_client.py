@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import EngineOutput, Request, RequestOutput
 
@@ -34,6 +35,10 @@ class EngineClient(Protocol):
         """Lost workers in order, with the progress of each recovery."""
         ...
 
+    def stats(self) -> Mapping[str, EngineStats]:
+        """Counters of every attention group's engine, by the group's name: decode:0 is the first of that role."""
+        ...
+
     def submit(self, requests: list[Request]) -> None:
         """Queue requests; returns at once."""
         ...
@@ -49,3 +54,12 @@ class EngineClient(Protocol):
     def close(self) -> None:
         """Stop the engines and release their resources."""
         ...
+
+
+def stats_by_role(stats: Mapping[str, EngineStats]) -> dict[str, EngineStats]:
+    """The sums of `EngineClient.stats` over the attention groups of each role."""
+    sums: dict[str, EngineStats] = {}
+    for name, group in stats.items():
+        role = name.partition(":")[0]
+        sums[role] = sums.get(role, EngineStats()) + group
+    return sums

@@ -25,7 +25,7 @@ from shoal.runtime.types import EngineOutput, Request, RequestOutput, Tokens
 from ..exit_codes import ExitCode
 from ..openai.requests import RequestDefaults
 from ..supervision.fault import FaultJournal
-from .engine_client import EngineClient
+from .engine_client import EngineClient, stats_by_role
 from .input import BadRow, CustomIdIndex, InputLine, file_sha256
 from .input_format import has_byte_order_mark
 from .output import CUSTOM_ID_FILE, FAULT_FILE, SPOOL_FILE, BatchOutput, RowCounts, State, write_json
@@ -283,10 +283,11 @@ class _Run:
                     self.output.add_losses(row.index, num_losses)
             self.output.commit_if_due()
             self.faults.update(engines.faults)
-            self.save_counts()
-            self.show()
+            self.save_counts(engines)
+            self.show(engines)
         self.output.commit()
-        self.show(force=True)
+        _save_state(self.output, "in_progress", engines=_shown_stats(engines))
+        self.show(engines, force=True)
 
     def take(self, output: EngineOutput | RequestOutput) -> None:
         """Write the answer of a finished row, or new tokens of an unfinished one."""
@@ -331,12 +332,12 @@ class _Run:
         _save_state(self.output, "failed", error="too many rows failed")
         return _ended(self.output, ExitCode.ROWS_FAILED, "more rows failed than max_errors allows")
 
-    def save_counts(self) -> None:
+    def save_counts(self, engines: EngineClient) -> None:
         if self.clock() - self.last_saved >= RUN_FILE_INTERVAL_S:
             self.last_saved = self.clock()
-            _save_state(self.output, "in_progress")
+            _save_state(self.output, "in_progress", engines=_shown_stats(engines))
 
-    def show(self, *, force: bool = False) -> None:
+    def show(self, engines: EngineClient, *, force: bool = False) -> None:
         counts = self.output.counts
         now = JobProgress(
             phase="answering",
@@ -347,7 +348,7 @@ class _Run:
             num_prompt_tokens=counts.num_prompt_tokens,
             num_output_tokens=counts.num_output_tokens,
         )
-        self.progress.update(now, force=force)
+        self.progress.update(now, engines=lambda: stats_by_role(engines.stats()), force=force)
 
 
 @contextmanager
@@ -402,6 +403,11 @@ def _save_state(output: BatchOutput, state: State, **changes: Any) -> None:
         usage={"prompt_tokens": counts.num_prompt_tokens, "completion_tokens": counts.num_output_tokens},
         **changes,
     )
+
+
+def _shown_stats(engines: EngineClient) -> dict[str, dict[str, int]]:
+    """The engines' counters by role, for run.json: those of this run, which another process may resume."""
+    return {role: msgspec.structs.asdict(stats) for role, stats in stats_by_role(engines.stats()).items()}
 
 
 def _finished(spec: JobSpec, output: BatchOutput) -> JobResult:

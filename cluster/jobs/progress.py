@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
+
+from shoal.runtime.engine.stats import EngineStats
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -54,14 +56,27 @@ def rates(start: JobProgress, now: JobProgress, elapsed_s: float) -> Rates:
     )
 
 
-def plain_line(now: JobProgress, speed: Rates) -> str:
+def engine_line(stats: EngineStats) -> str:
+    """What the engines of one role hold and have done, in one line."""
+    line = f"{stats.num_running_seqs} running, {stats.num_waiting_seqs} waiting, KV cache {stats.kv_cache_usage:.0%}"
+    if stats.prefix_cache_hits:
+        line += f", prefix cache hits {stats.prefix_cache_hit_rate:.0%}"
+    if stats.num_preemptions:
+        line += f", {stats.num_preemptions} preempted"
+    if stats.num_failed_transfers:
+        line += f", {stats.num_failed_transfers} transfers failed"
+    return line
+
+
+def plain_line(now: JobProgress, speed: Rates, engines: Mapping[str, EngineStats]) -> str:
     """One line for a log."""
     total = "?" if now.num_rows is None else now.num_rows
     line = f"{now.phase}: {now.finished}/{total} rows, {now.failed} failed"
     if now.num_output_tokens or now.in_flight:
         line += f", {now.in_flight} in flight, {speed.prompt_tokens_per_s:.1f} tok/s in"
         line += f", {speed.output_tokens_per_s:.1f} tok/s out"
-    return line + ("" if speed.eta_s is None else f", {duration(speed.eta_s)} left")
+    line += "" if speed.eta_s is None else f", {duration(speed.eta_s)} left"
+    return line + "".join(f"; {role}: {engine_line(stats)}" for role, stats in engines.items())
 
 
 def duration(seconds: float) -> str:
@@ -83,8 +98,17 @@ class ProgressReporter:
         self._start_time = 0.0
         self._last_shown = clock()
 
-    def update(self, now: JobProgress, *, force: bool = False) -> None:
-        """Show `now` if the display interval has passed; `force` shows it in any case."""
+    def update(
+        self,
+        now: JobProgress,
+        *,
+        engines: Callable[[], Mapping[str, EngineStats]] = dict,
+        force: bool = False,
+    ) -> None:
+        """Show `now` if the display interval has passed; `force` shows it in any case.
+
+        `engines` returns the engines' counters by role; it is called only if they are shown.
+        """
         time_now = self._clock()
         if self._start is None or self._start.phase != now.phase:
             self._start = now
@@ -95,9 +119,9 @@ class ProgressReporter:
         self._last_shown = time_now
         speed = rates(self._start, now, time_now - self._start_time)
         if self._is_terminal:
-            self._show_panel(_panel(now, speed))
+            self._show_panel(_panel(now, speed, engines()))
         else:
-            self.message(plain_line(now, speed))
+            self.message(plain_line(now, speed, engines()))
 
     def message(self, text: str) -> None:
         """Print a line, above the panel if there is one."""
@@ -122,7 +146,7 @@ class ProgressReporter:
         self._live.update(panel, refresh=True)
 
 
-def _panel(now: JobProgress, speed: Rates) -> Panel:
+def _panel(now: JobProgress, speed: Rates, engines: Mapping[str, EngineStats]) -> Panel:
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -134,5 +158,7 @@ def _panel(now: JobProgress, speed: Rates) -> Panel:
     table.add_row("tokens/s in", f"{speed.prompt_tokens_per_s:.1f}")
     table.add_row("tokens/s out", f"{speed.output_tokens_per_s:.1f}")
     table.add_row("time left", "-" if speed.eta_s is None else duration(speed.eta_s))
+    for role, stats in engines.items():
+        table.add_row(f"{role} engines", engine_line(stats))
     table.add_row("", ProgressBar(total=now.num_rows, completed=now.finished))
     return Panel(table, title=f"shoal: {now.phase}", title_align="left")

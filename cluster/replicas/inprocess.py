@@ -10,6 +10,7 @@ import torch
 from shoal.kernels.numerics import torch_settings
 from shoal.parallel.groups import single_process_groups
 from shoal.parallel.request_id import RequestId
+from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.response import ResponseAssembler
@@ -66,6 +67,10 @@ class InProcessEngine:
     @property
     def capacity(self) -> int:
         return self._capacity
+
+    def stats(self) -> dict[str, EngineStats]:
+        """Counters of the one engine."""
+        return {"mixed:0": self._engine.stats()}
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Add requests to the engine; ValueError for an id that is in use."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from itertools import count, groupby
 
 import ray
 
+from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import EngineOutput, Finished, Request, RequestOutput
 
+from ..replica_spec import Role
 from ..routing.groups import GroupSpec
 from ..routing.quarantine import Quarantine
 from ..routing.request_router import Effect, RequestRouter, Send
@@ -49,6 +51,8 @@ class ReplicaPool:
         self._ranks = [(number, rank) for number, replica in enumerate(replicas) for rank in replica.leaders]
         """Replica and rank of the leader of every attention group."""
         self._groups = {place: group for group, place in enumerate(self._ranks)}
+        names = _group_names([replicas[number].role for number, _ in self._ranks])
+        self._named_ranks = dict(zip(names, self._ranks, strict=True))
         self.limits: RequestLimits = min((r.limits for r in replicas), key=lambda x: x.max_model_len)
         """Limits that hold in every replica."""
         specs = [
@@ -126,6 +130,10 @@ class ReplicaPool:
         losses = self._losses
         self._losses = {}
         return losses
+
+    def stats(self) -> dict[str, EngineStats]:
+        """Counters of every attention group's engine, by the group's name: decode:0 is the first of that role."""
+        return {name: self._supervisor.stats(number, rank) for name, (number, rank) in self._named_ranks.items()}
 
     def audit(self) -> list[str]:
         """Resources that workers still hold with nothing in flight; [] when every block of every rank is free."""
@@ -235,3 +243,9 @@ class ReplicaPool:
         self._outputs.append(output)
         if isinstance(output, RequestOutput):
             self._quarantine.forget(output.request_id)
+
+
+def _group_names(roles: Sequence[Role]) -> list[str]:
+    """Names of attention groups, numbered within their roles."""
+    numbers = {role: count() for role in roles}
+    return [f"{role}:{next(numbers[role])}" for role in roles]

@@ -7,7 +7,9 @@ forming of new groups are Shoal's; Ray only starts processes.
 
 from __future__ import annotations
 
+import logging
 import queue
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import msgspec
+
+from shoal.runtime.engine.stats import EngineStats
 
 from ..workers.actors import LaunchConfig, WorkerProcess, WorkerSlot, end_worker, failed_starts, start_worker
 from ..workers.assignment import Assignment
@@ -30,6 +34,7 @@ from ..workers.wire import (
     Left,
     Loaded,
     LoadRank,
+    LogMessage,
     WorkerReport,
 )
 from .fault import Fault
@@ -91,6 +96,8 @@ class ReplicaPlan:
 class _Replica:
     members: Membership
     assignments: list[Assignment]
+    lost_totals: dict[int, EngineStats] = field(default_factory=dict)
+    """Counters of the lost workers, by rank."""
     forming_since: float | None = None
     loading_since: dict[str, float] = field(default_factory=dict)
     """Start time by worker that loads weights."""
@@ -114,6 +121,8 @@ class _WorkerStatus:
     process: Process
     num_steps: int = -1
     stepped_at: float = 0.0
+    stats: EngineStats = field(default_factory=EngineStats)
+    """Counters of its engine, at the last heartbeat."""
     fault: tuple[str, float] | None = None
     """Failpoint that the worker announced before it strikes, and the time."""
 
@@ -143,6 +152,8 @@ class Supervisor:
         self._processes: dict[str, WorkerProcess] = {}
         self._statuses: dict[str, _WorkerStatus] = {}
         """Connected workers by name."""
+        self._counting = threading.Lock()
+        """Held while counters move from a worker that is lost to its rank."""
         self._num_spares = 0
         """Number of spares started so far, for their labels."""
         self._waiting: list[str] = []
@@ -186,6 +197,14 @@ class Supervisor:
         name = self._replicas[replica].members.workers[rank]
         return None if name is None else self._processes[name]
 
+    def stats(self, replica: int, rank: int) -> EngineStats:
+        """Counters of a rank's engine, at most two heartbeats old; they include those of its lost workers."""
+        with self._counting:
+            name = self._replicas[replica].members.workers[rank]
+            status = self._statuses.get(name) if name is not None else None
+            lost = self._replicas[replica].lost_totals.get(rank, EngineStats())
+            return lost if status is None else lost + status.stats
+
     def process(self, worker: WorkerProcess) -> Process | None:
         """Node and pid of a worker; None before it has connected."""
         return self._process(worker.name)
@@ -220,9 +239,13 @@ class Supervisor:
     def on_report(self, name: str, report: WorkerReport) -> None:
         status = self._statuses[name]
         if isinstance(report, Heartbeat):
+            status.stats = report.stats or status.stats
             if report.num_steps != status.num_steps:
                 status.num_steps = report.num_steps
                 status.stepped_at = self._clock()
+            return
+        if isinstance(report, LogMessage):
+            logging.getLogger(report.logger).log(report.level, "%s", report.text)
             return
         if isinstance(report, FaultNotice):
             status.fault = (report.point, self._clock())
@@ -247,7 +270,7 @@ class Supervisor:
         if worker is None:
             self._lost_early[name] = (how, silent_s)
             return
-        status = self._statuses.pop(name, None)
+        status = self._take_status(name)
         fault = self._fault(worker, status, how, silent_s)
         self.faults.append(fault)
         if name in self._waiting:
@@ -265,6 +288,19 @@ class Supervisor:
             self._start_in(worker.slot)
         elif num_failed < MAX_FAILED_STARTS:
             self._restarts.append((self._clock() + START_CHECK_S * 2**num_failed, worker.slot))
+
+    def _take_status(self, name: str) -> _WorkerStatus | None:
+        """Remove the state of a lost worker; what it counted stays with its rank."""
+        with self._counting:
+            status = self._statuses.pop(name, None)
+            if status is None:
+                return None
+            for replica in self._replicas:
+                if name in replica.members.workers:
+                    rank = replica.members.workers.index(name)
+                    totals = replica.lost_totals.get(rank, EngineStats())
+                    replica.lost_totals[rank] = totals + status.stats.totals
+            return status
 
     def _fault(self, worker: WorkerProcess, status: _WorkerStatus | None, how: str, silent_s: float) -> Fault:
         now = self._clock()

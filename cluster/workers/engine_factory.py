@@ -12,6 +12,7 @@ from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
 from shoal.parallel.request_id import RequestId
 from shoal.parallel.spans import Spans
+from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.response import refusal
@@ -57,6 +58,7 @@ class EngineLike(Protocol):
     def step(self) -> StepResult: ...
     def request_stop(self) -> None: ...
     def audit(self) -> list[str]: ...
+    def stats(self) -> EngineStats: ...
 
 
 @runtime_checkable

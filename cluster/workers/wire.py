@@ -17,6 +17,7 @@ import msgspec
 
 from shoal.parallel.kv_transport import KVChunk
 from shoal.parallel.request_id import RequestMessage
+from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.types import EngineOutput, GeneratedTokens, PromptLoaded, Request
 
 from .assignment import Assignment
@@ -64,6 +65,8 @@ class Heartbeat(_Control, frozen=True, tag="beat"):
 
     num_steps: int
     """Grows while its loop makes progress; -1 outside the loop."""
+    stats: EngineStats | None = None
+    """Counters of the engine, once there is one."""
 
 
 class Loaded(_Control, frozen=True, tag="loaded"):
@@ -87,6 +90,15 @@ class Left(_Control, frozen=True, tag="left"):
 
     epoch: int
     reason: str
+
+
+class LogMessage(_Control, frozen=True, tag="log"):
+    """A log record of a worker, for the driver's log."""
+
+    logger: str
+    level: int
+    """As in `logging`."""
+    text: str
 
 
 class FaultNotice(_Control, frozen=True, tag="fault"):
@@ -117,7 +129,7 @@ class JoinEpoch(_Control, frozen=True, tag="join"):
     assignment: Assignment
 
 
-WorkerReport = Hello | Heartbeat | Loaded | Joining | Joined | Left | FaultNotice
+WorkerReport = Hello | Heartbeat | Loaded | Joining | Joined | Left | LogMessage | FaultNotice
 """What a worker tells its supervisor."""
 SupervisorOrder = LeaveEpoch | LoadRank | JoinEpoch | FaultNoted
 """What a supervisor tells a worker."""

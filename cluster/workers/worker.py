@@ -6,33 +6,31 @@ only queue commands and return events. Ray carries commands and events, never th
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from shoal.parallel.collectives import CollectiveError
 from shoal.parallel.failpoints import SPAN_POINTS, Failpoints
-from shoal.parallel.groups import ParallelGroups, create_groups, init_groups, single_process_groups
+from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk, KVTransport
 from shoal.parallel.spans import Spans
+from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.types import REPORT_INTERVAL_S, Finished, Request, Tokens
 
-from ..engine_args import EngineArgs
 from .assignment import Assignment
 from .engine_factory import EngineLike, admit, prepare, resolve_factory, step_profile
 from .kv_transports import create_transport
-from .liveness import LivenessLink
-from .ray_cluster import node_address
+from .liveness import BEAT_S, LivenessLink
 from .ray_transport import RayTransport
 from .spec import StartReport, WorkerFailure, WorkerSpec, failure_of
 from .wire import (
@@ -55,30 +53,21 @@ from .wire import (
     SupervisorOrder,
     WireError,
 )
+from .worker_groups import join_groups, replacement_groups, start_groups
+from .worker_log import start_worker_log
+
+logger = logging.getLogger("shoal.worker")
 
 IDLE_WAIT_S = 0.01
 """How long an idle rank waits for a request before it asks the others again; bounds the delay of a first token."""
 GATHER_S = 0.005
 """How long ranks that were idle collect requests before they start together: those of one job come within it."""
-BUSY_WAIT_S = 0.02
-"""How long a rank with its own cores watches for a message before it sleeps: most ranks of a step are less apart."""
 AUDIT_TIMEOUT_S = 10.0
 FAULT_NOTICE_TIMEOUT_S = 10.0
 """Longest wait of a failpoint for the supervisor to know of it; without an answer it strikes all the same."""
 MAX_REASON_CHARS = 2000
 MAX_POLL_BYTES = 32 << 20
 """A poll returns at most this much, and at least one output."""
-
-
-def _is_alone(assignment: Assignment, args: EngineArgs) -> bool:
-    """Whether the rank has no peers, nor a device that needs groups."""
-    return assignment.parallel.world_size == 1 and args.device == "cpu"
-
-
-def _rendezvous(assignment: Assignment, args: EngineArgs) -> TCPStore:
-    timeout = timedelta(seconds=args.collective_timeout_s)
-    host, port = assignment.store_host, assignment.store_port
-    return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def apply_command(engine: EngineLike, command: Command) -> list[Finished]:
@@ -112,6 +101,8 @@ class Worker:
         """Calls of `send` that are in order."""
         self._outbox: deque[bytes] = deque()
         self._num_steps = 0
+        self._stats: EngineStats | None = None
+        """Counters of the engine, at most a heartbeat old."""
         self._in_loop = False
         self._stop_requested = False
         self._audit: list[str] | None = None
@@ -155,11 +146,13 @@ class Worker:
                     heartbeat=self._heartbeat,
                 )
                 self._link.start()
+                start_worker_log(self._describe, self._link.send)
             if spec.assignment is not None:
                 self._start_first(spec.assignment, report)
                 assert self._engine is not None
                 report.limits = self._engine.limits
         except Exception as error:
+            logger.info("the start failed", exc_info=True)  # the driver shows it
             report.failure = self._failure = failure_of(self._rank, error)
         self._started = True
         return report
@@ -172,6 +165,7 @@ class Worker:
         try:
             self._serve()
         except Exception as error:
+            logger.info("the loop failed", exc_info=True)
             return failure_of(self._rank, error)
         finally:
             self._in_loop = False
@@ -183,6 +177,10 @@ class Worker:
     @property
     def _rank(self) -> int:
         return -1 if self._assignment is None else self._assignment.rank
+
+    def _describe(self) -> str:
+        """Which worker this is, for its log."""
+        return f"{self._spec.label}, rank {self._rank}, epoch {self._epoch}"
 
     def _serve(self) -> None:
         if self._engine is None and not self._take_place():
@@ -199,6 +197,7 @@ class Worker:
                 self._in_loop = False
                 if self._link is None:
                     raise
+                logger.info("left the epoch: %s", error)
                 self._link.send(Left(assignment.epoch, str(error)[:MAX_REASON_CHARS]))
                 following = self._await_assignment(newer_than=assignment.epoch)
                 if following is None:
@@ -212,9 +211,10 @@ class Worker:
         if self._place is None:
             return False
         self._failpoints.reach("worker.build")
-        self._groups = self._create_groups(self._place)
+        self._groups = replacement_groups(self._spec, self._place, self._spans)
         self._engine = self._build(self._place, self._groups, StartReport())
         assert self._link is not None
+        logger.info("loaded the weights of rank %d", self._place.rank)
         self._link.send(Loaded())
         return True
 
@@ -230,45 +230,12 @@ class Worker:
 
     def _start_first(self, assignment: Assignment, report: StartReport) -> None:
         """Start in the first epoch, together with all other ranks."""
-        args, parallel = self._spec.args, assignment.parallel
         start = time.monotonic()
-        if _is_alone(assignment, args):
-            self._groups = single_process_groups(spans=self._spans)
-        else:
-            self._groups = init_groups(
-                parallel,
-                assignment.rank,
-                _rendezvous(assignment, args),
-                epoch=assignment.epoch,
-                device=torch.device(args.device),
-                timeout_s=args.collective_timeout_s,
-                hostname=node_address(),
-                busy_wait_s=BUSY_WAIT_S if self._spec.dedicated_cores else 0.0,
-                spans=self._spans,
-                secret=self._spec.supervisor_key.encode(),
-            )
+        self._groups = start_groups(self._spec, assignment, self._spans)
         report.phases["groups"] = time.monotonic() - start
         report.local_world_size = self._groups.local_world_size
         self._engine = self._build(assignment, self._groups, report)
         self._epoch = assignment.epoch
-
-    def _create_groups(self, place: Assignment) -> ParallelGroups:
-        """Create the groups of a rank that joins running peers."""
-        args = self._spec.args
-        if _is_alone(place, args):
-            return single_process_groups(spans=self._spans)
-        assert place.local_world_size is not None
-        return create_groups(
-            place.parallel,
-            place.rank,
-            device=torch.device(args.device),
-            timeout_s=args.collective_timeout_s,
-            hostname=node_address(),
-            busy_wait_s=BUSY_WAIT_S if self._spec.dedicated_cores else 0.0,
-            spans=self._spans,
-            local_world_size=place.local_world_size,
-            secret=self._spec.supervisor_key.encode(),
-        )
 
     def _build(self, place: Assignment, groups: ParallelGroups, report: StartReport) -> EngineLike:
         args = self._spec.args
@@ -284,24 +251,12 @@ class Worker:
         assert self._link is not None
         self._failpoints.reach("worker.join")
         self._link.send(Joining(assignment.epoch))
-        self._join(assignment)
+        assert self._groups is not None
+        join_groups(self._spec, assignment, self._groups, lambda: self._epoch_left >= assignment.epoch)
         self._epoch = assignment.epoch
+        logger.info("joined the epoch; new workers in ranks %s", list(assignment.replaced))
         self._link.send(Joined(assignment.epoch))
         self._engine.rejoin(assignment.replaced)
-
-    def _join(self, assignment: Assignment) -> None:
-        epoch, groups = assignment.epoch, self._groups
-        assert groups is not None
-
-        def is_obsolete() -> bool:
-            return self._epoch_left >= epoch
-
-        if _is_alone(assignment, self._spec.args):
-            groups.set_epoch(epoch)
-            return
-        groups.join(_rendezvous(assignment, self._spec.args), epoch, stop=is_obsolete)
-        if is_obsolete():  # since the groups last asked
-            groups.abort("a rank was lost", epoch=epoch)
 
     def _on_fault(self, point: str) -> None:
         """Report a fault before it strikes, and wait until the supervisor knows: last messages can be lost."""
@@ -311,7 +266,7 @@ class Worker:
             self._fault_noted.wait(FAULT_NOTICE_TIMEOUT_S)
 
     def _heartbeat(self) -> Heartbeat:
-        return Heartbeat(self._num_steps if self._in_loop else -1)
+        return Heartbeat(self._num_steps if self._in_loop else -1, self._stats)
 
     def _on_order(self, order: SupervisorOrder) -> None:
         if isinstance(order, FaultNoted):
@@ -331,6 +286,7 @@ class Worker:
 
     def _loop(self, engine: EngineLike) -> None:
         reported_at = 0.0  # the first tokens are reported at once: after a loss, somebody waits for them
+        counted_at = 0.0
         while True:
             self._failpoints.reach("worker.take_in")
             self._drain_inbox(engine)
@@ -338,9 +294,13 @@ class Worker:
             self._num_steps += 1
             self._emit([*result.chunks, *result.loaded, *result.outputs])
             self._failpoints.reach("worker.hand_out")
-            if time.monotonic() - reported_at >= REPORT_INTERVAL_S and (outputs := engine.take_outputs()):
-                reported_at = time.monotonic()
+            now = time.monotonic()
+            if now - reported_at >= REPORT_INTERVAL_S and (outputs := engine.take_outputs()):
+                reported_at = now
                 self._emit(outputs)
+            if now - counted_at >= BEAT_S:
+                counted_at = now
+                self._stats = engine.stats()
             if result.stopped:
                 return
             if result.woke:

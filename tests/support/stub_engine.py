@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from shoal.cluster.workers.spec import StartReport
 from shoal.parallel.groups import ParallelGroups
 from shoal.parallel.kv_transport import KVChunk
 from shoal.parallel.request_id import RequestId
+from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import EngineOutput, Finished, GeneratedTokens, PromptLoaded, Request, Tokens
 
@@ -52,6 +54,7 @@ class StubEngine:
 
     def add_request(self, request: Request) -> None:
         if request.prompt_token_ids[0] == REFUSED:
+            logging.getLogger("shoal.stub").warning("request %s is refused", request.id)
             raise ValueError("refused by the stub")
         tokens = [token for generated in request.generated for token in generated.token_ids]
         self.requests[request.id] = (request, tokens)
@@ -85,6 +88,10 @@ class StubEngine:
 
     def audit(self) -> list[str]:
         return [f"request {request_id} is not finished" for request_id in self.requests]
+
+    def stats(self) -> EngineStats:
+        """A counter that grows: a preemption in every step."""
+        return EngineStats(num_running_seqs=len(self.requests), num_preemptions=self.num_steps)
 
     def request_stop(self) -> None:
         self.stop = True

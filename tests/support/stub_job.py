@@ -20,6 +20,7 @@ from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.supervision.fault import Fault
 from shoal.parallel.failpoints import DRIVER, VARIABLE, Failpoints
 from shoal.parallel.request_id import RequestId
+from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.tokenization.chat import ChatPrompt
 from shoal.runtime.types import (
@@ -131,6 +132,9 @@ class StubEngines:
     @property
     def num_in_flight(self) -> int:
         return len(self._waiting)
+
+    def stats(self) -> dict[str, EngineStats]:
+        return {"mixed:0": EngineStats(num_running_seqs=self.num_in_flight, num_blocks=4, num_used_blocks=1)}
 
     def submit(self, requests: list[Request]) -> None:
         self._waiting += requests

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from shoal.cluster.jobs.progress import JobProgress, ProgressReporter, Rates, duration, plain_line, rates
+from shoal.runtime.engine.stats import EngineStats
 
 
 def at(completed: int, tokens: int, phase: str = "answering", num_rows: int | None = 100) -> JobProgress:
@@ -32,10 +33,27 @@ def test_rates_count_from_the_start_of_this_process() -> None:
 
 
 def test_a_line_for_a_log() -> None:
-    line = plain_line(at(58, 3000), Rates(400.0, 200.0, 20.0))
+    line = plain_line(at(58, 3000), Rates(400.0, 200.0, 20.0), {})
     assert line == "answering: 60/100 rows, 2 failed, 7 in flight, 400.0 tok/s in, 200.0 tok/s out, 0:20 left"
+    engines = {
+        "prefill": EngineStats(num_blocks=10, num_used_blocks=4, num_running_seqs=2),
+        "decode": EngineStats(
+            num_running_seqs=30,
+            num_waiting_seqs=1,
+            num_blocks=100,
+            num_used_blocks=25,
+            prefix_cache_queries=200,
+            prefix_cache_hits=50,
+            num_preemptions=3,
+            num_failed_transfers=2,
+        ),
+    }
+    assert plain_line(at(58, 3000), Rates(400.0, 200.0, 20.0), engines) == (
+        line + "; prefill: 2 running, 0 waiting, KV cache 40%; decode: 30 running, 1 waiting, KV cache 25%, "
+        "prefix cache hits 25%, 3 preempted, 2 transfers failed"
+    )
     checking = JobProgress(phase="checking", num_rows=None, completed=5, failed=1)
-    assert plain_line(checking, Rates(0.0, 0.0, None)) == "checking: 6/? rows, 1 failed"
+    assert plain_line(checking, Rates(0.0, 0.0, None), {}) == "checking: 6/? rows, 1 failed"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3725, "1:02:05"), (360000, "100:00:00")])
@@ -61,11 +79,13 @@ def test_a_terminal_gets_a_panel() -> None:
     reporter = ProgressReporter(stream, clock=lambda: now)
     reporter.update(at(8, 0))
     now = 2.0
-    reporter.update(at(48, 100))
+    reporter.update(at(48, 100), engines=lambda: {"mixed": EngineStats(num_running_seqs=5, num_blocks=4)})
     reporter.message("[weights] 2 s")
     reporter.close()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
     assert "shoal: answering" in text
     assert "50 / 100" in text
     assert "50.0" in text
+    assert "mixed engines" in text
+    assert "5 running, 0 waiting, KV cache 0%" in text
     assert "[weights] 2 s" in text

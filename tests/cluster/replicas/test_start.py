@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import queue
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from shoal.cluster.workers.ray_cluster import LayoutDoesNotFit, Node
 from shoal.cluster.workers.spec import Phase
 from shoal.runtime.random_checkpoint import tiny_config
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
-from tests.support.stub_engine import RAISES, STUB
+from tests.support.stub_engine import RAISES, REFUSED, STUB
 
 
 def request(request_id: str, num_prompt: int, max_tokens: int | None, n: int = 1) -> Request:
@@ -76,6 +78,24 @@ def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
     router.close()
 
 
+@pytest.mark.ray
+def test_warnings_of_a_worker_reach_the_log_of_the_driver(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    router = start_engines(EngineArgs(model=write_config(tmp_path), replicas=2), engine_factory=STUB)
+    try:
+        router.submit([Request(request_id="a", prompt_token_ids=(REFUSED,), params=SamplingParams(max_tokens=3))])
+        assert finished(router)["a"].outputs[0].error == "refused by the stub"
+        deadline = time.monotonic() + 60.0
+        while not caplog.messages:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        router.supervisor.check()
+    finally:
+        router.close()
+    assert caplog.record_tuples == [
+        ("shoal.stub", logging.WARNING, "[mixed:0, rank 0, epoch 0] request a is refused"),
+    ]
+
+
 def finished(router: ReplicaPool) -> dict[str, RequestOutput]:
     """The requests that the next poll finishes."""
     return {output.request_id: output for output in router.poll(60.0) if isinstance(output, RequestOutput)}
@@ -90,9 +110,11 @@ def test_a_request_that_ends_its_worker_is_given_up_and_the_others_are_answered(
         router.submit([request("a", 2, 3), bad, *(request(f"{number}", 3, 2) for number in range(6))])
         answers: dict[str, RequestOutput] = {}
         losses: dict[str, int] = {}
+        counts: list[int] = []
         while router.num_in_flight:
             answers |= finished(router)
             losses |= router.take_losses()
+            counts.append(router.stats()["mixed:0"].num_preemptions)
         assert answers.pop("a").outputs[0].token_ids == [2, 3, 4]
         error = answers.pop("bad").outputs[0].error or ""
         assert re.fullmatch(
@@ -102,6 +124,12 @@ def test_a_request_that_ends_its_worker_is_given_up_and_the_others_are_answered(
         )
         assert [output.outputs[0].token_ids for output in answers.values()] == [[3, 4]] * 6
         assert losses["bad"] in (4, 5)
+        assert counts == sorted(counts), "what lost workers counted is kept"
+        deadline = time.monotonic() + 60.0
+        while router.stats()["mixed:0"].num_preemptions <= counts[-1]:
+            assert time.monotonic() < deadline, "the replacement does not count"
+            time.sleep(0.05)
+        assert list(router.stats()) == ["mixed:0"]
         router.submit([request("after", 2, 3)])
         while not (after := finished(router)):
             pass

@@ -17,6 +17,7 @@ from shoal.cluster.workers.assignment import Assignment
 from shoal.cluster.workers.wire import COMMANDS, EVENTS, ORDERS, REPORTS, Codec, WireError
 from shoal.parallel.kv_transport import KVChunk
 from shoal.parallel.request_id import RequestId
+from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.types import (
     Finished,
     GeneratedTokens,
@@ -125,9 +126,11 @@ ASSIGNMENTS = st.builds(
     num_kv_blocks=st.none() | INDICES,
     max_model_len=st.none() | INDICES,
 )
+STATS = st.builds(EngineStats, num_running_seqs=INT64, num_blocks=INT64, num_failed_transfers=INT64)
 WORKER_REPORTS = st.one_of(
     st.builds(wire.Hello, TEXT, TEXT, TEXT, INDICES),
-    st.builds(wire.Heartbeat, INT64),
+    st.builds(wire.Heartbeat, INT64, st.none() | STATS),
+    st.builds(wire.LogMessage, TEXT, INDICES, TEXT),
     st.builds(wire.Loaded),
     st.builds(wire.Joining, INDICES),
     st.builds(wire.Joined, INDICES),

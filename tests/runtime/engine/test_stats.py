@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import msgspec
+from msgspec.structs import replace
 
 from shoal.parallel.request_id import RequestId
 from shoal.runtime.engine.stats import EngineStats
@@ -17,8 +15,8 @@ from tests.simulation.model import Row
 def test_counters_of_an_engine() -> None:
     params = SamplingParams(seed=4, max_tokens=2, ignore_eos=True)
     first = Request(request_id="a", prompt_token_ids=(1, 2, 3, 4, 5), params=params)
-    second = msgspec.structs.replace(first, request_id="b", prompt_token_ids=(1, 2, 3, 4, 6))
-    waits = msgspec.structs.replace(first, request_id="c", prompt_token_ids=(7, 8, 9))
+    second = replace(first, request_id="b", prompt_token_ids=(1, 2, 3, 4, 6))
+    waits = replace(first, request_id="c", prompt_token_ids=(7, 8, 9))
     rows = {r.request_id: Row(r) for r in (first, second, waits)}
     transport = Transport()
     settings = EngineSettings(num_blocks=4, block_size=2, max_num_seqs=1)
@@ -47,7 +45,7 @@ def test_counters_of_an_engine() -> None:
     # 5 tokens and one that was generated fill three blocks; the second prompt finds two of them, and adds its own
     after = replace(nothing, num_cached_blocks=4, prefix_cache_queries=10, prefix_cache_hits=4)
     assert engine.stats() == after
-    engine.add_request(msgspec.structs.replace(waits, do_remote_prefill=True))
+    engine.add_request(replace(waits, do_remote_prefill=True))
     engine.end_prefill(RequestId("c"), None)
     while engine.has_unfinished:
         engine.step()
