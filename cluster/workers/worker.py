@@ -154,6 +154,8 @@ class Worker:
         except Exception as error:
             logger.info("the start failed", exc_info=True)  # the driver shows it
             report.failure = self._failure = failure_of(self._rank, error)
+        else:
+            logger.info("ready; seconds: %s", {name: round(seconds, 2) for name, seconds in report.phases.items()})
         self._started = True
         return report
 

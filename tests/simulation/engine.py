@@ -84,7 +84,7 @@ SAMPLER = Sampler()
 
 
 class SimulatedEngine(Engine):
-    """The leader of an attention group; compares every record that it reads with what the row's answer says."""
+    """The leader of an attention group; compares every entry that it reads with what the row's answer says."""
 
     def __init__(
         self, settings: EngineSettings, rows: Mapping[str, Row], groups: Any, transport: Any, clock: Clock
@@ -125,15 +125,15 @@ class SimulatedEngine(Engine):
             spans=groups.spans,
         )
 
-    def check_read(self, part: ScheduledSequence, records: list[int]) -> None:
+    def check_read(self, part: ScheduledSequence, entries: list[int]) -> None:
         running = self._running[part.seq_id]
         request_id = running.state.request.request_id
         answer = self.rows[request_id].answers[running.completion.sample_index]
         end = part.start + len(part.token_ids)
         assert part.token_ids == answer.token_ids[part.start : end], f"{request_id}: wrong tokens at {part.start}"
-        if records != (right := answer.records[: part.start]):
-            wrong = [p for p, record in enumerate(right) if records[p] != record]
-            raise AssertionError(f"{request_id}: attention reads wrong records at positions {wrong}")
+        if entries != (right := answer.entries[: part.start]):
+            wrong = [p for p, entry in enumerate(right) if entries[p] != entry]
+            raise AssertionError(f"{request_id}: attention reads wrong entries at positions {wrong}")
 
     def check_nothing_left(self) -> None:
         """AssertionError unless the engine is as one that was never asked anything, its prefix cache aside."""

@@ -121,7 +121,7 @@ class Site:
         return (
             tuple((*_sequence_key(seq), buffer.holds(i)) for i, seq in engine.scheduler._sequences.items()),
             (tuple(pool._free), tuple(pool._idle), tuple(n and n.digest for n in prefixes._nodes)),
-            tuple(engine.cache.records),
+            tuple(engine.cache.entries),
             tuple(
                 (
                     i,
@@ -188,7 +188,7 @@ class Desk:
 
     def check_fair_end(self) -> None:
         """When nothing went wrong on the way."""
-        assert self.routing.num_failed_transfers == 0, "records were not there in time"
+        assert self.routing.num_failed_transfers == 0, "entries were not there in time"
 
     def forget(self) -> None:
         """See `Part`."""

@@ -129,7 +129,7 @@ class JobRun:
         self._pending: list[Record] = []
         self._last_commit = 0.0
 
-    def answer(self, world: World, router: ReplicaPool) -> None:
+    def answer(self, world: World, pool: ReplicaPool) -> None:
         """All rows that have no answer yet."""
         to_ask = [name for name in self._job.rows if name in self.ledger.open]
         in_flight: set[str] = set()
@@ -138,8 +138,8 @@ class JobRun:
             num_polls += 1
             new, to_ask = to_ask[: self._capacity - len(in_flight)], to_ask[self._capacity - len(in_flight) :]
             in_flight |= set(new)
-            router.submit([self._request(name) for name in new])
-            for output in router.poll(POLL_TIMEOUT_S):
+            pool.submit([self._request(name) for name in new])
+            for output in pool.poll(POLL_TIMEOUT_S):
                 self.ledger.take(output)
                 row = self._job.rows[output.request_id]
                 if isinstance(output, RequestOutput):
@@ -151,7 +151,7 @@ class JobRun:
             if world.now - self._last_commit >= self._commit_interval_s:
                 self._commit(world)
             if in_flight and num_polls == self._aborts_at:
-                in_flight -= {self._abort(router, self._job.rng.choice(sorted(in_flight)))}
+                in_flight -= {self._abort(pool, self._job.rng.choice(sorted(in_flight)))}
         self._commit(world)
 
     def _request(self, name: str) -> Request:
@@ -159,8 +159,8 @@ class JobRun:
         known = tuple(self._generated.get((name, i), GeneratedTokens()) for i in range(row.params.n))
         return replace(row, generated=known if any(g.token_ids for g in known) else ())
 
-    def _abort(self, router: ReplicaPool, name: str) -> str:
-        router.abort([name])
+    def _abort(self, pool: ReplicaPool, name: str) -> str:
+        pool.abort([name])
         self.ledger.aborted.add(name)
         self._job.aborted.add(name)
         return name

@@ -229,7 +229,7 @@ class Groups:
 
 
 class TensorGroup:
-    """The ranks that follow a leader: they hear of its batch, and hold the same records."""
+    """The ranks that follow a leader: they hear of its batch, and hold the same entries."""
 
     def __init__(self, groups: Groups) -> None:
         self.size = groups.config.tensor_parallel_size

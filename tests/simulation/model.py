@@ -1,6 +1,6 @@
-"""A model without weights: a cache record is a hash of the tokens it stands for, and a token a hash of its record.
+"""A model without weights: a cache entry is a hash of the tokens it stands for, and a token a hash of its entry.
 
-A record is computed from the records before it, read through the block table; so one that is missing, stale, foreign or
+An entry is computed from the entries before it, read through the block table; so one that is missing, stale, foreign or
 out of place makes wrong tokens of all that follows. `Row` knows the right ones, and every read is compared with them.
 """
 
@@ -26,13 +26,13 @@ GARBAGE = -7
 BROKEN = "the model gave NaN"
 
 
-def next_record(before: Sequence[int], token: int) -> int:
-    """The record of a token after those that stand before it."""
+def next_entry(before: Sequence[int], token: int) -> int:
+    """The entry of a token after those that stand before it."""
     return hash((*before, token))
 
 
-def next_token(record: int, seed: int, sample_index: int) -> int:
-    return hash((record, seed, sample_index)) % VOCAB_SIZE
+def next_token(entry: int, seed: int, sample_index: int) -> int:
+    return hash((entry, seed, sample_index)) % VOCAB_SIZE
 
 
 def is_broken(seed: int, num_output_tokens: int) -> bool:
@@ -40,8 +40,8 @@ def is_broken(seed: int, num_output_tokens: int) -> bool:
     return seed % 4 == 3 and num_output_tokens == seed % 7
 
 
-def logprob_of(record: int, token: int) -> dict[int, Logprob]:
-    return {token: Logprob(-(hash((record, token)) % 1000) / 8, 1)}
+def logprob_of(entry: int, token: int) -> dict[int, Logprob]:
+    return {token: Logprob(-(hash((entry, token)) % 1000) / 8, 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Answer:
     token_ids: list[int]
     """Token ids of the prompt and the continuation."""
     num_prompt_tokens: int
-    records: list[int]
+    entries: list[int]
     finish_reason: FinishReason
 
     @property
@@ -61,7 +61,7 @@ class Answer:
     def logprobs(self) -> list[dict[int, Logprob]]:
         """Log-probabilities of the output tokens."""
         first = self.num_prompt_tokens
-        return [logprob_of(self.records[p - 1], self.token_ids[p]) for p in range(first, len(self.token_ids))]
+        return [logprob_of(self.entries[p - 1], self.token_ids[p]) for p in range(first, len(self.token_ids))]
 
 
 @dataclass(slots=True)
@@ -75,8 +75,8 @@ class Row:
         self.answers = [_answer(self.request, index) for index in range(self.request.params.n)]
 
     def prompt_logprobs(self) -> list[dict[int, Logprob] | None]:
-        prompt, records = self.request.prompt_token_ids, self.answers[0].records
-        return [None, *[logprob_of(records[p - 1], prompt[p]) for p in range(1, len(prompt))]]
+        prompt, entries = self.request.prompt_token_ids, self.answers[0].entries
+        return [None, *[logprob_of(entries[p - 1], prompt[p]) for p in range(1, len(prompt))]]
 
 
 def _answer(request: Request, sample_index: int) -> Answer:
@@ -84,17 +84,17 @@ def _answer(request: Request, sample_index: int) -> Answer:
     assert params.seed is not None
     assert params.max_tokens is not None
     tokens = list(request.prompt_token_ids)
-    records: list[int] = []
+    entries: list[int] = []
     for token in tokens:
-        records.append(next_record(records, token))
+        entries.append(next_entry(entries, token))
     for num_output in range(params.max_tokens):
         if is_broken(params.seed, num_output):
-            return Answer(tokens, len(request.prompt_token_ids), records, "error")
-        tokens.append(next_token(records[-1], params.seed, sample_index))
+            return Answer(tokens, len(request.prompt_token_ids), entries, "error")
+        tokens.append(next_token(entries[-1], params.seed, sample_index))
         if tokens[-1] == EOS and not params.ignore_eos:
-            return Answer(tokens, len(request.prompt_token_ids), records, "stop")
-        records.append(next_record(records, tokens[-1]))
-    return Answer(tokens, len(request.prompt_token_ids), records, "length")
+            return Answer(tokens, len(request.prompt_token_ids), entries, "stop")
+        entries.append(next_entry(entries, tokens[-1]))
+    return Answer(tokens, len(request.prompt_token_ids), entries, "length")
 
 
 def random_rows(rng: Random, num_rows: int, *, max_prompt: int, max_tokens: int) -> dict[str, Row]:
@@ -119,7 +119,7 @@ def random_rows(rng: Random, num_rows: int, *, max_prompt: int, max_tokens: int)
 
 
 class Payload(bytes):
-    """Records on their way, as much of a tensor as the hand-off uses."""
+    """Entries on their way, as much of a tensor as the hand-off uses."""
 
     def numel(self) -> int:
         return len(self)
@@ -136,28 +136,28 @@ class Payload(bytes):
 
 
 class Cache:
-    """One record a slot, 0 where nothing was written."""
+    """One entry a slot, 0 where nothing was written."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.bytes_per_token = BYTES_PER_TOKEN
-        self.records = [0] * (num_blocks * block_size)
+        self.entries = [0] * (num_blocks * block_size)
 
     def slots(self, block_table: list[int], start: int, end: int) -> list[int]:
         size = self.block_size
         return [block_table[p // size] * size + p % size for p in range(start, end)]
 
     def read_kv(self, slots: list[int]) -> Payload:
-        return Payload(struct.pack(f"<{len(slots)}q", *[self.records[slot] for slot in slots]))
+        return Payload(struct.pack(f"<{len(slots)}q", *[self.entries[slot] for slot in slots]))
 
     def write_kv(self, slots: list[int], payload: bytes) -> None:
-        records = struct.unpack(f"<{len(payload) // BYTES_PER_TOKEN}q", payload)
-        for slot, record in zip(slots, records[len(records) - len(slots) :], strict=True):
-            self.records[slot] = record
+        entries = struct.unpack(f"<{len(payload) // BYTES_PER_TOKEN}q", payload)
+        for slot, entry in zip(slots, entries[len(entries) - len(slots) :], strict=True):
+            self.entries[slot] = entry
 
 
 class Logits(list[int]):
-    """Records in place of logits: the sampler takes its tokens from them."""
+    """Entries in place of logits: the sampler takes its tokens from them."""
 
     @property
     def shape(self) -> tuple[int]:
@@ -165,7 +165,7 @@ class Logits(list[int]):
 
 
 CheckRead = Callable[[ScheduledSequence, list[int]], None]
-"""(part of a batch, the records that it builds on)"""
+"""(part of a batch, the entries that it builds on)"""
 TakePromptLogits = Callable[[ScheduledSequence, int, Any], None]
 
 
@@ -182,24 +182,24 @@ class Runner:
         work = []
         for part in batch.sequences:
             slots = cache.slots(part.block_table, 0, part.start + len(part.token_ids))
-            records = [cache.records[slot] for slot in slots[: part.start]]
-            self._check_read(part, records)
-            work.append((part, slots, records))
-        for part, slots, records in work:
+            entries = [cache.entries[slot] for slot in slots[: part.start]]
+            self._check_read(part, entries)
+            work.append((part, slots, entries))
+        for part, slots, entries in work:
             for token in part.token_ids:
-                records.append(next_record(records, token))
-                cache.records[slots[len(records) - 1]] = records[-1]
+                entries.append(next_entry(entries, token))
+                cache.entries[slots[len(entries) - 1]] = entries[-1]
             if part.num_prompt_logits and take is not None:
-                take(part, len(records) - part.num_prompt_logits, Logits(records[-part.num_prompt_logits :]))
-            logits.extend(records[len(records) - part.num_logits :])
+                take(part, len(entries) - part.num_prompt_logits, Logits(entries[-part.num_prompt_logits :]))
+            logits.extend(entries[len(entries) - part.num_logits :])
         return logits
 
     def spoil(self, batch: Batch, rng: Random) -> None:
-        """A batch that was broken off: some of its records were written, and what they hold counts for nothing."""
+        """A batch that was broken off: some of its entries were written, and what they hold counts for nothing."""
         for part in batch.sequences:
             for slot in self.cache.slots(part.block_table, part.start, part.start + len(part.token_ids)):
                 if rng.random() < 0.5:
-                    self.cache.records[slot] = GARBAGE
+                    self.cache.entries[slot] = GARBAGE
 
 
 class Sampler:
@@ -209,14 +209,14 @@ class Sampler:
 
     def sample(self, logits: list[int], rows: Sequence[SamplingRow]) -> list[SampledToken]:
         sampled = []
-        for record, row in zip(logits, rows, strict=True):
-            token = next_token(record, row.seed, row.sample_index)
+        for entry, row in zip(logits, rows, strict=True):
+            token = next_token(entry, row.seed, row.sample_index)
             if is_broken(row.seed, len(row.output_token_ids)):
                 sampled.append(SampledToken(-1, error=BROKEN))
             else:
-                logprobs = None if row.params.logprobs is None else logprob_of(record, token)
+                logprobs = None if row.params.logprobs is None else logprob_of(entry, token)
                 sampled.append(SampledToken(token, logprobs))
         return sampled
 
     def prompt_logprobs(self, logits: list[int], following: Sequence[int], _k: int) -> list[SampledToken]:
-        return [SampledToken(t, logprob_of(record, t)) for record, t in zip(logits, following, strict=True)]
+        return [SampledToken(t, logprob_of(entry, t)) for entry, t in zip(logits, following, strict=True)]

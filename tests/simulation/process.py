@@ -111,10 +111,10 @@ class Process:
         else:
             self.runner = Runner(Cache(settings.num_blocks, settings.block_size), self._check_read)
 
-    def _check_read(self, part: Any, records: list[int]) -> None:
+    def _check_read(self, part: Any, entries: list[int]) -> None:
         assert self.epoch is not None
         assert self.groups is not None
-        self.epoch.members[self.groups.leader_rank].leading.check_read(part, records)
+        self.epoch.members[self.groups.leader_rank].leading.check_read(part, entries)
 
     def die(self) -> None:
         if not self.alive:

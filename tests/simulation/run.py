@@ -90,9 +90,9 @@ def _live(job: Job, rows: dict[str, Row], layout: Layout, rng: Random, outcome: 
     with installed(cluster), replaced(journal_module, os=job.file):
         try:
             job_run = job.open()
-            router = cluster.start()
-            job_run.answer(world, router)
-            settle(cluster, router)
+            pool = cluster.start()
+            job_run.answer(world, pool)
+            settle(cluster, pool)
         except DriverKilled:
             return False
         except OSError as error:
@@ -102,25 +102,25 @@ def _live(job: Job, rows: dict[str, Row], layout: Layout, rng: Random, outcome: 
         finally:
             outcome.num_events += world.num_events
         engines = [p.engine for p in cluster.members if p.engine is not None]
-        check_run(job_run.ledger, router._routing, engines)
-        # The records of a row that ends with its first token go at once.
+        check_run(job_run.ledger, pool._routing, engines)
+        # The KV cache entries of a row that ends with its first token go at once.
         is_short = any(all(len(a.output) <= 1 for a in row.answers) for row in rows.values())
         if plan.is_empty and layout.weather.is_fair and not is_short:
-            assert router._routing.num_failed_transfers == 0, "records were not there in time"
-    outcome.num_losses += len(router.faults)
-    outcome.num_replays += router._routing.num_replays
-    outcome.num_failed_transfers += router._routing.num_failed_transfers
+            assert pool._routing.num_failed_transfers == 0, "KV cache entries were not there in time"
+    outcome.num_losses += len(pool.faults)
+    outcome.num_replays += pool._routing.num_replays
+    outcome.num_failed_transfers += pool._routing.num_failed_transfers
     return True
 
 
-def settle(cluster: Cluster, router: ReplicaPool) -> None:
+def settle(cluster: Cluster, pool: ReplicaPool) -> None:
     """Until nobody holds anything, or for as long as the slowest mending takes."""
     end = cluster.world.now + SETTLE_S
     while cluster.world.now < end:
         cluster.world.pass_time(0.1)
-        outputs = router.poll(0.0)
+        outputs = pool.poll(0.0)
         assert not outputs, f"answers that nobody asked for: {outputs}"
-        if router.supervisor.is_whole(0) and not any(p.engine.audit() for p in cluster.members if p.engine):
+        if pool.supervisor.is_whole(0) and not any(p.engine.audit() for p in cluster.members if p.engine):
             return
 
 

@@ -1,4 +1,4 @@
-"""Cache records between the processes of a world: late, lost, cut, swapped for others, or as they were published."""
+"""Cache entries between the processes of a world: late, lost, cut, swapped for others, or as they were published."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Weather:
     repeated: float = 0.0
     late: float = 0.0
     spoiled: float = 0.0
-    """Records only."""
+    """Entries only."""
     stale: float = 0.0
     """What a process told arrives after another one took its place."""
 

@@ -89,7 +89,7 @@ class Target:
 class Rig:
     """Replicas that stay up from one case to the next, and what one process answers."""
 
-    router: ReplicaPool
+    pool: ReplicaPool
     expected: list[Bits]
     num_spares: int
     pids: set[int] = field(default_factory=set)
@@ -101,45 +101,45 @@ class Rig:
 
         `then` is called once all is answered, before the ranks and spares are waited for.
         """
-        first = len(self.router.faults)
+        first = len(self.pool.faults)
         self.num_cases += 1
         strike()
         name = f"{self.num_cases}-"
         asked = requests(name)
         answers: dict[str, Bits] = {}
         deadline = time.monotonic() + DEADLINE_S
-        self.router.submit(asked)
-        while self.router.num_in_flight:
-            assert time.monotonic() < deadline, f"{self.router.num_in_flight} requests are not answered"
-            for output in self.router.poll(0.02):
+        self.pool.submit(asked)
+        while self.pool.num_in_flight:
+            assert time.monotonic() < deadline, f"{self.pool.num_in_flight} requests are not answered"
+            for output in self.pool.poll(0.02):
                 if isinstance(output, RequestOutput):
                     assert output.request_id not in answers, "answered twice"
                     answers[output.request_id] = bits(output)
         assert [answers[request.request_id] for request in asked] == self.expected
         then()
         self.recover(deadline)
-        assert self.router.audit() == []
-        return self.router.faults[first:]
+        assert self.pool.audit() == []
+        return self.pool.faults[first:]
 
     def recover(self, deadline: float) -> None:
         """Wait until every rank has joined and the spares are there again."""
-        supervisor = self.router.supervisor
+        supervisor = self.pool.supervisor
         while not supervisor.is_whole(self.num_spares):
             assert time.monotonic() < deadline, "the ranks were not filled again"
-            self.router.poll(0.02)
-        self.router.poll(0.0)
+            self.pool.poll(0.02)
+        self.pool.poll(0.0)
         self.pids |= {process.pid for w in self.workers() if (process := supervisor.process(w)) is not None}
 
     def workers(self) -> list[WorkerProcess]:
-        return list(self.router.supervisor._processes.values())
+        return list(self.pool.supervisor._processes.values())
 
     def worker(self, replica: int, rank: int) -> WorkerProcess:
-        worker = self.router.supervisor.worker(replica, rank)
+        worker = self.pool.supervisor.worker(replica, rank)
         assert worker is not None
         return worker
 
     def pid(self, replica: int, rank: int) -> int:
-        process = self.router.supervisor.process(self.worker(replica, rank))
+        process = self.pool.supervisor.process(self.worker(replica, rank))
         assert process is not None
         return process.pid
 
@@ -149,14 +149,14 @@ class Rig:
         for target in targets:
             worker = self.worker(target.replica, target.rank)
             calls.append(worker.actor.arm.remote(f"{worker.label}:{target.point}:{target.nth}:{target.action}"))
-        supervisor = self.router.supervisor
+        supervisor = self.pool.supervisor
         for worker in [supervisor._processes[name] for name in supervisor._waiting] if spares else []:
             calls.append(worker.actor.arm.remote(spares.replace("{}", worker.label)))
         ray.wait(calls, num_returns=len(calls), timeout=30)  # one may strike before another is armed
 
     def close(self) -> None:
         """End everything, and check that nothing is left."""
-        self.router.close()
+        self.pool.close()
         deadline = time.monotonic() + 10
         while left := [pid for pid in self.pids if not gone(pid)]:
             assert time.monotonic() < deadline, f"workers {left} were left behind"

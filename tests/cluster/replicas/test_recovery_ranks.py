@@ -48,7 +48,7 @@ def test_the_ranks_of_a_replica_are_replaced(mixed: Rig, targets: list[Target], 
     faults = mixed.run(lambda: mixed.arm(targets, spares))
     lost = [(f.rank, f.point) for f in faults if f.rank is not None]
     assert {(t.rank, t.point) for t in targets} <= set(lost)
-    assert len(lost) == len(targets) + bool(spares), mixed.router.faults
+    assert len(lost) == len(targets) + bool(spares), mixed.pool.faults
 
 
 def test_a_rank_that_hangs_is_found_by_its_missing_steps(mixed: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,62 +59,62 @@ def test_a_bad_model_is_refused_before_ray_starts(tmp_path: Path) -> None:
 def test_replicas_start_answer_and_end_with_their_ray(tmp_path: Path) -> None:
     phases: list[Phase] = []
     args = EngineArgs(model=write_config(tmp_path), replicas=2, max_num_seqs=4)
-    router = start_engines(args, on_phase=phases.append, engine_factory=STUB)
+    pool = start_engines(args, on_phase=phases.append, engine_factory=STUB)
     try:
         assert [phase.name for phase in phases] == ["ray", "placement", "workers", "groups", "stub", "ready"]
         assert str(phases[4]) == "stub 0.2 s"
         assert phases[5].detail == "this is a stub"
-        router.submit([request("a", 2, 3), request("b", 3, 2)])
+        pool.submit([request("a", 2, 3), request("b", 3, 2)])
         outputs: dict[str, RequestOutput] = {}
-        while router.num_in_flight:
-            outputs |= finished(router)
+        while pool.num_in_flight:
+            outputs |= finished(pool)
         assert {request_id: output.outputs[0].token_ids for request_id, output in outputs.items()} == {
             "a": [2, 3, 4],
             "b": [3, 4],
         }
     finally:
-        router.close()
+        pool.close()
     assert not ray.is_initialized()
-    router.close()
+    pool.close()
 
 
 @pytest.mark.ray
 def test_warnings_of_a_worker_reach_the_log_of_the_driver(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    router = start_engines(EngineArgs(model=write_config(tmp_path), replicas=2), engine_factory=STUB)
+    pool = start_engines(EngineArgs(model=write_config(tmp_path), replicas=2), engine_factory=STUB)
     try:
-        router.submit([Request(request_id="a", prompt_token_ids=(REFUSED,), params=SamplingParams(max_tokens=3))])
-        assert finished(router)["a"].outputs[0].error == "refused by the stub"
+        pool.submit([Request(request_id="a", prompt_token_ids=(REFUSED,), params=SamplingParams(max_tokens=3))])
+        assert finished(pool)["a"].outputs[0].error == "refused by the stub"
         deadline = time.monotonic() + 60.0
         while not caplog.messages:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        router.supervisor.check()
+        pool.supervisor.check()
     finally:
-        router.close()
+        pool.close()
     assert caplog.record_tuples == [
         ("shoal.stub", logging.WARNING, "[mixed:0, rank 0, epoch 0] request a is refused"),
     ]
 
 
-def finished(router: ReplicaPool) -> dict[str, RequestOutput]:
+def finished(pool: ReplicaPool) -> dict[str, RequestOutput]:
     """The requests that the next poll finishes."""
-    return {output.request_id: output for output in router.poll(60.0) if isinstance(output, RequestOutput)}
+    return {output.request_id: output for output in pool.poll(60.0) if isinstance(output, RequestOutput)}
 
 
 @pytest.mark.ray
 def test_a_request_that_ends_its_worker_is_given_up_and_the_others_are_answered(tmp_path: Path) -> None:
     args = EngineArgs(model=write_config(tmp_path), max_num_seqs=4, spares=1)
-    router = start_engines(args, engine_factory=STUB)
+    pool = start_engines(args, engine_factory=STUB)
     try:
         bad = Request(request_id="bad", prompt_token_ids=(RAISES, 1), params=SamplingParams(max_tokens=3))
-        router.submit([request("a", 2, 3), bad, *(request(f"{number}", 3, 2) for number in range(6))])
+        pool.submit([request("a", 2, 3), bad, *(request(f"{number}", 3, 2) for number in range(6))])
         answers: dict[str, RequestOutput] = {}
         losses: dict[str, int] = {}
         counts: list[int] = []
-        while router.num_in_flight:
-            answers |= finished(router)
-            losses |= router.take_losses()
-            counts.append(router.stats()["mixed:0"].num_preemptions)
+        while pool.num_in_flight:
+            answers |= finished(pool)
+            losses |= pool.take_losses()
+            counts.append(pool.stats()["mixed:0"].num_preemptions)
         assert answers.pop("a").outputs[0].token_ids == [2, 3, 4]
         error = answers.pop("bad").outputs[0].error or ""
         assert re.fullmatch(
@@ -126,16 +126,16 @@ def test_a_request_that_ends_its_worker_is_given_up_and_the_others_are_answered(
         assert losses["bad"] in (4, 5)
         assert counts == sorted(counts), "what lost workers counted is kept"
         deadline = time.monotonic() + 60.0
-        while router.stats()["mixed:0"].num_preemptions <= counts[-1]:
+        while pool.stats()["mixed:0"].num_preemptions <= counts[-1]:
             assert time.monotonic() < deadline, "the replacement does not count"
             time.sleep(0.05)
-        assert list(router.stats()) == ["mixed:0"]
-        router.submit([request("after", 2, 3)])
-        while not (after := finished(router)):
+        assert list(pool.stats()) == ["mixed:0"]
+        pool.submit([request("after", 2, 3)])
+        while not (after := finished(pool)):
             pass
         assert after["after"].outputs[0].token_ids == [2, 3, 4]
     finally:
-        router.close()
+        pool.close()
 
 
 @pytest.mark.ray

@@ -85,7 +85,7 @@ def test_every_listener_has_the_nodes_address_and_no_key_is_seen(
     cluster: None, model: str, layout: dict[str, Any]
 ) -> None:
     in_driver, in_actor = listening(), hosts_of_a_plain_actor()
-    router = start_engines(EngineArgs(model=model, max_num_seqs=4, **layout), engine_factory=STUB)
+    pool = start_engines(EngineArgs(model=model, max_num_seqs=4, **layout), engine_factory=STUB)
     try:
         opened = listening() - in_driver
         assert {host for host, _ in opened} == {node_address()}
@@ -95,7 +95,7 @@ def test_every_listener_has_the_nodes_address_and_no_key_is_seen(
         for pid in pids:
             # NIXL, which trusts whoever connects, stays inside the machine when there is no other.
             assert set(hosts(pid) - in_actor) <= {node_address(), "127.0.0.1"}
-        key, shown = router._supervisor._liveness.key, command_lines()
+        key, shown = pool._supervisor._liveness.key, command_lines()
         assert "ray::Worker" in shown
         assert key not in shown
         assert not RAY_TOKEN.exists() or RAY_TOKEN.read_text().strip() not in shown
@@ -106,4 +106,4 @@ def test_every_listener_has_the_nodes_address_and_no_key_is_seen(
         assert logs
         assert [path for path in logs if key.encode() in path.read_bytes()] == []
     finally:
-        router.close()
+        pool.close()
