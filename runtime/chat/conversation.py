@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -28,12 +28,16 @@ class ChatMessage:
     """Text parts, which a format joins in its own way; () for missing or null content."""
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str | None = None
-    """The call that a tool message answers."""
+    call_index: int | None = None
+    """The call that a tool message answers: its position among the calls of the assistant message before it."""
     is_developer: bool = False
     """Whether the role was `developer`, which formats without such a role read as system."""
     is_prefix: bool = False
     """Whether the answer continues this last assistant message."""
+
+    def text(self, separator: str) -> str:
+        """The content with its parts joined."""
+        return separator.join(self.content)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
