@@ -9,7 +9,7 @@ Without thinking each `<think>{reasoning}</think>` is `</think>`, and so it is w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from ..tokenization.tokenizer import ASSISTANT, BOS, EOS, THINK_END, THINK_START, USER, Part, Special
@@ -164,10 +164,10 @@ def encode_deepseek_v4(conversation: Conversation) -> list[Part]:
     _check_rounds(conversation.messages)
     thinking = conversation.thinking
     messages = [message for message in conversation.messages if message.role != "system"]
-    systems = [message.text("\n") for message in conversation.messages if message.role == "system"]
+    system = _joined_texts(message for message in conversation.messages if message.role == "system")
     drops_reasoning = conversation.drop_thinking is not False and not conversation.tools
     first_kept = last_index(messages, "user", "tool") if drops_reasoning else 0
-    parts: list[Part] = [Special(BOS), _effort(conversation) if thinking else "", "\n\n".join(systems)]
+    parts: list[Part] = [Special(BOS), _effort(conversation) if thinking else "", system]
     parts += [*_tools_v4(conversation), *_response_format(conversation)]
     for is_answer, group in groupby(enumerate(messages), key=lambda item: item[1].role == "assistant"):
         if not is_answer:
@@ -200,7 +200,7 @@ def _open_or_close(is_reasoning: bool) -> Part:
 
 def _reasoning(message: ChatMessage) -> list[Part]:
     """Reasoning after its opening tag; a prefix without content continues inside it."""
-    is_open = message.is_prefix and bool(message.reasoning) and not message.text("\n")
+    is_open = message.is_prefix and not message.text("\n")
     return [message.reasoning or "", "" if is_open else Special(THINK_END)]
 
 
@@ -212,13 +212,18 @@ def _results_v32(results: Sequence[ChatMessage]) -> Iterator[Part]:
 
 
 def _user_turn_v4(messages: Sequence[ChatMessage]) -> str:
-    texts = []
+    blocks = []
     for role, group in groupby(messages, key=lambda message: message.role):
         if role == "tool":
-            texts += ["<tool_result>" + result.text("\n") + "</tool_result>" for result in by_call(group)]
+            blocks += ["<tool_result>" + result.text("\n") + "</tool_result>" for result in by_call(group)]
         else:
-            texts += [message.text("\n") for message in group]
-    return "\n\n".join(texts)
+            blocks.append(_joined_texts(group))
+    return "\n\n".join(blocks)
+
+
+def _joined_texts(messages: Iterable[ChatMessage]) -> str:
+    """Texts with a blank line between them; V4 skips empty ones."""
+    return "\n\n".join(filter(None, (message.text("\n") for message in messages)))
 
 
 def _calls(calls: Sequence[ToolCall], block: str, dsml: Part, *, if_empty: str) -> Iterator[Part]:
