@@ -9,6 +9,7 @@ from typing import Any
 from .json_arguments import json_type
 
 Types = frozenset[str]
+STRING: Types = frozenset({"string"})
 
 
 def parameter_types(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Types | None]]:

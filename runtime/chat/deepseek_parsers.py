@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..tokenization.tokenizer import TOOL_CALL_BEGIN, TOOL_CALL_END, TOOL_CALLS_BEGIN, TOOL_CALLS_END, TOOL_SEP
+from .grammar_parser import ParserOptions
 from .section_parser import SectionParser
 
 _TYPE = "function"
@@ -38,8 +37,8 @@ class DeepSeekV3Parser(DeepSeekV31Parser):
     Only a fence directly before the call's end closes it. Arguments without a fence are accepted.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, options: ParserOptions) -> None:
+        super().__init__(options)
         self._name_ends = self._reader.tag_set("\n", TOOL_CALL_END)
         self._fence_begin = self._reader.tag_set(_FENCE)
         self._bare_ends = self._argument_ends

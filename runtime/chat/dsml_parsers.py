@@ -1,18 +1,18 @@
 """Outputs of DeepSeek-V3.2 and V4: calls in DSML.
 
-    <｜DSML｜function_calls>
-    <｜DSML｜invoke name="tide_height">
-    <｜DSML｜parameter name="port" string="true">Brest</｜DSML｜parameter>
-    <｜DSML｜parameter name="hour" string="false">12</｜DSML｜parameter>
-    </｜DSML｜invoke>
-    </｜DSML｜function_calls>
+<｜DSML｜function_calls>
+<｜DSML｜invoke name="tide_height">
+<｜DSML｜parameter name="port" string="true">Brest</｜DSML｜parameter>
+<｜DSML｜parameter name="hour" string="false">12</｜DSML｜parameter>
+</｜DSML｜invoke>
+</｜DSML｜function_calls>
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from .grammar_parser import GrammarParser
+from .grammar_parser import GrammarParser, ParserOptions
 from .json_arguments import JsonObjectWriter, json_type
 from .white_space import SpaceHolder
 
@@ -39,8 +39,8 @@ class DeepSeekV32Parser(GrammarParser):
     block_end: ClassVar[str] = "</｜DSML｜function_calls>"
     openers = (_BLANK_LINE + block_begin, block_begin, _BLANK_LINE + _INVOKE_BEGIN, _INVOKE_BEGIN)
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, options: ParserOptions) -> None:
+        super().__init__(options)
         tag_set = self._reader.tag_set
         self._block_tags = tag_set(_INVOKE_BEGIN, self.block_end)
         self._name_ends = tag_set(_NAME_END)

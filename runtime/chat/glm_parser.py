@@ -1,17 +1,16 @@
 """Outputs of GLM-4.6 to 5.3.
 
-    <tool_call>tide_height<arg_key>port</arg_key><arg_value>Brest</arg_value></tool_call>
+<tool_call>tide_height<arg_key>port</arg_key><arg_value>Brest</arg_value></tool_call>
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from .declared_types import Types, is_value, parameter_types
-from .grammar_parser import GrammarParser
+from .declared_types import STRING, Types, is_value, parameter_types
+from .grammar_parser import GrammarParser, ParserOptions
 from .json_arguments import JsonObjectWriter
-from .white_space import ContentHolder, StrippedContent
+from .white_space import ContentHolder, StrippedContent, VerbatimContent
 
 _CALL_BEGIN = "<tool_call>"
 _CALL_END = "</tool_call>"
@@ -27,9 +26,9 @@ class GlmParser(GrammarParser):
     tokens = (_CALL_BEGIN, _CALL_END, _KEY_BEGIN, _KEY_END, _VALUE_BEGIN, _VALUE_END)
     openers = (_CALL_BEGIN,)
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._types_of_tools = parameter_types(options.get("tools", ()))
+    def __init__(self, options: ParserOptions) -> None:
+        super().__init__(options)
+        self._types_of_tools = parameter_types(options.tools)
         self._name_ends = self._reader.tag_set(_KEY_BEGIN, _CALL_END)
         self._key_ends = self._reader.tag_set(_KEY_END)
         self._value_begins = self._reader.tag_set(_VALUE_BEGIN, _KEY_BEGIN, _CALL_END)
@@ -39,8 +38,8 @@ class GlmParser(GrammarParser):
         self._object = JsonObjectWriter()
         self._after_value: list[str] = []
 
-    def _make_content_holder(self, parse_tools: bool) -> ContentHolder:
-        return StrippedContent() if parse_tools else super()._make_content_holder(parse_tools)
+    def _make_content_holder(self) -> ContentHolder:
+        return StrippedContent() if self._options.parse_tools else VerbatimContent()
 
     def _begin_calls(self, opener: str) -> None:
         self._state = self._name
@@ -59,7 +58,7 @@ class GlmParser(GrammarParser):
         if read is None:
             return False
         self._types = self._types_of_tool.get(read[0])
-        self._emit_arguments(self._object.begin_value(read[0], is_string=self._types == {"string"}))
+        self._emit_arguments(self._object.begin_value(read[0], is_string=self._types == STRING))
         self._state = self._before_value
         return True
 

@@ -9,12 +9,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..tokenization.tokenizer import THINK_END, THINK_START, Part, Tokenizer
 from .output import ContentDelta, OutputDelta, ReasoningDelta, StartState, ToolCallDelta
 from .tag_reader import TagReader, TagSet
 from .white_space import ContentHolder, SpaceHolder, VerbatimContent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParserOptions:
+    """What `make_parser` is given."""
+
+    start: StartState
+    tools: Sequence[Mapping[str, Any]]
+    parse_tools: bool
+    tokenizer: Tokenizer | None
 
 
 class GrammarParser(ABC):
@@ -30,23 +41,15 @@ class GrammarParser(ABC):
     openers: ClassVar[tuple[str, ...]]
     """Tags that begin calls, and end the reasoning and the content before them."""
 
-    def __init__(
-        self,
-        *,
-        start: StartState,
-        tools: Sequence[Mapping[str, Any]] = (),
-        parse_tools: bool,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        """See `make_parser`."""
-        tokens = [t for t in (THINK_START, THINK_END, *self.tokens) if tokenizer and tokenizer.special_id(t) is not None]
-        self._reader = TagReader(tokens)
-        self._openers = self._reader.tag_set(*(self.openers if parse_tools else ()))
+    def __init__(self, options: ParserOptions) -> None:
+        openers = self.openers if options.parse_tools else ()
+        self._reader = TagReader(_known_tokens((THINK_START, THINK_END, *self.tokens), options.tokenizer))
+        self._openers = self._reader.tag_set(*openers)
         self._think_start = self._reader.tag_set(THINK_START)
-        self._reasoning_ends = self._reader.tag_set(THINK_END, *(self.openers if parse_tools else ()))
-        self._start = start
-        self._state: Callable[[], bool] = self._content if start == "content" else self._beginning
-        self._content_holder = self._make_content_holder(parse_tools)
+        self._reasoning_ends = self._reader.tag_set(THINK_END, *openers)
+        self._options = options
+        self._state: Callable[[], bool] = self._content if options.start == "content" else self._beginning
+        self._content_holder = self._make_content_holder()
         self._has_content = False
         self._stray_space = SpaceHolder()
         self._beginning_space: list[str] = []
@@ -79,7 +82,7 @@ class GrammarParser(ABC):
     def _end_cut_call(self) -> None:
         """Hand on what the end of the output cut off and no delta has yet."""
 
-    def _make_content_holder(self, parse_tools: bool) -> ContentHolder:
+    def _make_content_holder(self) -> ContentHolder:
         return VerbatimContent()
 
     # States.
@@ -91,7 +94,7 @@ class GrammarParser(ABC):
         if tag is None:
             return False
         space = "" if tag else "".join(self._beginning_space)
-        if self._start == "auto" and not tag:
+        if self._options.start == "auto" and not tag:
             self._state = self._content
             self._emit_content(self._content_holder.write(space))
         else:
@@ -192,3 +195,8 @@ class GrammarParser(ABC):
         deltas = self._deltas
         self._deltas = []
         return deltas
+
+
+def _known_tokens(tokens: Sequence[str], tokenizer: Tokenizer | None) -> list[str]:
+    """Those of `tokens` that are added tokens of the tokenizer."""
+    return [] if tokenizer is None else [token for token in tokens if tokenizer.special_id(token) is not None]

@@ -9,7 +9,7 @@ from ..tokenization.tokenizer import Tokenizer
 from .deepseek_parsers import DeepSeekV3Parser, DeepSeekV31Parser
 from .dsml_parsers import DeepSeekV4Parser, DeepSeekV32Parser
 from .glm_parser import GlmParser
-from .grammar_parser import GrammarParser
+from .grammar_parser import GrammarParser, ParserOptions
 from .kimi_parser import KimiParser
 from .output import OutputParser, StartState
 
@@ -37,4 +37,5 @@ def make_parser(
     With the output's tokenizer, tags that are added tokens are read from `Special` only, and text that spells one stays
     text. Without it, tags are found in text.
     """
-    return PARSERS[grammar](start=start, tools=tools, parse_tools=parse_tools, tokenizer=tokenizer)
+    options = ParserOptions(start=start, tools=tools, parse_tools=parse_tools, tokenizer=tokenizer)
+    return PARSERS[grammar](options)

@@ -1,14 +1,14 @@
 """The grammar that DeepSeek's fenced and bare calls and Kimi's have in common.
 
-    {content}<calls begin><call begin>{header}<separator>{arguments}<call end><call begin>..<call end><calls end>
+{content}<calls begin><call begin>{header}<separator>{arguments}<call end><call begin>..<call end><calls end>
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from .grammar_parser import GrammarParser
+from .grammar_parser import GrammarParser, ParserOptions
 from .white_space import SpaceHolder
 
 
@@ -20,8 +20,8 @@ class SectionParser(GrammarParser):
     separator: ClassVar[str]
     call_end: ClassVar[str]
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, options: ParserOptions) -> None:
+        super().__init__(options)
         self._call_tags = self._reader.tag_set(self.call_begin, self.calls_end)
         self._header_ends = self._reader.tag_set(self.separator, self.call_end)
         self._argument_ends = self._reader.tag_set(self.call_end)
