@@ -1,10 +1,10 @@
-"""What a model wrote, apart: reasoning, content and tool calls, whole or as deltas."""
+"""Outputs read as reasoning, content and tool calls: as deltas, or whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from ..tokenization.tokenizer import Part
 
@@ -51,3 +51,48 @@ class OutputParser(Protocol):
     def finish(self) -> list[OutputDelta]:
         """End the output; returns what was held back."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParsedToolCall:
+    """A whole call."""
+
+    id: str | None
+    name: str
+    arguments: str
+    """JSON text if the model wrote any; text that is no JSON is handed on as it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParsedOutput:
+    """A whole output. None: no reasoning; no content, because the reasoning did not end or there are only calls."""
+
+    reasoning: str | None
+    content: str | None
+    tool_calls: list[ParsedToolCall]
+
+
+def assemble(deltas: Iterable[OutputDelta]) -> ParsedOutput:
+    """The whole of all deltas of one output, `finish` included."""
+    reasoning: list[str] = []
+    content: list[str] = []
+    calls: list[tuple[str | None, str, list[str]]] = []
+    for delta in deltas:
+        if isinstance(delta, ReasoningDelta):
+            reasoning.append(delta.text)
+        elif isinstance(delta, ContentDelta):
+            content.append(delta.text)
+        else:
+            if delta.index == len(calls):
+                calls.append((delta.id, delta.name or "", []))
+            calls[delta.index][2].append(delta.arguments)
+    return ParsedOutput(
+        reasoning="".join(reasoning) if reasoning else None,
+        content="".join(content) if content else None,
+        tool_calls=[ParsedToolCall(id=i, name=name, arguments="".join(pieces)) for i, name, pieces in calls],
+    )
+
+
+def finish_reason(output: ParsedOutput, ended_by: str) -> str:
+    """OpenAI's `finish_reason` for an output that ended by an end token or stop string ("stop"), "length", ..."""
+    return "tool_calls" if output.tool_calls and ended_by == "stop" else ended_by

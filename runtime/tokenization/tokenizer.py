@@ -73,6 +73,7 @@ class Tokenizer:
         self._text = tokenizers.Tokenizer.from_str(json.dumps(text_spec))
         added = spec.get("added_tokens") or []
         self._added_ids = {t["content"]: ids[t["content"]] for t in added}
+        self._added_texts = {i: t for t, i in self._added_ids.items()}
         self._skipped_ids = frozenset(self._added_ids[t["content"]] for t in added if t["special"])
         self._byte_of_char = {c: b for b, c in enumerate(_byte_alphabet())} if decoder else None
         self.vocab_size = 1 + max(ids.values())
@@ -159,6 +160,10 @@ class Tokenizer:
     def special_id(self, text: str) -> int | None:
         """The id of an added token; None if no added token has this text."""
         return self._added_ids.get(text)
+
+    def special_text(self, token_id: int) -> str | None:
+        """The text of an added token; None for other tokens."""
+        return self._added_texts.get(token_id)
 
 
 def read_eos_token_ids(directory: str | Path) -> tuple[int, ...]:
