@@ -18,9 +18,10 @@ from .deepseek import (
     encode_deepseek_v32_exp,
 )
 from .dsml import encode_deepseek_v4, encode_deepseek_v32
+from .names import ChatFormatName
 from .output import StartState
 
-Grammar = Literal["deepseek_v3", "deepseek_v31", "dsml", "dsml_v4", "kimi", "glm"]
+Grammar = Literal["deepseek_v3", "deepseek_v31", "deepseek_v32", "deepseek_v4", "kimi", "glm"]
 Thinking = Literal["never", "off", "on", "always"]
 
 
@@ -28,7 +29,7 @@ Thinking = Literal["never", "off", "on", "always"]
 class ChatFormat:
     """The way in which a family of models reads conversations and writes answers."""
 
-    name: str
+    name: ChatFormatName
     encode: Callable[[Conversation], list[Part]]
     """The prompt up to where the answer begins; ValueError for what the format cannot express."""
     grammar: Grammar
@@ -97,8 +98,8 @@ _FORMATS = (
     ),
     ChatFormat(name="deepseek_v31", encode=encode_deepseek_v31, grammar="deepseek_v31", thinking="off"),
     ChatFormat(name="deepseek_v32_exp", encode=encode_deepseek_v32_exp, grammar="deepseek_v31", thinking="off"),
-    ChatFormat(name="deepseek_v32", encode=encode_deepseek_v32, grammar="dsml", thinking="off"),
-    ChatFormat(name="deepseek_v4", encode=encode_deepseek_v4, grammar="dsml_v4", thinking="off"),
+    ChatFormat(name="deepseek_v32", encode=encode_deepseek_v32, grammar="deepseek_v32", thinking="off"),
+    ChatFormat(name="deepseek_v4", encode=encode_deepseek_v4, grammar="deepseek_v4", thinking="off"),
     ChatFormat(
         name="kimi_k2_0905",
         encode=kimi.encode_kimi_k2_0905,
@@ -129,13 +130,13 @@ _FORMATS = (
     ChatFormat(name="glm_52", encode=glm.encode_glm_52, grammar="glm", thinking="on", end_tokens=_GLM_END),
     ChatFormat(name="glm_53", encode=glm.encode_glm_53, grammar="glm", thinking="always", end_tokens=_GLM_END),
 )
-CHAT_FORMATS: dict[str, ChatFormat] = {chat_format.name: chat_format for chat_format in _FORMATS}
+CHAT_FORMATS: dict[ChatFormatName, ChatFormat] = {chat_format.name: chat_format for chat_format in _FORMATS}
 """What the setting `chat_format` can name."""
 
-_DSML_MODEL_TYPES = ("deepseek_v32", "deepseek_v4")
+_DSML_FORMATS: dict[str, ChatFormatName] = {"deepseek_v32": "deepseek_v32", "deepseek_v4": "deepseek_v4"}
 
 
-def choose_format(chat_template: str | None, model_type: str | None) -> str:
+def choose_format(chat_template: str | None, model_type: str | None) -> ChatFormatName:
     """The name of the chat format that a checkpoint's template stands for; no code of the template is run.
 
     V3.2 and V4 come without a template, so that `model_type` of config.json tells them.
@@ -149,9 +150,9 @@ def choose_format(chat_template: str | None, model_type: str | None) -> str:
     return name
 
 
-def _format_of_template(template: str, model_type: str | None) -> str | None:
+def _format_of_template(template: str, model_type: str | None) -> ChatFormatName | None:
     if not template or "｜DSML｜" in template:
-        return model_type if model_type in _DSML_MODEL_TYPES else None
+        return _DSML_FORMATS.get(model_type or "")
     if "<｜Assistant｜>" in template:
         return _deepseek_format(template)
     if kimi.IM_MIDDLE in template:
@@ -161,7 +162,7 @@ def _format_of_template(template: str, model_type: str | None) -> str | None:
     return None
 
 
-def _deepseek_format(template: str) -> str:
+def _deepseek_format(template: str) -> ChatFormatName:
     if "is_only_sys" in template:
         return "deepseek_v32_exp"
     if re.search(r"\bthinking\b", template):
@@ -171,7 +172,7 @@ def _deepseek_format(template: str) -> str:
     return "deepseek_r1_0528" if THINK_END in template else "deepseek_v3"
 
 
-def _kimi_format(template: str) -> str:
+def _kimi_format(template: str) -> ChatFormatName:
     if "tools_ts_str" in template:
         return "kimi_k25"
     if "hist_msgs" in template:
@@ -179,7 +180,7 @@ def _kimi_format(template: str) -> str:
     return "kimi_k2_0905" if re.search(r"^[ \t]+# Tools", template, re.MULTILINE) else "kimi_k2"
 
 
-def _glm_format(template: str) -> str:
+def _glm_format(template: str) -> ChatFormatName:
     if "Reasoning Effort" in template:
         return "glm_52" if "enable_thinking" in template else "glm_53"
     if glm.NO_THINK in template:

@@ -70,9 +70,11 @@ class ParsedOutput:
     reasoning: str | None
     content: str | None
     tool_calls: list[ParsedToolCall]
+    is_malformed: bool = False
+    """See `OutputParser.is_malformed`."""
 
 
-def assemble(deltas: Iterable[OutputDelta]) -> ParsedOutput:
+def assemble(deltas: Iterable[OutputDelta], *, is_malformed: bool = False) -> ParsedOutput:
     """The whole of all deltas of one output, `finish` included."""
     reasoning: list[str] = []
     content: list[str] = []
@@ -90,6 +92,7 @@ def assemble(deltas: Iterable[OutputDelta]) -> ParsedOutput:
         reasoning="".join(reasoning) if reasoning else None,
         content="".join(content) if content else None,
         tool_calls=[ParsedToolCall(id=i, name=name, arguments="".join(pieces)) for i, name, pieces in calls],
+        is_malformed=is_malformed,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..tokenization.tokenizer import Tokenizer
+from ..tokenization.tokenizer import THINK_END, THINK_START, Tokenizer
 from .deepseek_parsers import DeepSeekV3Parser, DeepSeekV31Parser
 from .dsml_parsers import DeepSeekV4Parser, DeepSeekV32Parser
 from .glm_parser import GlmParser
@@ -21,6 +21,11 @@ PARSERS: dict[str, type[GrammarParser]] = {
     "kimi": KimiParser,
     "glm": GlmParser,
 }
+
+
+def tag_tokens(grammar: str) -> frozenset[str]:
+    """Added tokens that the tags of a grammar are made of."""
+    return frozenset({THINK_START, THINK_END, *PARSERS[grammar].tokens})
 
 
 def make_parser(

@@ -23,7 +23,7 @@ from shoal.cluster.llm import LLM, params_list, prompt_list, token_id_tuple
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.cluster.workers.engine_factory import BUILD_PROFILED_ENGINE
 from shoal.runtime.random_checkpoint import make_checkpoint, tiny_config
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.types import RequestOutput, SamplingParams
 from tests.support.stub_engine import RAISES, REFUSED, STUB
 

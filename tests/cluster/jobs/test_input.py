@@ -28,7 +28,9 @@ from shoal.cluster.jobs.validation import InputSummary, validate_input
 from shoal.cluster.openai.errors import MAX_MESSAGE_CHARS
 from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.prompts import ModelPrompts
-from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
+from shoal.runtime.chat.formats import CHAT_FORMATS
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 from tests.support.stub_job import RULES
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "bad-input.md"
@@ -441,7 +443,7 @@ def real_encoder(directory: str) -> ModelPrompts:
     write_byte_tokenizer(Path(directory) / "tokenizer.json")
     tokenizer = Tokenizer.from_pretrained(directory)
     assert tokenizer is not None
-    return ModelPrompts(tokenizer, "deepseek_v3")
+    return ModelPrompts(tokenizer, CHAT_FORMATS["deepseek_v31"])
 
 
 @given(row=_rows)

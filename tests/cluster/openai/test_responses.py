@@ -9,7 +9,9 @@ import pytest
 
 from shoal.cluster.openai.requests import Endpoint, ParsedRequest
 from shoal.cluster.openai.responses import chat_completion, completion, failure
-from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
+from shoal.runtime.chat.prompt import OutputFormat
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
 
 BOS, EOS, THINK_END = 0, 1, 260
@@ -35,7 +37,7 @@ def request(endpoint: Endpoint, num_logprobs: int | None = None, reasoning: bool
         prompt_token_ids=(BOS, 5, 6),
         params=SamplingParams(logprobs=num_logprobs),
         num_logprobs=num_logprobs,
-        reasoning_end_token_id=THINK_END if reasoning else None,
+        output_format=OutputFormat("deepseek_v31", "reasoning", (), THINK_END) if reasoning else None,
     )
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.tokenization.tokenizer import (
     ASSISTANT,
     BOS,
@@ -23,7 +24,6 @@ from shoal.runtime.tokenization.tokenizer import (
     Special,
     Tokenizer,
     read_eos_token_ids,
-    write_byte_tokenizer,
 )
 
 
