@@ -20,7 +20,7 @@ from .deepseek import (
 from .dsml import encode_deepseek_v4, encode_deepseek_v32
 from .output import StartState
 
-Grammar = Literal["deepseek_v3", "deepseek_v31", "dsml", "dsml_v4", "kimi", "glm"]
+Grammar = Literal["deepseek_v3", "deepseek_v31", "deepseek_v32", "deepseek_v4", "kimi", "glm"]
 Thinking = Literal["never", "off", "on", "always"]
 
 
@@ -97,8 +97,8 @@ _FORMATS = (
     ),
     ChatFormat(name="deepseek_v31", encode=encode_deepseek_v31, grammar="deepseek_v31", thinking="off"),
     ChatFormat(name="deepseek_v32_exp", encode=encode_deepseek_v32_exp, grammar="deepseek_v31", thinking="off"),
-    ChatFormat(name="deepseek_v32", encode=encode_deepseek_v32, grammar="dsml", thinking="off"),
-    ChatFormat(name="deepseek_v4", encode=encode_deepseek_v4, grammar="dsml_v4", thinking="off"),
+    ChatFormat(name="deepseek_v32", encode=encode_deepseek_v32, grammar="deepseek_v32", thinking="off"),
+    ChatFormat(name="deepseek_v4", encode=encode_deepseek_v4, grammar="deepseek_v4", thinking="off"),
     ChatFormat(
         name="kimi_k2_0905",
         encode=kimi.encode_kimi_k2_0905,
