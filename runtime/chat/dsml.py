@@ -9,8 +9,9 @@ Without thinking each `<think>{reasoning}</think>` is `</think>`, and so it is w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice, takewhile
+from itertools import groupby
 
 from ..tokenization.tokenizer import ASSISTANT, BOS, EOS, THINK_END, THINK_START, USER, Part, Special
 from .conversation import ChatMessage, Conversation, ToolCall
@@ -275,14 +276,17 @@ def _effort(conversation: Conversation) -> str:
 
 def _check_rounds(messages: Sequence[ChatMessage]) -> None:
     """Refuse rounds of calls that lack results: the models have never seen any."""
+    num_results: Counter[int] = Counter()
+    last_answer = 0
     for i, message in enumerate(messages):
-        if not message.tool_calls:
-            continue
-        following = takewhile(lambda other: other.role in ("tool", "system"), islice(messages, i + 1, None))
-        num_results = sum(other.role == "tool" for other in following)
-        if num_results < len(message.tool_calls):
+        if message.role == "assistant":
+            last_answer = i
+        elif message.role == "tool":
+            num_results[last_answer] += 1
+    for i, message in enumerate(messages):
+        if num_results[i] < len(message.tool_calls):
             raise ValueError(
-                f"messages[{i}]: {len(message.tool_calls)} tool_calls but {num_results} tool messages after them; "
+                f"messages[{i}]: {len(message.tool_calls)} tool_calls but {num_results[i]} tool messages after them; "
                 "in this chat format every call needs its result"
             )
 
