@@ -10,7 +10,6 @@ In V3.1 the last tag is `<think>` with thinking and `</think>` without. Reasonin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 
 from ..tokenization.tokenizer import (
     ASSISTANT,
@@ -37,6 +36,7 @@ from .rendering import (
     check_prefix_has_content_only,
     function_of,
     mark_tags,
+    results_from,
     to_json,
     without_empty,
 )
@@ -106,16 +106,15 @@ def _encode_v3(conversation: Conversation, *, before_answer: Iterable[Part], has
     check_prefix_has_content_only(conversation)
     parts = [*_system(conversation, _TOOLS_END_V3)]
     turns = _turns(conversation)
-    for role, group in groupby(turns, key=lambda message: message.role):
-        if role == "user":
-            for message in group:
-                parts += [Special(USER), message.text("\n"), Special(ASSISTANT)]
-        elif role == "assistant":
-            for message in group:
-                text = _text_after_reasoning(message, conversation, last=True) if has_reasoning else message.text("\n")
-                parts += _answer(message, text, _calls_v3(message.tool_calls))
-        else:
-            parts += [Special(TOOL_OUTPUTS_BEGIN), *_joined_by_newline(map(_result, group)), Special(TOOL_OUTPUTS_END)]
+    for i, message in enumerate(turns):
+        if message.role == "user":
+            parts += [Special(USER), message.text("\n"), Special(ASSISTANT)]
+        elif message.role == "assistant":
+            text = _text_after_reasoning(message, conversation, last=True) if has_reasoning else message.text("\n")
+            parts += _answer(message, text, _calls_v3(message.tool_calls))
+        elif turns[i - 1].role != "tool":
+            results = map(_result, results_from(turns, i))
+            parts += [Special(TOOL_OUTPUTS_BEGIN), *_joined_by_newline(results), Special(TOOL_OUTPUTS_END)]
     if turns[-1].role == "user":
         parts += before_answer
     return without_empty(parts)

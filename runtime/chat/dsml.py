@@ -9,6 +9,7 @@ Without thinking each `<think>{reasoning}</think>` is `</think>`, and so it is w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
@@ -143,16 +144,15 @@ def encode_deepseek_v32(conversation: Conversation) -> list[Part]:
         if i in questions:
             title = "\n\n# The user's message is: " if message.is_developer else ""
             parts += [Special(USER), *own_instructions, title, text]
-            parts += [Special(ASSISTANT), _open_or_close(thinking and i == last_question)]
+            parts += [Special(ASSISTANT), _think_tag(thinking and i == last_question)]
         elif message.role == "assistant":
-            parts += _reasoning(message) if thinking and i > last_question else ()
-            parts += [text, *_calls(message.tool_calls, "function_calls", DSML, if_empty="\n")]
-            parts += () if message.is_prefix else [Special(EOS)]
+            calls = _calls(message.tool_calls, "function_calls", DSML, if_empty="\n")
+            parts += _answer(message, calls, shows_reasoning=thinking and i > last_question)
         elif message.role == "system":
             parts += [text, *own_instructions]
         elif messages[i - 1].role != "tool":
             parts += [*_results_v32(by_call(results_from(messages, i)))]
-            parts += ["\n\n", _open_or_close(thinking and i > last_question)]
+            parts += ["\n\n", _think_tag(thinking and i > last_question)]
     return without_empty(parts)
 
 
@@ -175,12 +175,11 @@ def encode_deepseek_v4(conversation: Conversation) -> list[Part]:
             continue
         for i, message in group:
             shows_reasoning = thinking and i >= first_kept
-            parts += [Special(ASSISTANT), _open_or_close(shows_reasoning)]
-            parts += _reasoning(message) if shows_reasoning else ()
-            parts += [message.text("\n"), *_calls(message.tool_calls, "tool_calls", Special(DSML), if_empty="")]
-            parts += () if message.is_prefix else [Special(EOS)]
+            calls = _calls(message.tool_calls, "tool_calls", Special(DSML), if_empty="")
+            parts += [Special(ASSISTANT), _think_tag(shows_reasoning)]
+            parts += _answer(message, calls, shows_reasoning=shows_reasoning)
     if not conversation.messages[-1].is_prefix:
-        parts += [Special(ASSISTANT), _open_or_close(thinking)]
+        parts += [Special(ASSISTANT), _think_tag(thinking)]
     return without_empty(parts)
 
 
@@ -194,14 +193,20 @@ def _questions_v32(messages: Sequence[ChatMessage]) -> frozenset[int]:
     return users or frozenset(i for i, message in enumerate(messages) if message.is_developer)
 
 
-def _open_or_close(is_reasoning: bool) -> Part:
-    return Special(THINK_START if is_reasoning else THINK_END)
+def _think_tag(is_open: bool) -> Part:
+    return Special(THINK_START if is_open else THINK_END)
 
 
-def _reasoning(message: ChatMessage) -> list[Part]:
-    """Reasoning after its opening tag; a prefix without content continues inside it."""
-    is_open = message.is_prefix and not message.text("\n")
-    return [message.reasoning or "", "" if is_open else Special(THINK_END)]
+def _answer(message: ChatMessage, calls: Iterable[Part], *, shows_reasoning: bool) -> list[Part]:
+    """An assistant message after its header, which has opened the reasoning if it is shown."""
+    text = message.text("\n")
+    parts: list[Part] = []
+    if shows_reasoning:
+        parts.append(message.reasoning or "")
+        if text or not message.is_prefix:  # a prefix without content continues its reasoning
+            parts.append(Special(THINK_END))
+    parts += [text, *calls]
+    return parts if message.is_prefix else [*parts, Special(EOS)]
 
 
 def _results_v32(results: Sequence[ChatMessage]) -> Iterator[Part]:
@@ -271,12 +276,18 @@ def _effort(conversation: Conversation) -> str:
 
 def _check_rounds(messages: Sequence[ChatMessage]) -> None:
     """Refuse rounds of calls that lack results: the models have never seen any."""
+    num_results: Counter[int] = Counter()
+    last_answer = 0
     for i, message in enumerate(messages):
-        num_results = len(results_from(messages, i + 1)) if message.tool_calls else 0
-        if num_results < len(message.tool_calls):
+        if message.role == "assistant":
+            last_answer = i
+        elif message.role == "tool":
+            num_results[last_answer] += 1
+    for i, message in enumerate(messages):
+        if num_results[i] < len(message.tool_calls):
             raise ValueError(
-                f"messages[{i}]: {len(message.tool_calls)} tool_calls but {num_results} tool messages directly after "
-                "them; in this chat format every call needs its result"
+                f"messages[{i}]: {len(message.tool_calls)} tool_calls but {num_results[i]} tool messages after them; "
+                "in this chat format every call needs its result"
             )
 
 

@@ -16,13 +16,7 @@ from typing import Any
 
 from ..tokenization.tokenizer import THINK_END, THINK_START, Part, Special
 from .conversation import ChatMessage, Conversation, ToolCall
-from .rendering import (
-    answered_calls,
-    check_prefix_has_content_only,
-    function_of,
-    to_json,
-    without_empty,
-)
+from .rendering import check_prefix_has_content_only, function_of, to_json, without_empty
 from .typescript import declare_functions
 
 IM_SYSTEM = "<|im_system|>"
@@ -37,9 +31,28 @@ CALL_ARGUMENT_BEGIN = "<|tool_call_argument_begin|>"
 CALL_END = "<|tool_call_end|>"
 
 _DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
+_REASONING_START = (Special(THINK_START),)
 _EMPTY_REASONING = (Special(THINK_START), Special(THINK_END))
 
 Tools = Sequence[Mapping[str, Any]]
+
+
+def _indented_tools(tools: Tools) -> str:
+    return f"\n  # Tools\n  {to_json(tools)}"
+
+
+def _compact_tools(tools: Tools) -> str:
+    return json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
+
+
+def _sorted_tools(tools: Tools) -> str:
+    return json.dumps(tools, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+
+
+def _typescript_tools(tools: Tools) -> str:
+    """Sorted TypeScript; as Moonshot's tokenizer does, sorted JSON for schemas that have no TypeScript."""
+    in_order = _sorted_tools(tools)
+    return declare_functions(map(function_of, json.loads(in_order))) or in_order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,34 +60,40 @@ class _Revision:
     """What differs between the chat templates."""
 
     write_tools: Callable[[Tools], str]
-    has_default_system: bool = True
+    default_system: str = _DEFAULT_SYSTEM
+    """Comes first unless a system message does."""
     after_default_system: str = ""
     before_result: str = ""
     shows_reasoning: bool = False
 
 
+_K2_0905 = _Revision(write_tools=_indented_tools, before_result="    ")
+_K2 = _Revision(write_tools=_sorted_tools, after_default_system="\n")
+_K2_THINKING = _Revision(write_tools=_compact_tools, shows_reasoning=True)
+_K25 = _Revision(write_tools=_typescript_tools, default_system="", shows_reasoning=True)
+
+
 def encode_kimi_k2_0905(conversation: Conversation) -> list[Part]:
     """K2-Instruct-0905."""
-    return _encode(conversation, _Revision(write_tools=_indented_tools, before_result="    "))
+    return _encode(conversation, _K2_0905)
 
 
 def encode_kimi_k2(conversation: Conversation) -> list[Part]:
     """K2-Instruct as of its latest chat template."""
-    return _encode(conversation, _Revision(write_tools=_sorted_tools, after_default_system="\n"))
+    return _encode(conversation, _K2)
 
 
 def encode_kimi_k2_thinking(conversation: Conversation) -> list[Part]:
     """K2-Thinking, which opens its reasoning itself."""
-    return _encode(conversation, _Revision(write_tools=_compact_tools, shows_reasoning=True))
+    return _encode(conversation, _K2_THINKING)
 
 
 def encode_kimi_k25(conversation: Conversation) -> list[Part]:
     """K2.5 and K2.6, whose prompt opens the reasoning, or closes it without thinking."""
-    revision = _Revision(write_tools=_typescript_tools, has_default_system=False, shows_reasoning=True)
-    parts = _encode(conversation, revision)
+    parts = _encode(conversation, _K25)
     if conversation.messages[-1].is_prefix:
         return parts
-    return [*parts, Special(THINK_START)] if conversation.thinking else [*parts, *_EMPTY_REASONING]
+    return [*parts, *(_REASONING_START if conversation.thinking else _EMPTY_REASONING)]
 
 
 def _encode(conversation: Conversation, revision: _Revision) -> list[Part]:
@@ -84,12 +103,12 @@ def _encode(conversation: Conversation, revision: _Revision) -> list[Part]:
     parts: list[Part] = []
     if conversation.tools:
         parts += _turn(IM_SYSTEM, "tool_declare", revision.write_tools(conversation.tools))
-    if revision.has_default_system and messages[0].role != "system":
-        parts += [*_turn(IM_SYSTEM, "system", _DEFAULT_SYSTEM), revision.after_default_system]
+    if revision.default_system and messages[0].role != "system":
+        parts += [*_turn(IM_SYSTEM, "system", revision.default_system), revision.after_default_system]
     last_answer = max(
         (i for i, message in enumerate(messages) if message.role == "assistant" and not message.tool_calls), default=-1
     )
-    for i, (message, call) in enumerate(zip(messages, answered_calls(messages), strict=True)):
+    for i, (message, call) in enumerate(zip(messages, _answered_calls(messages), strict=True)):
         text = message.text("")
         if message.role == "assistant":
             parts += _header(IM_ASSISTANT, "assistant")
@@ -130,6 +149,15 @@ def _calls(calls: Sequence[ToolCall]) -> Iterator[Part]:
     yield Special(CALLS_END)
 
 
+def _answered_calls(messages: Sequence[ChatMessage]) -> Iterator[ToolCall | None]:
+    """For each message, the call that it answers if it is a tool message."""
+    calls: tuple[ToolCall, ...] = ()
+    for message in messages:
+        if message.role == "assistant":
+            calls = message.tool_calls
+        yield None if message.call_index is None else calls[message.call_index]
+
+
 def _with_own_ids(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """The messages with the ids that the model gives its calls, as others make it write bad ones.
 
@@ -148,21 +176,3 @@ def _with_own_id(call: ToolCall, number: int) -> ToolCall:
     if re.fullmatch(f"functions\\.{re.escape(call.name)}:[0-9]+", call.id or ""):
         return call
     return replace(call, id=f"functions.{call.name}:{number}")
-
-
-def _indented_tools(tools: Tools) -> str:
-    return f"\n  # Tools\n  {to_json(tools)}"
-
-
-def _compact_tools(tools: Tools) -> str:
-    return json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
-
-
-def _sorted_tools(tools: Tools) -> str:
-    return json.dumps(tools, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-
-
-def _typescript_tools(tools: Tools) -> str:
-    """Sorted TypeScript; as Moonshot's tokenizer does, sorted JSON for schemas that have no TypeScript."""
-    in_order = _sorted_tools(tools)
-    return declare_functions(map(function_of, json.loads(in_order))) or in_order

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice, takewhile
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..tokenization.tokenizer import Part, Special
@@ -53,18 +52,12 @@ def named_arguments(call: ToolCall) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {"arguments": call.arguments}
 
 
-def answered_calls(messages: Sequence[ChatMessage]) -> Iterator[ToolCall | None]:
-    """For each message, the call that it answers if it is a tool message."""
-    calls: tuple[ToolCall, ...] = ()
-    for message in messages:
-        if message.role == "assistant":
-            calls = message.tool_calls
-        yield None if message.call_index is None else calls[message.call_index]
-
-
-def results_from(messages: Sequence[ChatMessage], start: int) -> list[ChatMessage]:
+def results_from(messages: Sequence[ChatMessage], start: int) -> Sequence[ChatMessage]:
     """The tool messages in a row that begin at `start`."""
-    return list(takewhile(lambda message: message.role == "tool", islice(messages, start, None)))
+    end = start
+    while end < len(messages) and messages[end].role == "tool":
+        end += 1
+    return messages[start:end]
 
 
 def by_call(results: Iterable[ChatMessage]) -> list[ChatMessage]:
