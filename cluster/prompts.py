@@ -37,8 +37,9 @@ class ModelPrompts:
             return None
         if chat_format is None:
             config = read_json(Path(model) / "config.json") or {}
+            template = read_chat_template(model)
             try:
-                chat_format = choose_format(read_chat_template(model), config.get("model_type"))
+                chat_format = choose_format(template, config.get("model_type"))
             except ValueError as error:
                 return cls(tokenizer, None, str(error))
         return cls(tokenizer, CHAT_FORMATS[chat_format])
@@ -63,6 +64,4 @@ class ModelPrompts:
             drop_thinking=options.drop_thinking,
             continue_final_message=options.continue_final_message,
         )
-        return render_prompt(
-            conversation, chat_format=self.chat_format, tokenizer=self.tokenizer, parse_tools=options.parse_tools
-        )
+        return render_prompt(conversation, chat_format=self.chat_format, tokenizer=self.tokenizer)

@@ -19,8 +19,7 @@ class ChatOptions:
     """Options of a conversation, as a chat format takes them."""
 
     tools: Sequence[Mapping[str, Any]] | None = None
-    parse_tools: bool = True
-    """Whether calls in the output are read: not with tool_choice "none"."""
+    """None also with tool_choice "none"."""
     thinking: bool | None = None
     """None: as the chat format does by default."""
     reasoning_effort: str | None = None
@@ -40,8 +39,7 @@ def read_chat_options(body: Mapping[str, Any], *, thinking: bool | None) -> Chat
     if wanted is None:
         wanted = False if effort == "none" else thinking
     return ChatOptions(
-        tools=body.get("tools"),
-        parse_tools=_reads_calls(body),
+        tools=_tools(body),
         thinking=wanted,
         reasoning_effort=effort,
         clear_thinking=switches.get("clear_thinking"),
@@ -69,11 +67,11 @@ def read_template_kwargs(kwargs: object) -> dict[str, bool]:
     return given
 
 
-def _reads_calls(body: Mapping[str, Any]) -> bool:
+def _tools(body: Mapping[str, Any]) -> Any:
     choice = body.get("tool_choice", "auto")
     if choice not in ("auto", "none"):
         raise ApiError("unsupported_field", f"tool_choice = {shown(choice)}: {_NEEDS_CONSTRAINTS}", "tool_choice")
-    return bool(choice == "auto")
+    return body.get("tools") if choice == "auto" else None
 
 
 def _continues_final_message(body: Mapping[str, Any]) -> bool:

@@ -130,7 +130,7 @@ _FORMATS = (
     ChatFormat(name="glm_52", encode=glm.encode_glm_52, grammar="glm", thinking="on", end_tokens=_GLM_END),
     ChatFormat(name="glm_53", encode=glm.encode_glm_53, grammar="glm", thinking="always", end_tokens=_GLM_END),
 )
-CHAT_FORMATS: dict[ChatFormatName, ChatFormat] = {chat_format.name: chat_format for chat_format in _FORMATS}
+CHAT_FORMATS: dict[str, ChatFormat] = {chat_format.name: chat_format for chat_format in _FORMATS}
 """What the setting `chat_format` can name."""
 
 _DSML_FORMATS: dict[str, ChatFormatName] = {"deepseek_v32": "deepseek_v32", "deepseek_v4": "deepseek_v4"}

@@ -41,12 +41,9 @@ class ChatPrompt:
         return None if self.output_format is None else self.output_format.reasoning_end_token_id
 
 
-def render_prompt(
-    conversation: Conversation, *, chat_format: ChatFormat, tokenizer: Tokenizer, parse_tools: bool = True
-) -> ChatPrompt:
-    """Render a conversation up to where the answer begins.
+def render_prompt(conversation: Conversation, *, chat_format: ChatFormat, tokenizer: Tokenizer) -> ChatPrompt:
+    """Render a conversation up to where the answer begins. Calls in the output are read if it has tools.
 
-    `parse_tools`: whether calls in the output are read, if the conversation has tools.
     ValueError for what the format cannot express, by the index of the message, and for tokens the tokenizer lacks.
     """
     parts = chat_format.encode(conversation)
@@ -55,7 +52,7 @@ def render_prompt(
     output_format = OutputFormat(
         grammar=chat_format.grammar,
         start=start,
-        tools=tuple(map(dict, conversation.tools)) if parse_tools else (),
+        tools=tuple(map(dict, conversation.tools)),
         reasoning_end_token_id=tokenizer.special_id(chat_format.reasoning_end) if start == "reasoning" else None,
     )
     return ChatPrompt(tokenizer.encode_rendered(parts), output_format)

@@ -15,7 +15,8 @@ from shoal.runtime.chat import dsml, glm, kimi
 from shoal.runtime.chat.formats import CHAT_FORMATS
 from shoal.runtime.chat.messages import read_conversation
 from shoal.runtime.chat.rendering import render_text
-from shoal.runtime.tokenization.tokenizer import Part, Special, Tokenizer, write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import Part, Special, Tokenizer
 from tests.support.chat_messages import Message, assistant, call, system, tool, user
 
 MODULES_WITH_TAGS = (dsml, glm, kimi)

@@ -163,6 +163,7 @@ def test_end_of_sequence_ids(tmp_path: Path) -> None:
         return tokenizer.eos_token_ids
 
     write_byte_tokenizer(tmp_path / "tokenizer.json")
+    write("tokenizer_config.json", {})
     assert ids() == read_eos_token_ids(tmp_path) == ()
     write("config.json", {"eos_token_id": 7})
     assert ids() == read_eos_token_ids(tmp_path) == (7,)
