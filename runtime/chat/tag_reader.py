@@ -16,6 +16,7 @@ class TagSet:
     """The tags that count in one place. None is the beginning of another or within another, except at its end."""
 
     def __init__(self, tags: Sequence[str]) -> None:
+        assert not any(a in b[:-1] for a in tags for b in tags), tags
         self.pattern = re.compile("|".join(map(re.escape, tags)) if tags else r"(?!)")
         self.prefixes = frozenset(tag[:n] for tag in tags for n in range(1, len(tag)))
         """All that an unfinished tag can look like."""

@@ -151,7 +151,7 @@ def test_v3_fences() -> None:
     assert arguments("```json\n\n```") == "{}"
     assert arguments("```json\n```") == "{}"
     assert arguments("```json\n{}\n```\n```") == "{}\n```"
-    assert arguments("```json\n{}") == "{}"
+    assert arguments("```json\n{}") == "{}"  # never closed
     assert arguments('{"a": 1}') == '{"a": 1}'
     assert arguments("```js\n{}\n```") == "```js\n{}\n```"
 
@@ -326,6 +326,9 @@ def test_kimi_ids() -> None:
 
 def test_kimi_markers_inside_json_strings_are_data() -> None:
     arguments = f'{{"a": "\\"{KIMI_END}", "b": "{SECTION_END}\\\\"}}'
+    call = f"{KIMI_CALL}functions.f:0{KIMI_ARGUMENTS}{arguments}{KIMI_END}"
+    assert calls(parse_text("kimi", f"{SECTION}{call}{call}{SECTION_END}")) == [("f", arguments)] * 2
+    arguments = f'{{"a": "\\{KIMI_END}"}}'
     call = f"{KIMI_CALL}functions.f:0{KIMI_ARGUMENTS}{arguments}{KIMI_END}"
     assert calls(parse_text("kimi", f"{SECTION}{call}{call}{SECTION_END}")) == [("f", arguments)] * 2
 
