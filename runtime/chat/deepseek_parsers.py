@@ -72,6 +72,10 @@ class DeepSeekV3Parser(DeepSeekV31Parser):
         self._begin_arguments()
         return True
 
+    def _end_arguments(self, tag: str) -> None:
+        self.is_malformed |= tag == TOOL_CALL_END  # without its fence
+        super()._end_arguments(tag)
+
     def _end_cut_header(self, header: str) -> None:
         if not _TYPE.startswith(header):
             self._emit_stray(header)

@@ -179,6 +179,7 @@ class GrammarParser(ABC):
             self._emit_content(self._content_holder.write(text))
 
     def _begin_call(self, name: str, call_id: str | None = None) -> None:
+        self.is_malformed |= not name
         self._emit_content(self._content_holder.begin_call())
         self._deltas.append(ToolCallDelta(self._num_calls, id=call_id, name=name))
         self._num_calls += 1
@@ -198,5 +199,5 @@ class GrammarParser(ABC):
 
 
 def _known_tokens(tokens: Sequence[str], tokenizer: Tokenizer | None) -> list[str]:
-    """Those of `tokens` that are added tokens of the tokenizer."""
+    """The tokens that the tokenizer has as added tokens."""
     return [] if tokenizer is None else [token for token in tokens if tokenizer.special_id(token) is not None]

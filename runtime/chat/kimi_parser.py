@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from .grammar_parser import ParserOptions
 from .json_arguments import JsonStringScanner
 from .section_parser import SectionParser
 
@@ -24,6 +25,10 @@ class KimiParser(SectionParser):
     call_begin = _CALL_BEGIN
     separator = _ARGUMENTS_BEGIN
     call_end = _CALL_END
+
+    def __init__(self, options: ParserOptions) -> None:
+        super().__init__(options)
+        self._strings = JsonStringScanner()
 
     def _end_header(self, header: str, tag: str) -> None:
         self._begin_call_of(header.strip())
@@ -55,9 +60,9 @@ class KimiParser(SectionParser):
                 text, tag = text + tag, ""
         self._write_arguments(text if self._has_arguments else text.lstrip())
         if tag:
-            self._end_arguments()
+            self._end_arguments(tag)
         return True
 
-    def _end_arguments(self) -> None:
+    def _end_arguments(self, tag: str) -> None:
         self._argument_space.take()
-        super()._end_arguments()
+        super()._end_arguments(tag)

@@ -64,7 +64,7 @@ class SectionParser(GrammarParser):
         text, tag = event
         self._write_arguments(text)
         if tag:
-            self._end_arguments()
+            self._end_arguments(tag)
         return True
 
     def _write_arguments(self, text: str) -> None:
@@ -73,7 +73,7 @@ class SectionParser(GrammarParser):
             self._has_arguments = True
             self._emit_arguments(released)
 
-    def _end_arguments(self) -> None:
+    def _end_arguments(self, tag: str) -> None:
         """End the call, whose arguments keep the white space around them; none at all mean an empty object."""
         space = self._argument_space.take()
         self._emit_arguments(space if self._has_arguments else "{}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -16,10 +17,16 @@ class TagSet:
     """The tags that count in one place. None is the beginning of another or within another, except at its end."""
 
     def __init__(self, tags: Sequence[str]) -> None:
+        assert not any(a in b[:-1] for a in tags for b in tags), tags
         self.pattern = re.compile("|".join(map(re.escape, tags)) if tags else r"(?!)")
         self.prefixes = frozenset(tag[:n] for tag in tags for n in range(1, len(tag)))
         """All that an unfinished tag can look like."""
         self.max_prefix = max(map(len, self.prefixes), default=0)
+
+
+@functools.lru_cache(maxsize=256)  # every output of a grammar has the same few
+def _tag_set(tags: tuple[str, ...]) -> TagSet:
+    return TagSet(tags)
 
 
 class TagReader:
@@ -44,7 +51,7 @@ class TagReader:
             for token, code in self._code_of_token.items():
                 tag = tag.replace(token, code)
             encoded.append(tag)
-        return TagSet(encoded)
+        return _tag_set(tuple(encoded))
 
     def is_token(self, tag: str) -> bool:
         """Whether a tag is an added token, and so never text."""

@@ -18,6 +18,7 @@ from tests.support.outputs import SEPARATORS, TOKENS, as_parts, cut, delta_text,
 
 MARKS = "①②③④⑤⑥⑦⑧⑨"
 CASES = parse_cases()
+TOKENIZERS = {grammar: tokenizer_with(tokens) for grammar, tokens in TOKENS.items()}
 EVERY_GRAMMAR = pytest.mark.parametrize("grammar", sorted(TOKENS))
 # After one of these, text may be dropped.
 CALLS_ENDS = {
@@ -79,7 +80,7 @@ def check_broken_output(grammar: str, rng: random.Random) -> None:
     for pieces in (cut(text, rng, rng.randint(1, 20)), [[character] for character in text]):
         deltas, malformed_too = parse(grammar, pieces, **options)
         assert (assemble(deltas), malformed_too) == (output, is_malformed), (given, pieces)
-    tokenizer = tokenizer_with(TOKENS[grammar])
+    tokenizer = TOKENIZERS[grammar]
     parts = as_parts(grammar, text)
     deltas, is_malformed = parse(grammar, [parts], tokenizer=tokenizer, **options)
     assert lost_marks(grammar, text, deltas) == set(), given
