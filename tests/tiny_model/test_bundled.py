@@ -24,7 +24,14 @@ from tests.support.harness import logits_in_chunks, make_runner
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 def test_the_checkpoint_is_small_and_has_its_mtp_layer() -> None:
