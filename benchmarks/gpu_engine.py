@@ -32,7 +32,7 @@ from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.models.families import parse_config
 from shoal.runtime.random_checkpoint import YARN, is_quantized, tensor_shapes, tiny_config
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Request, SamplingParams
 
 DEVICE = torch.device("cuda")

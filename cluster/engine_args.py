@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from shoal.parallel.config import DataParallelSize, ParallelConfig, TensorParallelSize
 from shoal.parallel.settings import Setting, build_settings, check_settings
+from shoal.runtime.chat.names import ChatFormatName
 from shoal.runtime.engine.config import EngineConfig
 
 from .replica_spec import MAX_REPLICAS, ReplicaSpec, parse_replicas
@@ -88,6 +89,12 @@ class EngineArgs(EngineConfig):
         ),
     ] = 120.0
 
+    chat_format: Annotated[
+        ChatFormatName | None,
+        Setting(
+            "How conversations are written and answers are read.", derived="by the chat template of the checkpoint"
+        ),
+    ] = None
     generation_config: Annotated[
         GenerationConfig,
         Setting(

@@ -12,19 +12,21 @@ from typing import Any, Literal, Self
 
 from msgspec.structs import replace
 
+from shoal.runtime.chat.prompt import ChatPrompt
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.generation_config import sampling_notice
 from shoal.runtime.plain_numbers import whole_number
 from shoal.runtime.request_limits import RequestLimits, check_request
 from shoal.runtime.response import ResponseAssembler
-from shoal.runtime.tokenization.chat import ChatPrompt
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import EngineOutput, Request, RequestOutput, SamplingParams
 
 from .bundled import BUNDLED_MODEL
 from .engine_args import EngineArgs, Executor
+from .openai.chat_options import read_chat_options
 from .openai.errors import ApiError
-from .openai.requests import read_thinking
+from .openai.fields import without_nulls
+from .openai.responses import parsed_answer
 from .prompts import ModelPrompts
 from .replicas.engine_thread import AbortableEngineClient, EngineThread
 from .replicas.inprocess import InProcessEngine
@@ -77,7 +79,7 @@ class LLM:
         self.args = args
         self.executor = executor
         """The one that runs: "ray" or "inprocess"."""
-        self._prompts = ModelPrompts.from_pretrained(args.model)
+        self._prompts = ModelPrompts.from_pretrained(args.model, args.chat_format)
         self.tokenizer = None if self._prompts is None else self._prompts.tokenizer
         self._sampling_defaults = args.sampling_defaults
         if self._sampling_defaults:
@@ -120,37 +122,63 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
-        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none"] = "auto",
+        thinking: bool | None = None,
+        reasoning_effort: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[RequestOutput]:
         """Like `generate`, for one conversation (a list of {"role", "content"}) or a list of them.
 
-        `chat_template_kwargs` {"thinking": true}, or {"enable_thinking": true}, is the same as `thinking=True`.
+        Each output has the `message` of the answer, with its reasoning, content and tool calls, besides its text.
+        `thinking` None is as the model's chat format does; `chat_template_kwargs` {"thinking": true}, or
+        {"enable_thinking": true}, is the same as `thinking=True`. The other options are those of OpenAI's API.
         `continue_final_message=True` with `add_generation_prompt=False` continues a last assistant message.
         """
-        try:
-            thinking = read_thinking(chat_template_kwargs or {}, thinking)
-        except ApiError as error:
-            raise ValueError(error.message) from error
         if continue_final_message is add_generation_prompt:
             raise ValueError("give continue_final_message=True and add_generation_prompt=False together, or neither")
+        body = {
+            "tools": tools,
+            "tool_choice": tool_choice,
+            "reasoning_effort": reasoning_effort,
+            "chat_template_kwargs": chat_template_kwargs,
+            "continue_final_message": continue_final_message,
+        }
+        try:
+            options = read_chat_options(without_nulls(body), thinking=thinking)
+        except ApiError as error:
+            raise ValueError(error.message) from error
         several: list[Any] = list(messages)
         conversations = [several] if several and isinstance(several[0], Mapping) else several
         if self._prompts is None:
             raise ValueError(
                 f"{self.args.model} has no tokenizer.json, so there is no chat; use generate with prompt_token_ids"
             )
-        prompts: list[Prompt | ChatPrompt] = []
+        prompts: list[ChatPrompt] = []
         for i, conversation in enumerate(conversations):
-            if continue_final_message and conversation:
-                conversation = [*conversation[:-1], {**conversation[-1], "prefix": True}]
             try:
-                prompts.append(self._prompts.encode_messages(conversation, thinking))
+                prompts.append(self._prompts.encode_chat(conversation, options))
             except ValueError as error:
                 raise ValueError(f"conversation {i}: {error}") from error
-        return self._run(self._requests(prompts, sampling_params, report="interval"))
+        requests = self._requests(prompts, sampling_params, report="interval")
+        outputs = self._run(requests)
+        for output, prompt, (request, _) in zip(outputs, prompts, requests, strict=True):
+            self._add_messages(output, prompt, request.params)
+        return outputs
+
+    def _add_messages(self, output: RequestOutput, prompt: ChatPrompt, params: SamplingParams) -> None:
+        assert prompt.output_format is not None
+        for sample in output.outputs:
+            answer = parsed_answer(
+                sample,
+                prompt.output_format,
+                id=f"{output.request_id}/{sample.index}",
+                tokenizer=self.get_tokenizer(),
+                skip_special_tokens=params.skip_special_tokens,
+            )
+            sample.message = answer["message"]
 
     async def stream(
         self,

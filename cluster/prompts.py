@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.runtime.models.families import FAMILIES
-from shoal.runtime.tokenization.chat import CHAT_FORMATS, ChatPrompt, render_chat
+from shoal.runtime.chat.formats import CHAT_FORMATS, ChatFormat, choose_format
+from shoal.runtime.chat.messages import read_conversation
+from shoal.runtime.chat.names import ChatFormatName
+from shoal.runtime.chat.prompt import ChatPrompt, render_prompt
+from shoal.runtime.tokenization.chat_template import read_chat_template
 from shoal.runtime.tokenization.tokenizer import Tokenizer, read_json
+
+from .openai.chat_options import ChatOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,29 +22,46 @@ class ModelPrompts:
     """A model's tokenizer and chat format; the methods raise ValueError for what they cannot encode."""
 
     tokenizer: Tokenizer
-    model_type: str
+    chat_format: ChatFormat | None
+    no_chat_format: str = ""
+    """Why there is no chat format."""
 
     @classmethod
-    def from_pretrained(cls, model: str | Path) -> ModelPrompts | None:
-        """Read a model directory; None if it has no tokenizer.json."""
+    def from_pretrained(cls, model: str | Path, chat_format: ChatFormatName | None = None) -> ModelPrompts | None:
+        """Read a model directory; None if it has no tokenizer.json.
+
+        `chat_format`: a name of `CHAT_FORMATS`; None chooses by the directory's chat template.
+        """
         tokenizer = Tokenizer.from_pretrained(model)
         if tokenizer is None:
             return None
-        config = read_json(Path(model) / "config.json") or {}
-        return cls(tokenizer, str(config.get("model_type")))
-
-    @property
-    def chat_format(self) -> str | None:
-        """Name of the model's chat format; None if chat is not supported for it."""
-        return FAMILIES[self.model_type].chat_format if self.model_type in FAMILIES else None
+        if chat_format is None:
+            config = read_json(Path(model) / "config.json") or {}
+            template = read_chat_template(model)
+            try:
+                chat_format = choose_format(template, config.get("model_type"))
+            except ValueError as error:
+                return cls(tokenizer, None, str(error))
+        return cls(tokenizer, CHAT_FORMATS[chat_format])
 
     def encode_text(self, text: str) -> list[int]:
         """The token ids of a completion prompt: plain text with the tokens that the tokenizer adds to a prompt."""
         return self.tokenizer.encode_prompt(text)
 
-    def encode_messages(self, messages: Sequence[Mapping[str, Any]], thinking: bool) -> ChatPrompt:
-        """The prompt of a conversation, up to and including the header of the answer."""
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> ChatPrompt:
+        """The prompt of a conversation, up to where the answer begins."""
         if self.chat_format is None:
-            raise ValueError(f"chat is not supported for {self.model_type}; give a prompt or token ids")
-        chat_format = CHAT_FORMATS[self.chat_format]
-        return render_chat(messages, chat_format=chat_format, thinking=thinking, tokenizer=self.tokenizer)
+            raise ValueError(self.no_chat_format)
+        thinking = self.chat_format.choose_thinking(
+            thinking=options.thinking, reasoning_effort=options.reasoning_effort
+        )
+        conversation = read_conversation(
+            messages,
+            tools=options.tools,
+            thinking=thinking,
+            reasoning_effort=options.reasoning_effort,
+            clear_thinking=options.clear_thinking,
+            drop_thinking=options.drop_thinking,
+            continue_final_message=options.continue_final_message,
+        )
+        return render_prompt(conversation, chat_format=self.chat_format, tokenizer=self.tokenizer)

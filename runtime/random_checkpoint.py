@@ -20,7 +20,7 @@ from .memory_estimate import declare_model
 from .models.config import ModelConfig
 from .models.families import parse_config
 from .models.weights import tensor_shapes as declared_shapes
-from .tokenization.tokenizer import write_byte_tokenizer
+from .tokenization.byte_tokenizer import write_byte_tokenizer
 
 YARN = {
     "type": "yarn",

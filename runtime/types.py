@@ -246,6 +246,8 @@ class CompletionOutput:
     """The stop token id or stop string that ended it; None for the end-of-sequence token."""
     error: str | None = None
     """Why `finish_reason` is "error"."""
+    message: dict[str, Any] | None = None
+    """`LLM.chat`: the answer as OpenAI's message, with `reasoning_content`, `content` and `tool_calls`."""
 
 
 @dataclass(kw_only=True, slots=True)

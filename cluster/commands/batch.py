@@ -99,7 +99,7 @@ def job_spec(config: JobConfig) -> JobSpec:
         "kernel_backend": engine.kernel_backend,
         "invariance": engine.invariance,
         "sampling": dict(rules.sampling),
-        "chat_template": {"format": chat_format, "thinking": rules.thinking},
+        "chat_template": {"format": chat_format and chat_format.name, "thinking": rules.thinking},
     }
     facts = {
         "model_name": Path(engine.model).name,

@@ -57,7 +57,7 @@ def validate(input: str, **flags: Any) -> int:
     from .validate import validate as run
 
     engine = take(EngineArgs, flags)
-    return run(Path(input), engine, sampling={}, thinking=False, stdout=sys.stdout, stderr=sys.stderr)
+    return run(Path(input), engine, sampling={}, thinking=None, stdout=sys.stdout, stderr=sys.stderr)
 
 
 @main.command()

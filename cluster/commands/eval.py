@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, TextIO
 
-from shoal.runtime.tokenization.tokenizer import EOS, THINK_END
 from shoal.runtime.types import RequestOutput, SamplingParams
 
 from ..bundled import TASKS, Question, questions
@@ -34,7 +33,7 @@ def evaluate(engine: EngineArgs, args: EvalArgs, *, stdout: TextIO, stderr: Text
     prepare_report(args.report)
     tasks = TASKS if args.tasks is None else tuple(args.tasks.split(","))
     rows = {task: questions([task], args.limit) for task in tasks}
-    params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, skip_special_tokens=False)
+    params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     say = line_printer(stderr)
     scores: Scores = {task: {} for task in tasks}
     with engine_errors(), LLM(on_phase=say, **asdict(engine)) as llm:
@@ -54,20 +53,17 @@ def evaluate(engine: EngineArgs, args: EvalArgs, *, stdout: TextIO, stderr: Text
 def _num_right(llm: LLM, rows: Sequence[Question], params: SamplingParams, thinking: bool) -> int:
     conversations = [[{"role": "user", "content": row.question}] for row in rows]
     outputs = llm.chat(conversations, params, thinking=thinking)
-    return sum(final_answer(o, thinking) == row.answer for o, row in zip(outputs, rows, strict=True))
+    return sum(final_answer(o) == row.answer for o, row in zip(outputs, rows, strict=True))
 
 
-def final_answer(output: RequestOutput, thinking: bool) -> str | None:
-    """Text after the thinking, without the end-of-sentence token; None for a truncated answer."""
+def final_answer(output: RequestOutput) -> str | None:
+    """The content of the answer; None for one that is cut off."""
     (completion,) = output.outputs
-    if completion.finish_reason != "stop":
+    assert completion.message is not None
+    content: str | None = completion.message["content"]
+    if completion.finish_reason != "stop" or content is None:
         return None
-    text = completion.text.removesuffix(EOS)
-    if thinking:
-        _, end, text = text.partition(THINK_END)
-        if not end:
-            return None
-    return text.strip()
+    return content.strip()
 
 
 def score(right: int, count: int) -> dict[str, Any]:

@@ -24,7 +24,13 @@ MAX_SHOWN_BAD_ROWS = 20
 
 
 def validate(
-    input_path: Path, engine: EngineArgs, *, sampling: Mapping[str, Any], thinking: bool, stdout: TextIO, stderr: TextIO
+    input_path: Path,
+    engine: EngineArgs,
+    *,
+    sampling: Mapping[str, Any],
+    thinking: bool | None,
+    stdout: TextIO,
+    stderr: TextIO,
 ) -> int:
     """Check an input against a model and print the errors; returns 3 if a row is bad."""
     rules = row_rules(engine, sampling, thinking)
@@ -76,13 +82,13 @@ def validate(
     return ExitCode.ROWS_FAILED if summary.num_bad_rows else ExitCode.OK
 
 
-def row_rules(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool) -> RequestDefaults:
+def row_rules(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool | None) -> RequestDefaults:
     """Limits and defaults for the rows of a job; ValueError for a model that cannot run with these settings."""
     model = read_model_config(engine)
     limits = RequestLimits(
         vocab_size=model.vocab_size, max_model_len=engine.max_model_len or model.max_position_embeddings
     )
-    prompts = ModelPrompts.from_pretrained(engine.model)
+    prompts = ModelPrompts.from_pretrained(engine.model, engine.chat_format)
     return RequestDefaults(
         limits=limits,
         encoder=prompts,

@@ -53,7 +53,9 @@ class ErrorLimit:
 class ChatTemplateKwargs:
     """Switches of the chat format for rows that do not set them."""
 
-    thinking: Annotated[bool, Setting("Let the model think before it answers.")] = False
+    thinking: Annotated[
+        bool | None, Setting("Let the model think before it answers.", derived="as its chat format does")
+    ] = None
 
     def __post_init__(self) -> None:
         check_settings(self)

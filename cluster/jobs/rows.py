@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.runtime.chat.prompt import ChatPrompt
 from shoal.runtime.plain_numbers import whole_number
-from shoal.runtime.tokenization.chat import ChatPrompt
 from shoal.runtime.types import Request
 
 from ..openai.errors import ApiError, json_type
-from ..openai.fields import SAMPLING_FIELDS, check_fields, shown, without_nulls
+from ..openai.fields import CONVERSATION_FIELDS, SAMPLING_FIELDS, check_fields, shown, without_nulls
 from ..openai.requests import (
     ENDPOINTS,
     ParsedRequest,
@@ -33,11 +33,7 @@ MAX_CUSTOM_ID_CHARS = 512
 
 _OPENAI_LINE_FIELDS = ("custom_id", "method", "url", "body")
 _PROMPT_FIELDS = {"prompt", "prompt_token_ids", "messages"}
-_PLAIN_FIELDS = (
-    SAMPLING_FIELDS
-    | _PROMPT_FIELDS
-    | {"custom_id", "id", "sampling_params", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
-)
+_PLAIN_FIELDS = SAMPLING_FIELDS | _PROMPT_FIELDS | CONVERSATION_FIELDS | {"custom_id", "id", "sampling_params"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

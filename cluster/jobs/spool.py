@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from shoal.runtime.chat.prompt import OutputFormat
 from shoal.runtime.types import SamplingParams
 
 from ..openai.requests import ENDPOINTS, ParsedRequest
@@ -40,7 +41,7 @@ class _Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     """Little-endian uint32 values."""
     params: SamplingParams
     num_logprobs: int | None
-    reasoning_end_token_id: int | None
+    output_format: OutputFormat | None
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -116,7 +117,7 @@ def _payload(row: BatchRow) -> _Payload:
         prompt_token_ids=np.asarray(parsed.prompt_token_ids, dtype="<u4").tobytes(),
         params=parsed.params,
         num_logprobs=parsed.num_logprobs,
-        reasoning_end_token_id=parsed.reasoning_end_token_id,
+        output_format=parsed.output_format,
     )
 
 
@@ -126,7 +127,7 @@ def _row(index: int, payload: _Payload) -> BatchRow:
         prompt_token_ids=tuple(np.frombuffer(payload.prompt_token_ids, dtype="<u4").tolist()),
         params=payload.params,
         num_logprobs=payload.num_logprobs,
-        reasoning_end_token_id=payload.reasoning_end_token_id,
+        output_format=payload.output_format,
     )
     return BatchRow(
         index=index,

@@ -15,13 +15,21 @@ MAX_SHOWN_CHARS = 60
 """Longest value or name that a message repeats."""
 
 SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
+CONVERSATION_FIELDS = frozenset(
+    {
+        "messages",
+        "tools",
+        "tool_choice",
+        "reasoning_effort",
+        "chat_template_kwargs",
+        "add_generation_prompt",
+        "continue_final_message",
+    }
+)
 CHAT_FIELDS = SAMPLING_FIELDS | {
-    "messages",
     "max_completion_tokens",
     "top_logprobs",
-    "chat_template_kwargs",
-    "add_generation_prompt",
-    "continue_final_message",
+    *CONVERSATION_FIELDS,
 }
 COMPLETION_FIELDS = SAMPLING_FIELDS | {"prompt"}
 
@@ -55,12 +63,9 @@ class UnsupportedField:
 UNSUPPORTED_FIELDS: dict[str, UnsupportedField] = {
     "stream": UnsupportedField((False,), "remove it: answers come whole"),
     "stream_options": UnsupportedField((), "remove it: answers come whole"),
-    "tools": UnsupportedField(([],), "put the tools' descriptions into a system message"),
-    "tool_choice": UnsupportedField(("none", "auto"), "put the tools' descriptions into a system message"),
-    "functions": UnsupportedField(([],), "put the functions' descriptions into a system message"),
+    "functions": UnsupportedField(([],), "use tools"),
     "function_call": UnsupportedField(("none", "auto")),
     "response_format": UnsupportedField(({"type": "text"},), "ask for the format in a message"),
-    "reasoning_effort": UnsupportedField((), 'use chat_template_kwargs {"thinking": true or false}'),
     "modalities": UnsupportedField((["text"],), "answers are text"),
     "audio": UnsupportedField((), "answers are text"),
     "verbosity": UnsupportedField(("medium",), "ask for it in a message"),

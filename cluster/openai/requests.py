@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from shoal.runtime.chat.prompt import ChatPrompt, OutputFormat
 from shoal.runtime.plain_numbers import whole_number
 from shoal.runtime.request_limits import RequestLimits, check_request
-from shoal.runtime.tokenization.chat import ChatPrompt
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Request, SamplingParams
 
+from .chat_options import ChatOptions, read_chat_options
 from .errors import ApiError, json_type
 from .fields import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_FIELDS, check_fields, shown, without_nulls
 
@@ -26,8 +27,8 @@ class PromptEncoder(Protocol):
         """The token ids of a completion prompt."""
         ...
 
-    def encode_messages(self, messages: list[dict[str, Any]], thinking: bool) -> ChatPrompt:
-        """The prompt of a conversation, up to and including the header of the answer."""
+    def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions) -> ChatPrompt:
+        """The prompt of a conversation, up to where the answer begins."""
         ...
 
 
@@ -42,7 +43,8 @@ class RequestDefaults:
     """For the text and the bytes of tokens in answers."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Sampling fields for requests that do not set them."""
-    thinking: bool = False
+    thinking: bool | None = None
+    """Whether to think where a request does not say; None: as the chat format does by default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +56,8 @@ class ParsedRequest:
     params: SamplingParams
     num_logprobs: int | None
     """Alternatives per token that the answer shows; None shows no logprobs (they are computed all the same)."""
-    reasoning_end_token_id: int | None = None
-    """Ends the reasoning with which the answer begins; None: it begins with its content."""
+    output_format: OutputFormat | None = None
+    """How the output is read; None: it is text."""
 
     def to_request(self, request_id: str, index: int) -> Request:
         """The request for an engine. index: its position in the run."""
@@ -64,7 +66,7 @@ class ParsedRequest:
             prompt_token_ids=self.prompt_token_ids,
             params=self.params,
             index=index,
-            reasoning_end_token_id=self.reasoning_end_token_id,
+            reasoning_end_token_id=None if self.output_format is None else self.output_format.reasoning_end_token_id,
         )
 
 
@@ -118,7 +120,7 @@ def build_request(
         prompt_token_ids=tuple(prompt.token_ids),
         params=params,
         num_logprobs=params.logprobs if show_logprobs else None,
-        reasoning_end_token_id=prompt.reasoning_end_token_id,
+        output_format=prompt.output_format,
     )
     if (problem := check_request(parsed.to_request("", 0), defaults.limits)) is not None:
         raise ApiError(problem.code, problem.message)
@@ -134,15 +136,13 @@ def encode_chat(body: Mapping[str, Any], defaults: RequestDefaults) -> ChatPromp
         raise ApiError("invalid_type", f"messages must be a list, got {json_type(messages)}", "messages")
     if not messages:
         raise ApiError("empty_prompt", "messages is empty; give at least one message", "messages")
-    thinking = read_thinking(body.get("chat_template_kwargs", {}), defaults.thinking)
+    options = read_chat_options(body, thinking=defaults.thinking)
     if defaults.encoder is None:
         message = "messages need a tokenizer, and the model directory has none; give token ids"
         raise ApiError("no_tokenizer", message, "messages")
     checked = [_message(i, m) for i, m in enumerate(messages)]
-    if _continues_final_message(body):
-        checked[-1] = checked[-1] | {"prefix": True}
     try:
-        return defaults.encoder.encode_messages(checked, thinking)
+        return defaults.encoder.encode_chat(checked, options)
     except ValueError as error:
         raise ApiError("invalid_messages", str(error), "messages") from error
 
@@ -192,39 +192,6 @@ def _message(position: int, message: object) -> dict[str, Any]:
         got = json_type(message.get("role"))
         raise ApiError("invalid_type", f"messages[{position}].role must be a string, got {got}", "messages")
     return message
-
-
-def read_thinking(kwargs: object, default: bool) -> bool:
-    """`thinking` of chat_template_kwargs, or `enable_thinking`, which means the same; ApiError for anything else."""
-    path = "chat_template_kwargs"
-    if not isinstance(kwargs, Mapping):
-        raise ApiError("invalid_type", f"{path} must be an object, got {json_type(kwargs)}", path)
-    check_fields(kwargs, ("thinking", "enable_thinking"), f"{path}.")
-    given = without_nulls(kwargs)
-    for name, value in given.items():
-        if not isinstance(value, bool):
-            message = f"{path}.{name} must be true or false, got {json_type(value)}"
-            raise ApiError("invalid_type", message, f"{path}.{name}")
-    if len(set(given.values())) > 1:
-        message = f"{path}.thinking and {path}.enable_thinking mean the same and contradict each other; give one"
-        raise ApiError("invalid_parameter", message, path)
-    return next(iter(given.values()), default)
-
-
-def _continues_final_message(body: Mapping[str, Any]) -> bool:
-    """Whether vLLM's pair of switches asks to continue the last message; one switch alone may stand for both."""
-    continues = body.get("continue_final_message", False)
-    adds_header = body.get("add_generation_prompt", not continues)
-    for name, value in (("continue_final_message", continues), ("add_generation_prompt", adds_header)):
-        if not isinstance(value, bool):
-            raise ApiError("invalid_type", f"{name} must be true or false, got {json_type(value)}", name)
-    if continues and adds_header:
-        message = "continue_final_message and add_generation_prompt exclude each other"
-        raise ApiError("invalid_parameter", message, "continue_final_message")
-    if not continues and not adds_header:
-        message = "add_generation_prompt false is not supported: an answer needs its header; remove it"
-        raise ApiError("unsupported_field", message, "add_generation_prompt")
-    return bool(continues)
 
 
 def _chat_logprobs(body: Mapping[str, Any]) -> int | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from shoal.runtime.tokenization.chat import split_reasoning
+from shoal.runtime.chat.output import ParsedToolCall, finish_reason
+from shoal.runtime.chat.prompt import OutputFormat, parse_output
 from shoal.runtime.tokenization.detokenizer import token_offsets
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import CompletionOutput, Logprob, RequestOutput
@@ -39,8 +41,17 @@ def chat_completion(
         logprobs = None
         if request.num_logprobs is not None:
             logprobs = _chat_logprobs(sample, request.num_logprobs, tokenizer)
-        message = _message(sample, request, tokenizer)
-        choices.append(_choice(sample, {"message": message, "logprobs": logprobs}))
+        choice = _choice(sample, {"message": {"role": "assistant", "content": sample.text}, "logprobs": logprobs})
+        if request.output_format is not None:
+            assert tokenizer is not None, "a chat prompt was encoded without a tokenizer"
+            choice |= parsed_answer(
+                sample,
+                request.output_format,
+                id=f"{id}/{sample.index}",
+                tokenizer=tokenizer,
+                skip_special_tokens=request.params.skip_special_tokens,
+            )
+        choices.append(choice)
     body = {"id": id, "object": "chat.completion", "created": created, "model": model, "choices": choices}
     return body | _usage_and_prompt(output, request, tokenizer)
 
@@ -57,6 +68,37 @@ def completion(
         choices.append(_choice(sample, {"text": sample.text, "logprobs": logprobs}))
     body = {"id": id, "object": "text_completion", "created": created, "model": model, "choices": choices}
     return body | _usage_and_prompt(output, request, tokenizer)
+
+
+def parsed_answer(
+    sample: CompletionOutput, output_format: OutputFormat, *, id: str, tokenizer: Tokenizer, skip_special_tokens: bool
+) -> dict[str, Any]:
+    """`message` and `finish_reason` of an answer to a chat prompt. id: names the answer; ids of its calls follow."""
+    output = parse_output(
+        sample.text,
+        sample.token_ids,
+        output_format,
+        tokenizer=tokenizer,
+        skip_special_tokens=skip_special_tokens,
+    )
+    message: dict[str, Any] = {"role": "assistant"}
+    if output_format.start == "reasoning" or output.reasoning is not None:
+        message["reasoning_content"] = output.reasoning or ""
+    message["content"] = output.content
+    if output.tool_calls:
+        message["tool_calls"] = [_tool_call(call, f"{id}/{i}") for i, call in enumerate(output.tool_calls)]
+    answer: dict[str, Any] = {"message": message}
+    if sample.finish_reason is not None:
+        answer["finish_reason"] = finish_reason(output, sample.finish_reason)
+    if output.is_malformed:
+        answer["is_malformed"] = True
+    return answer
+
+
+def _tool_call(call: ParsedToolCall, name: str) -> dict[str, Any]:
+    """A call; one that the model gave no id gets one that depends on `name` alone."""
+    call_id = call.id or f"call_{hashlib.sha256(name.encode()).hexdigest()[:24]}"
+    return {"id": call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _choice(sample: CompletionOutput, answer: dict[str, Any]) -> dict[str, Any]:
@@ -84,20 +126,6 @@ def _usage_and_prompt(output: RequestOutput, request: ParsedRequest, tokenizer: 
         "total_tokens": num_prompt_tokens + num_output_tokens,
     }
     return body
-
-
-def _message(sample: CompletionOutput, request: ParsedRequest, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    if request.reasoning_end_token_id is None:
-        return {"role": "assistant", "content": sample.text}
-    assert tokenizer is not None, "a chat prompt was encoded without a tokenizer"
-    reasoning, content = split_reasoning(
-        sample.text,
-        sample.token_ids,
-        end_token_id=request.reasoning_end_token_id,
-        tokenizer=tokenizer,
-        skip_special_tokens=request.params.skip_special_tokens,
-    )
-    return {"role": "assistant", "reasoning_content": reasoning, "content": content}
 
 
 def _chat_logprobs(sample: CompletionOutput, num_top: int, tokenizer: Tokenizer | None) -> dict[str, Any]:

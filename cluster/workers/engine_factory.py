@@ -94,8 +94,7 @@ def build_engine(
     report.phases["weights"] = time.monotonic() - start
     report.num_kv_blocks = engine.block_manager.num_blocks
     report.num_kv_tokens = engine.block_manager.num_blocks * engine.block_manager.block_size
-    gc.collect()
-    gc.freeze()  # what is there now stays; a collection between two steps need not look at it
+    _freeze_heap()
     return engine
 
 
@@ -119,6 +118,13 @@ def prepare(args: EngineArgs, report: StartReport) -> None:
         start = time.monotonic()
         load_library()  # compiled once per machine
         report.phases["kernels"] = time.monotonic() - start
+    _freeze_heap()  # now, so that a spare that takes a rank does not look at all modules
+
+
+def _freeze_heap() -> None:
+    """Take what is there out of garbage collection: it stays, and a collection between two steps takes long."""
+    gc.collect()
+    gc.freeze()
 
 
 def admit(engine: EngineLike, request: Request) -> list[Finished]:

@@ -10,7 +10,7 @@ import torch
 from tasks import TASKS, Row, document, is_held_out, lookup_question
 from torch import Tensor
 
-# The ids of shoal.runtime.tokenization.tokenizer.write_byte_tokenizer: sentence tokens, bytes, then markup.
+# The ids of shoal.runtime.tokenization.byte_tokenizer.write_byte_tokenizer: sentence tokens, bytes, then markup.
 BOS, EOS, PAD, FIRST_BYTE = 0, 1, 2, 3
 THINK, THINK_END, USER, ASSISTANT = range(FIRST_BYTE + 256, FIRST_BYTE + 260)
 SHORT_TASKS = [name for name in TASKS if name != "lookup"]

@@ -16,7 +16,7 @@ from model import CONFIG, TinyModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 
 IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 MTP = f"model.layers.{CONFIG['num_hidden_layers']}"

@@ -51,8 +51,6 @@ class Family:
     """Its class in `architectures` of config.json, by which derivatives with a `model_type` of their own are found."""
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     build: BuildModel
-    chat_format: str | None
-    """Name of the chat format in runtime/tokenization; None: prompts only."""
 
 
 def _build_deepseek(
@@ -82,31 +80,26 @@ FAMILIES: dict[str, Family] = {
         architecture="DeepseekV3ForCausalLM",
         read_config=partial(ModelConfig.from_dict, model_type="deepseek_v3"),
         build=_build_deepseek,
-        chat_format="deepseek-v3.1",
     ),
     "deepseek_v32": Family(
         architecture="DeepseekV32ForCausalLM",
         read_config=partial(ModelConfig.from_dict, model_type="deepseek_v32", has_indexer=True),
         build=_build_deepseek,
-        chat_format="deepseek-v3.1",
     ),
     "kimi_k2": Family(
         architecture=None,  # its checkpoints name DeepseekV3ForCausalLM
         read_config=partial(ModelConfig.from_dict, model_type="kimi_k2"),
         build=_build_deepseek,
-        chat_format=None,
     ),
     "glm_moe_dsa": Family(
         architecture="GlmMoeDsaForCausalLM",
         read_config=partial(ModelConfig.from_dict, model_type="glm_moe_dsa", has_indexer=True, interleave_indexer=True),
         build=_build_deepseek,
-        chat_format=None,
     ),
     "glm4_moe_lite": Family(
         architecture="Glm4MoeLiteForCausalLM",
         read_config=partial(ModelConfig.from_dict, model_type="glm4_moe_lite"),
         build=_build_deepseek,
-        chat_format=None,
     ),
 }
 """Supported families by `model_type`."""

@@ -32,14 +32,6 @@ TOOL_OUTPUT_BEGIN = "<｜tool▁output▁begin｜>"
 TOOL_OUTPUT_END = "<｜tool▁output▁end｜>"
 TOOL_SEP = "<｜tool▁sep｜>"
 
-_SENTENCE_TOKENS = (BOS, EOS, PAD)
-# DeepSeek adds these with special=false, so that decoding keeps them.
-_MARKUP_TOKENS = (
-    *(THINK_START, THINK_END, USER, ASSISTANT),
-    *(TOOL_CALLS_BEGIN, TOOL_CALLS_END, TOOL_CALL_BEGIN, TOOL_CALL_END),
-    *(TOOL_OUTPUTS_BEGIN, TOOL_OUTPUTS_END, TOOL_OUTPUT_BEGIN, TOOL_OUTPUT_END, TOOL_SEP),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Special:
@@ -73,8 +65,10 @@ class Tokenizer:
         self._text = tokenizers.Tokenizer.from_str(json.dumps(text_spec))
         added = spec.get("added_tokens") or []
         self._added_ids = {t["content"]: ids[t["content"]] for t in added}
-        self._skipped_ids = frozenset(self._added_ids[t["content"]] for t in added if t["special"])
-        self._byte_of_char = {c: b for b, c in enumerate(_byte_alphabet())} if decoder else None
+        self._added_texts = {i: t for t, i in self._added_ids.items()}
+        self.skipped_token_ids = frozenset(self._added_ids[t["content"]] for t in added if t["special"])
+        """Added tokens that `decode` leaves out with `skip_special_tokens`."""
+        self._byte_of_char = {c: b for b, c in enumerate(byte_alphabet())} if decoder else None
         self.vocab_size = 1 + max(ids.values())
         """One more than the largest id; a model may have more rows."""
         eos = _sentence_token(settings or {}, "eos_token", ids)
@@ -149,7 +143,7 @@ class Tokenizer:
         `decode(ids)` is the UTF-8 of these joined by `separator`, with U+FFFD for what is no UTF-8.
         """
         token = self._full.id_to_token(token_id)
-        if token is None or (skip_special_tokens and token_id in self._skipped_ids):
+        if token is None or (skip_special_tokens and token_id in self.skipped_token_ids):
             return None
         byte_of_char = self._byte_of_char
         if byte_of_char is None or not byte_of_char.keys() >= set(token):
@@ -159,6 +153,10 @@ class Tokenizer:
     def special_id(self, text: str) -> int | None:
         """The id of an added token; None if no added token has this text."""
         return self._added_ids.get(text)
+
+    def special_text(self, token_id: int) -> str | None:
+        """The text of an added token; None for other tokens."""
+        return self._added_texts.get(token_id)
 
 
 def read_eos_token_ids(directory: str | Path) -> tuple[int, ...]:
@@ -231,27 +229,6 @@ def _sentence_token(settings: Mapping[str, Any], name: str, ids: Mapping[str, in
     return text, ids[text]
 
 
-def write_byte_tokenizer(path: str | Path) -> int:
-    """Write a tokenizer.json of single bytes and DeepSeek's special tokens; returns the vocabulary's size.
-
-    Ids: sentence and pad tokens 0-2 as in DeepSeek's, byte b at 3 + b, then the think, chat and tool tokens.
-    """
-    vocab = [*_SENTENCE_TOKENS, *_byte_alphabet()]
-    contents = [*_SENTENCE_TOKENS, *_MARKUP_TOKENS]
-    ids = [*range(len(_SENTENCE_TOKENS)), *range(len(vocab), len(vocab) + len(_MARKUP_TOKENS))]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False}
-    added = [
-        {"id": i, "content": t, **flags, "normalized": t in _MARKUP_TOKENS, "special": t in _SENTENCE_TOKENS}
-        for i, t in zip(ids, contents, strict=True)
-    ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocab)}, "merges": []}
-    spec = {"version": "1.0", "added_tokens": added, "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
-    Path(path).write_text(json.dumps(spec, ensure_ascii=False, indent=1), encoding="utf-8")
-    assert len(vocab) + len(_MARKUP_TOKENS) == 272, "a multiple of 16, as kernels want it"
-    return len(vocab) + len(_MARKUP_TOKENS)
-
-
 def _without_added_tokens(spec: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer without added tokens: none to match, none in the vocabulary, no merge that makes one."""
     added = spec.get("added_tokens") or []
@@ -270,7 +247,7 @@ def _merge_tokens(merge: str | list[str]) -> tuple[str, str, str]:
     return left, right, left + right
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The character by which byte-level vocabularies write each byte: itself if printable, else U+0100 onwards."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in printable]

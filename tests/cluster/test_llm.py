@@ -23,7 +23,7 @@ from shoal.cluster.llm import LLM, params_list, prompt_list, token_id_tuple
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.cluster.workers.engine_factory import BUILD_PROFILED_ENGINE
 from shoal.runtime.random_checkpoint import make_checkpoint, tiny_config
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.types import RequestOutput, SamplingParams
 from tests.support.stub_engine import RAISES, REFUSED, STUB
 
@@ -139,8 +139,26 @@ def test_chat_renders_conversations(llm: LLM) -> None:
     talks = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
     outputs = llm.chat(talks, three(), thinking=True)
     assert [o.prompt_token_ids for o in outputs] == [[BOS, USER, *text_ids(c), ASSISTANT, THINK] for c in "ab"]
+    messages = [output.outputs[0].message for output in (one, *outputs)]
+    assert [sorted(message or {}) for message in messages] == [
+        ["content", "role"],
+        *[["content", "reasoning_content", "role"]] * 2,
+    ]
     with pytest.raises(ValueError, match=r"conversation 1: .*role"):
         llm.chat([talks[0], [{"role": "robot", "content": "b"}]])
+
+
+def test_chat_shows_tools(llm: LLM) -> None:
+    tool = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object"}}}
+    talk = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match="the prompt has 489 tokens"):  # with the tools: the stub takes 128
+        llm.chat(talk, three(), tools=[tool])
+    (hidden,) = llm.chat(talk, three(), tools=[tool], tool_choice="none")
+    assert hidden.prompt_token_ids == [BOS, USER, *text_ids("hi"), ASSISTANT, END_THINK]
+    with pytest.raises(ValueError, match=r"tools\[0\]\.function\.name must be a non-empty string"):
+        llm.chat(talk, tools=[{"type": "function", "function": {}}])
+    with pytest.raises(ValueError, match="tool_choice = 'required': answers cannot be forced into calls yet"):
+        llm.chat(talk, tools=[tool], tool_choice="required")  # type: ignore[arg-type]
 
 
 def test_names_of_vllm_are_taken(llm: LLM) -> None:

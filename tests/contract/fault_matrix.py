@@ -30,7 +30,7 @@ from shoal.cluster.supervision.fault import Fault
 from shoal.cluster.workers.local_cluster import local_cluster
 from shoal.parallel.failpoints import VARIABLE
 from shoal.runtime.random_checkpoint import make_checkpoint
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from tests.support.faults import Bits, Rig, Target, answers_of_one_process, make_model, rig
 
 ROOT = Path(__file__).parents[2]

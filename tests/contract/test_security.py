@@ -23,6 +23,7 @@ from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.jobs.config import JobConfig
 from shoal.cluster.jobs.job import run_job
 from shoal.cluster.jobs.stop_signal import StopSignal
+from shoal.cluster.openai.chat_options import ChatOptions
 from shoal.cluster.prompts import ModelPrompts
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.cluster.workers.actors import LaunchConfig
@@ -31,9 +32,11 @@ from shoal.cluster.workers.worker import Worker
 from shoal.kernels import build
 from shoal.parallel.config import ParallelConfig
 from shoal.parallel.groups import create_groups
+from shoal.runtime.chat.formats import CHAT_FORMATS
 from shoal.runtime.checkpoint.checkpoint import Checkpoint
 from shoal.runtime.random_checkpoint import make_checkpoint
-from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.support.stub_job import StubEngines, make_spec
 
@@ -240,10 +243,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(model: Path) -> list[list[int]]:
     tokenizer = Tokenizer.from_pretrained(model)
     assert tokenizer is not None
-    prompts = ModelPrompts(tokenizer, "deepseek_v3")
+    prompts = ModelPrompts(tokenizer, CHAT_FORMATS["deepseek_v31"])
     encoded = [
         prompts.encode_text("a prompt"),
-        prompts.encode_messages([{"role": "user", "content": "{{ 7 * 7 }}{% for x in y %}"}], False).token_ids,
+        prompts.encode_chat(
+            [{"role": "user", "content": "{{ 7 * 7 }}{% for x in y %}"}], ChatOptions(thinking=False)
+        ).token_ids,
     ]
     engine = InProcessEngine(EngineArgs(model=str(model), num_kv_blocks=16, block_size=16, max_model_len=128))
     params = SamplingParams(max_tokens=6, ignore_eos=True)

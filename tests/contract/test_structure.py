@@ -32,7 +32,7 @@ ROOMS = {
         "plain_numbers cgroup",
         "memory types checkpoint",
         "request_limits response tokenization",
-        "scheduling sampling generation_config",
+        "scheduling sampling generation_config chat",
         "kv_cache",
         "models",
         "engine",

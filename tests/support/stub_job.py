@@ -16,13 +16,14 @@ from shoal.cluster.jobs.engine_client import EngineClient
 from shoal.cluster.jobs.job import JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.stop_signal import StopSignal
+from shoal.cluster.openai.chat_options import ChatOptions
 from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.supervision.fault import Fault
 from shoal.parallel.failpoints import DRIVER, VARIABLE, Failpoints
 from shoal.parallel.request_id import RequestId
+from shoal.runtime.chat.prompt import ChatPrompt
 from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.request_limits import RequestLimits
-from shoal.runtime.tokenization.chat import ChatPrompt
 from shoal.runtime.types import (
     CompletionOutput,
     EngineOutput,
@@ -43,7 +44,7 @@ class ByteEncoder:
     def encode_text(self, text: str) -> list[int]:
         return [0, *(3 + b for b in text.encode())]
 
-    def encode_messages(self, messages: list[dict[str, Any]], thinking: bool) -> ChatPrompt:
+    def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions) -> ChatPrompt:
         ids = [0]
         for i, message in enumerate(messages):
             if message["role"] not in ("system", "user", "assistant"):
@@ -51,7 +52,7 @@ class ByteEncoder:
             if not isinstance(message.get("content"), str):
                 raise ValueError(f"messages[{i}]: content must be a string")
             ids += [1, *(3 + b for b in message["content"].encode())]
-        return ChatPrompt([*ids, 300 if thinking else 301])
+        return ChatPrompt([*ids, 300 if options.thinking else 301])
 
 
 RULES = RequestDefaults(limits=RequestLimits(vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN), encoder=ByteEncoder())

@@ -15,14 +15,23 @@ import transformers
 from shoal import LLM, SamplingParams
 from shoal.cluster.bundled import BUNDLED_MODEL, questions
 from shoal.cluster.commands.eval import final_answer
+from shoal.cluster.openai.chat_options import ChatOptions
 from shoal.cluster.prompts import ModelPrompts
+from shoal.runtime.chat.formats import CHAT_FORMATS
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from tests.support.harness import logits_in_chunks, make_runner
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 def test_the_checkpoint_is_small_and_has_its_mtp_layer() -> None:
@@ -48,8 +57,8 @@ def test_logits_are_those_of_transformers(task: str, thinking: bool) -> None:
     tokenizer = Tokenizer.from_pretrained(BUNDLED_MODEL)
     assert tokenizer is not None
     row = questions([task], limit=1)[0]
-    prompts = ModelPrompts(tokenizer, "deepseek_v32")
-    prompt = prompts.encode_messages([{"role": "user", "content": row.question}], thinking).token_ids
+    prompts = ModelPrompts(tokenizer, CHAT_FORMATS["deepseek_v31"])
+    prompt = prompts.encode_chat([{"role": "user", "content": row.question}], ChatOptions(thinking=thinking)).token_ids
     model = transformers.DeepseekV32ForCausalLM.from_pretrained(
         BUNDLED_MODEL, dtype=torch.float32, attn_implementation="eager"
     )
@@ -62,10 +71,10 @@ def test_logits_are_those_of_transformers(task: str, thinking: bool) -> None:
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_it_answers_what_it_has_not_seen(kv_cache_dtype: str) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=160, skip_special_tokens=False)
+    params = SamplingParams(temperature=0.0, max_tokens=160)
     with LLM(num_threads_per_worker=1, kv_cache_dtype=kv_cache_dtype) as llm:
         for task in ("addition", "reversing", "lookup"):
             rows = questions([task], limit=10)
             outputs = llm.chat([[{"role": "user", "content": row.question}] for row in rows], params, thinking=True)
-            right = sum(final_answer(o, True) == row.answer for o, row in zip(outputs, rows, strict=True))
+            right = sum(final_answer(o) == row.answer for o, row in zip(outputs, rows, strict=True))
             assert right >= 8, (task, right)

@@ -15,8 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shoal.cluster.openai.chat_options import ChatOptions
 from shoal.cluster.prompts import ModelPrompts
-from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
+from shoal.runtime.chat.formats import CHAT_FORMATS
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 from tests.support.harness import logits_in_chunks, make_runner
 
 pytestmark = pytest.mark.slow
@@ -85,13 +88,15 @@ def test_training_rows_are_prompts_as_they_are_served(recipe: Any, tmp_path: Pat
     write_byte_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     assert tokenizer is not None
-    prompts = ModelPrompts(tokenizer, "deepseek_v32")
+    prompts = ModelPrompts(tokenizer, CHAT_FORMATS["deepseek_v31"])
     rng = random.Random(3)
     for task, make in recipe.tasks.TASKS.items():
         row = make(rng, 1.0)
         for thinking in (True, False):
             encoded = recipe.data.encode(row, thinking=thinking)
-            prompt = prompts.encode_messages([{"role": "user", "content": row.question}], thinking).token_ids
+            prompt = prompts.encode_chat(
+                [{"role": "user", "content": row.question}], ChatOptions(thinking=thinking)
+            ).token_ids
             assert encoded.tokens[: len(prompt)] == prompt
             answer = f"{row.thinking}</think>{row.answer}" if thinking else row.answer
             assert tokenizer.decode(encoded.tokens[len(prompt) : -1]) == answer

@@ -20,28 +20,19 @@ from shoal.runtime.types import CompletionOutput, FinishReason, RequestOutput
 RECIPE = Path(__file__).parents[3] / "examples" / "tiny_model"
 
 
-def answered(text: str, finish_reason: FinishReason = "stop") -> RequestOutput:
-    completion = CompletionOutput(index=0, text=text, token_ids=[], finish_reason=finish_reason)
+def answered(content: str | None, finish_reason: FinishReason = "stop") -> RequestOutput:
+    message = {"role": "assistant", "reasoning_content": "4 + 38", "content": content}
+    completion = CompletionOutput(index=0, text="", token_ids=[], finish_reason=finish_reason, message=message)
     return RequestOutput(request_id="0", prompt_token_ids=[], outputs=[completion], finished=True)
 
 
-@pytest.mark.parametrize(
-    ("text", "thinking", "answer"),
-    [
-        ("42", False, "42"),
-        ("42<｜end▁of▁sentence｜>", False, "42"),
-        ("4 + 38</think>42<｜end▁of▁sentence｜>", True, "42"),
-        ("4 + 38</think>\n42 ", True, "42"),
-        ("42", True, None),
-        ("4</think>2</think>3", True, "2</think>3"),
-    ],
-)
-def test_the_answer_is_what_follows_the_thinking(text: str, thinking: bool, answer: str | None) -> None:
-    assert final_answer(answered(text), thinking) == answer
+@pytest.mark.parametrize(("content", "answer"), [("42", "42"), ("\n42 ", "42"), (None, None)])
+def test_the_answer_is_the_content(content: str | None, answer: str | None) -> None:
+    assert final_answer(answered(content)) == answer
 
 
 def test_an_answer_that_was_cut_off_is_none() -> None:
-    assert final_answer(answered("42", "length"), False) is None
+    assert final_answer(answered("42", "length")) is None
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_flags_stand_before_the_file(tmp_path: Path) -> None:
         ("enable_prefix_caching: 'no'", "enable_prefix_caching must be true or false, got 'no'"),
         ("dtype: fp8", "dtype must be one of auto, float32, bfloat16, got 'fp8'"),
         ("on_error: stop", "on_error must be one of continue, fail, got 'stop'"),
-        ("chat_template_kwargs: {thinking: 1}", "chat_template_kwargs.thinking must be true or false, got 1"),
+        ("chat_template_kwargs: {thinking: 1}", "chat_template_kwargs.thinking must be true or false or null, got 1"),
         ("sampling: [1]", r"sampling must be a mapping \(key: value\)"),
         ("overwrite: true", "overwrite is a flag only"),
         ("replicas: 1\nreplicas: 2", "the key replicas is given twice"),

@@ -28,7 +28,9 @@ from shoal.cluster.jobs.validation import InputSummary, validate_input
 from shoal.cluster.openai.errors import MAX_MESSAGE_CHARS
 from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.prompts import ModelPrompts
-from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
+from shoal.runtime.chat.formats import CHAT_FORMATS
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 from tests.support.stub_job import RULES
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "bad-input.md"
@@ -70,7 +72,7 @@ BAD_ROWS = [
     BadCase("a misspelt field", b'{"prompt": "x", "temprature": 1}', "unknown_field", "temprature is not a known field; did you mean temperature?"),
     BadCase("a misspelt field of a body", chat(max_token=1), "unknown_field", "max_token is not a known field; did you mean max_tokens?"),
     BadCase("streaming", chat(stream=True), "unsupported_field", "stream = True is not supported; remove it: answers come whole"),
-    BadCase("tools", chat(tools=[{}]), "unsupported_field", "tools = a list is not supported; put the tools' descriptions into a system message"),
+    BadCase("calls that are required", chat(tool_choice="required"), "unsupported_field", "tool_choice = 'required': answers cannot be forced into calls yet; use auto or none"),
     BadCase("a response format", chat(response_format={"type": "json_object"}), "unsupported_field", "response_format = an object is not supported; ask for the format in a message"),
     BadCase("another method", b'{"custom_id": "a", "method": "GET", "url": "/v1/completions", "body": {}}', "unsupported_method", "method must be POST, got 'GET'"),
     BadCase("another endpoint", b'{"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {}}', "unsupported_url", "url must be /v1/chat/completions or /v1/completions, got '/v1/embeddings'"),
@@ -441,7 +443,7 @@ def real_encoder(directory: str) -> ModelPrompts:
     write_byte_tokenizer(Path(directory) / "tokenizer.json")
     tokenizer = Tokenizer.from_pretrained(directory)
     assert tokenizer is not None
-    return ModelPrompts(tokenizer, "deepseek_v3")
+    return ModelPrompts(tokenizer, CHAT_FORMATS["deepseek_v31"])
 
 
 @given(row=_rows)

@@ -23,7 +23,7 @@ from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.stop_signal import StopSignal
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.runtime.random_checkpoint import make_checkpoint
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from tests.support.faults import gone
 
 NUM_ROWS, MAX_TOKENS = 10, 800

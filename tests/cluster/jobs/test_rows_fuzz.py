@@ -23,7 +23,9 @@ from shoal.cluster.openai.fields import SAMPLING_FIELDS
 from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.prompts import ModelPrompts
 from shoal.cluster.workers.wire import COMMANDS
-from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
+from shoal.runtime.chat.formats import CHAT_FORMATS
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 from tests.support.stub_job import RULES
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "bad-input.md"
@@ -37,7 +39,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> RequestDefaults:
     write_byte_tokenizer(directory / "tokenizer.json")
     tokenizer = Tokenizer.from_pretrained(directory)
     assert tokenizer is not None
-    return replace(RULES, encoder=ModelPrompts(tokenizer, "deepseek_v3"))
+    return replace(RULES, encoder=ModelPrompts(tokenizer, CHAT_FORMATS["deepseek_v31"]))
 
 
 def valid_line(kind: int, custom_id: str) -> bytes:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shoal.cluster.jobs.rows import BatchRow
 from shoal.cluster.jobs.spool import RowSpoolWriter, read_spool
 from shoal.cluster.openai.requests import ENDPOINTS, ParsedRequest
+from shoal.runtime.chat.prompt import OutputFormat
 from shoal.runtime.types import SamplingParams
 
 PARAMS = st.builds(
@@ -27,13 +28,21 @@ PARAMS = st.builds(
     logit_bias=st.none() | st.dictionaries(st.integers(0, 200_000), st.floats(-100, 100), max_size=3),
     stop_in_reasoning=st.booleans(),
 )
+TOOLS = st.fixed_dictionaries({"type": st.just("function"), "function": st.dictionaries(st.text(), st.integers(-9, 9))})
+OUTPUT_FORMATS = st.builds(
+    OutputFormat,
+    grammar=st.text(),
+    start=st.sampled_from(["reasoning", "content", "auto"]),
+    tools=st.lists(TOOLS, max_size=2).map(tuple),
+    reasoning_end_token_id=st.none() | st.integers(0, 200_000),
+)
 REQUESTS = st.builds(
     ParsedRequest,
     endpoint=st.sampled_from(ENDPOINTS),
     prompt_token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=5).map(tuple),
     params=PARAMS,
     num_logprobs=st.none() | st.integers(0, 20),
-    reasoning_end_token_id=st.none() | st.integers(0, 200_000),
+    output_format=st.none() | OUTPUT_FORMATS,
 )
 
 

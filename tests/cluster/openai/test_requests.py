@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from shoal.cluster.openai.chat_options import ChatOptions
 from shoal.cluster.openai.errors import ApiError
 from shoal.cluster.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, FIELDS_WITHOUT_EFFECT, UNSUPPORTED_FIELDS
 from shoal.cluster.openai.requests import RequestDefaults, parse_chat, parse_completion
-from shoal.runtime.tokenization.chat import ChatPrompt
+from shoal.runtime.chat.prompt import ChatPrompt, OutputFormat
 from shoal.runtime.types import SamplingParams
 from tests.support.stub_job import RULES
 
@@ -81,7 +82,7 @@ def test_chat_goes_up_to_the_context_and_completions_to_16_tokens() -> None:
     ("body", "code", "param"),
     [
         ({"messages": MESSAGES, "temprature": 1}, "unknown_field", "temprature"),
-        ({"messages": MESSAGES, "tools": [{}]}, "unsupported_field", "tools"),
+        ({"messages": MESSAGES, "reasoning_effort": "most"}, "invalid_parameter", "reasoning_effort"),
         ({"messages": MESSAGES, "n": True}, "invalid_parameter", None),
         ({"messages": MESSAGES, "tool_choice": "required"}, "unsupported_field", "tool_choice"),
         ({"messages": MESSAGES, "best_of": True}, "unsupported_field", "best_of"),
@@ -108,13 +109,15 @@ class OpenReasoning:
     def encode_text(self, text: str) -> list[int]:
         return [1]
 
-    def encode_messages(self, messages: list[dict[str, Any]], thinking: bool) -> ChatPrompt:
-        return ChatPrompt([1], 9 if thinking else None)
+    def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions) -> ChatPrompt:
+        if options.thinking:
+            return ChatPrompt([1], OutputFormat("deepseek_v31", "reasoning", (), 9))
+        return ChatPrompt([1], OutputFormat("deepseek_v31", "content"))
 
 
 def test_the_prompt_says_whether_the_answer_starts_with_reasoning() -> None:
     defaults = RequestDefaults(limits=RULES.limits, encoder=OpenReasoning())
     parsed = parse_chat({"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": True}}, defaults)
     assert parsed.to_request("r", 0).reasoning_end_token_id == 9
-    assert parse_chat({"messages": MESSAGES}, defaults).reasoning_end_token_id is None
-    assert parse_completion({"prompt": "x"}, defaults).reasoning_end_token_id is None
+    assert parse_chat({"messages": MESSAGES}, defaults).to_request("r", 0).reasoning_end_token_id is None
+    assert parse_completion({"prompt": "x"}, defaults).to_request("r", 0).reasoning_end_token_id is None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from shoal.cluster.openai.requests import Endpoint, ParsedRequest
 from shoal.cluster.openai.responses import chat_completion, completion, failure
-from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
+from shoal.runtime.chat.prompt import OutputFormat
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
 
 BOS, EOS, THINK_END = 0, 1, 260
@@ -35,7 +39,7 @@ def request(endpoint: Endpoint, num_logprobs: int | None = None, reasoning: bool
         prompt_token_ids=(BOS, 5, 6),
         params=SamplingParams(logprobs=num_logprobs),
         num_logprobs=num_logprobs,
-        reasoning_end_token_id=THINK_END if reasoning else None,
+        output_format=OutputFormat("deepseek_v31", "reasoning", (), THINK_END) if reasoning else None,
     )
 
 
@@ -180,3 +184,45 @@ def test_outputs_that_are_no_answers(
     assert found is not None
     assert (found.code, found.message) == (code, message)
     assert found.body(500)["error"]["type"] == "error"
+
+
+TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(("ended_by", "finish_reason"), [("stop", "tool_calls"), ("length", "length")])
+def test_calls_are_apart_from_the_content(tokenizer: Tokenizer, ended_by: Any, finish_reason: str) -> None:
+    def special(text: str) -> int:
+        token_id = tokenizer.special_id(text)
+        assert token_id is not None
+        return token_id
+
+    call = [
+        special("<｜tool▁call▁begin｜>"),
+        *ids(b"tide"),
+        special("<｜tool▁sep｜>"),
+        *ids(b'{"port": "Brest"}'),
+        special("<｜tool▁call▁end｜>"),
+    ]
+    token_ids = [
+        *ids(b"Looking."),
+        special("<｜tool▁calls▁begin｜>"),
+        *call,
+        *call,
+        special("<｜tool▁calls▁end｜>"),
+        EOS,
+    ]
+    answer = output(token_ids, tokenizer)
+    answer.outputs[0].finish_reason = ended_by
+    asked = replace(request("/v1/chat/completions"), output_format=OutputFormat("deepseek_v31", "content", (TOOL,)))
+    (choice,) = write(answer, asked, tokenizer)["choices"]
+    assert choice["message"]["content"] == "Looking."
+    assert choice["finish_reason"] == finish_reason
+    first, second = choice["message"]["tool_calls"]
+    assert first["function"] == second["function"] == {"name": "tide", "arguments": '{"port": "Brest"}'}
+    assert first["type"] == "function"
+    assert re.fullmatch("call_[0-9a-f]{24}", first["id"])
+    assert first["id"] != second["id"]
+    assert write(answer, asked, tokenizer)["choices"] == [choice], "a row's line depends on the row alone"
+    without_tools = replace(asked, output_format=OutputFormat("deepseek_v31", "content"))
+    (choice,) = write(answer, without_tools, tokenizer)["choices"]
+    assert choice["message"] == {"role": "assistant", "content": answer.outputs[0].text}

@@ -14,7 +14,7 @@ from shoal.cluster.workers import kv_transports
 from shoal.cluster.workers.kv_transports import choose_transport
 from shoal.parallel.nixl_agent import is_installed
 from shoal.runtime.random_checkpoint import make_checkpoint
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.types import PromptLoaded, RequestOutput
 from tests.support.invariance import bits, rows
 

@@ -30,7 +30,7 @@ from shoal.runtime.models.families import read_config
 from shoal.runtime.models.weights import TensorWeight
 from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.scheduling.batch import Batch
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.types import Finished, Prefilled, Request, RequestOutput, SamplingParams, Tokens
 from tests.support.answers import Answers
 from tests.support.harness import logits_in_chunks, make_runner

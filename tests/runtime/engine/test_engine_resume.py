@@ -16,7 +16,7 @@ from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.response import without_text
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.types import (
     Finished,
     GeneratedTokens,

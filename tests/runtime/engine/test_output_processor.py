@@ -6,7 +6,8 @@ import pytest
 
 from shoal.runtime.engine.output_processor import OutputProcessor
 from shoal.runtime.sampling.sampler import SampledToken
-from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Request, SamplingParams
 
 EOS, THINK_END = 1, 260

@@ -18,7 +18,7 @@ from shoal.runtime.engine.build import TRANSFER_TIMEOUT_S, build_engine
 from shoal.runtime.engine.config import EngineConfig
 from shoal.runtime.engine.engine import Engine
 from shoal.runtime.random_checkpoint import make_checkpoint
-from shoal.runtime.tokenization.tokenizer import write_byte_tokenizer
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.types import GeneratedTokens, Request, SamplingParams
 from tests.support.answers import Answers
 from tests.support.invariance import bits

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.tokenization.detokenizer import IncrementalDetokenizer, token_offsets
-from shoal.runtime.tokenization.tokenizer import Tokenizer, write_byte_tokenizer
+from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import MAX_STOP_CHARS
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.tokenization.tokenizer import (
     ASSISTANT,
     BOS,
@@ -23,7 +24,6 @@ from shoal.runtime.tokenization.tokenizer import (
     Special,
     Tokenizer,
     read_eos_token_ids,
-    write_byte_tokenizer,
 )
 
 
@@ -163,6 +163,7 @@ def test_end_of_sequence_ids(tmp_path: Path) -> None:
         return tokenizer.eos_token_ids
 
     write_byte_tokenizer(tmp_path / "tokenizer.json")
+    write("tokenizer_config.json", {})
     assert ids() == read_eos_token_ids(tmp_path) == ()
     write("config.json", {"eos_token_id": 7})
     assert ids() == read_eos_token_ids(tmp_path) == (7,)

@@ -1,0 +1,93 @@
+"""From a conversation to token ids, and from an output's tokens to its message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from ..tokenization.tokenizer import Part, Special, Tokenizer
+from .conversation import Conversation
+from .formats import ChatFormat
+from .output import ParsedOutput, StartState, assemble
+from .parsers import make_parser, tag_tokens
+from .token_parts import TokenParts
+
+
+class OutputFormat(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """How the output of a chat prompt is read."""
+
+    grammar: str
+    start: StartState
+    tools: tuple[dict[str, Any], ...] = ()
+    """The tools that may be called; () reads nothing as a call."""
+    reasoning_end_token_id: int | None = None
+    """Ends the reasoning that the prompt leaves open; None: it leaves none open."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A prompt as token ids."""
+
+    token_ids: list[int]
+    output_format: OutputFormat | None = None
+    """None: the output is text."""
+
+    @property
+    def reasoning_end_token_id(self) -> int | None:
+        """Ends the reasoning that the prompt leaves open; None: it leaves none open."""
+        return None if self.output_format is None else self.output_format.reasoning_end_token_id
+
+
+def render_prompt(conversation: Conversation, *, chat_format: ChatFormat, tokenizer: Tokenizer) -> ChatPrompt:
+    """Render a conversation up to where the answer begins. Calls in the output are read if it has tools.
+
+    ValueError for what the format cannot express, by the index of the message, and for tokens the tokenizer lacks.
+    """
+    parts = chat_format.encode(conversation)
+    _check_tokens(parts, tokenizer)
+    start = chat_format.start_state(parts)
+    output_format = OutputFormat(
+        grammar=chat_format.grammar,
+        start=start,
+        tools=tuple(map(dict, conversation.tools)),
+        reasoning_end_token_id=tokenizer.special_id(chat_format.reasoning_end) if start == "reasoning" else None,
+    )
+    return ChatPrompt(tokenizer.encode_rendered(parts), output_format)
+
+
+def parse_output(
+    text: str,
+    token_ids: Sequence[int],
+    output_format: OutputFormat,
+    *,
+    tokenizer: Tokenizer,
+    skip_special_tokens: bool = True,
+) -> ParsedOutput:
+    """Read a whole output. `text` is the engine's, which a stop string may have cut."""
+    parser = make_parser(
+        output_format.grammar,
+        start=output_format.start,
+        tools=output_format.tools,
+        parse_tools=bool(output_format.tools),
+        tokenizer=tokenizer,
+    )
+    skipped = tokenizer.skipped_token_ids if skip_special_tokens else frozenset()
+    tags = tag_tokens(output_format.grammar)
+    left_out = {i for i in skipped if tokenizer.special_text(i) not in tags}
+    parts = TokenParts(tokenizer, skip_special_tokens=skip_special_tokens, end_token_ids=left_out)
+    deltas = parser.feed(parts.append(token_ids, len(text)))
+    deltas += parser.feed(parts.finish(len(text)))
+    return assemble([*deltas, *parser.finish()], is_malformed=parser.is_malformed)
+
+
+def _check_tokens(parts: Sequence[Part], tokenizer: Tokenizer) -> None:
+    tags = {part.text for part in parts if isinstance(part, Special)}
+    lacking = sorted(tag for tag in tags if tokenizer.special_id(tag) is None)
+    if lacking:
+        raise ValueError(
+            f"this tokenizer has no token {', '.join(lacking)}, which this conversation needs; "
+            "send a prompt or token ids instead"
+        )
