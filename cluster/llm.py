@@ -237,6 +237,7 @@ class LLM:
         """Checked requests with the texts of their prompts, where those were texts."""
         per_prompt = params_list(self.get_default_sampling_params() if params is None else params, len(prompts))
         requests = []
+        spelled: list[str] = []
         for i, (prompt, own) in enumerate(zip(prompts, per_prompt, strict=True)):
             try:
                 text, encoded = (None, prompt) if isinstance(prompt, ChatPrompt) else self._encode(prompt)
@@ -252,6 +253,15 @@ class LLM:
             if (refused := check_request(request, self._engines.limits)) is not None:
                 raise ValueError(f"prompt {i}: {refused.message}")
             requests.append((request, text))
+            if encoded.spelled_token is not None:
+                spelled.append(encoded.spelled_token)
+        if spelled:
+            logger.warning(
+                "%d prompts have special tokens such as %s in their text; they are encoded as text: use chat, or give "
+                "token ids",
+                len(spelled),
+                spelled[0],
+            )
         return [(self._numbered(request), text) for request, text in requests]
 
     def _numbered(self, request: Request) -> Request:
@@ -271,7 +281,7 @@ class LLM:
             return None, ChatPrompt(list(token_id_tuple(prompt)))
         if self._prompts is None:
             raise ValueError(f"{self.args.model} has no tokenizer.json; give prompt_token_ids instead of text")
-        return prompt, ChatPrompt(self._prompts.encode_text(prompt))
+        return prompt, self._prompts.encode_text(prompt)
 
     def _run(self, requests: Sequence[tuple[Request, str | None]]) -> list[RequestOutput]:
         arrived: queue.SimpleQueue[Updates | BaseException] = queue.SimpleQueue()

@@ -44,9 +44,9 @@ class ModelPrompts:
                 return cls(tokenizer, None, str(error))
         return cls(tokenizer, CHAT_FORMATS[chat_format])
 
-    def encode_text(self, text: str) -> list[int]:
-        """The token ids of a completion prompt: plain text with the tokens that the tokenizer adds to a prompt."""
-        return self.tokenizer.encode_prompt(text)
+    def encode_text(self, text: str) -> ChatPrompt:
+        """A completion prompt: plain text with the tokens that the tokenizer adds to a prompt."""
+        return ChatPrompt(self.tokenizer.encode_prompt(text), spelled_token=self.tokenizer.find_special(text))
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> ChatPrompt:
         """The prompt of a conversation, up to where the answer begins."""

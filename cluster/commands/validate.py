@@ -77,6 +77,8 @@ def validate(
         f"prompt has {summary.max_prompt_tokens}",
         file=stdout,
     )
+    if summary.notice is not None:
+        print(f"notice: {summary.notice}", file=stdout)
     for length, count in summary.to_dict()["prompt_lengths"].items():
         print(f"  prompts of {length} tokens: {count}", file=stdout)
     return ExitCode.ROWS_FAILED if summary.num_bad_rows else ExitCode.OK

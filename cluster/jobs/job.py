@@ -243,6 +243,8 @@ class _Run:
             f"{summary.num_rows} rows checked: {summary.num_bad_rows} bad, {summary.num_prompt_tokens} prompt tokens, "
             f"the longest prompt has {summary.max_prompt_tokens}"
         )
+        if summary.notice is not None:
+            self.progress.message(f"notice: {summary.notice}")
 
     def check_limits(self, engines: EngineClient) -> None:
         """ValueError when the engines' context is shorter than the one the rows were checked for.

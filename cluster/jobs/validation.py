@@ -23,10 +23,30 @@ class InputSummary:
     max_prompt_tokens: int = 0
     prompt_lengths: dict[str, int] = field(default_factory=dict)
     """Number of rows per prompt length, in powers of two: "<=16", "<=32", ..."""
+    num_spelling_rows: int = 0
+    """Rows whose text prompt spells an added token of the tokenizer."""
+    spelled_token: str = ""
+    """The first such token."""
     bad_rows: dict[str, int] = field(default_factory=dict)
     """Number of rows per error code."""
 
-    def count_prompt(self, length: int) -> None:
+    @property
+    def notice(self) -> str | None:
+        """What a user should know about rows that are not wrong."""
+        if not self.num_spelling_rows:
+            return None
+        return (
+            f"{self.num_spelling_rows} rows have special tokens such as {self.spelled_token} in the text of their "
+            "prompt; they are encoded as text: give messages or token ids instead"
+        )
+
+    def count_row(self, row: BatchRow) -> None:
+        self._count_prompt(len(row.parsed.prompt_token_ids))
+        if row.parsed.spelled_token is not None:
+            self.num_spelling_rows += 1
+            self.spelled_token = self.spelled_token or row.parsed.spelled_token
+
+    def _count_prompt(self, length: int) -> None:
         self.num_prompt_tokens += length
         self.max_prompt_tokens = max(self.max_prompt_tokens, length)
         step = f"<={1 << max(length - 1, 0).bit_length()}"
@@ -65,7 +85,7 @@ def validate_input(
     summary = InputSummary()
     for line in read_lines(path, num_bytes=num_bytes):
         try:
-            summary.count_prompt(_take_row(line, defaults, custom_ids, on_good_row))
+            _take_row(line, defaults, custom_ids, summary, on_good_row)
         except BadRow as error:
             summary.count_bad(error.code)
             bad = failed_row(line.index, error.custom_id, error, line=line.number, byte_offset=line.byte_offset)
@@ -76,9 +96,13 @@ def validate_input(
 
 
 def _take_row(
-    line: InputLine, defaults: RequestDefaults, custom_ids: CustomIdIndex, on_good_row: Callable[[BatchRow], None]
-) -> int:
-    """Check a row and pass it to `on_good_row`; returns the length of its prompt.
+    line: InputLine,
+    defaults: RequestDefaults,
+    custom_ids: CustomIdIndex,
+    summary: InputSummary,
+    on_good_row: Callable[[BatchRow], None],
+) -> None:
+    """Check a row, pass it to `on_good_row` and count it.
 
     A separate function, so that no row is referenced while the next one is read.
     """
@@ -89,4 +113,4 @@ def _take_row(
         raise BadRow("duplicate_custom_id", message, custom_id=custom_id)
     good = parse_row(line, row, custom_id, defaults)
     on_good_row(good)
-    return len(good.parsed.prompt_token_ids)
+    summary.count_row(good)

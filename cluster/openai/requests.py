@@ -23,8 +23,8 @@ ENDPOINTS: tuple[Endpoint, ...] = ("/v1/chat/completions", "/v1/completions")
 class PromptEncoder(Protocol):
     """A model's tokenizer and chat format. Both methods raise ValueError for what they cannot encode."""
 
-    def encode_text(self, text: str) -> list[int]:
-        """The token ids of a completion prompt."""
+    def encode_text(self, text: str) -> ChatPrompt:
+        """The prompt of a completion."""
         ...
 
     def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions) -> ChatPrompt:
@@ -58,6 +58,8 @@ class ParsedRequest:
     """Alternatives per token that the answer shows; None shows no logprobs (they are computed all the same)."""
     output_format: OutputFormat | None = None
     """How the output is read; None: it is text."""
+    spelled_token: str | None = None
+    """See `ChatPrompt`."""
 
     def to_request(self, request_id: str, index: int) -> Request:
         """The request for an engine. index: its position in the run."""
@@ -121,6 +123,7 @@ def build_request(
         params=params,
         num_logprobs=params.logprobs if show_logprobs else None,
         output_format=prompt.output_format,
+        spelled_token=prompt.spelled_token,
     )
     if (problem := check_request(parsed.to_request("", 0), defaults.limits)) is not None:
         raise ApiError(problem.code, problem.message)
@@ -168,7 +171,7 @@ def encode_prompt(body: Mapping[str, Any], defaults: RequestDefaults) -> ChatPro
     if defaults.encoder is None:
         message = "a text prompt needs a tokenizer, and the model directory has none; give token ids"
         raise ApiError("no_tokenizer", message, "prompt")
-    return ChatPrompt(defaults.encoder.encode_text(prompt))
+    return defaults.encoder.encode_text(prompt)
 
 
 def _token_ids(values: Sequence[object]) -> list[int]:

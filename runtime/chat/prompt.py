@@ -34,6 +34,8 @@ class ChatPrompt:
     token_ids: list[int]
     output_format: OutputFormat | None = None
     """None: the output is text."""
+    spelled_token: str | None = None
+    """An added token that a text prompt spells: its characters are encoded as text."""
 
     @property
     def reasoning_end_token_id(self) -> int | None:

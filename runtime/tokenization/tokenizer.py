@@ -6,6 +6,7 @@ User text can never be tokenised into special tokens: it goes through a second t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,9 @@ class Tokenizer:
         self.skipped_token_ids = frozenset(self._added_ids[t["content"]] for t in added if t["special"])
         """Added tokens that `decode` leaves out with `skip_special_tokens`."""
         self._byte_of_char = {c: b for b, c in enumerate(byte_alphabet())} if decoder else None
+        self._added_token = re.compile(
+            "|".join(map(re.escape, sorted(self._added_ids, key=len, reverse=True))) or r"(?!)"
+        )
         self.vocab_size = 1 + max(ids.values())
         """One more than the largest id; a model may have more rows."""
         eos = _sentence_token(settings or {}, "eos_token", ids)
@@ -149,6 +153,11 @@ class Tokenizer:
         if byte_of_char is None or not byte_of_char.keys() >= set(token):
             return str(token).encode()
         return bytes(map(byte_of_char.__getitem__, token))
+
+    def find_special(self, text: str) -> str | None:
+        """The first added token that a text spells; None for most texts."""
+        match = self._added_token.search(text)
+        return None if match is None else match.group()
 
     def special_id(self, text: str) -> int | None:
         """The id of an added token; None if no added token has this text."""

@@ -11,6 +11,7 @@ import pytest
 from shoal.cluster.openai.chat_options import ChatOptions
 from shoal.cluster.prompts import ModelPrompts
 from shoal.runtime.chat.names import ChatFormatName
+from shoal.runtime.chat.prompt import ChatPrompt
 from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
@@ -68,7 +69,7 @@ def test_an_unknown_template_names_the_setting(tmp_path: Path, template: str | N
         ValueError, match=rf"\(model_type deepseek_v3\) has {found}; set chat_format to one of deepseek_v3, "
     ):
         prompts.encode_chat(HI, ChatOptions())
-    assert prompts.encode_text("a") == [0, 100]
+    assert prompts.encode_text("a") == ChatPrompt([0, 100])
 
 
 def test_a_template_that_is_no_text_is_an_error(tmp_path: Path) -> None:
@@ -78,3 +79,12 @@ def test_a_template_that_is_no_text_is_an_error(tmp_path: Path) -> None:
 
 def test_a_model_without_a_tokenizer_has_no_prompts(tmp_path: Path) -> None:
     assert ModelPrompts.from_pretrained(tmp_path) is None
+
+
+def test_text_that_spells_a_token_is_noticed(tmp_path: Path) -> None:
+    """A prompt made with a chat template, which is text here, was once answered without a word."""
+    prompts = prompts_of(tmp_path)
+    encoded = prompts.encode_text("hi<｜User｜></think>")
+    assert encoded.spelled_token == "<｜User｜>"
+    assert len(encoded.token_ids) == 1 + len("hi<｜User｜></think>".encode())
+    assert prompts.encode_text("hi<|User|><think").spelled_token is None

@@ -245,7 +245,7 @@ def answers(model: Path) -> list[list[int]]:
     assert tokenizer is not None
     prompts = ModelPrompts(tokenizer, CHAT_FORMATS["deepseek_v31"])
     encoded = [
-        prompts.encode_text("a prompt"),
+        prompts.encode_text("a prompt").token_ids,
         prompts.encode_chat(
             [{"role": "user", "content": "{{ 7 * 7 }}{% for x in y %}"}], ChatOptions(thinking=False)
         ).token_ids,

@@ -41,8 +41,8 @@ MAX_MODEL_LEN = 128
 class ByteEncoder:
     """Byte b is token 3 + b, a prompt starts with token 0, a message with token 1 and an answer with 2."""
 
-    def encode_text(self, text: str) -> list[int]:
-        return [0, *(3 + b for b in text.encode())]
+    def encode_text(self, text: str) -> ChatPrompt:
+        return ChatPrompt([0, *(3 + b for b in text.encode())])
 
     def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions) -> ChatPrompt:
         ids = [0]

@@ -395,6 +395,20 @@ def test_the_summary_counts_prompt_lengths(tmp_path: Path) -> None:
     }
 
 
+def test_the_summary_has_a_notice_of_prompts_that_spell_tokens(tmp_path: Path) -> None:
+    rules = replace(RULES, encoder=real_encoder(str(tmp_path)))
+    rows = [{"prompt": "hi"}, {"prompt": "<｜User｜>hi</think>"}, {"prompt": "</think>"}, {"prompt": [1]}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    summary, found = check_file(tmp_path / "in.jsonl", rules)
+    assert not found
+    assert summary.notice == (
+        "2 rows have special tokens such as <｜User｜> in the text of their prompt; they are encoded as text: give "
+        "messages or token ids instead"
+    )
+    (tmp_path / "in.jsonl").write_text(json.dumps(rows[0]))
+    assert check_file(tmp_path / "in.jsonl", rules)[0].notice is None
+
+
 def test_unterminated_strings_take_linear_time() -> None:
     data = b"[" * 65 + b'"\\' * (MAX_LINE_BYTES // 2 - 40)
     with pytest.raises(BadRow) as error:

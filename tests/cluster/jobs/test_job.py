@@ -18,6 +18,7 @@ from shoal.cluster.jobs.engine_client import EngineClient
 from shoal.cluster.jobs.job import JobResult, JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.stop_signal import JobStopped, StopSignal
+from shoal.runtime.chat.prompt import ChatPrompt
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import Request, RequestOutput
 from tests.support.stub_job import RULES, AllowedErrors, ByteEncoder, StubEngines, answer, make_spec
@@ -141,7 +142,7 @@ class CountingEncoder(ByteEncoder):
     def __init__(self) -> None:
         self.count = 0
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> ChatPrompt:
         self.count += 1
         return super().encode_text(text)
 

@@ -106,8 +106,8 @@ def test_errors_name_the_field(body: dict[str, Any], code: str, param: str | Non
 class OpenReasoning:
     """A chat format that leaves the reasoning open where thinking is on, which token 9 ends."""
 
-    def encode_text(self, text: str) -> list[int]:
-        return [1]
+    def encode_text(self, text: str) -> ChatPrompt:
+        return ChatPrompt([1], spelled_token="<x>" if "<x>" in text else None)
 
     def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions) -> ChatPrompt:
         if options.thinking:
@@ -120,4 +120,7 @@ def test_the_prompt_says_whether_the_answer_starts_with_reasoning() -> None:
     parsed = parse_chat({"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": True}}, defaults)
     assert parsed.to_request("r", 0).reasoning_end_token_id == 9
     assert parse_chat({"messages": MESSAGES}, defaults).to_request("r", 0).reasoning_end_token_id is None
-    assert parse_completion({"prompt": "x"}, defaults).to_request("r", 0).reasoning_end_token_id is None
+    completion = parse_completion({"prompt": "x"}, defaults)
+    assert completion.to_request("r", 0).reasoning_end_token_id is None
+    assert completion.spelled_token is None
+    assert parse_completion({"prompt": "a<x>"}, defaults).spelled_token == "<x>"
