@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
 SHAPES = [(3,), (2, 3), (2, 3, 4), (0, 3), (3, 0), (4096 // 4 + 1, 2)]
 
 
-def world(rank: int, store: Store, size: int, epoch: int, timeout_s: float = 30.0) -> Communicator:
+def world(rank: int, store: Store, size: int, epoch: int, timeout_s: float = 120.0) -> Communicator:
     comm = init_groups(ParallelConfig(data_parallel_size=size), rank, store, epoch=epoch, timeout_s=timeout_s).world
     comm.step = 5
     return comm
@@ -172,7 +172,7 @@ def every_check(rank: int, store: Store) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    return run_ranks(every_check, 4, timeout_s=150, may_die=(3,))
+    return run_ranks(every_check, 4, timeout_s=600, may_die=(3,))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -150,7 +150,7 @@ def engines_with_fakes(rank: int, store: Store, model_dir: Path) -> list[list[Ro
 def test_an_engine_gives_the_bits_of_one_rank(tmp_path: Path) -> None:
     model_dir = make_model(tmp_path, "deepseek_v32", "bfloat16")
     expected = run_point(Point("reference"), model_dir, "bfloat16", single_process_groups())
-    per_rank = run_ranks(engines_with_fakes, 2, model_dir, timeout_s=120.0)
+    per_rank = run_ranks(engines_with_fakes, 2, model_dir, timeout_s=600)
     for number, point in enumerate(POINTS):
         rows = {row: value for rank in per_rank for row, value in rank[0][number].items()}
         assert len(rows) == len(expected) == 7, point.name

@@ -121,7 +121,7 @@ def every_check(rank: int, store: Store) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    return run_ranks(every_check, 4, timeout_s=120)
+    return run_ranks(every_check, 4, timeout_s=600)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

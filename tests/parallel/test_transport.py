@@ -48,7 +48,7 @@ def connect(
     store: Store,
     rank: int,
     size: int,
-    timeout_s: float = 10.0,
+    timeout_s: float = 120.0,
     *,
     busy_wait_s: float = 0.0,
     hostname: str = "127.0.0.1",
@@ -66,7 +66,7 @@ def connect(
     )
 
 
-def swap(mesh: SocketMesh, payloads: dict[int, bytes], timeout_s: float = 10.0) -> dict[int, bytes]:
+def swap(mesh: SocketMesh, payloads: dict[int, bytes], timeout_s: float = 120.0) -> dict[int, bytes]:
     """Send every peer its payload behind a header that says how long it is; what the peers sent."""
     received: dict[int, bytearray] = {}
 

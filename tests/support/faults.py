@@ -26,7 +26,7 @@ from shoal.runtime.random_checkpoint import make_checkpoint
 from shoal.runtime.types import Request, RequestOutput, SamplingParams
 from tests.support.invariance import bits, rows
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 VOCAB_SIZE = 512
 
 Bits = tuple[Any, ...]
@@ -47,9 +47,9 @@ def arguments(model: str, **changes: Any) -> EngineArgs:
         "num_kv_blocks": 128,
         "max_model_len": 256,
         "kv_transport": "ray",
-        "heartbeat_timeout_s": 2.0,
+        "heartbeat_timeout_s": 5.0,
         "collective_timeout_s": 10.0,
-        "startup_timeout_s": 60.0,
+        "startup_timeout_s": 600.0,
         "num_threads_per_worker": 1,
     }
     return EngineArgs(model=model, **{**settings, **changes})
@@ -152,7 +152,7 @@ class Rig:
         supervisor = self.pool.supervisor
         for worker in [supervisor._processes[name] for name in supervisor._waiting] if spares else []:
             calls.append(worker.actor.arm.remote(spares.replace("{}", worker.label)))
-        ray.wait(calls, num_returns=len(calls), timeout=30)  # one may strike before another is armed
+        ray.wait(calls, num_returns=len(calls), timeout=300)  # one may strike before another is armed
 
     def close(self) -> None:
         """End everything, and check that nothing is left."""

@@ -244,7 +244,7 @@ def run_points_on_rank(
                 continue
             layout = ParallelConfig(tensor_parallel_size=point.tp, data_parallel_size=point.dp)
             epoch = index * len(points) + number
-            groups = init_groups(layout, rank, store, epoch=epoch, device=torch.device(device), timeout_s=120.0)
+            groups = init_groups(layout, rank, store, epoch=epoch, device=torch.device(device), timeout_s=600.0)
             of_model.append(run_point(point, model_dir, dtype, groups))
         results.append(of_model)
     return results

@@ -30,7 +30,7 @@ from shoal.runtime.types import PromptLoaded, Request, RequestOutput
 from tests.support.invariance import bits, dtypes
 from tests.support.split import MemoryTransport, Published, flip_a_byte
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 
 _names = count()
 

@@ -16,7 +16,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, may_die: tuple[int, ...] = ()
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600.0, may_die: tuple[int, ...] = ()
 ) -> list[Any]:
     """Call `fn(rank, store, *args)` in `world_size` fresh processes with one thread each; their results in rank order.
 
@@ -60,7 +60,7 @@ def run_ranks(
     return results
 
 
-def barrier(store: Store, name: str, num_ranks: int, timeout_s: float = 120.0) -> None:
+def barrier(store: Store, name: str, num_ranks: int, timeout_s: float = 600.0) -> None:
     """Wait until `num_ranks` ranks have come to the barrier of this name, which is used once."""
     if store.add(f"barrier/{name}", 1) == num_ranks:
         store.set(f"barrier/{name}/open", "")
@@ -83,7 +83,7 @@ def _result(rank: int, end: Connection, process: multiprocessing.process.BasePro
 def _run(fn: Callable[..., Any], rank: int, port: int, args: tuple[Any, ...], end: Connection) -> None:
     torch.set_num_threads(1)
     try:
-        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=300))
         end.send((fn(rank, store, *args), None))
     except BaseException:  # pytest's own failures are no Exception
         end.send((None, traceback.format_exc()))

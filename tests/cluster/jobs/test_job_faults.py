@@ -36,7 +36,7 @@ def write_input(path: Path) -> Path:
 def run_process(source: Path, output: Path, faults: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(Path(stub_job.__file__)), str(source), str(output), "0.05"]
     env = {**os.environ, "PYTHONPATH": str(ROOT / ".src"), VARIABLE: faults}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
 
 
 @pytest.mark.parametrize("point", [p for p in POINTS if p.startswith("job.")])
@@ -60,7 +60,7 @@ def test_no_room_to_begin_with_is_no_end_either(tmp_path: Path) -> None:
     source = write_input(tmp_path / "in.jsonl")
     command = [sys.executable, str(Path(stub_job.__file__)), str(source), str(tmp_path / "out"), "0", "4"]
     env = {**os.environ, "PYTHONPATH": str(ROOT / ".src")}
-    full = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    full = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)
     assert full.returncode == 75, full.stderr
     assert run_process(source, tmp_path / "out").returncode == 0
 

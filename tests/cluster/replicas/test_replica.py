@@ -22,7 +22,7 @@ from tests.support.stub_engine import KILLED, RAISES, REFUSED, STUB
 
 pytestmark = pytest.mark.ray
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 
 
 @pytest.fixture(scope="module", autouse=True)

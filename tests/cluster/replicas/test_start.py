@@ -84,7 +84,7 @@ def test_warnings_of_a_worker_reach_the_log_of_the_driver(tmp_path: Path, caplog
     try:
         pool.submit([Request(request_id="a", prompt_token_ids=(REFUSED,), params=SamplingParams(max_tokens=3))])
         assert finished(pool)["a"].outputs[0].error == "refused by the stub"
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + 600.0
         while not caplog.messages:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -98,7 +98,7 @@ def test_warnings_of_a_worker_reach_the_log_of_the_driver(tmp_path: Path, caplog
 
 def finished(pool: ReplicaPool) -> dict[str, RequestOutput]:
     """The requests that the next poll finishes."""
-    return {output.request_id: output for output in pool.poll(60.0) if isinstance(output, RequestOutput)}
+    return {output.request_id: output for output in pool.poll(600.0) if isinstance(output, RequestOutput)}
 
 
 @pytest.mark.ray
@@ -125,7 +125,7 @@ def test_a_request_that_ends_its_worker_is_given_up_and_the_others_are_answered(
         assert [output.outputs[0].token_ids for output in answers.values()] == [[3, 4]] * 6
         assert losses["bad"] in (4, 5)
         assert counts == sorted(counts), "what lost workers counted is kept"
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + 600.0
         while pool.stats()["mixed:0"].num_preemptions <= counts[-1]:
             assert time.monotonic() < deadline, "the replacement does not count"
             time.sleep(0.05)
@@ -159,7 +159,7 @@ def test_a_cluster_that_is_too_small_is_refused_and_left(tmp_path: Path, monkeyp
 def test_a_long_wait_says_what_it_waits_for() -> None:
     said: queue.SimpleQueue[str] = queue.SimpleQueue()
     with announced("room for 2 workers", said.put, after_s=0.0):
-        assert said.get(timeout=60) == "waiting for room for 2 workers"
+        assert said.get(timeout=600) == "waiting for room for 2 workers"
 
 
 def test_a_short_wait_says_nothing() -> None:

@@ -166,12 +166,12 @@ def test_several_nodes_without_authentication_are_refused(
 def test_resources_are_reserved_and_given_back(embedded: ray_cluster.RayCluster) -> None:
     available = nodes()
     asked = layout(tp=num_cores() + 3)
-    (placement,) = place(asked, available, timeout_s=20.0)
+    (placement,) = place(asked, available, timeout_s=300.0)
     assert placement.node_ids == (available[0].node_id,) * (num_cores() + 3)
     with pytest.raises(LayoutDoesNotFit, match=r"1 of 1 replicas got no place in 0\.2 s.*other work holds"):
         place(layout(), available, timeout_s=0.2)
     placement.remove()
-    (after,) = place(asked, available, timeout_s=20.0)
+    (after,) = place(asked, available, timeout_s=300.0)
     after.remove()
 
 

@@ -18,7 +18,7 @@ from shoal.cluster.workers.liveness import MAX_PENDING_PEERS, Liveness, Liveness
 from shoal.cluster.workers.wire import REPORTS, Hello, Joined, WorkerReport
 from tests.support.sockets import listening
 
-WAIT_S = 20.0
+WAIT_S = 300.0
 LOOPBACK = "127.0.0.2"
 """Not what a listener gets that asks for localhost, or for nothing."""
 

@@ -24,7 +24,7 @@ from shoal.runtime.types import Finished, GeneratedTokens, Request, SamplingPara
 from tests.support import stub_engine
 from tests.support.stub_engine import RAISES, REFUSED, STUB
 
-JOIN_S = 20.0
+JOIN_S = 300.0
 
 
 def spec(rank: int = 0, store: TCPStore | None = None, factory: str = STUB, **args: Any) -> WorkerSpec:
