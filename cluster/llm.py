@@ -26,6 +26,7 @@ from .engine_args import EngineArgs, Executor
 from .openai.chat_options import read_chat_options
 from .openai.errors import ApiError
 from .openai.fields import without_nulls
+from .openai.requests import ending_turns
 from .openai.responses import parsed_answer
 from .prompts import ModelPrompts
 from .replicas.engine_thread import AbortableEngineClient, EngineThread
@@ -246,7 +247,7 @@ class LLM:
             request = Request(
                 request_id="",
                 prompt_token_ids=tuple(encoded.token_ids),
-                params=own,
+                params=ending_turns(own, encoded),
                 report=report,
                 reasoning_end_token_id=encoded.reasoning_end_token_id,
             )

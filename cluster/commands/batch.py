@@ -32,6 +32,7 @@ from .validate import row_rules
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
+    "tiktoken.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import msgspec
+
 from shoal.runtime.chat.prompt import ChatPrompt, OutputFormat
 from shoal.runtime.plain_numbers import whole_number
 from shoal.runtime.request_limits import RequestLimits, check_request
@@ -115,6 +117,7 @@ def build_request(
     show_logprobs = values.get("logprobs") is not None
     try:
         params = SamplingParams(**(values | {"logprobs": values["logprobs"] if show_logprobs else 0}))
+        params = ending_turns(params, prompt)
     except ValueError as error:
         raise ApiError("invalid_parameter", str(error)) from error
     parsed = ParsedRequest(
@@ -128,6 +131,14 @@ def build_request(
     if (problem := check_request(parsed.to_request("", 0), defaults.limits)) is not None:
         raise ApiError(problem.code, problem.message)
     return parsed
+
+
+def ending_turns(params: SamplingParams, prompt: ChatPrompt) -> SamplingParams:
+    """The parameters with the tokens that end a turn of the prompt's chat format, unless they ask to go on."""
+    if not prompt.stop_token_ids or params.ignore_eos:
+        return params
+    stop_token_ids = (*(params.stop_token_ids or ()), *prompt.stop_token_ids)
+    return msgspec.structs.replace(params, stop_token_ids=stop_token_ids)
 
 
 def encode_chat(body: Mapping[str, Any], defaults: RequestDefaults) -> ChatPrompt:

@@ -34,6 +34,8 @@ class ChatPrompt:
     token_ids: list[int]
     output_format: OutputFormat | None = None
     """None: the output is text."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a turn of this format, beside the tokenizer's end of sequence."""
     spelled_token: str | None = None
     """An added token that a text prompt spells: its characters are encoded as text."""
 
@@ -57,7 +59,9 @@ def render_prompt(conversation: Conversation, *, chat_format: ChatFormat, tokeni
         tools=tuple(map(dict, conversation.tools)),
         reasoning_end_token_id=tokenizer.special_id(chat_format.reasoning_end) if start == "reasoning" else None,
     )
-    return ChatPrompt(tokenizer.encode_rendered(parts), output_format)
+    ends = map(tokenizer.special_id, chat_format.end_tokens)
+    stop_token_ids = tuple(i for i in ends if i is not None and i not in tokenizer.eos_token_ids)
+    return ChatPrompt(tokenizer.encode_rendered(parts), output_format, stop_token_ids)
 
 
 def parse_output(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .byte_level import byte_alphabet
 from .tokenizer import (
     ASSISTANT,
     BOS,
@@ -23,7 +24,6 @@ from .tokenizer import (
     TOOL_OUTPUTS_END,
     TOOL_SEP,
     USER,
-    byte_alphabet,
 )
 
 _SENTENCE_TOKENS = (BOS, EOS, PAD)

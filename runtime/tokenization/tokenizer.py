@@ -15,6 +15,8 @@ from typing import Any
 import tokenizers
 
 from ..checkpoint.file_kinds import describe_file
+from .byte_level import byte_alphabet
+from .tiktoken_file import VOCABULARY_FILE, read_tiktoken
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -83,7 +85,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer | None:
-        """Read the tokenizer of a model directory; None if it has no tokenizer.json.
+        """Read the tokenizer of a model directory: its tokenizer.json, or Kimi's vocabulary; None if it has neither.
 
         Begin- and end-of-sequence tokens are those of transformers and vLLM: see `_post_processor` for what is added
         to a prompt; an answer ends at the `eos_token` of tokenizer_config.json (or special_tokens_map.json) and at the
@@ -91,10 +93,13 @@ class Tokenizer:
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
+        settings = read_json(directory / "tokenizer_config.json") or {}
         spec = read_json(path)
         if spec is None:
+            path = directory / VOCABULARY_FILE
+            spec = read_tiktoken(directory, settings)
+        if spec is None:
             return None
-        settings = read_json(directory / "tokenizer_config.json") or {}
         if "added_tokens_decoder" not in settings:  # the older way to name special tokens
             settings |= read_json(directory / "special_tokens_map.json") or {}
         try:
@@ -254,13 +259,6 @@ def _without_added_tokens(spec: dict[str, Any]) -> dict[str, Any]:
 def _merge_tokens(merge: str | list[str]) -> tuple[str, str, str]:
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right, left + right
-
-
-def byte_alphabet() -> list[str]:
-    """The character by which byte-level vocabularies write each byte: itself if printable, else U+0100 onwards."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

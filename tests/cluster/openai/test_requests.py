@@ -115,6 +115,21 @@ class OpenReasoning:
         return ChatPrompt([1], OutputFormat("deepseek_v31", "content"))
 
 
+class EndsTurns(OpenReasoning):
+    """A chat format whose turns end with token 7."""
+
+    def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions) -> ChatPrompt:
+        return ChatPrompt([1], stop_token_ids=(7,))
+
+
+def test_tokens_that_end_a_turn_end_the_answer() -> None:
+    defaults = RequestDefaults(limits=RULES.limits, encoder=EndsTurns())
+    body = {"messages": MESSAGES, "stop_token_ids": [5]}
+    assert parse_chat(body, defaults).params.stop_token_ids == (5, 7)
+    assert parse_chat({**body, "ignore_eos": True}, defaults).params.stop_token_ids == (5,)
+    assert parse_completion({"prompt": "x"}, defaults).params.stop_token_ids == ()
+
+
 def test_the_prompt_says_whether_the_answer_starts_with_reasoning() -> None:
     defaults = RequestDefaults(limits=RULES.limits, encoder=OpenReasoning())
     parsed = parse_chat({"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": True}}, defaults)
