@@ -53,7 +53,11 @@ NUM_REPEATED = 15
 
 SPLIT: dict[str, Any] = {"replicas": ["prefill:1", "decode:1"], "kv_transport": "nixl", "heartbeat_timeout_s": 2.0}
 RANKS: dict[str, Any] = {"tensor_parallel_size": 2, "data_parallel_size": 2, "heartbeat_timeout_s": 2.0}
-SEVERAL: dict[str, Any] = {"replicas": ["prefill:2", "decode:1:dp=2"], "kv_transport": "nixl", "heartbeat_timeout_s": 2.0}
+SEVERAL: dict[str, Any] = {
+    "replicas": ["prefill:2", "decode:1:dp=2"],
+    "kv_transport": "nixl",
+    "heartbeat_timeout_s": 2.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
