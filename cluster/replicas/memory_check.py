@@ -96,8 +96,8 @@ def _host_memory(args: EngineArgs, config: ModelConfig, per_worker: Sequence[int
     else:
         hint = f"one worker alone would need {_gb(alone)}; use nodes with more memory or a smaller checkpoint"
     raise LayoutDoesNotFit(
-        f"the weights{_origin(config)} need {_gb(needed)} of memory ({len(layouts)} replica(s), {_gb(max(per_worker))} per worker); "
-        f"the cluster has {_gb(total)}, {_gb(needed - total)} are missing: {hint}"
+        f"the weights{_origin(config)} need {_gb(needed)} of memory ({len(layouts)} replica(s), {_gb(max(per_worker))} "
+        f"per worker); the cluster has {_gb(total)}, {_gb(needed - total)} are missing: {hint}"
     )
 
 
