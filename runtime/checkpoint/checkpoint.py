@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from shoal.kernels.build import cache_dir
 from shoal.kernels.quant import BlockFP8Weight
 
-from .compressed_tensors import Int4Groups
+from .compressed_tensors import Int4Groups, find_int4_matrices
 from .file_digests import DigestCache
 from .fingerprint import compute_fingerprint
 from .fp8_blocks import BLOCK, SCALE_SUFFIX, check_scales, read_block_fp8
-from .int4_groups import PACKED_SUFFIX, SUFFIXES, Int4Entry, find_int4, read_int4
+from .int4_groups import PACKED_SUFFIX, SUFFIXES, Int4Entry, find_int4, int4_part_names, read_int4
 from .model_directory import shorten
 from .quantization import find_quantization
 from .safetensors_file import TensorEntry
@@ -106,10 +106,9 @@ class Checkpoint:
         Returns the names that are not in `expected`, for a notice to the user (`mtp_names` are among them). Scales of
         expected quantised matrices are not listed, nor are `rotary_emb.inv_freq` tables, which are computed anew.
         """
-        in_int4 = {name for name, shape in expected.items() if int4 is not None and int4.covers(name, shape)}
-        self._check_int4(expected, in_int4)
-        stored = {name: name + PACKED_SUFFIX if name in in_int4 else name for name in expected}
-        missing = sorted(name for name in stored.values() if name not in self._entries)
+        in_int4 = find_int4_matrices(self._entries, expected, int4)
+        stored = [name + PACKED_SUFFIX if name in in_int4 else name for name in expected]
+        missing = sorted(name for name in stored if name not in self._entries)
         if missing:
             raise ValueError(
                 f"{self.model_dir} lacks {len(missing)} of {len(expected)} tensors of the model: "
@@ -123,8 +122,7 @@ class Checkpoint:
                 f"{shorten(described)}{self._find_quantization()}"
             )
         for name in expected:
-            if int4 is not None and name in in_int4:
-                self._check_group_size(name, int4.group_size)
+            if name in in_int4:
                 continue
             entry = self._entries[name]
             if entry.dtype is torch.float8_e4m3fn:
@@ -190,40 +188,9 @@ class Checkpoint:
         assert col_range is not None
         return read_int4(self._reader, entry, row_range, col_range).to(dtype or entry.scales.dtype)
 
-    def _check_int4(self, expected: Iterable[str], in_int4: Collection[str]) -> None:
-        """ValueError where the headers have a matrix in int4 and config.json has not, or the other way round."""
-        for name in expected:
-            if name in in_int4 and name in self._entries:
-                raise ValueError(
-                    f"{self._entries[name].path}: {name} is stored unquantised, but by targets and ignore of "
-                    f"quantization_config it is int4; correct config.json"
-                )
-            if name not in in_int4 and name not in self._entries and self._is_packed(name):
-                raise ValueError(
-                    f"{self._entries[name + PACKED_SUFFIX].path}: {name + PACKED_SUFFIX} is quantised by "
-                    f"compressed-tensors, but by targets and ignore of quantization_config {name} is not; correct "
-                    f"config.json"
-                )
-
-    def _is_packed(self, name: str) -> bool:
-        """Whether there are packed integers for that name, which only quantisations of compressed-tensors have."""
-        packed = self._entries.get(name + PACKED_SUFFIX)
-        return packed is not None and packed.dtype is torch.int32
-
-    def _check_group_size(self, name: str, group_size: int) -> None:
-        entry = self._int4(name)
-        assert entry is not None
-        if entry.group_size != group_size:
-            raise ValueError(
-                f"{entry.scales.path}: {entry.scales.name} is {list(entry.scales.shape)}, which makes groups of "
-                f"{entry.group_size} for {name} {list(entry.shape)}; group_size of quantization_config is {group_size}"
-            )
-
     def _find_quantization(self) -> str:
         """A quantisation that the tensors show and that cannot be read, as a clause of an error message."""
-        packed = {name.removesuffix(PACKED_SUFFIX) for name in self._entries if name.endswith(PACKED_SUFFIX)}
-        readable = {name + suffix for name in packed if self._is_packed(name) for suffix in SUFFIXES}
-        return find_quantization(name for name in self._entries if name not in readable)
+        return find_quantization(self._entries.keys() - int4_part_names(self._entries))
 
     def _unexpected(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
         known = set(expected) | {name + SCALE_SUFFIX for name in expected}

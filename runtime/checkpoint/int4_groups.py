@@ -81,6 +81,17 @@ def find_int4(entries: Mapping[str, TensorEntry], name: str) -> Int4Entry | None
     return entry
 
 
+def int4_part_names(entries: Mapping[str, TensorEntry]) -> set[str]:
+    """Names of the tensors of all int4 matrices, also of those of which some are missing."""
+    return {
+        name.removesuffix(suffix) + part
+        for name, entry in entries.items()
+        for suffix in (PACKED_SUFFIX, SHAPE_SUFFIX)
+        if name.endswith(suffix) and entry.dtype in (torch.int32, torch.int64)
+        for part in SUFFIXES
+    }
+
+
 def read_int4(reader: TensorReader, entry: Int4Entry, rows: slice, cols: slice) -> Tensor:
     """Copy `matrix[rows, cols]`, unpacked, in the dtype of its scales. ValueError when the stored shape is another."""
     stored = reader.read(entry.stored_shape, None, None, torch.int64).tolist()

@@ -33,7 +33,6 @@ _READ_METHODS = ("fp8", METHOD)
 _FIELDS = ("quantization_config", "compression_config", "quantization")
 """Fields of config.json: of transformers, of older compressed-tensors, of MLX."""
 _SUFFIXES = {
-    ".weight_packed": "compressed-tensors (llm-compressor) integers",
     ".weight_scale_2": "NVIDIA ModelOpt NVFP4",
     ".qzeros": "GPTQ or AWQ",
     ".qweight": "GPTQ or AWQ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ VALUES = [
 ]
 
 
-def saved(model_dir: Path, changes: dict[str, Tensor | None] | None = None) -> Checkpoint:
+def saved(model_dir: Path, changes: Mapping[str, Tensor | None] | None = None) -> Checkpoint:
     """A checkpoint of `BY_HAND`; None in `changes` removes a tensor."""
     tensors = {name: tensor for name, tensor in {**BY_HAND, **(changes or {})}.items() if tensor is not None}
     save_file(tensors, model_dir / "model.safetensors")

@@ -369,10 +369,6 @@ PROJECTION = "model.layers.0.mlp.gate_proj"
     [
         ({".qweight": torch.zeros(8, 8).int(), ".qzeros": torch.zeros(1).int()}, "quantised as GPTQ or AWQ"),
         (
-            {".weight_packed": torch.zeros(160, 48).to(torch.uint8), ".weight_scale": torch.zeros(1)},
-            "quantised as compressed-tensors",
-        ),
-        (
             {".weight": torch.zeros(4, 4).to(torch.uint8), ".weight_scale_2": torch.ones(1)},
             f"{PROJECTION}.weight_scale_2 belongs to weights quantised as NVIDIA ModelOpt NVFP4",
         ),
