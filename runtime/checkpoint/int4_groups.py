@@ -111,15 +111,16 @@ def read_int4(reader: TensorReader, entry: Int4Entry, rows: slice, cols: slice) 
 
 
 def unpack_int4(packed: Tensor, scales: Tensor) -> Tensor:
-    """The matrix, multiplied in float32 and rounded to the dtype of the scales, in which compressed-tensors computes.
+    """The matrix in the dtype of its scales, in which compressed-tensors multiplies too.
 
-    packed: int32 [rows, cols / 8]. scales: [rows, groups].
+    packed: int32 [rows, cols / 8]. scales: [rows, groups]. A bfloat16 scale times 4 bits is exact in float32, in which
+    torch multiplies bfloat16, and is rounded once.
     """
     rows, num_groups = scales.shape
     pairs = packed.view(torch.uint8)  # little endian: the first of a pair of columns is in the low bits
     stored = torch.stack((pairs & 0xF, pairs >> 4), dim=-1)
-    values = stored.view(rows, num_groups, -1).float().sub_(_ZERO)
-    return values.mul_(scales.float().unsqueeze(-1)).to(scales.dtype).view(rows, -1)
+    values = stored.view(rows, num_groups, -1).to(scales.dtype).sub_(_ZERO)
+    return values.mul_(scales.unsqueeze(-1)).view(rows, -1)
 
 
 def quantize_int4(values: Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
