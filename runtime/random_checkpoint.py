@@ -228,7 +228,7 @@ def tensor_shapes(config: ModelConfig, *, mtp: bool = False) -> dict[str, tuple[
     indexer_types = (*config.indexer_types, "full") if config.has_index else ()
     extended = replace(config, num_hidden_layers=layer + 1, indexer_types=indexer_types)
     shapes = tensor_shapes(extended)
-    prefix = f"model.layers.{layer}."
+    prefix = f"{config.tensor_prefix}model.layers.{layer}."
     shapes |= {prefix + name: (hidden,) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
     shapes |= {prefix + name: (vocab, hidden) for name in ("embed_tokens.weight", "shared_head.head.weight")}
     shapes[prefix + "eh_proj.weight"] = (hidden, 2 * hidden)

@@ -133,12 +133,12 @@ class Checkpoint:
                 )
         return self._unexpected(expected)
 
-    def mtp_names(self, first_layer: int, num_layers: int) -> list[str]:
+    def mtp_names(self, first_layer: int, num_layers: int, tensor_prefix: str = "") -> list[str]:
         """Names of the tensors of `num_layers` multi-token prediction layers, numbered from `first_layer` on.
 
-        They follow the model's own layers, so `first_layer` is num_hidden_layers.
+        They follow the model's own layers, so `first_layer` is num_hidden_layers. tensor_prefix: start of all names.
         """
-        prefixes = tuple(f"model.layers.{first_layer + i}." for i in range(num_layers))
+        prefixes = tuple(f"{tensor_prefix}model.layers.{first_layer + i}." for i in range(num_layers))
         return [name for name in self.names if name.startswith(prefixes)]
 
     def compute_fingerprint(self) -> str:

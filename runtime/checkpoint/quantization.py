@@ -48,7 +48,7 @@ _SUFFIXES = {
 """Suffixes of tensor names that tell a quantisation, the most specific first."""
 _ADVICE = (
     "use the model's original checkpoint, in bfloat16 or in FP8 with scales per block of 128 x 128 "
-    "(quant_method fp8, weight_block_size [128, 128])"
+    "(quant_method fp8, weight_block_size [128, 128]), or in int4 of compressed-tensors (format pack-quantized)"
 )
 
 

@@ -166,7 +166,7 @@ def _load_weights(model: Model, model_dir: str | Path, on_phase: OnPhase) -> str
 
 def _describe_unused(checkpoint: Checkpoint, config: ModelConfig, leftovers: set[str]) -> Iterator[str]:
     """Notices about the tensors that the model does not use."""
-    mtp = set(checkpoint.mtp_names(config.num_hidden_layers, config.num_nextn_predict_layers))
+    mtp = set(checkpoint.mtp_names(config.num_hidden_layers, config.num_nextn_predict_layers, config.tensor_prefix))
     if mtp:
         yield f"{len(mtp)} tensors of the multi-token-prediction layer are not used"
     outside = {name for name in leftovers if not name.startswith(config.tensor_prefix)}

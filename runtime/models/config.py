@@ -349,8 +349,8 @@ def _weight_block_size(quantization: Mapping[str, Any] | None) -> tuple[int, int
     if method != "fp8" or fmt != "e4m3" or not isinstance(block, list) or tuple(block) != _WEIGHT_BLOCK_SIZE:
         raise ValueError(
             f"quantization_config with quant_method {method!r}, fmt {fmt!r}, weight_block_size {block!r} is not "
-            f"supported; only fp8 e4m3 with weight_block_size {list(_WEIGHT_BLOCK_SIZE)} is, {METHOD} with symmetric "
-            f"int4 groups, or no quantization"
+            f"supported; use fp8 e4m3 with weight_block_size {list(_WEIGHT_BLOCK_SIZE)}, {METHOD} with symmetric int4 "
+            f"groups, or no quantization"
         )
     return _WEIGHT_BLOCK_SIZE
 

@@ -17,6 +17,7 @@ from shoal.parallel.placement import ExpertPlacement
 
 from ..checkpoint.file_kinds import read_json
 from ..checkpoint.model_directory import CONFIG_FILE, describe_directory, describe_missing, find_file
+from ..checkpoint.quantization import check_quantization
 from .config import ModelConfig
 from .config_fields import check_supported
 from .deepseek import DeepseekModel
@@ -24,6 +25,15 @@ from .fused import decoder_layer_class
 from .model import Model
 
 MAX_CONFIG_BYTES = 16 << 20
+_OF_THE_WHOLE_MODEL = (
+    "torch_dtype",
+    "dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "quantization_config",
+)
+"""Fields of the decoder that a multimodal model's config.json may have outside of `text_config`."""
 
 
 class BuildModel(Protocol):
@@ -84,6 +94,7 @@ def _read_decoder_config(
     Fields of `_OF_THE_WHOLE_MODEL` may be beside it; they must not contradict it.
     """
     check_supported({name: value for name, value in values.items() if name != "text_config"})
+    check_quantization(values)
     decoder = values.get("text_config")
     if not isinstance(decoder, Mapping):
         raise ValueError(f"text_config must be a JSON object with the decoder's fields, got {decoder!r}")
@@ -100,20 +111,8 @@ def _read_decoder_config(
     try:
         return ModelConfig.from_dict(beside | own, model_type=model_type, tensor_prefix=tensor_prefix)
     except ValueError as error:
-        raise ValueError(f"text_config: {error}") from error
+        raise ValueError(f"{error} (the fields of the decoder are those of text_config)") from error
 
-
-_OF_THE_WHOLE_MODEL = (
-    "torch_dtype",
-    "dtype",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "quantization_config",
-    "compression_config",
-    "quantization",
-)
-"""Fields that a multimodal model's config.json may have outside of `text_config`."""
 
 FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(

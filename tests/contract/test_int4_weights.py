@@ -79,6 +79,8 @@ def test_the_vision_tower_is_left_out_with_a_notice(tmp_path: Path) -> None:
     for model_type in KIMIS:
         make_checkpoint(tmp_path / model_type, model_type, int4=True)
     assert load(tmp_path / "kimi_k2") == []
+    make_checkpoint(tmp_path / "mtp", "kimi_k25", int4=True, mtp=True)
+    assert "tensors of the multi-token-prediction layer are not used" in load(tmp_path / "mtp")[0]
     (notice,) = load(tmp_path / "kimi_k25")
     assert notice.startswith("notice: 2 tensors of the vision tower are not used, such as mm_projector.linear_1.weight")
 

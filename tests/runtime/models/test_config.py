@@ -327,9 +327,13 @@ def test_a_multimodal_model_may_be_quantised_in_either_place() -> None:
     [
         ({"text_config": None}, {}, "text_config must be a JSON object with the decoder's fields, got None"),
         ({}, {"model_type": "qwen3"}, "text_config with model_type 'qwen3' is not supported in kimi_k25, only kimi_k2"),
-        ({}, {"hidden_size": 0}, "text_config: hidden_size must be a whole number"),
-        ({}, {"sliding_window": 128}, "text_config: sliding_window 128 is not supported"),
-        ({}, {"text_config": {"hidden_size": 1}}, "text_config: text_config .* a decoder inside a multimodal model"),
+        (
+            {},
+            {"hidden_size": 0},
+            "hidden_size must be a whole number .*, got 0 .the fields of the decoder are those of text_config",
+        ),
+        ({}, {"sliding_window": 128}, "sliding_window 128 is not supported"),
+        ({}, {"text_config": {"hidden_size": 1}}, "text_config .* a decoder inside a multimodal model"),
         ({"attention_bias": True}, {}, "attention_bias True is not supported"),
         ({"tie_word_embeddings": True}, {}, "tie_word_embeddings is True, but False in text_config"),
         (
