@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class Int4Groups:
         if len(shape) != 2:
             return False
         module = name.removesuffix(".weight")
-        names = (module, module.removeprefix(self.prefix))
+        names = {module, module.removeprefix(self.prefix)}
         return _is_any(self.targets, names) and not _is_any(self.ignore, names)
 
 
@@ -130,7 +130,7 @@ def _patterns(name: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _is_any(patterns: tuple[str, ...], names: tuple[str, ...]) -> bool:
+def _is_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
     return any(_matches(pattern, name) for pattern in patterns for name in names)
 
 

@@ -107,20 +107,19 @@ def read_int4(reader: TensorReader, entry: Int4Entry, rows: slice, cols: slice) 
     words = slice(first_col // VALUES_PER_INT32, groups.stop * size // VALUES_PER_INT32)
     packed = reader.read(entry.packed, rows, words, torch.int32)
     scales = reader.read(entry.scales, rows, groups, entry.scales.dtype)
-    return unpack_int4(packed, scales)[:, cols.start - first_col : cols.stop - first_col].contiguous()
+    return unpack_int4(packed, scales, size)[:, cols.start - first_col : cols.stop - first_col].contiguous()
 
 
-def unpack_int4(packed: Tensor, scales: Tensor) -> Tensor:
+def unpack_int4(packed: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """The matrix in the dtype of its scales, in which compressed-tensors multiplies too.
 
     packed: int32 [rows, cols / 8]. scales: [rows, groups]. A bfloat16 scale times 4 bits is exact in float32, in which
     torch multiplies bfloat16, and is rounded once.
     """
-    rows, num_groups = scales.shape
     pairs = packed.view(torch.uint8)  # little endian: the first of a pair of columns is in the low bits
     stored = torch.stack((pairs & 0xF, pairs >> 4), dim=-1)
-    values = stored.view(rows, num_groups, -1).to(scales.dtype).sub_(_ZERO)
-    return values.mul_(scales.unsqueeze(-1)).view(rows, -1)
+    values = stored.view(*scales.shape, group_size).to(scales.dtype).sub_(_ZERO)
+    return values.mul_(scales.unsqueeze(-1)).flatten(1)
 
 
 def quantize_int4(values: Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,8 @@ def test_values_by_hand(tmp_path: Path) -> None:
         whole = checkpoint.read("w.weight")
         assert whole.dtype == torch.bfloat16
         assert whole.tolist() == VALUES
-        for rows in (slice(0, 2), slice(1, 2)):
-            for cols in (slice(0, 16), slice(3, 13), slice(8, 9), slice(15, 16)):
+        for rows in (slice(0, 2), slice(1, 2), slice(1, 1)):
+            for cols in (slice(0, 16), slice(3, 13), slice(8, 9), slice(15, 16), slice(8, 8)):
                 part = checkpoint.read("w.weight", rows=rows, cols=cols, dtype=torch.float32)
                 assert part.tolist() == [row[cols] for row in VALUES[rows]]
                 assert part.is_contiguous()
