@@ -29,7 +29,7 @@ class StorageFormat:
     """How weights and KV cache are stored on the device."""
 
     dtype: torch.dtype
-    """Compute dtype; block-scaled FP8 weights stay in 8 bits."""
+    """Compute dtype; block-scaled FP8 weights stay in 8 bits, int4 weights are unpacked to it."""
     backend: Backend
     fp8_cache: bool = False
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shoal.kernels.quant import quantize_block_fp8
 
+from .checkpoint.int4_groups import quantize_int4
 from .memory_estimate import declare_model
 from .models.config import ModelConfig
 from .models.families import parse_config
@@ -70,15 +71,17 @@ _BASE: dict[str, Any] = {
 }
 # With few heads many keys score exactly 0 (no q . k of a head is positive), and transformers breaks ties differently.
 _INDEX = {"index_n_heads": 16, "index_head_dim": 32, "index_topk": 8}
+_KIMI = {
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "rope_theta": 50000,
+    "rope_scaling": YARN | {"factor": 32, "beta_fast": 1},
+}
 _DIFFERENCES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {},
-    "kimi_k2": {
-        "n_group": 1,
-        "topk_group": 1,
-        "routed_scaling_factor": 2.827,
-        "rope_theta": 50000,
-        "rope_scaling": YARN | {"factor": 32, "beta_fast": 1},
-    },
+    "kimi_k2": _KIMI,
+    "kimi_k25": {"model_type": "kimi_k2", **_KIMI},
     "deepseek_v32": {"architectures": ["DeepseekV32ForCausalLM"], **_INDEX},
     "glm4_moe_lite": {
         "architectures": ["Glm4MoeLiteForCausalLM"],
@@ -106,22 +109,59 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
         **_INDEX,
     },
 }
-_QUANTIZATION = {
+_FP8 = {
     "quant_method": "fp8",
     "fmt": "e4m3",
     "activation_scheme": "dynamic",
     "weight_block_size": [128, 128],
 }
+_INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "input_activations": None,
+            "output_activations": None,
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": 16,
+                "dynamic": False,
+                "actorder": None,
+                "block_structure": None,
+            },
+        }
+    },
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+        "re:vision_tower.*",
+        "re:mm_projector.*",
+    ],
+    "kv_cache_scheme": None,
+    "quantization_status": "compressed",
+}
+"""As in Kimi-K2-Thinking and later ones, where a group has 32 columns."""
+_VISION_TENSORS = {"vision_tower.patch_embed.proj.weight": (24, 12), "mm_projector.linear_1.weight": (96, 24)}
 
 
 def tiny_config(model_type: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The config.json of a tiny model; None in `overrides` removes a field, except q_lora_rank, which becomes null.
 
     Of the 3 layers the first is dense. kimi_k2 uses YaRN, the others plain RoPE unless `rope_scaling` is given (YARN is
-    one that fits); in glm_moe_dsa the last layer shares the index of the second.
+    one that fits); in glm_moe_dsa the last layer shares the index of the second. In kimi_k25 all fields that are
+    described here are those of `text_config`.
     """
     config = {**_BASE, "model_type": model_type, **_DIFFERENCES[model_type], **(overrides or {})}
-    return {name: value for name, value in config.items() if value is not None or name == "q_lora_rank"}
+    config = {name: value for name, value in config.items() if value is not None or name == "q_lora_rank"}
+    if model_type != "kimi_k25":
+        return config
+    return {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": config}
 
 
 def make_checkpoint(
@@ -132,6 +172,7 @@ def make_checkpoint(
     dtype: torch.dtype = torch.float32,
     overrides: Mapping[str, Any] | None = None,
     fp8: bool = False,
+    int4: bool = False,
     mtp: bool = False,
     num_shards: int = 1,
     tokenizer: bool = True,
@@ -139,27 +180,37 @@ def make_checkpoint(
     """Write a random tiny model to `model_dir` and return its config.json.
 
     Weights are scaled so that logits spread over about +-5 and more. A tensor's values depend on `seed` and its name
-    only, not on the dtype, the layout in files or the tensors around it (bfloat16 and FP8 round the same numbers).
+    in the decoder only, not on the dtype, the layout in files or the tensors around it (bfloat16, FP8 and int4 round
+    the same numbers).
 
     dtype        of everything but e_score_correction_bias, which is float32
     overrides    fields of config.json, see `tiny_config`
     fp8          projections as float8_e4m3fn with scales per block of 128 x 128
+    int4         routed experts as int4 with scales per group of 16 columns
     mtp          append one multi-token prediction layer
     num_shards   above 1: files with an index
     tokenizer    also write the tokenizer of single bytes
     """
     model_dir.mkdir(parents=True, exist_ok=True)
-    config = tiny_config(model_type, overrides) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    config = tiny_config(model_type, overrides)
+    decoder = config.get("text_config", config)
+    decoder["torch_dtype"] = str(dtype).removeprefix("torch.")
     if fp8:
-        config["quantization_config"] = _QUANTIZATION
+        decoder["quantization_config"] = _FP8
+    if int4:
+        decoder["quantization_config"] = _INT4
     if mtp:
-        config["num_nextn_predict_layers"] = 1
+        decoder["num_nextn_predict_layers"] = 1
     (model_dir / "config.json").write_text(json.dumps(config, indent=2))
+    parsed = parse_config(config)
+    shapes = tensor_shapes(parsed, mtp=mtp) | (_VISION_TENSORS if parsed.tensor_prefix else {})
     tensors: dict[str, Tensor] = {}
-    for name, shape in tensor_shapes(parse_config(config), mtp=mtp).items():
-        values = random_tensor(name, shape, seed)
+    for name, shape in shapes.items():
+        values = random_tensor(name.removeprefix(parsed.tensor_prefix), shape, seed)
         if fp8 and is_quantized(name):
             tensors[name], tensors[name + "_scale_inv"] = quantize_block_fp8(values)
+        elif parsed.int4_groups is not None and parsed.int4_groups.covers(name, shape):
+            tensors |= _int4_tensors(name, values, parsed.int4_groups.group_size)
         else:
             tensors[name] = values if name.endswith("e_score_correction_bias") else values.to(dtype)
     write_safetensors(model_dir, tensors, num_shards)
@@ -177,11 +228,16 @@ def tensor_shapes(config: ModelConfig, *, mtp: bool = False) -> dict[str, tuple[
     indexer_types = (*config.indexer_types, "full") if config.has_index else ()
     extended = replace(config, num_hidden_layers=layer + 1, indexer_types=indexer_types)
     shapes = tensor_shapes(extended)
-    prefix = f"model.layers.{layer}."
+    prefix = f"{config.tensor_prefix}model.layers.{layer}."
     shapes |= {prefix + name: (hidden,) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
     shapes |= {prefix + name: (vocab, hidden) for name in ("embed_tokens.weight", "shared_head.head.weight")}
     shapes[prefix + "eh_proj.weight"] = (hidden, 2 * hidden)
     return shapes
+
+
+def _int4_tensors(name: str, values: Tensor, group_size: int) -> dict[str, Tensor]:
+    packed, scales = quantize_int4(values, group_size, torch.bfloat16)
+    return {name + "_packed": packed, name + "_scale": scales, name + "_shape": torch.tensor(values.shape)}
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

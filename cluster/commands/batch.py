@@ -143,7 +143,8 @@ def _check_defaults(rules: RequestDefaults) -> None:
 def model_fingerprint(model_dir: Path) -> str:
     """Fingerprint of a model, `sha256:<hex>`, over the checkpoint's fingerprint and the tokenizer's files."""
     with Checkpoint(model_dir) as checkpoint:
-        checkpoint.check_names(tensor_shapes(declare_model(read_config(model_dir)).named_weights()))
+        config = read_config(model_dir)
+        checkpoint.check_names(tensor_shapes(declare_model(config).named_weights()), config.int4_groups)
         hashed = hashlib.sha256(checkpoint.compute_fingerprint().encode())
     for name in _TOKENIZER_FILES:
         path = model_dir / name

@@ -96,8 +96,8 @@ def _host_memory(args: EngineArgs, config: ModelConfig, per_worker: Sequence[int
     else:
         hint = f"one worker alone would need {_gb(alone)}; use nodes with more memory or a smaller checkpoint"
     raise LayoutDoesNotFit(
-        f"the weights need {_gb(needed)} of memory ({len(layouts)} replica(s), {_gb(max(per_worker))} per worker); "
-        f"the cluster has {_gb(total)}, {_gb(needed - total)} are missing: {hint}"
+        f"the weights{_origin(config)} need {_gb(needed)} of memory ({len(layouts)} replica(s), {_gb(max(per_worker))} "
+        f"per worker); the cluster has {_gb(total)}, {_gb(needed - total)} are missing: {hint}"
     )
 
 
@@ -114,9 +114,14 @@ def _too_little_gpu_memory(
     shown = [f"{_layout(layout)} ({layout.world_size} GPUs)" for layout in nearest]
     hint = f"the nearest layouts that fit are {'; '.join(shown)}" if shown else "use GPUs with more memory"
     return (
-        f"the weights need {_gb(weights)} on each GPU with {_layout(asked)}; a GPU has {_gb(memory)}, "
+        f"the weights{_origin(config)} need {_gb(weights)} on each GPU with {_layout(asked)}; a GPU has {_gb(memory)}, "
         f"{_gb(weights - memory)} are missing: {hint}"
     )
+
+
+def _origin(config: ModelConfig) -> str:
+    """What makes the weights larger than their files, as part of a sentence."""
+    return "" if config.int4_groups is None else ", unpacked from int4,"
 
 
 def _layout(layout: ParallelConfig) -> str:

@@ -12,9 +12,11 @@ from torch import Tensor
 from shoal.kernels.build import cache_dir
 from shoal.kernels.quant import BlockFP8Weight
 
+from .compressed_tensors import Int4Groups, find_int4_matrices
 from .file_digests import DigestCache
 from .fingerprint import compute_fingerprint
 from .fp8_blocks import BLOCK, SCALE_SUFFIX, check_scales, read_block_fp8
+from .int4_groups import PACKED_SUFFIX, SUFFIXES, Int4Entry, find_int4, int4_part_names, read_int4
 from .model_directory import shorten
 from .quantization import find_quantization
 from .safetensors_file import TensorEntry
@@ -44,19 +46,21 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """All tensor names, sorted."""
+        """All stored names, sorted; an int4 matrix has three, none of which is the matrix's own."""
         return sorted(self._entries)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self._entry(name).shape
+        """Shape of a tensor; of an int4 matrix that of the unpacked one."""
+        int4 = self._int4(name)
+        return self._entry(name).shape if int4 is None else int4.shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor."""
-        return self._entry(name).dtype
+        """Stored dtype of a tensor; int32 for an int4 matrix, which is packed."""
+        int4 = self._int4(name)
+        return self._entry(name).dtype if int4 is None else int4.packed.dtype
 
     def read(
         self, name: str, *, rows: slice | None = None, cols: slice | None = None, dtype: torch.dtype | None = None
@@ -67,8 +71,12 @@ class Checkpoint:
         dtype        dtype of the result; None keeps the stored one
 
         An FP8 matrix is returned as weights, W[i, j] * scale_inv[i // 128, j // 128], in bfloat16 unless `dtype` says
-        otherwise; the scales come from its `<name>_scale_inv` sibling.
+        otherwise; the scales come from its `<name>_scale_inv` sibling. An int4 matrix is returned in the dtype of its
+        scales unless `dtype` says otherwise, in any case rounded to that dtype first.
         """
+        int4 = self._int4(name)
+        if int4 is not None:
+            return self._read_int4(name, int4, rows, cols, dtype)
         entry = self._entry(name)
         row_range = _range(name, "rows", rows, entry.shape, 0)
         col_range = _range(name, "cols", cols, entry.shape, 1)
@@ -91,42 +99,46 @@ class Checkpoint:
         assert row_range is not None
         return read_block_fp8(self._reader, entry, scales, row_range, slice(0, entry.shape[1]))
 
-    def check_names(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    def check_names(self, expected: Mapping[str, tuple[int, ...]], int4: Int4Groups | None = None) -> list[str]:
         """Check that every tensor of `expected` is there with its shape and a usable dtype; reads no weights.
 
+        int4: the matrices that config.json says are int4; None: none are.
         Returns the names that are not in `expected`, for a notice to the user (`mtp_names` are among them). Scales of
-        expected FP8 matrices are not listed, nor are `rotary_emb.inv_freq` tables, which are computed anew.
+        expected quantised matrices are not listed, nor are `rotary_emb.inv_freq` tables, which are computed anew.
         """
-        missing = sorted(name for name in expected if name not in self._entries)
+        in_int4 = find_int4_matrices(self._entries, expected, int4)
+        stored = [name + PACKED_SUFFIX if name in in_int4 else name for name in expected]
+        missing = sorted(name for name in stored if name not in self._entries)
         if missing:
             raise ValueError(
                 f"{self.model_dir} lacks {len(missing)} of {len(expected)} tensors of the model: "
                 f"{shorten(missing)}{self._explain_missing(expected)}"
             )
-        wrong = sorted(name for name, shape in expected.items() if self._entries[name].shape != tuple(shape))
+        wrong = sorted(name for name, shape in expected.items() if self.shape(name) != tuple(shape))
         if wrong:
             described = [f"{name} is {list(self.shape(name))}, expected {list(expected[name])}" for name in wrong]
             raise ValueError(
                 f"{self.model_dir}: {len(wrong)} tensors do not have the shape that config.json asks for: "
-                f"{shorten(described)}{find_quantization(self._entries)}"
+                f"{shorten(described)}{self._find_quantization()}"
             )
         for name in expected:
+            if name in in_int4:
+                continue
             entry = self._entries[name]
             if entry.dtype is torch.float8_e4m3fn:
                 self._scales(entry)
             elif not entry.dtype.is_floating_point:
                 raise ValueError(
-                    f"{entry.path}: {name} is stored as {entry.dtype}, expected a float type"
-                    f"{find_quantization(self._entries)}"
+                    f"{entry.path}: {name} is stored as {entry.dtype}, expected a float type{self._find_quantization()}"
                 )
         return self._unexpected(expected)
 
-    def mtp_names(self, first_layer: int, num_layers: int) -> list[str]:
+    def mtp_names(self, first_layer: int, num_layers: int, tensor_prefix: str = "") -> list[str]:
         """Names of the tensors of `num_layers` multi-token prediction layers, numbered from `first_layer` on.
 
-        They follow the model's own layers, so `first_layer` is num_hidden_layers.
+        They follow the model's own layers, so `first_layer` is num_hidden_layers. tensor_prefix: start of all names.
         """
-        prefixes = tuple(f"model.layers.{first_layer + i}." for i in range(num_layers))
+        prefixes = tuple(f"{tensor_prefix}model.layers.{first_layer + i}." for i in range(num_layers))
         return [name for name in self.names if name.startswith(prefixes)]
 
     def compute_fingerprint(self) -> str:
@@ -161,15 +173,33 @@ class Checkpoint:
             return check_scales(weight, scales)
         except ValueError as error:
             explanation = _clauses(self._remarks) if scales is None else ""
-            raise ValueError(f"{error}{explanation}{find_quantization(self._entries)}") from error
+            raise ValueError(f"{error}{explanation}{self._find_quantization()}") from error
+
+    def _int4(self, name: str) -> Int4Entry | None:
+        """The int4 matrix of that name, checked; None if the tensor is stored in another way."""
+        return None if name in self._entries else find_int4(self._entries, name)
+
+    def _read_int4(
+        self, name: str, entry: Int4Entry, rows: slice | None, cols: slice | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        row_range = _range(name, "rows", rows, entry.shape, 0)
+        col_range = _range(name, "cols", cols, entry.shape, 1)
+        assert row_range is not None
+        assert col_range is not None
+        return read_int4(self._reader, entry, row_range, col_range).to(dtype or entry.scales.dtype)
+
+    def _find_quantization(self) -> str:
+        """A quantisation that the tensors show and that cannot be read, as a clause of an error message."""
+        return find_quantization(self._entries.keys() - int4_part_names(self._entries))
 
     def _unexpected(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
         known = set(expected) | {name + SCALE_SUFFIX for name in expected}
+        known |= {name + suffix for name in expected if name not in self._entries for suffix in SUFFIXES}
         return [name for name in self.names if name not in known and not name.endswith("rotary_emb.inv_freq")]
 
     def _explain_missing(self, expected: Mapping[str, tuple[int, ...]]) -> str:
         """Possible reasons for missing tensors, as clauses of an error message."""
-        explanation = _clauses(self._remarks) + find_quantization(self._entries)
+        explanation = _clauses(self._remarks) + self._find_quantization()
         others = self._unexpected(expected)
         if others and not explanation:
             return f"; it has others that the model has not: {shorten(others)}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .compressed_tensors import METHOD
+
 _METHODS = {
     "aqlm": "AQLM",
     "auto-round": "AutoRound",
@@ -26,10 +28,11 @@ _METHODS = {
     "quark": "AMD Quark",
     "torchao": "torchao",
 }
+_READ_METHODS = ("fp8", METHOD)
+"""Methods some forms of which are supported; their fields are checked where they are read."""
 _FIELDS = ("quantization_config", "compression_config", "quantization")
 """Fields of config.json: of transformers, of older compressed-tensors, of MLX."""
 _SUFFIXES = {
-    ".weight_packed": "compressed-tensors (llm-compressor) integers",
     ".weight_scale_2": "NVIDIA ModelOpt NVFP4",
     ".qzeros": "GPTQ or AWQ",
     ".qweight": "GPTQ or AWQ",
@@ -45,15 +48,18 @@ _SUFFIXES = {
 """Suffixes of tensor names that tell a quantisation, the most specific first."""
 _ADVICE = (
     "use the model's original checkpoint, in bfloat16 or in FP8 with scales per block of 128 x 128 "
-    "(quant_method fp8, weight_block_size [128, 128])"
+    "(quant_method fp8, weight_block_size [128, 128]), or in int4 of compressed-tensors (format pack-quantized)"
 )
 
 
 def check_quantization(config: Mapping[str, Any]) -> None:
-    """Refuse a config.json that names a quantisation other than fp8; ValueError with its name and what to do."""
+    """Refuse a config.json that names another quantisation than fp8 and compressed-tensors.
+
+    ValueError with its name and what to do.
+    """
     for field in _FIELDS:
         values = config.get(field)
-        if not isinstance(values, Mapping) or values.get("quant_method") == "fp8":
+        if not isinstance(values, Mapping) or values.get("quant_method") in _READ_METHODS:
             continue
         method = _method(field, values)
         known = f"with {_METHODS[method]} " if method in _METHODS else ""

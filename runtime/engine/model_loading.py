@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,16 +157,23 @@ def _model_properties(
 def _load_weights(model: Model, model_dir: str | Path, on_phase: OnPhase) -> str:
     """Fill the model from a checkpoint directory; returns the fingerprint of the checkpoint."""
     with Checkpoint(model_dir) as checkpoint:
-        leftovers = set(checkpoint.check_names(tensor_shapes(model.named_weights())))
-        for notice in checkpoint.notices:
+        leftovers = checkpoint.check_names(tensor_shapes(model.named_weights()), model.config.int4_groups)
+        for notice in [*checkpoint.notices, *_describe_unused(checkpoint, model.config, set(leftovers))]:
             on_phase(f"notice: {notice}")
-        mtp = set(checkpoint.mtp_names(model.config.num_hidden_layers, model.config.num_nextn_predict_layers))
-        if mtp:
-            on_phase(f"notice: {len(mtp)} tensors of the multi-token-prediction layer are not used")
-        if unused := sorted(leftovers - mtp):
-            on_phase(f"notice: {len(unused)} tensors of the checkpoint are not used, such as {unused[0]}")
         model.load(checkpoint)
         return checkpoint.compute_fingerprint()
+
+
+def _describe_unused(checkpoint: Checkpoint, config: ModelConfig, leftovers: set[str]) -> Iterator[str]:
+    """Notices about the tensors that the model does not use."""
+    mtp = set(checkpoint.mtp_names(config.num_hidden_layers, config.num_nextn_predict_layers, config.tensor_prefix))
+    if mtp:
+        yield f"{len(mtp)} tensors of the multi-token-prediction layer are not used"
+    outside = {name for name in leftovers if not name.startswith(config.tensor_prefix)}
+    if outside:
+        yield f"{len(outside)} tensors of the vision tower are not used, such as {min(outside)}: only text is supported"
+    if unused := sorted(leftovers - mtp - outside):
+        yield f"{len(unused)} tensors of the checkpoint are not used, such as {unused[0]}"
 
 
 def _dispatcher(

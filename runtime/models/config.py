@@ -11,6 +11,7 @@ import torch
 
 from shoal.kernels.rope import YarnConfig, yarn_mscale
 
+from ..checkpoint.compressed_tensors import METHOD, Int4Groups, read_int4_groups
 from ..checkpoint.quantization import check_quantization
 from .config_fields import Reader, check_supported
 
@@ -78,6 +79,10 @@ class ModelConfig:
     """Rows and columns that share one scale in an FP8 checkpoint; None for an unquantised one."""
     ue8m0_scales: bool
     """Whether the model was trained with inputs of FP8 GEMMs quantised by power-of-two scales."""
+    int4_groups: Int4Groups | None
+    """The matrices that are stored as int4; None where none are."""
+    tensor_prefix: str
+    """Beginning of the names of all tensors: the module of a multimodal model that holds this decoder, else empty."""
 
     @property
     def has_index(self) -> bool:
@@ -120,7 +125,13 @@ class ModelConfig:
 
     @classmethod
     def from_dict(
-        cls, values: Mapping[str, Any], *, model_type: str, has_indexer: bool = False, interleave_indexer: bool = False
+        cls,
+        values: Mapping[str, Any],
+        *,
+        model_type: str,
+        has_indexer: bool = False,
+        interleave_indexer: bool = False,
+        tensor_prefix: str = "",
     ) -> ModelConfig:
         """Build from the contents of a config.json as a model of `model_type`.
 
@@ -132,6 +143,7 @@ class ModelConfig:
         read = Reader(values)
         num_layers = read.integer("num_hidden_layers", high=_MAX_LAYERS)
         rope_theta, yarn = _rope(values)
+        quantization = _quantization(values)
         config = cls(
             model_type=model_type,
             torch_dtype=_torch_dtype(values),
@@ -179,8 +191,10 @@ class ModelConfig:
             index_topk=read.integer("index_topk") if has_indexer else 0,
             indexer_types=_indexer_types(values, num_layers) if has_indexer else (),
             indexer_rope_interleave=read.boolean("indexer_rope_interleave", default=interleave_indexer),
-            weight_block_size=_weight_block_size(values.get("quantization_config")),
-            ue8m0_scales=_ue8m0_scales(values.get("quantization_config")),
+            weight_block_size=_weight_block_size(quantization),
+            ue8m0_scales=_ue8m0_scales(quantization),
+            int4_groups=_int4_groups(quantization, tensor_prefix),
+            tensor_prefix=tensor_prefix,
         )
         config._check_together(values)
         return config
@@ -314,22 +328,34 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, YarnConfig | None]:
     return theta, yarn
 
 
-def _weight_block_size(quantization: object) -> tuple[int, int] | None:
-    if quantization is None:
-        return None
-    if not isinstance(quantization, Mapping):
+def _quantization(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    quantization = values.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, Mapping):
         raise ValueError(f"quantization_config must be a JSON object or null, got {quantization!r}")
+    return quantization
+
+
+def _int4_groups(quantization: Mapping[str, Any] | None, tensor_prefix: str) -> Int4Groups | None:
+    if quantization is None or quantization.get("quant_method") != METHOD:
+        return None
+    return read_int4_groups(quantization, tensor_prefix)
+
+
+def _weight_block_size(quantization: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    if quantization is None or quantization.get("quant_method") == METHOD:
+        return None
     method, fmt = quantization.get("quant_method"), quantization.get("fmt", "e4m3")
     block = quantization.get("weight_block_size")
     if method != "fp8" or fmt != "e4m3" or not isinstance(block, list) or tuple(block) != _WEIGHT_BLOCK_SIZE:
         raise ValueError(
             f"quantization_config with quant_method {method!r}, fmt {fmt!r}, weight_block_size {block!r} is not "
-            f"supported; only fp8 e4m3 with weight_block_size {list(_WEIGHT_BLOCK_SIZE)} is, or no quantization"
+            f"supported; use fp8 e4m3 with weight_block_size {list(_WEIGHT_BLOCK_SIZE)}, {METHOD} with symmetric int4 "
+            f"groups, or no quantization"
         )
     return _WEIGHT_BLOCK_SIZE
 
 
-def _ue8m0_scales(quantization: Mapping[str, object] | None) -> bool:
+def _ue8m0_scales(quantization: Mapping[str, Any] | None) -> bool:
     scale_fmt = None if quantization is None else quantization.get("scale_fmt")
     if scale_fmt not in (None, "ue8m0"):
         raise ValueError(f"quantization_config with scale_fmt {scale_fmt!r} is not supported; only 'ue8m0' is, or none")

@@ -1,4 +1,4 @@
-"""The DeepSeek-V3 decoder, which is also that of V3.2, Kimi-K2, GLM-5, GLM-4.7-Flash and Moonlight."""
+"""The DeepSeek-V3 decoder, which is also that of V3.2, Kimi-K2, Kimi-K2.5, GLM-5, GLM-4.7-Flash and Moonlight."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class DeepseekModel(Layer):
         self.tp = groups.tp
         frequencies = inv_freq(config.qk_rope_head_dim, config.rope_theta, config.yarn)
         rope_table = cos_sin_table(frequencies, max_model_len, config.rope_cos_sin_scale).to(groups.device)
-        root = WeightFactory("", ops, dtype, groups.device, config.ue8m0_scales)
+        root = WeightFactory(config.tensor_prefix.removesuffix("."), ops, dtype, groups.device, config.ue8m0_scales)
         weights = root.under("model")
         vocab_shape = (config.vocab_size, config.hidden_size)
         hidden = shard(config.hidden_size, groups.tp_rank, self.tp.size)

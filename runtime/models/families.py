@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,23 @@ from shoal.parallel.placement import ExpertPlacement
 
 from ..checkpoint.file_kinds import read_json
 from ..checkpoint.model_directory import CONFIG_FILE, describe_directory, describe_missing, find_file
+from ..checkpoint.quantization import check_quantization
 from .config import ModelConfig
+from .config_fields import check_supported
 from .deepseek import DeepseekModel
 from .fused import decoder_layer_class
 from .model import Model
 
 MAX_CONFIG_BYTES = 16 << 20
+_OF_THE_WHOLE_MODEL = (
+    "torch_dtype",
+    "dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "quantization_config",
+)
+"""Fields of the decoder that a multimodal model's config.json may have outside of `text_config`."""
 
 
 class BuildModel(Protocol):
@@ -75,6 +86,34 @@ def _build_deepseek(
     )
 
 
+def _read_decoder_config(
+    values: Mapping[str, Any], *, model_type: str, decoder_types: Collection[str], tensor_prefix: str
+) -> ModelConfig:
+    """The configuration of the decoder of a multimodal model, from `text_config`.
+
+    Fields of `_OF_THE_WHOLE_MODEL` may be beside it; they must not contradict it.
+    """
+    check_supported({name: value for name, value in values.items() if name != "text_config"})
+    check_quantization(values)
+    decoder = values.get("text_config")
+    if not isinstance(decoder, Mapping):
+        raise ValueError(f"text_config must be a JSON object with the decoder's fields, got {decoder!r}")
+    if decoder.get("model_type") not in decoder_types:
+        raise ValueError(
+            f"text_config with model_type {decoder.get('model_type')!r} is not supported in {model_type}, only "
+            f"{' and '.join(decoder_types)} are"
+        )
+    beside = {name: values[name] for name in _OF_THE_WHOLE_MODEL if values.get(name) is not None}
+    for name in ("tie_word_embeddings", "quantization_config"):
+        if name in beside and decoder.get(name) not in (None, beside[name]):
+            raise ValueError(f"{name} is {beside[name]!r}, but {decoder[name]!r} in text_config; correct one of them")
+    own = {name: value for name, value in decoder.items() if name not in beside or value is not None}
+    try:
+        return ModelConfig.from_dict(beside | own, model_type=model_type, tensor_prefix=tensor_prefix)
+    except ValueError as error:
+        raise ValueError(f"{error} (the fields of the decoder are those of text_config)") from error
+
+
 FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(
         architecture="DeepseekV3ForCausalLM",
@@ -89,6 +128,16 @@ FAMILIES: dict[str, Family] = {
     "kimi_k2": Family(
         architecture=None,  # its checkpoints name DeepseekV3ForCausalLM
         read_config=partial(ModelConfig.from_dict, model_type="kimi_k2"),
+        build=_build_deepseek,
+    ),
+    "kimi_k25": Family(
+        architecture="KimiK25ForConditionalGeneration",
+        read_config=partial(
+            _read_decoder_config,
+            model_type="kimi_k25",
+            decoder_types=("kimi_k2", "deepseek_v3"),
+            tensor_prefix="language_model.",
+        ),
         build=_build_deepseek,
     ),
     "glm_moe_dsa": Family(

@@ -34,7 +34,7 @@ class WeightSource(Protocol):
     def read(
         self, name: str, *, rows: slice | None = None, cols: slice | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """`tensor[rows, cols]` in `dtype`, contiguous, in host memory of its own; FP8 is dequantised."""
+        """`tensor[rows, cols]` in `dtype`, contiguous, in host memory of its own; quantised values are dequantised."""
         ...
 
     def read_fp8(self, name: str, *, rows: slice | None = None) -> BlockFP8Weight:

@@ -174,9 +174,16 @@ class Tokenizer:
 
 
 def read_eos_token_ids(directory: str | Path) -> tuple[int, ...]:
-    """The end-of-sequence ids of `generation_config.json`, or else of `config.json`; empty if neither names one."""
+    """The end-of-sequence ids of `generation_config.json`, or else of `config.json`; empty if neither names one.
+
+    In the config.json of a multimodal model they may be in `text_config`.
+    """
     for name in ("generation_config.json", "config.json"):
-        value = (read_json(Path(directory) / name) or {}).get("eos_token_id")
+        values = read_json(Path(directory) / name) or {}
+        decoder = values.get("text_config")
+        value = values.get("eos_token_id")
+        if value is None and isinstance(decoder, Mapping):
+            value = decoder.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             raise ValueError(f"{Path(directory) / name}: eos_token_id must be an id or a list of ids, got {value!r}")

@@ -13,6 +13,7 @@ from shoal.parallel.config import ParallelConfig
 from shoal.runtime.memory_estimate import StorageFormat, fitting_layouts, kv_bytes_per_token, rank_weight_bytes
 from shoal.runtime.models.families import parse_config
 from shoal.runtime.random_checkpoint import make_checkpoint, tiny_config
+from tests.runtime.checkpoint.test_compressed_tensors import KIMI_K2_THINKING
 from tests.runtime.models.test_config import DEEPSEEK_V3
 from tests.runtime.models.test_weights import stored_tensors
 from tests.support.harness import make_runner
@@ -28,17 +29,18 @@ def layout(tp: int, dp: int) -> ParallelConfig:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "overrides", "dtype", "fp8"),
+    ("model_type", "overrides", "dtype", "quantised"),
     [
-        ("deepseek_v32", {}, torch.float32, False),
-        ("deepseek_v32", {}, torch.bfloat16, True),
-        ("deepseek_v3", {"q_lora_rank": None, "tie_word_embeddings": True}, torch.bfloat16, False),
+        ("deepseek_v32", {}, torch.float32, {}),
+        ("deepseek_v32", {}, torch.bfloat16, {"fp8": True}),
+        ("kimi_k25", {}, torch.bfloat16, {"int4": True}),
+        ("deepseek_v3", {"q_lora_rank": None, "tie_word_embeddings": True}, torch.bfloat16, {}),
     ],
 )
 def test_the_estimate_is_what_a_loaded_model_holds(
-    tmp_path: Path, model_type: str, overrides: dict[str, Any], dtype: torch.dtype, fp8: bool
+    tmp_path: Path, model_type: str, overrides: dict[str, Any], dtype: torch.dtype, quantised: dict[str, bool]
 ) -> None:
-    values = make_checkpoint(tmp_path, model_type, dtype=dtype, overrides=overrides, fp8=fp8)
+    values = make_checkpoint(tmp_path, model_type, dtype=dtype, overrides=overrides, **quantised)
     held = sum(tensor.nbytes for _, tensor in stored_tensors(make_runner(tmp_path, dtype=dtype).model))
     storage = StorageFormat(dtype=dtype, backend="cpu")
     assert rank_weight_bytes(parse_config(values), ParallelConfig(), storage) == held
@@ -74,6 +76,17 @@ def test_deepseek_v32_in_fp8_on_a_gpu_of_eight() -> None:
     # over several nodes the head is split over the tp group only, so that every rank has all of it
     several = rank_weight_bytes(V32, layout(1, 8), ON_GPU, local_world_size=4)
     assert several - rank_weight_bytes(V32, layout(1, 8), ON_GPU) == embedding * 7 // 8
+
+
+def test_int4_experts_are_in_bfloat16_on_the_device() -> None:
+    """V3 with its experts in int4: 16 bits per weight of everything but the router."""
+    experts = 58 * 16 * 3 * 7168 * 2048
+    attention = 61 * (7168 * (1536 + 576) + 1536 * 128 * 192 + 128 * 128 * 7168 + 3 * 128 * 128 * 512)
+    mlps = 58 * 3 * 7168 * 2048 + 3 * 3 * 7168 * 18432
+    embedding = 129280 * 7168
+    expected = 2 * (experts + attention + mlps + embedding * 17 // 16) + 58 * 256 * 7168 * 4
+    int4 = parse_config(DEEPSEEK_V3 | {"quantization_config": KIMI_K2_THINKING})
+    assert rank_weight_bytes(int4, layout(1, 16), ON_GPU) == pytest.approx(expected, rel=1e-3)
 
 
 def test_tensor_parallelism_splits_what_it_can() -> None:

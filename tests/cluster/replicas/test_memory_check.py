@@ -10,6 +10,7 @@ from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.replicas.memory_check import MemoryUse, check_memory
 from shoal.cluster.workers.ray_cluster import LayoutDoesNotFit, Node
 from shoal.runtime.models.families import parse_config
+from tests.runtime.checkpoint.test_compressed_tensors import KIMI_K2_THINKING
 from tests.runtime.models.test_config import DEEPSEEK_V3
 
 GIB = 1 << 30
@@ -121,6 +122,14 @@ def test_layouts_that_fit_say_how_much_room_is_left(
         (GLM_5, 1, 80, 8, 1, NEAREST.format("tensor_parallel_size=8 data_parallel_size=2")),
         (V32 | {"quantization_config": None}, 1, 141, 8, 1, r"are missing: .* \(16 GPUs\)"),
         (V32, 1, 1, 1, 8, "use GPUs with more memory"),
+        (
+            KIMI_K2 | {"quantization_config": KIMI_K2_THINKING},
+            1,
+            141,
+            8,
+            1,
+            r"the weights, unpacked from int4, need .* GB are missing: .* \(16 GPUs\)",
+        ),
     ],
 )
 def test_layouts_that_do_not_fit_name_the_nearest_that_do(

@@ -345,10 +345,6 @@ ADVICE = "use the model's original checkpoint, in bfloat16 or in FP8 with scales
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "with GPTQ (quantization_config: 'gptq')"),
         ({"quantization_config": {"quant_method": "awq"}}, "with AWQ (quantization_config: 'awq')"),
-        (
-            {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
-            "with compressed-tensors (llm-compressor) (",
-        ),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "with bitsandbytes ("),
         ({"quantization_config": {"producer": {"name": "modelopt"}, "quant_algo": "NVFP4"}}, "with NVIDIA ModelOpt ("),
         ({"quantization_config": {"quant_method": "new"}}, "quantised (quantization_config: 'new')"),
@@ -372,10 +368,6 @@ PROJECTION = "model.layers.0.mlp.gate_proj"
     ("replacement", "message"),
     [
         ({".qweight": torch.zeros(8, 8).int(), ".qzeros": torch.zeros(1).int()}, "quantised as GPTQ or AWQ"),
-        (
-            {".weight_packed": torch.zeros(8, 8).int(), ".weight_scale": torch.zeros(1)},
-            "quantised as compressed-tensors",
-        ),
         (
             {".weight": torch.zeros(4, 4).to(torch.uint8), ".weight_scale_2": torch.ones(1)},
             f"{PROJECTION}.weight_scale_2 belongs to weights quantised as NVIDIA ModelOpt NVFP4",

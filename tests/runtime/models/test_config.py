@@ -11,6 +11,7 @@ from shoal.kernels.rope import YarnConfig
 from shoal.runtime.models.config import ModelConfig
 from shoal.runtime.models.families import FAMILIES, parse_config, read_config
 from shoal.runtime.random_checkpoint import make_checkpoint, tiny_config
+from tests.runtime.checkpoint.test_compressed_tensors import KIMI_K2_THINKING
 
 # The published numbers of DeepSeek-V3 and R1.
 DEEPSEEK_V3: dict[str, Any] = {
@@ -279,6 +280,75 @@ def test_queries_without_a_latent() -> None:
     assert changed(q_lora_rank=None).q_lora_rank is None
     with pytest.raises(ValueError, match="q_lora_rank is missing"):
         parse_config(without("q_lora_rank"))
+
+
+KIMI_K25: dict[str, Any] = {
+    "architectures": ["KimiK25ForConditionalGeneration"],
+    "model_type": "kimi_k25",
+    "dtype": "float32",
+    "eos_token_id": 163586,
+    "media_placeholder_token_id": 163605,
+    "tie_word_embeddings": False,
+    "vision_config": {"hidden_size": 1152, "tie_word_embeddings": True},
+    "text_config": {name: value for name, value in DEEPSEEK_V3.items() if name not in ("torch_dtype", "eos_token_id")}
+    | {"model_type": "kimi_k2", "vocab_size": 163840, "quantization_config": None},
+}
+
+
+def kimi(top: dict[str, Any] | None = None, **decoder: Any) -> ModelConfig:
+    """Kimi-K2.5 with other fields outside of `text_config` (`top`) and in it."""
+    return parse_config(KIMI_K25 | {"text_config": KIMI_K25["text_config"] | decoder} | (top or {}))
+
+
+def test_the_decoder_of_a_multimodal_model() -> None:
+    config = kimi()
+    assert (config.model_type, config.tensor_prefix, config.hidden_size) == ("kimi_k25", "language_model.", 7168)
+    assert (config.torch_dtype, config.eos_token_ids) == (torch.float32, (163586,))
+    assert kimi({"model_type": None}) == config, "found by its architecture"
+    assert kimi(eos_token_id=163585).eos_token_ids == (163585,), "its own fields come first"
+    assert kimi(eos_token_id=None) == config
+    assert kimi(model_type="deepseek_v3") == config
+
+
+def test_a_multimodal_model_may_be_quantised_in_either_place() -> None:
+    inside = kimi(quantization_config=KIMI_K2_THINKING)
+    assert inside.int4_groups is not None
+    assert inside.int4_groups.prefix == "language_model."
+    assert kimi({"quantization_config": KIMI_K2_THINKING}) == inside
+    assert kimi({"quantization_config": KIMI_K2_THINKING}, quantization_config=KIMI_K2_THINKING) == inside
+    assert inside.weight_block_size is None
+    assert not inside.ue8m0_scales
+    assert changed(quantization_config=KIMI_K2_THINKING).int4_groups is not None
+    assert changed().int4_groups is None
+
+
+@pytest.mark.parametrize(
+    ("top", "decoder", "message"),
+    [
+        ({"text_config": None}, {}, "text_config must be a JSON object with the decoder's fields, got None"),
+        ({}, {"model_type": "qwen3"}, "text_config with model_type 'qwen3' is not supported in kimi_k25, only kimi_k2"),
+        (
+            {},
+            {"hidden_size": 0},
+            "hidden_size must be a whole number .*, got 0 .the fields of the decoder are those of text_config",
+        ),
+        ({}, {"sliding_window": 128}, "sliding_window 128 is not supported"),
+        ({}, {"text_config": {"hidden_size": 1}}, "text_config .* a decoder inside a multimodal model"),
+        ({"attention_bias": True}, {}, "attention_bias True is not supported"),
+        ({"tie_word_embeddings": True}, {}, "tie_word_embeddings is True, but False in text_config"),
+        (
+            {"quantization_config": KIMI_K2_THINKING},
+            {"quantization_config": DEEPSEEK_V3["quantization_config"]},
+            "quantization_config is .*, but .* in text_config; correct one of them",
+        ),
+        ({"quantization_config": {"quant_method": "awq"}}, {}, "'awq'"),
+        ({"compression_config": {"format": "int-quantized"}}, {}, "compression_config"),
+        ({"quantization_config": KIMI_K2_THINKING | {"format": "dense"}}, {}, "format 'dense' is not supported"),
+    ],
+)
+def test_refused_values_of_a_multimodal_model(top: dict[str, Any], decoder: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kimi(top, **decoder)
 
 
 @pytest.mark.parametrize("types", [["shared", "full", "full"], ["full", "full"], ["full", "full", "half"], "FSX", 3])
