@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.kernels.math_utils import cdiv
+
 from .safetensors_file import TensorEntry
 from .tensor_reader import TensorReader
 
@@ -102,7 +104,7 @@ def read_int4(reader: TensorReader, entry: Int4Entry, rows: slice, cols: slice) 
         )
     # Scales belong to whole groups: widen the columns to group boundaries and cut them after unpacking.
     size = entry.group_size
-    groups = slice(cols.start // size, -(-cols.stop // size))
+    groups = slice(cols.start // size, cdiv(cols.stop, size))
     first_col = groups.start * size
     words = slice(first_col // VALUES_PER_INT32, groups.stop * size // VALUES_PER_INT32)
     packed = reader.read(entry.packed, rows, words, torch.int32)

@@ -92,7 +92,7 @@ def test_a_file_that_is_something_else_is_named_as_that(
 
 
 def test_a_file_as_it_should_be_is_not_described(model: Path) -> None:
-    assert [describe_file(path) for path in model.iterdir()] == [None] * 6
+    assert [describe_file(path) for path in model.iterdir()] == [None] * 7
 
 
 def test_a_byte_order_mark_is_skipped(model: Path) -> None:
