@@ -11,7 +11,7 @@ import msgspec
 from ..tokenization.tokenizer import Part, Special, Tokenizer
 from .conversation import Conversation
 from .formats import ChatFormat
-from .output import ParsedOutput, StartState, assemble
+from .output import OutputDelta, ParsedOutput, StartState, assemble
 from .parsers import make_parser, tag_tokens
 from .token_parts import TokenParts
 
@@ -64,6 +64,37 @@ def render_prompt(conversation: Conversation, *, chat_format: ChatFormat, tokeni
     return ChatPrompt(tokenizer.encode_rendered(parts), output_format, stop_token_ids)
 
 
+class OutputReader:
+    """Reads one output while it is generated; any cut of it gives deltas with the same sum."""
+
+    def __init__(self, output_format: OutputFormat, *, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        """`skip_special_tokens` is that of the request: whether the engine's text leaves special tokens out."""
+        self._parser = make_parser(
+            output_format.grammar,
+            start=output_format.start,
+            tools=output_format.tools,
+            parse_tools=bool(output_format.tools),
+            tokenizer=tokenizer,
+        )
+        skipped = tokenizer.skipped_token_ids if skip_special_tokens else frozenset()
+        tags = tag_tokens(output_format.grammar)
+        left_out = {i for i in skipped if tokenizer.special_text(i) not in tags}
+        self._parts = TokenParts(tokenizer, skip_special_tokens=skip_special_tokens, end_token_ids=left_out)
+
+    @property
+    def is_malformed(self) -> bool:
+        """See `OutputParser.is_malformed`."""
+        return self._parser.is_malformed
+
+    def add(self, token_ids: Sequence[int], num_chars: int) -> list[OutputDelta]:
+        """Take the next tokens. num_chars: length of the engine's text of the output so far."""
+        return self._parser.feed(self._parts.append(token_ids, num_chars))
+
+    def finish(self, num_chars: int) -> list[OutputDelta]:
+        """End the output, whose text has `num_chars` characters: a stop string may have cut it."""
+        return [*self._parser.feed(self._parts.finish(num_chars)), *self._parser.finish()]
+
+
 def parse_output(
     text: str,
     token_ids: Sequence[int],
@@ -72,21 +103,10 @@ def parse_output(
     tokenizer: Tokenizer,
     skip_special_tokens: bool = True,
 ) -> ParsedOutput:
-    """Read a whole output. `text` is the engine's, which a stop string may have cut."""
-    parser = make_parser(
-        output_format.grammar,
-        start=output_format.start,
-        tools=output_format.tools,
-        parse_tools=bool(output_format.tools),
-        tokenizer=tokenizer,
-    )
-    skipped = tokenizer.skipped_token_ids if skip_special_tokens else frozenset()
-    tags = tag_tokens(output_format.grammar)
-    left_out = {i for i in skipped if tokenizer.special_text(i) not in tags}
-    parts = TokenParts(tokenizer, skip_special_tokens=skip_special_tokens, end_token_ids=left_out)
-    deltas = parser.feed(parts.append(token_ids, len(text)))
-    deltas += parser.feed(parts.finish(len(text)))
-    return assemble([*deltas, *parser.finish()], is_malformed=parser.is_malformed)
+    """Read a whole output. `text` is the engine's."""
+    reader = OutputReader(output_format, tokenizer=tokenizer, skip_special_tokens=skip_special_tokens)
+    deltas = [*reader.add(token_ids, len(text)), *reader.finish(len(text))]
+    return assemble(deltas, is_malformed=reader.is_malformed)
 
 
 def _check_tokens(parts: Sequence[Part], tokenizer: Tokenizer) -> None:

@@ -1,0 +1,86 @@
+"""Log-probabilities of tokens in OpenAI's two forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shoal.runtime.tokenization.detokenizer import token_offsets
+from shoal.runtime.tokenization.tokenizer import Tokenizer
+from shoal.runtime.types import Logprob
+
+MIN_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot write."""
+
+Positions = Sequence[Mapping[int, Logprob]]
+"""Per token, the log-probabilities of it and of its alternatives."""
+
+
+def chat_logprobs(
+    token_ids: Sequence[int], positions: Positions, num_top: int, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """OpenAI's form for chat: per token its bytes and `num_top` alternatives."""
+    content = []
+    for token, position in zip(token_ids, positions, strict=True):
+        top = sorted(position.items(), key=lambda item: (item[1].rank, item[0]))[:num_top]
+        alternatives = [logprob_entry(*item, tokenizer) for item in top]
+        content.append(logprob_entry(token, position[token], tokenizer) | {"top_logprobs": alternatives})
+    return {"content": content}
+
+
+def completion_logprobs(
+    token_ids: Sequence[int], positions: Positions, tokenizer: Tokenizer | None, skip_special_tokens: bool
+) -> dict[str, Any]:
+    """OpenAI's older form: one list entry per token; offsets are in characters of the text of `token_ids`."""
+    chosen = [position[token] for token, position in zip(token_ids, positions, strict=True)]
+    return {
+        "tokens": [_text(token, tokenizer) for token in token_ids],
+        "token_logprobs": [_finite(entry.logprob) for entry in chosen],
+        "top_logprobs": [_by_text(position, tokenizer) for position in positions],
+        "text_offset": _offsets(token_ids, tokenizer, skip_special_tokens),
+    }
+
+
+def _offsets(token_ids: Sequence[int], tokenizer: Tokenizer | None, skip_special_tokens: bool) -> list[int]:
+    if tokenizer is None:  # the text is empty
+        return [0] * len(token_ids)
+    return token_offsets(tokenizer, token_ids, skip_special_tokens)
+
+
+def _by_text(position: Mapping[int, Logprob], tokenizer: Tokenizer | None) -> dict[str, float]:
+    """Log-probabilities by the tokens' texts; of tokens with the same text, the later ones go by their ids."""
+    by_text: dict[str, float] = {}
+    for token, entry in position.items():
+        text = _text(token, tokenizer)
+        by_text[f"token_id:{token}" if text in by_text else text] = _finite(entry.logprob)
+    return by_text
+
+
+def logprob_entry(token: int, entry: Logprob, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A token with its text, its bytes and its log-probability."""
+    data = _bytes(token, tokenizer)
+    return {
+        "token": _text(token, tokenizer),
+        "token_id": token,
+        "logprob": _finite(entry.logprob),
+        "bytes": None if data is None else list(data),
+    }
+
+
+def _text(token: int, tokenizer: Tokenizer | None) -> str:
+    r"""A token's text; `bytes:\xf0\x9f` where its bytes are no text by themselves, `token_id:5` where it has none."""
+    data = _bytes(token, tokenizer)
+    if data is None:
+        return f"token_id:{token}"
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _bytes(token: int, tokenizer: Tokenizer | None) -> bytes | None:
+    return None if tokenizer is None else tokenizer.token_bytes(token, skip_special_tokens=False)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, MIN_LOGPROB)
