@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shoal.runtime.tokenization.detokenizer import token_offsets
+from shoal.runtime.tokenization.detokenizer import TokenOffsets
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Logprob
 
@@ -29,22 +29,19 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], positions: Positions, tokenizer: Tokenizer | None, skip_special_tokens: bool
+    token_ids: Sequence[int], positions: Positions, tokenizer: Tokenizer | None, offsets: TokenOffsets | None
 ) -> dict[str, Any]:
-    """OpenAI's older form: one list entry per token; offsets are in characters of the text of `token_ids`."""
+    """OpenAI's older form: one list entry per token.
+
+    offsets: has the tokens before these; None without a tokenizer, where all text is empty.
+    """
     chosen = [position[token] for token, position in zip(token_ids, positions, strict=True)]
     return {
         "tokens": [_text(token, tokenizer) for token in token_ids],
         "token_logprobs": [_finite(entry.logprob) for entry in chosen],
         "top_logprobs": [_by_text(position, tokenizer) for position in positions],
-        "text_offset": _offsets(token_ids, tokenizer, skip_special_tokens),
+        "text_offset": [0 if offsets is None else offsets.append(token) for token in token_ids],
     }
-
-
-def _offsets(token_ids: Sequence[int], tokenizer: Tokenizer | None, skip_special_tokens: bool) -> list[int]:
-    if tokenizer is None:  # the text is empty
-        return [0] * len(token_ids)
-    return token_offsets(tokenizer, token_ids, skip_special_tokens)
 
 
 def _by_text(position: Mapping[int, Logprob], tokenizer: Tokenizer | None) -> dict[str, float]:
@@ -84,3 +81,8 @@ def _bytes(token: int, tokenizer: Tokenizer | None) -> bytes | None:
 
 def _finite(logprob: float) -> float:
     return max(logprob, MIN_LOGPROB)
+
+
+def first_offsets(tokenizer: Tokenizer | None, *, skip_special_tokens: bool) -> TokenOffsets | None:
+    """Offsets at the beginning of an output."""
+    return None if tokenizer is None else TokenOffsets(tokenizer, skip_special_tokens=skip_special_tokens)

@@ -12,7 +12,7 @@ from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import CompletionOutput, RequestOutput
 
 from .errors import ApiError
-from .logprobs import chat_logprobs, completion_logprobs, logprob_entry
+from .logprobs import chat_logprobs, completion_logprobs, first_offsets, logprob_entry
 from .requests import ParsedRequest
 
 
@@ -60,9 +60,8 @@ def completion(
     for sample in sorted(output.outputs, key=lambda c: c.index):
         logprobs = None
         if request.num_logprobs is not None:
-            logprobs = completion_logprobs(
-                sample.token_ids, sample.logprobs or (), tokenizer, request.params.skip_special_tokens
-            )
+            offsets = first_offsets(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
+            logprobs = completion_logprobs(sample.token_ids, sample.logprobs or (), tokenizer, offsets)
         choices.append(_choice(sample, {"text": sample.text, "logprobs": logprobs}))
     body = {"id": id, "object": "text_completion", "created": created, "model": model, "choices": choices}
     return body | _usage_and_prompt(output, request, tokenizer)
@@ -87,7 +86,7 @@ def parsed_answer(
         message["tool_calls"] = [_tool_call(call, call_id(id, i)) for i, call in enumerate(output.tool_calls)]
     answer: dict[str, Any] = {"message": message}
     if sample.finish_reason is not None:
-        answer["finish_reason"] = finish_reason(output, sample.finish_reason)
+        answer["finish_reason"] = finish_reason(sample.finish_reason, has_calls=bool(output.tool_calls))
     if output.is_malformed:
         answer["is_malformed"] = True
     return answer

@@ -96,6 +96,6 @@ def assemble(deltas: Iterable[OutputDelta], *, is_malformed: bool = False) -> Pa
     )
 
 
-def finish_reason(output: ParsedOutput, ended_by: str) -> str:
+def finish_reason(ended_by: str, *, has_calls: bool) -> str:
     """OpenAI's `finish_reason` for an output that ended by an end token or stop string ("stop"), "length", ..."""
-    return "tool_calls" if output.tool_calls and ended_by == "stop" else ended_by
+    return "tool_calls" if has_calls and ended_by == "stop" else ended_by

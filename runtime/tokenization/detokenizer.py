@@ -125,23 +125,27 @@ class IncrementalDetokenizer:
         self._released.append(window[released:end])
 
 
-def token_offsets(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool = True) -> list[int]:
-    """Per token, the position in `tokenizer.decode(token_ids)` of the character in which the token's bytes begin."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    offsets = []
-    num_chars = 0
-    separator = b""
-    for token_id in token_ids:
-        data = tokenizer.token_bytes(token_id, skip_special_tokens)
+class TokenOffsets:
+    """Positions of tokens in the text of an output, while it is generated."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._num_chars = 0
+        self._separator = b""
+
+    def append(self, token_id: int) -> int:
+        """The position in `tokenizer.decode` of all tokens of the character in which this one's bytes begin."""
+        data = self._tokenizer.token_bytes(token_id, self._skip_special_tokens)
         if data is not None:
-            num_chars += len(decoder.decode(separator))
-            separator = tokenizer.separator
+            self._num_chars += len(self._decoder.decode(self._separator))
+            self._separator = self._tokenizer.separator
         if not data:
-            offsets.append(num_chars)
-            continue
-        first = decoder.decode(data[:1])
-        is_pending = decoder.getstate()[0] != b""
+            return self._num_chars
+        first = self._decoder.decode(data[:1])
+        is_pending = self._decoder.getstate()[0] != b""
         # The first byte completes a character, is one, or waits for more; before it, broken bytes may become U+FFFD.
-        offsets.append(num_chars + max(0, len(first) - (0 if is_pending else 1)))
-        num_chars += len(first) + len(decoder.decode(data[1:]))
-    return offsets
+        offset = self._num_chars + max(0, len(first) - (0 if is_pending else 1))
+        self._num_chars += len(first) + len(self._decoder.decode(data[1:]))
+        return offset

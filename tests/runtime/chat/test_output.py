@@ -27,9 +27,6 @@ def test_assemble() -> None:
 
 
 def test_finish_reason() -> None:
-    call = ParsedToolCall(id=None, name="f", arguments="{}")
-    with_call = ParsedOutput(reasoning=None, content=None, tool_calls=[call])
-    without = ParsedOutput(reasoning=None, content="a", tool_calls=[])
-    assert finish_reason(with_call, "stop") == "tool_calls"
-    assert finish_reason(with_call, "length") == "length"
-    assert finish_reason(without, "stop") == "stop"
+    assert finish_reason("stop", has_calls=True) == "tool_calls"
+    assert finish_reason("length", has_calls=True) == "length"
+    assert finish_reason("stop", has_calls=False) == "stop"

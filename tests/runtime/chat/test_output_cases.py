@@ -30,7 +30,7 @@ def message(case: dict[str, Any], pieces: Sequence[Sequence[Part]], tokenizer: T
         "reasoning_content": output.reasoning,
         "content": output.content,
         "tool_calls": calls,
-        "finish_reason": finish_reason(output, given["ended_by"]),
+        "finish_reason": finish_reason(given["ended_by"], has_calls=bool(output.tool_calls)),
     }
 
 

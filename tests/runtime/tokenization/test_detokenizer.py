@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
-from shoal.runtime.tokenization.detokenizer import IncrementalDetokenizer, token_offsets
+from shoal.runtime.tokenization.detokenizer import IncrementalDetokenizer, TokenOffsets
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import MAX_STOP_CHARS
 
@@ -223,7 +223,8 @@ def test_stop_strings_apply_after_a_token(tokenizer: Tokenizer) -> None:
 )
 def test_offsets_of_tokens_in_the_text(tmp_path: Path, pieces: list[bytes], expected: list[int]) -> None:
     tokenizer = Pieces(pieces)
-    assert token_offsets(cast(Tokenizer, tokenizer), range(len(pieces))) == expected
+    offsets = TokenOffsets(cast(Tokenizer, tokenizer))
+    assert [offsets.append(number) for number in range(len(pieces))] == expected
 
 
 class Pieces:
@@ -241,7 +242,8 @@ class Pieces:
 @given(st.lists(BYTES | st.integers(0, 290)), st.booleans())
 def test_every_whole_token_is_found_at_its_offset(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
     text = tokenizer.decode(ids, skip)
-    for token_id, offset in zip(ids, token_offsets(tokenizer, ids, skip), strict=True):
+    offsets = TokenOffsets(tokenizer, skip_special_tokens=skip)
+    for token_id, offset in zip(ids, map(offsets.append, ids), strict=True):
         data = tokenizer.token_bytes(token_id, skip)
         if data is not None and data.isascii():
             assert text[offset : offset + len(data)] == data.decode()
