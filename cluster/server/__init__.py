@@ -1,0 +1,1 @@
+"""`shoal serve`: OpenAI's API over HTTP."""

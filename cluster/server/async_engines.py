@@ -1,0 +1,110 @@
+"""Engines on an event loop: outputs of all requests are handed over once per step."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+
+from msgspec.structs import replace
+
+from shoal.runtime.types import EngineOutput, Request, RequestOutput
+
+from ..replicas.engine_thread import EngineThread
+
+Outputs = list[EngineOutput | RequestOutput]
+
+
+class Generation:
+    """The outputs of one request, as they come. Iterate it once; leaving the loop early needs `AsyncEngines.abort`."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._pending: Outputs = []
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    async def __aiter__(self) -> AsyncIterator[Outputs]:
+        """Everything that has come since the last step of the iteration; the whole answer comes last.
+
+        Raises the error that ended the engines.
+        """
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._error is not None:
+                raise self._error
+            outputs = self._pending
+            self._pending = []
+            yield outputs
+            if isinstance(outputs[-1], RequestOutput):
+                return
+
+    async def whole(self) -> RequestOutput:
+        """The whole answer."""
+        async for outputs in self:
+            last = outputs[-1]
+        assert isinstance(last, RequestOutput)
+        return last
+
+    def put(self, output: EngineOutput | RequestOutput) -> None:
+        self._pending.append(output)
+        self._changed.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._changed.set()
+
+
+class AsyncEngines:
+    """Requests of one event loop to the engines of an `EngineThread`."""
+
+    def __init__(self, engines: EngineThread) -> None:
+        """Call on the event loop."""
+        self._engines = engines
+        self._loop = asyncio.get_running_loop()
+        self._generations: dict[str, Generation] = {}
+        self._numbers = itertools.count()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are not finished."""
+        return len(self._generations)
+
+    def generate(self, request: Request) -> Generation:
+        """Queue a request, whose id is replaced by one of this object's."""
+        generation = Generation(replace(request, request_id=f"s-{next(self._numbers)}"))
+        self._generations[generation.request_id] = generation
+        try:
+            self._engines.submit([generation.request], self._deliver)
+        except BaseException:
+            del self._generations[generation.request_id]
+            raise
+        return generation
+
+    def abort(self, generation: Generation) -> None:
+        """Drop a request; nothing happens if it is finished."""
+        if self._generations.pop(generation.request_id, None) is not None:
+            self._engines.abort([generation.request_id])
+
+    def _deliver(self, item: Outputs | BaseException) -> None:
+        """On the engines' thread: the outputs of a step, or the error that ended the engines."""
+        self._loop.call_soon_threadsafe(self._hand_out, item)
+
+    def _hand_out(self, item: Outputs | BaseException) -> None:
+        if isinstance(item, BaseException):
+            for generation in self._generations.values():
+                generation.fail(item)
+            self._generations = {}
+            return
+        for output in item:
+            generation = self._generations.get(output.request_id)
+            if generation is None:
+                continue  # it was aborted meanwhile
+            if isinstance(output, RequestOutput):
+                del self._generations[output.request_id]
+            generation.put(output)

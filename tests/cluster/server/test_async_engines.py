@@ -1,0 +1,81 @@
+"""Requests of an event loop to engines on a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.replicas.engine_thread import EngineThread
+from shoal.cluster.replicas.inprocess import InProcessEngine
+from shoal.cluster.server.async_engines import AsyncEngines
+from shoal.runtime.random_checkpoint import tiny_config
+from shoal.runtime.types import Request, RequestOutput, SamplingParams, Tokens
+from tests.support.stub_engine import RAISES, STUB
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Iterator[EngineThread]:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("deepseek_v3")))
+    args = EngineArgs(model=str(tmp_path), max_num_seqs=4, num_threads_per_worker=1)
+    thread = EngineThread(lambda: InProcessEngine(args, engine_factory=STUB))
+    yield thread
+    thread.close()
+
+
+def request(first: int, max_tokens: int = 5) -> Request:
+    params = SamplingParams(max_tokens=max_tokens)
+    return Request(request_id="", prompt_token_ids=(first, 1), params=params, report="step")
+
+
+def test_every_request_gets_its_own_tokens_in_order(engines: EngineThread) -> None:
+    async def ask(client: AsyncEngines, first: int) -> tuple[list[int], list[int]]:
+        streamed: list[int] = []
+        async for outputs in client.generate(request(first, max_tokens=3 + first)):
+            for output in outputs:
+                if isinstance(output, Tokens):
+                    assert output.start == len(streamed)
+                    streamed += output.token_ids
+        assert isinstance(output, RequestOutput)
+        return streamed, output.outputs[0].token_ids
+
+    async def run() -> None:
+        client = AsyncEngines(engines)
+        answers = await asyncio.gather(*[ask(client, first) for first in range(1, 9)])
+        for first, (streamed, whole) in enumerate(answers, start=1):
+            assert streamed == whole == [first + 1 + i for i in range(3 + first)]
+        assert client.num_requests == 0
+        assert (await client.generate(request(3)).whole()).outputs[0].token_ids == [4, 5, 6, 7, 8]
+
+    asyncio.run(run())
+
+
+def test_an_aborted_request_is_dropped(engines: EngineThread) -> None:
+    async def run() -> None:
+        client = AsyncEngines(engines)
+        left = client.generate(request(2, max_tokens=100))
+        async for _ in left:
+            break
+        client.abort(left)
+        client.abort(left)
+        assert client.num_requests == 0
+        assert (await client.generate(request(3)).whole()).outputs[0].token_ids == [4, 5, 6, 7, 8]
+
+    asyncio.run(run())
+
+
+def test_engines_that_fail_end_every_request_with_their_error(engines: EngineThread) -> None:
+    async def run() -> None:
+        client = AsyncEngines(engines)
+        asked = [client.generate(request(first, max_tokens=100)) for first in (2, RAISES, 3)]
+        found = await asyncio.gather(*[one.whole() for one in asked], return_exceptions=True)
+        assert [str(error) for error in found] == ["the stub broke"] * 3
+        with pytest.raises(RuntimeError, match="the stub broke"):
+            client.generate(request(4))
+        assert client.num_requests == 0
+
+    asyncio.run(run())
