@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
-import math
 import os
-import re
 import sqlite3
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +14,11 @@ from errno import EIO, ENOSPC
 from pathlib import Path
 from typing import Any, cast
 
-from ..openai.errors import ApiError, json_type
+from ..openai.errors import ApiError
+from ..openai.json_object import parse_object
 from .input_format import BYTE_ORDER_MARK, open_input
 
 MAX_LINE_BYTES = 8 << 20
-MAX_DEPTH = 64
-MAX_INTEGER_DIGITS = 20
-
-# A string (to its end or the end of the line) or one bracket; possessive, so that time is linear in the line's length.
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class BadRow(ApiError):  # noqa: N818  (a finding about the input, not a fault)
@@ -94,32 +86,10 @@ def parse_line(line: InputLine, *, max_line_bytes: int = MAX_LINE_BYTES) -> dict
     """Parse the JSON object of a line; BadRow for anything else."""
     if line.num_bytes > max_line_bytes:
         raise BadRow("line_too_long", f"the line has {line.num_bytes} bytes, at most {max_line_bytes} are allowed")
-    if line.data.startswith(b"\xef\xbb\xbf"):
-        raise BadRow("byte_order_mark", "the line starts with a byte order mark; save the file as UTF-8 without one")
-    if (position := line.data.find(b"\0")) >= 0:
-        raise BadRow("nul_byte", f"byte {position + 1} of the line is NUL; the file may be UTF-16 or damaged")
     try:
-        text = line.data.decode()
-    except UnicodeDecodeError as error:
-        message = f"byte {error.start + 1} of the line (0x{line.data[error.start]:02x}) is not valid UTF-8"
-        raise BadRow("invalid_utf8", message) from error
-    if _too_deep(line.data):
-        raise BadRow("nested_too_deep", f"lists and objects are nested more than {MAX_DEPTH} levels deep")
-    try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_constant=_not_finite,
-            parse_float=_float,
-            parse_int=_integer,
-        )
-    except json.JSONDecodeError as error:
-        raise BadRow("invalid_json", f"not JSON: {error.msg} (character {error.colno} of the line)") from error
-    if not isinstance(value, dict):
-        raise BadRow("not_an_object", f"a row must be a JSON object, this one is {json_type(value)}")
-    if "\\u" in text:
-        _refuse_lone_surrogates(value)
-    return value
+        return parse_object(line.data, place="line")
+    except ApiError as error:
+        raise BadRow(error.code, error.message) from error
 
 
 def file_sha256(path: Path, num_bytes: int | None = None) -> str:
@@ -174,49 +144,3 @@ class CustomIdIndex:
         except sqlite3.OperationalError as error:
             number = ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else EIO
             raise OSError(number, os.strerror(number), str(self._path)) from error
-
-
-def _too_deep(data: bytes) -> bool:
-    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
-        return False
-    depth = 0
-    for match in _STRING_OR_BRACKET.finditer(data):
-        token = match.group()
-        depth += 1 if token in b"[{" else -1 if token in b"]}" else 0
-        if depth > MAX_DEPTH:
-            return True
-    return False
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise BadRow("duplicate_key", f"the key {counts.most_common(1)[0][0]!r} appears more than once in one object")
-    return value
-
-
-def _not_finite(name: str) -> float:
-    raise BadRow("non_finite_number", f"{name} is not a JSON number")
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise BadRow("non_finite_number", f"the number {text[:40]} is too large")
-    return value
-
-
-def _integer(text: str) -> int:
-    if len(text) > MAX_INTEGER_DIGITS:
-        raise BadRow(
-            "number_too_large", f"a whole number has {len(text)} digits, at most {MAX_INTEGER_DIGITS} are read"
-        )
-    return int(text)
-
-
-def _refuse_lone_surrogates(value: dict[str, Any]) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise BadRow("invalid_unicode", "a \\u escape is half of a surrogate pair, which is not a character") from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 
 from msgspec.structs import replace
 
@@ -63,8 +64,11 @@ class Generation:
 class AsyncEngines:
     """Requests of one event loop to the engines of an `EngineThread`."""
 
-    def __init__(self, engines: EngineThread) -> None:
+    def __init__(self, engines: EngineThread, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Call on the event loop."""
+        self._clock = clock
+        self.progressed_at = clock()
+        """Time of the last output, or of a request that came when there was none."""
         self._engines = engines
         self._loop = asyncio.get_running_loop()
         self._generations: dict[str, Generation] = {}
@@ -75,8 +79,15 @@ class AsyncEngines:
         """Requests that are not finished."""
         return len(self._generations)
 
+    @property
+    def num_sequences(self) -> int:
+        """Samples of these requests."""
+        return sum(generation.request.params.n for generation in self._generations.values())
+
     def generate(self, request: Request) -> Generation:
         """Queue a request, whose id is replaced by one of this object's."""
+        if not self._generations:
+            self.progressed_at = self._clock()
         generation = Generation(replace(request, request_id=f"s-{next(self._numbers)}"))
         self._generations[generation.request_id] = generation
         try:
@@ -101,6 +112,7 @@ class AsyncEngines:
                 generation.fail(item)
             self._generations = {}
             return
+        self.progressed_at = self._clock()
         for output in item:
             generation = self._generations.get(output.request_id)
             if generation is None:
