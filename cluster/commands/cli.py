@@ -17,6 +17,7 @@ from ..bench.workload import Workload
 from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
 from ..jobs.config import JobConfig
+from ..server.settings import ServeArgs
 from .arguments import DemoArgs, EvalArgs, KernelArgs, ReportArgs, ThroughputArgs
 from .options import exits, given, options, take
 
@@ -71,6 +72,16 @@ def demo(**flags: Any) -> int:
     from .demo import demo as run
 
     return run(take(DemoArgs, flags), stdout=sys.stdout, stderr=sys.stderr)
+
+
+@main.command()
+@options(ServeArgs, EngineArgs)
+@exits
+def serve(**flags: Any) -> int:
+    """Answer OpenAI's API over HTTP until SIGTERM or Ctrl-C. Needs `pip install 'shoal[serve]'`."""
+    from ..server.serve import serve as run
+
+    return run(take(ServeArgs, flags), take(EngineArgs, flags), stderr=sys.stderr)
 
 
 @main.command("eval")

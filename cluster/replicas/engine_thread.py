@@ -53,6 +53,12 @@ class EngineThread:
             raise limits
         self.limits = limits
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that ended the engines; None while they run."""
+        with self._lock:
+            return self._end
+
     def submit(self, requests: Sequence[Request], deliver: Deliver) -> None:
         """Queue requests; `deliver` is called on the engines' thread.
 

@@ -114,9 +114,9 @@ class AsyncEngines:
             return
         self.progressed_at = self._clock()
         for output in item:
-            generation = self._generations.get(output.request_id)
-            if generation is None:
+            asker = self._generations.get(output.request_id)
+            if asker is None:
                 continue  # it was aborted meanwhile
             if isinstance(output, RequestOutput):
                 del self._generations[output.request_id]
-            generation.put(output)
+            asker.put(output)

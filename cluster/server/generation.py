@@ -1,0 +1,185 @@
+"""One HTTP request for text: its prompts, the requests to the engines, and the answer, whole or as events."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+from starlette.concurrency import run_in_threadpool
+
+from shoal.runtime.tokenization.tokenizer import Tokenizer
+from shoal.runtime.types import Finished, RequestOutput, Tokens
+
+from ..openai.errors import ApiError, json_type
+from ..openai.fields import check_fields
+from ..openai.requests import Endpoint, ParsedRequest, RequestDefaults, parse_chat, parse_completion
+from ..openai.responses import chat_completion, completion, failure
+from ..openai.streams import ChatStream, CompletionStream, StreamHead, UsageOptions
+from .async_engines import AsyncEngines
+from .http_errors import generation_failed
+
+_STREAM_FIELDS = ("stream", "stream_options")
+_ID_PREFIX = {"/v1/chat/completions": "chatcmpl", "/v1/completions": "cmpl"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextRequest:
+    """A checked request."""
+
+    head: StreamHead
+    endpoint: Endpoint
+    prompts: tuple[ParsedRequest, ...]
+    """One for chat; completions may ask for several."""
+    seed: int | None
+    """The seed that was drawn for a request that samples and has none."""
+    is_streamed: bool
+    usage: UsageOptions
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(prompt.params.n for prompt in self.prompts)
+
+
+async def read_request(
+    endpoint: Endpoint, body: Mapping[str, Any], defaults: RequestDefaults, *, request_id: str, model: str
+) -> TextRequest:
+    """Check a body; tokenises in another thread, so that streams go on. ApiError names what is wrong."""
+    is_streamed, usage = _stream_options(body)
+    own = {name: value for name, value in body.items() if name not in _STREAM_FIELDS}
+    parse = parse_chat if endpoint == "/v1/chat/completions" else parse_completion
+    bodies = [own] if endpoint == "/v1/chat/completions" else _split_prompts(own)
+    prompts = [await run_in_threadpool(parse, one, defaults) for one in bodies]
+    seed = None
+    if prompts[0].params.seed is None and prompts[0].params.temperature > 0:
+        seed = secrets.randbits(63)
+        params = msgspec.structs.replace(prompts[0].params, seed=seed)
+        prompts = [replace(prompt, params=params) for prompt in prompts]
+    return TextRequest(
+        head=StreamHead(id=f"{_ID_PREFIX[endpoint]}-{request_id}", created=int(time.time()), model=model),
+        endpoint=endpoint,
+        prompts=tuple(prompts),
+        seed=seed,
+        is_streamed=is_streamed,
+        usage=usage,
+    )
+
+
+class Answer:
+    """The answer to a request, from the engines."""
+
+    def __init__(self, request: TextRequest, engines: AsyncEngines, tokenizer: Tokenizer | None) -> None:
+        """Queue the request."""
+        self._request = request
+        self._engines = engines
+        self._tokenizer = tokenizer
+        report = "step" if request.is_streamed else "interval"
+        self._generations = [
+            engines.generate(msgspec.structs.replace(prompt.to_request("", 0), report=report))
+            for prompt in request.prompts
+        ]
+
+    def abort(self) -> None:
+        """Drop what is not finished."""
+        for generation in self._generations:
+            self._engines.abort(generation)
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of the response. HttpError for a failed one."""
+        outputs = [await generation.whole() for generation in self._generations]
+        for output in outputs:
+            if (error := failure(output)) is not None:
+                raise generation_failed(error, self._request.head.id)
+        write = chat_completion if self._request.endpoint == "/v1/chat/completions" else completion
+        head = self._request.head
+        bodies = [
+            write(output, prompt, id=head.id, created=head.created, model=head.model, tokenizer=self._tokenizer)
+            for output, prompt in zip(outputs, self._request.prompts, strict=True)
+        ]
+        body = _joined(bodies)
+        body["usage"]["prompt_tokens_details"] = {"cached_tokens": sum(o.num_cached_tokens for o in outputs)}
+        return body if self._request.seed is None else body | {"seed": self._request.seed}
+
+    async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """Bodies of events, all that are there at a time. A failure is a last event with `error`."""
+        streams = [self._stream(prompt) for prompt in self._request.prompts]
+        yield [event for stream in streams for event in stream.begin()]
+        offset = 0
+        for stream, generation, prompt in zip(streams, self._generations, self._request.prompts, strict=True):
+            try:
+                async for outputs in generation:
+                    yield [_shifted(event, offset) for event in _events_of(stream, outputs)]
+            except Exception as error:  # of the engines: what was sent stays sent
+                yield [self._failed(ApiError("engine_failed", f"{type(error).__name__}: {error}"))]
+                return
+            last = outputs[-1]
+            assert isinstance(last, RequestOutput)
+            if (reason := failure(last)) is not None:
+                yield [self._failed(reason)]
+                return
+            offset += prompt.params.n
+        yield streams[-1].end()
+
+    def _failed(self, error: ApiError) -> dict[str, Any]:
+        return generation_failed(error, self._request.head.id).error.body(500)
+
+    def _stream(self, prompt: ParsedRequest) -> CompletionStream:
+        kind = ChatStream if self._request.endpoint == "/v1/chat/completions" else CompletionStream
+        return kind(prompt, self._request.head, tokenizer=self._tokenizer, usage=self._request.usage)
+
+
+def _events_of(stream: CompletionStream, outputs: Sequence[object]) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    for output in outputs:
+        if isinstance(output, Tokens):
+            events += stream.add(output)
+        elif isinstance(output, Finished) and output.reason not in ("error", "abort"):
+            events += stream.finish(output)
+    return events
+
+
+def _stream_options(body: Mapping[str, Any]) -> tuple[bool, UsageOptions]:
+    is_streamed = body.get("stream")
+    if not isinstance(is_streamed, bool | None):
+        raise ApiError("invalid_type", f"stream must be true or false, got {json_type(is_streamed)}", "stream")
+    options = body.get("stream_options")
+    if options is None:
+        return bool(is_streamed), UsageOptions()
+    if not is_streamed:
+        raise ApiError("invalid_parameter", "stream_options needs stream: true", "stream_options")
+    if not isinstance(options, Mapping):
+        message = f"stream_options must be an object, got {json_type(options)}"
+        raise ApiError("invalid_type", message, "stream_options")
+    check_fields(options, ("include_usage", "continuous_usage_stats"), "stream_options.")
+    for name, value in options.items():
+        if not isinstance(value, bool | None):
+            message = f"stream_options.{name} must be true or false, got {json_type(value)}"
+            raise ApiError("invalid_type", message, f"stream_options.{name}")
+    return True, UsageOptions(**{name: bool(value) for name, value in options.items()})
+
+
+def _split_prompts(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One body per prompt: `prompt` may be a list of texts or of lists of token ids."""
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        return [{**body, "prompt": one} for one in prompt]
+    return [dict(body)]
+
+
+def _joined(bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One response to several prompts: the choices of the first come first."""
+    joined = dict(bodies[0])
+    choices = [choice for body in bodies for choice in body["choices"]]
+    joined["choices"] = [{**choice, "index": index} for index, choice in enumerate(choices)]
+    joined["usage"] = {name: sum(body["usage"][name] for body in bodies) for name in joined["usage"]}
+    return joined
+
+
+def _shifted(event: dict[str, Any], offset: int) -> dict[str, Any]:
+    """The event of a later prompt, whose choices follow those of the prompts before."""
+    if not offset:
+        return event
+    return event | {"choices": [{**choice, "index": choice["index"] + offset} for choice in event["choices"]]}

@@ -1,0 +1,187 @@
+"""The life of a server: listen, start the engines, answer, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import uvicorn
+
+from ..commands.validate import row_rules
+from ..engine_args import EngineArgs
+from ..exit_codes import ExitCode
+from ..replicas.engine_thread import AbortableEngineClient, EngineThread
+from ..replicas.inprocess import InProcessEngine
+from ..workers.engine_factory import BUILD_ENGINE
+from .app import Api, ServedModel, make_app
+from .async_engines import AsyncEngines
+from .settings import ServeArgs
+from .state import ServerState
+
+KEEP_ALIVE_S = 75
+"""Idle connections are kept for longer than clients keep them, so that none is closed under a request."""
+STALL_GRACE_S = 10.0
+LOOK_S = 0.2
+CLOSE_TIMEOUT_S = 5.0
+"""Longest wait for connections that are still open after their requests ended."""
+
+
+def serve(args: ServeArgs, engine: EngineArgs, *, stderr: TextIO, engine_factory: str = BUILD_ENGINE) -> int:
+    """Serve until a signal comes or the engines fail. ValueError for a setting, a model or an address that is wrong."""
+    keys = args.read_keys()
+    args.check_exposure(has_keys=bool(keys), insecure=engine.insecure)
+    name = args.served_model_name or Path(engine.model).resolve().name
+    model = ServedModel(
+        names=[name],
+        root=engine.model,
+        created=int(time.time()),
+        defaults=row_rules(engine, {}, thinking=None),
+    )
+    state = ServerState(stall_timeout_s=engine.collective_timeout_s + STALL_GRACE_S)
+    app = make_app(Api(model, state, max_num_queued_reqs=args.max_num_queued_reqs), keys=keys)
+    with _listener(args) as listener:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(CLOSE_TIMEOUT_S),
+        )
+        host, port = listener.getsockname()[:2]
+        print(f"listening on http://{host}:{port}, starting the engines", file=stderr, flush=True)
+        life = _Life(args, engine, state, _Server(config), stderr, engine_factory)
+        return asyncio.run(life.run(listener))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: signals drain."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Life:
+    """From the start of the engines to the end of the process."""
+
+    def __init__(
+        self,
+        args: ServeArgs,
+        engine: EngineArgs,
+        state: ServerState,
+        server: _Server,
+        stderr: TextIO,
+        engine_factory: str,
+    ) -> None:
+        self._args = args
+        self._engine = engine
+        self._state = state
+        self._server = server
+        self._stderr = stderr
+        self._engine_factory = engine_factory
+        self._num_signals = 0
+        self._signalled = asyncio.Event()
+
+    async def run(self, listener: socket.socket) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
+        try:
+            engines = await self._start_engines()
+            if engines is None:
+                return ExitCode.OK
+            try:
+                return await self._serve_until_the_end(engines)
+            finally:
+                await loop.run_in_executor(None, engines.close)
+        finally:
+            self._server.should_exit = True
+            await serving
+
+    def _on_signal(self) -> None:
+        self._num_signals += 1
+        self._signalled.set()
+
+    async def _start_engines(self) -> EngineThread | None:
+        """The engines once they are ready; None when a signal comes first."""
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[EngineThread] = loop.create_future()
+
+        def start() -> None:
+            try:
+                engines = EngineThread(self._make_engines)
+            except BaseException as error:
+                loop.call_soon_threadsafe(started.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(started.set_result, engines)
+
+        # A daemon: a signal must end the process while the engines start.
+        threading.Thread(target=start, name="shoal-start", daemon=True).start()
+        signalled = asyncio.ensure_future(self._signalled.wait())
+        waiting: set[asyncio.Future[Any]] = {started, signalled}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        signalled.cancel()
+        if not started.done():
+            return None
+        engines = await started
+        self._state.set_ready(AsyncEngines(engines))
+        self._say("ready")
+        return engines
+
+    def _make_engines(self) -> AbortableEngineClient:
+        if self._engine.num_workers > 1 or self._engine.ray_address is not None:
+            from ..replicas.start import start_engines  # with Ray, which one process does not need
+
+            return start_engines(
+                self._engine, on_phase=self._say, on_wait=self._say, engine_factory=self._engine_factory
+            )
+        return InProcessEngine(self._engine, on_phase=self._say, engine_factory=self._engine_factory)
+
+    async def _serve_until_the_end(self, engines: EngineThread) -> int:
+        while not self._signalled.is_set():
+            if engines.failure is not None:
+                self._state.fail(f"{type(engines.failure).__name__}: {engines.failure}")
+                self._say(self._state.reason)
+                return ExitCode.ENGINE
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._signalled.wait(), LOOK_S)
+        await self._drain()
+        return ExitCode.OK
+
+    async def _drain(self) -> None:
+        """Let running requests finish, until the time is over or a second signal comes."""
+        self._state.drain()
+        client = self._state.engines
+        assert client is not None
+        self._say(f"stopping: waiting up to {self._args.shutdown_timeout_s:g} s for {client.num_requests} requests")
+        deadline = time.monotonic() + self._args.shutdown_timeout_s
+        while client.num_requests and time.monotonic() < deadline and self._num_signals < 2:
+            await asyncio.sleep(LOOK_S / 4)
+
+    def _say(self, line: object) -> None:
+        print(line, file=self._stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _listener(args: ServeArgs) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        listener = socket.create_server((args.host, args.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ValueError(f"cannot listen on {args.host}:{args.port}: {reason}; choose another host or port") from error
+    with listener:
+        yield listener
