@@ -11,10 +11,13 @@ from shoal.runtime.chat.formats import CHAT_FORMATS, ChatFormat, choose_format
 from shoal.runtime.chat.messages import read_conversation
 from shoal.runtime.chat.names import ChatFormatName
 from shoal.runtime.chat.prompt import ChatPrompt, render_prompt
+from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.tokenization.chat_template import read_chat_template
 from shoal.runtime.tokenization.tokenizer import Tokenizer, read_json
 
+from .engine_args import EngineArgs, read_model_config
 from .openai.chat_options import ChatOptions
+from .openai.requests import RequestDefaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +68,19 @@ class ModelPrompts:
             continue_final_message=options.continue_final_message,
         )
         return render_prompt(conversation, chat_format=self.chat_format, tokenizer=self.tokenizer)
+
+
+def request_defaults(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool | None) -> RequestDefaults:
+    """Limits and defaults of requests to a model; ValueError for a model that cannot run with these settings."""
+    model = read_model_config(engine)
+    limits = RequestLimits(
+        vocab_size=model.vocab_size, max_model_len=engine.max_model_len or model.max_position_embeddings
+    )
+    prompts = ModelPrompts.from_pretrained(engine.model, engine.chat_format)
+    return RequestDefaults(
+        limits=limits,
+        encoder=prompts,
+        tokenizer=None if prompts is None else prompts.tokenizer,
+        sampling=engine.sampling_defaults | dict(sampling),
+        thinking=thinking,
+    )

@@ -25,10 +25,9 @@ from ..jobs.progress import ProgressReporter
 from ..jobs.rows import read_row
 from ..jobs.stop_signal import StopSignal
 from ..openai.requests import RequestDefaults
-from ..prompts import ModelPrompts
+from ..prompts import ModelPrompts, request_defaults
 from ..replicas.start import start_engines
 from ..report import check_directory, warnings_shown
-from .validate import row_rules
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -83,7 +82,7 @@ def resume_command(command: Sequence[str]) -> str:
 def job_spec(config: JobConfig) -> JobSpec:
     """Resolve a configuration against the model directory and the input file, without reading weights."""
     engine = config.engine
-    rules = row_rules(engine, config.sampling, config.chat_template_kwargs.thinking)
+    rules = request_defaults(engine, config.sampling, config.chat_template_kwargs.thinking)
     _check_defaults(rules)
     input_path = Path(config.input)
     output = Path(config.output)

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from shoal.runtime.generation_config import sampling_notice
-from shoal.runtime.request_limits import RequestLimits
 
-from ..engine_args import EngineArgs, read_model_config
+from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
 from ..jobs.input import BadRow, CustomIdIndex, InputLine
 from ..jobs.progress import JobProgress, ProgressReporter
 from ..jobs.row_output import FinishedRow
 from ..jobs.stop_signal import JobStopped, StopSignal
 from ..jobs.validation import InputSummary, validate_input
-from ..openai.requests import RequestDefaults
-from ..prompts import ModelPrompts
+from ..prompts import request_defaults
 
 MAX_SHOWN_BAD_ROWS = 20
 
@@ -33,7 +31,7 @@ def validate(
     stderr: TextIO,
 ) -> int:
     """Check an input against a model and print the errors; returns 3 if a row is bad."""
-    rules = row_rules(engine, sampling, thinking)
+    rules = request_defaults(engine, sampling, thinking)
     progress = ProgressReporter(stderr)
     if defaults := engine.sampling_defaults:
         progress.message(sampling_notice(defaults))
@@ -82,19 +80,3 @@ def validate(
     for length, count in summary.to_dict()["prompt_lengths"].items():
         print(f"  prompts of {length} tokens: {count}", file=stdout)
     return ExitCode.ROWS_FAILED if summary.num_bad_rows else ExitCode.OK
-
-
-def row_rules(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool | None) -> RequestDefaults:
-    """Limits and defaults for the rows of a job; ValueError for a model that cannot run with these settings."""
-    model = read_model_config(engine)
-    limits = RequestLimits(
-        vocab_size=model.vocab_size, max_model_len=engine.max_model_len or model.max_position_embeddings
-    )
-    prompts = ModelPrompts.from_pretrained(engine.model, engine.chat_format)
-    return RequestDefaults(
-        limits=limits,
-        encoder=prompts,
-        tokenizer=None if prompts is None else prompts.tokenizer,
-        sampling=engine.sampling_defaults | dict(sampling),
-        thinking=thinking,
-    )

@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 import uvicorn
 
-from ..commands.validate import row_rules
 from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
+from ..prompts import request_defaults
 from ..replicas.engine_thread import AbortableEngineClient, EngineThread
 from ..replicas.inprocess import InProcessEngine
 from ..workers.engine_factory import BUILD_ENGINE
@@ -43,7 +43,7 @@ def serve(args: ServeArgs, engine: EngineArgs, *, stderr: TextIO, engine_factory
         names=[name],
         root=engine.model,
         created=int(time.time()),
-        defaults=row_rules(engine, {}, thinking=None),
+        defaults=request_defaults(engine, {}, thinking=None),
     )
     state = ServerState(stall_timeout_s=engine.collective_timeout_s + STALL_GRACE_S)
     app = make_app(Api(model, state, max_num_queued_reqs=args.max_num_queued_reqs), keys=keys)

@@ -26,6 +26,8 @@ ONLY_IN = {
     "yaml": "cluster",
     "click": "cluster",
     "rich": "cluster",
+    "starlette": "cluster",
+    "uvicorn": "cluster",
 } | dict.fromkeys(LIBRARIES, "kernels")
 ROOMS = {
     "runtime": [
@@ -48,6 +50,7 @@ ROOMS = {
         "replicas",
         "llm",
         "bench",
+        "server",
         "commands",
     ],
 }

@@ -12,8 +12,8 @@ import pytest
 
 from shoal import LLM, SamplingParams
 from shoal.cluster.bundled import BUNDLED_MODEL
-from shoal.cluster.commands.validate import row_rules
 from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.prompts import request_defaults
 from shoal.cluster.replicas.engine_thread import EngineThread
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.cluster.server.app import Api, ServedModel, make_app
@@ -44,7 +44,7 @@ def serve(engines: EngineThread, use: Use, *, keys: tuple[str, ...] = (), limit:
         if ready:
             state.set_ready(client)
         model = ServedModel(
-            names=["shoal-tiny"], root=str(BUNDLED_MODEL), created=1, defaults=row_rules(ARGS, {}, thinking=None)
+            names=["shoal-tiny"], root=str(BUNDLED_MODEL), created=1, defaults=request_defaults(ARGS, {}, thinking=None)
         )
         app = make_app(Api(model, state, max_num_queued_reqs=limit), keys=keys)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
