@@ -79,8 +79,10 @@ def demo(**flags: Any) -> int:
 @exits
 def serve(**flags: Any) -> int:
     """Answer OpenAI's API over HTTP until SIGTERM or Ctrl-C. Needs `pip install 'shoal[serve]'`."""
-    from ..server.serve import serve as run
-
+    try:
+        from ..server.serve import serve as run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'shoal[serve]'") from error
     return run(take(ServeArgs, flags), take(EngineArgs, flags), stderr=sys.stderr)
 
 

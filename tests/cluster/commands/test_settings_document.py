@@ -12,6 +12,7 @@ from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.exit_codes import ExitCode
 from shoal.cluster.jobs.config import ChatTemplateKwargs, JobConfig
 from shoal.cluster.replica_spec import ReplicaSpec
+from shoal.cluster.server.settings import ServeArgs
 from shoal.parallel.settings import Declaration, declarations
 from shoal.runtime.types import SamplingParams
 from tests.support.tables import write_or_compare
@@ -23,6 +24,7 @@ ENGINE = (
     "Settings of `LLM(..)` and of every command that runs a model. The digest of a job's outputs does not depend on "
     "the layout, the batch sizes, the cache or the number of threads."
 )
+SERVER = "Settings of `shoal serve` beside those of the engine."
 REPLICAS = "Fields of an item of `replicas`; on the command line `--replicas prefill:2:tp=2 --replicas decode:1:dp=8`."
 SAMPLING = (
     "Fields of `SamplingParams`, of a row, of a row's `sampling_params`, and of `sampling` in a job file, which has "
@@ -33,6 +35,7 @@ CHAT = "Fields of `chat_template_kwargs`, in a job file or in a row."
 SECTIONS: list[tuple[str, str, type]] = [
     ("Job", JOB, JobConfig),
     ("Engine", ENGINE, EngineArgs),
+    ("Server", SERVER, ServeArgs),
     ("Replicas", REPLICAS, ReplicaSpec),
     ("Sampling", SAMPLING, SamplingParams),
     ("Chat template", CHAT, ChatTemplateKwargs),
