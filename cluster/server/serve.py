@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -96,8 +96,7 @@ class _Life:
 
     async def run(self, listener: socket.socket) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+        self._take_signals()
         serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
         try:
             engines = await self._start_engines()
@@ -111,6 +110,10 @@ class _Life:
             self._server.should_exit = True
             await serving
 
+    def _take_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
     def _on_signal(self) -> None:
         self._num_signals += 1
         self._signalled.set()
@@ -120,9 +123,13 @@ class _Life:
         loop = asyncio.get_running_loop()
         started: asyncio.Future[EngineThread] = loop.create_future()
 
+        def on_phase(line: object) -> None:
+            self._say(line)
+            loop.call_soon_threadsafe(self._take_signals)  # Ray has installed handlers of its own
+
         def start() -> None:
             try:
-                engines = EngineThread(self._make_engines)
+                engines = EngineThread(lambda: self._make_engines(on_phase))
             except BaseException as error:
                 loop.call_soon_threadsafe(started.set_exception, error)
             else:
@@ -141,14 +148,12 @@ class _Life:
         self._say("ready")
         return engines
 
-    def _make_engines(self) -> AbortableEngineClient:
+    def _make_engines(self, on_phase: Callable[[object], None]) -> AbortableEngineClient:
         if self._engine.num_workers > 1 or self._engine.ray_address is not None:
             from ..replicas.start import start_engines  # with Ray, which one process does not need
 
-            return start_engines(
-                self._engine, on_phase=self._say, on_wait=self._say, engine_factory=self._engine_factory
-            )
-        return InProcessEngine(self._engine, on_phase=self._say, engine_factory=self._engine_factory)
+            return start_engines(self._engine, on_phase=on_phase, on_wait=on_phase, engine_factory=self._engine_factory)
+        return InProcessEngine(self._engine, on_phase=on_phase, engine_factory=self._engine_factory)
 
     async def _serve_until_the_end(self, engines: EngineThread) -> int:
         while not self._signalled.is_set():
