@@ -19,6 +19,7 @@ from shoal.cluster.replicas.replica import listen
 from shoal.cluster.routing.groups import GroupSpec
 from shoal.cluster.routing.request_router import Deliver, Effect, RequestRouter
 from shoal.cluster.workers import worker as worker_module
+from shoal.cluster.workers import worker_groups
 from shoal.cluster.workers.assignment import Assignment
 from shoal.cluster.workers.engine_factory import BUILD_ENGINE
 from shoal.cluster.workers.spec import WorkerFailure, WorkerSpec
@@ -78,7 +79,7 @@ class RolesCluster:
         )
         self._published: Published = {}
         monkeypatch.setattr(worker_module, "create_transport", lambda spec: self._transport(point, spec))
-        monkeypatch.setattr(worker_module, "node_address", lambda: "127.0.0.1")
+        monkeypatch.setattr(worker_groups, "node_address", lambda: "127.0.0.1")
         specs = self._args.replica_specs
         self._stores = [listen("127.0.0.1") for _ in specs]
         self._ranks = [
