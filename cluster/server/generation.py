@@ -121,7 +121,9 @@ class Answer:
                 yield [self._failed(reason)]
                 return
             offset += prompt.params.n
-        yield streams[-1].end()
+        if ends := [event for stream in streams for event in stream.end()]:
+            usages = [event["usage"] for event in ends]
+            yield [ends[-1] | {"usage": {name: sum(usage[name] for usage in usages) for name in usages[0]}}]
 
     def _failed(self, error: ApiError) -> dict[str, Any]:
         return generation_failed(error, self._request.head.id).error.body(500)

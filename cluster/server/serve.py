@@ -20,6 +20,7 @@ from ..exit_codes import ExitCode
 from ..prompts import request_defaults
 from ..replicas.engine_thread import AbortableEngineClient, EngineThread
 from ..replicas.inprocess import InProcessEngine
+from ..report import engine_errors
 from ..workers.engine_factory import BUILD_ENGINE
 from .app import Api, ServedModel, make_app
 from .async_engines import AsyncEngines
@@ -143,7 +144,8 @@ class _Life:
         signalled.cancel()
         if not started.done():
             return None
-        engines = await started
+        with engine_errors():
+            engines = await started
         self._state.set_ready(AsyncEngines(engines))
         self._say("ready")
         return engines

@@ -107,7 +107,11 @@ def test_a_stream_adds_up_to_the_whole_answer(engines: EngineThread) -> None:
         assert len(found) > 10, "it was not streamed"
         asked = {"prompt": ["What is", "Sort"], "temperature": 0, "max_tokens": 6, "stream": True}
         texts = {0: "", 1: ""}
-        for event in events(await http.post("/v1/completions", json=asked)):
+        *parts, last = events(
+            await http.post("/v1/completions", json=asked | {"stream_options": options["stream_options"]})
+        )
+        assert last["usage"]["completion_tokens"] == 12, "of both prompts"
+        for event in parts:
             texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
         whole = (await http.post("/v1/completions", json={**asked, "stream": False})).json()
         assert list(texts.values()) == [choice["text"] for choice in whole["choices"]]
