@@ -24,6 +24,15 @@ MAX_SHOWN_CHARS = 100
 T = TypeVar("T")
 
 
+class SettingError(ValueError):
+    """A value that a setting does not allow."""
+
+    def __init__(self, name: str, message: str) -> None:
+        """name: the setting, without the path to it."""
+        super().__init__(message)
+        self.name = name
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """Metadata of a settings field: help text, range, and command line details."""
@@ -62,11 +71,11 @@ class Declaration:
         return f"{', '.join(others)} or {last}" if others else last
 
     def check(self, value: object, path: str = "") -> None:
-        """ValueError unless `value` is allowed. Types are strict: neither true nor "8" nor 8.0 is a whole number."""
+        """SettingError unless `value` is allowed. Types are strict: neither true nor "8" nor 8.0 is a whole number."""
         if type(value) is int and not _fits_64_bits(value):
-            raise ValueError(f"{path}{self.name} must fit into 64 bits, got {shown(value)}")
+            raise SettingError(self.name, f"{path}{self.name} must fit into 64 bits, got {shown(value)}")
         if not any(_matches(value, kind, self.setting) for kind in alternatives(self.kind)):
-            raise ValueError(f"{path}{self.name} must be {self.allowed}, got {shown(value)}")
+            raise SettingError(self.name, f"{path}{self.name} must be {self.allowed}, got {shown(value)}")
 
 
 def declarations(cls: type) -> dict[str, Declaration]:
@@ -96,7 +105,7 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 
 def check_settings(settings: Any) -> None:
-    """ValueError that names the first field of a settings object with a value that is not allowed. For `__post_init__`.
+    """SettingError for the first field of a settings object with a value that is not allowed. For `__post_init__`.
 
     Default values are not checked.
     """

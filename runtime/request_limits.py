@@ -28,10 +28,13 @@ def check_request(request: Request, limits: RequestLimits) -> RowError | None:
         return _out_of_vocabulary("prompt token id", bad, limits)
     if len(prompt) >= limits.max_model_len:
         return RowError(
-            code="prompt_too_long",
-            message=f"the prompt has {len(prompt)} tokens; with at least one token of output it must fit in "
-            f"max_model_len = {limits.max_model_len}",
+            code="context_length_exceeded",
+            message=f"{context_length(limits)}; the prompt has {len(prompt)}, and at least one token of output must "
+            "fit, too",
         )
+    if params.max_tokens is not None and params.max_tokens > limits.max_model_len:
+        message = f"{context_length(limits)}; max_tokens is {params.max_tokens}"
+        return RowError(code="context_length_exceeded", message=message, param="max_tokens")
     for name, ids in (("stop token id", params.stop_token_ids or ()), ("logit_bias token id", params.logit_bias or ())):
         if (bad := next((t for t in ids if not 0 <= t < limits.vocab_size), None)) is not None:
             return _out_of_vocabulary(name, bad, limits)
@@ -56,6 +59,11 @@ def max_output_tokens(request: Request, max_model_len: int) -> int:
     """Longest output of a request: `max_tokens`, cut to the room that the prompt leaves in `max_model_len`."""
     room = max_model_len - len(request.prompt_token_ids)
     return room if request.params.max_tokens is None else min(request.params.max_tokens, room)
+
+
+def context_length(limits: RequestLimits) -> str:
+    """The words by which clients know that a request does not fit."""
+    return f"This model's maximum context length is {limits.max_model_len} tokens"
 
 
 def _out_of_vocabulary(name: str, token_id: int, limits: RequestLimits) -> RowError:

@@ -13,7 +13,7 @@ from msgspec import Struct
 from msgspec.structs import force_setattr
 
 from shoal.parallel.request_id import RequestId, RequestMessage
-from shoal.parallel.settings import Declaration, Setting, build_settings, check_settings
+from shoal.parallel.settings import Declaration, Setting, SettingError, build_settings, check_settings
 
 from .plain_numbers import plain_number, whole_number
 
@@ -90,16 +90,20 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
         check_settings(self)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if any(map(_has_surrogate, stop)):
-            raise ValueError("stop has a lone surrogate, which is not a character and which no text can contain")
+            raise SettingError(
+                "stop", "stop has a lone surrogate, which is not a character and which no text can contain"
+            )
         if len(stop) > MAX_STOP_STRINGS:
-            raise ValueError(f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
+            raise SettingError("stop", f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are allowed")
         if (num_chars := sum(map(len, stop))) > MAX_STOP_CHARS:
-            raise ValueError(f"stop has {num_chars} characters in all, at most {MAX_STOP_CHARS} are allowed")
+            raise SettingError("stop", f"stop has {num_chars} characters in all, at most {MAX_STOP_CHARS} are allowed")
         stop_token_ids = tuple(self.stop_token_ids or ())
         if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise ValueError(f"stop_token_ids has {len(stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are allowed")
+            message = f"stop_token_ids has {len(stop_token_ids)} ids, at most {MAX_STOP_TOKEN_IDS} are allowed"
+            raise SettingError("stop_token_ids", message)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
+            message = f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})"
+            raise SettingError("min_tokens", message)
         force_setattr(self, "stop", stop)
         force_setattr(self, "stop_token_ids", stop_token_ids)
         if self.logit_bias is not None:
@@ -271,6 +275,8 @@ class RowError:
 
     code: str
     message: str
+    param: str | None = None
+    """The field at fault."""
     details: dict[str, int | str] = field(default_factory=dict)
 
 

@@ -29,9 +29,10 @@ CONVERSATION_FIELDS = frozenset(
 CHAT_FIELDS = SAMPLING_FIELDS | {
     "max_completion_tokens",
     "top_logprobs",
+    "return_token_ids",
     *CONVERSATION_FIELDS,
 }
-COMPLETION_FIELDS = SAMPLING_FIELDS | {"prompt"}
+COMPLETION_FIELDS = SAMPLING_FIELDS | {"prompt", "echo", "return_token_ids"}
 
 FIELDS_WITHOUT_EFFECT = frozenset(
     {
@@ -44,7 +45,6 @@ FIELDS_WITHOUT_EFFECT = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "return_token_ids",
         "priority",
     }
 )
@@ -71,7 +71,6 @@ UNSUPPORTED_FIELDS: dict[str, UnsupportedField] = {
     "verbosity": UnsupportedField(("medium",), "ask for it in a message"),
     "prediction": UnsupportedField(()),
     "web_search_options": UnsupportedField(()),
-    "echo": UnsupportedField((False,), "use prompt_logprobs to score a prompt"),
     "suffix": UnsupportedField(("",)),
     "best_of": UnsupportedField((1,), "use n"),
     "use_beam_search": UnsupportedField((False,)),

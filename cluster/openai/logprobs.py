@@ -12,12 +12,12 @@ from shoal.runtime.types import Logprob
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot write."""
 
-Positions = Sequence[Mapping[int, Logprob]]
-"""Per token, the log-probabilities of it and of its alternatives."""
+Position = Mapping[int, Logprob]
+"""The log-probabilities of a token and of its alternatives."""
 
 
 def chat_logprobs(
-    token_ids: Sequence[int], positions: Positions, num_top: int, tokenizer: Tokenizer | None
+    token_ids: Sequence[int], positions: Sequence[Position], num_top: int, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     """OpenAI's form for chat: per token its bytes and `num_top` alternatives."""
     content = []
@@ -29,17 +29,22 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], positions: Positions, tokenizer: Tokenizer | None, offsets: TokenOffsets | None
+    token_ids: Sequence[int],
+    positions: Sequence[Position | None],
+    tokenizer: Tokenizer | None,
+    offsets: TokenOffsets | None,
 ) -> dict[str, Any]:
-    """OpenAI's older form: one list entry per token.
+    """OpenAI's older form: one list entry per token, null where a position is None.
 
     offsets: has the tokens before these; None without a tokenizer, where all text is empty.
     """
-    chosen = [position[token] for token, position in zip(token_ids, positions, strict=True)]
     return {
         "tokens": [_text(token, tokenizer) for token in token_ids],
-        "token_logprobs": [_finite(entry.logprob) for entry in chosen],
-        "top_logprobs": [_by_text(position, tokenizer) for position in positions],
+        "token_logprobs": [
+            None if position is None else _finite(position[token].logprob)
+            for token, position in zip(token_ids, positions, strict=True)
+        ],
+        "top_logprobs": [position and _by_text(position, tokenizer) for position in positions],
         "text_offset": [0 if offsets is None else offsets.append(token) for token in token_ids],
     }
 

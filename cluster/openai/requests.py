@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import msgspec
 
+from shoal.parallel.settings import SettingError
 from shoal.runtime.chat.prompt import ChatPrompt, OutputFormat
 from shoal.runtime.plain_numbers import whole_number
-from shoal.runtime.request_limits import RequestLimits, check_request
+from shoal.runtime.request_limits import RequestLimits, check_request, context_length
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Request, SamplingParams
 
@@ -62,6 +63,12 @@ class ParsedRequest:
     """How the output is read; None: it is text."""
     spelled_token: str | None = None
     """See `ChatPrompt`."""
+    echo: bool = False
+    """The answer begins with the prompt, and its logprobs with those of the prompt."""
+    scores_prompt: bool = False
+    """`max_tokens` 0: the one token that engines generate is not shown."""
+    return_token_ids: bool = False
+    """The answer has the token ids of the prompt, and its events those of their texts."""
 
     def to_request(self, request_id: str, index: int) -> Request:
         """The request for an engine. index: its position in the run."""
@@ -92,7 +99,8 @@ def parse_chat(body: Mapping[str, Any], defaults: RequestDefaults) -> ParsedRequ
         values["logprobs"] = _chat_logprobs(body)
     if "max_tokens" in defaults.sampling and values["max_tokens"] is None:
         del values["max_tokens"]
-    return build_request("/v1/chat/completions", prompt, values, defaults)
+    parsed = build_request("/v1/chat/completions", prompt, values, defaults)
+    return replace(parsed, return_token_ids=read_flag(body, "return_token_ids"))
 
 
 def parse_completion(body: Mapping[str, Any], defaults: RequestDefaults) -> ParsedRequest:
@@ -100,7 +108,14 @@ def parse_completion(body: Mapping[str, Any], defaults: RequestDefaults) -> Pars
     check_fields(body, COMPLETION_FIELDS)
     body = without_nulls(body)
     values = {name: body[name] for name in SAMPLING_FIELDS & body.keys()}
-    return build_request("/v1/completions", encode_prompt(body, defaults), values, defaults)
+    echo = read_flag(body, "echo")
+    scores_prompt = echo and whole_number(values.get("max_tokens")) == 0
+    if scores_prompt:
+        values["max_tokens"] = 1
+    if echo:
+        values |= _echoed_logprobs(values, defaults)
+    parsed = build_request("/v1/completions", encode_prompt(body, defaults), values, defaults)
+    return replace(parsed, echo=echo, scores_prompt=scores_prompt, return_token_ids=read_flag(body, "return_token_ids"))
 
 
 def build_request(
@@ -119,7 +134,8 @@ def build_request(
         params = SamplingParams(**(values | {"logprobs": values["logprobs"] if show_logprobs else 0}))
         params = ending_turns(params, prompt)
     except ValueError as error:
-        raise ApiError("invalid_parameter", str(error)) from error
+        param = error.name if isinstance(error, SettingError) else None
+        raise ApiError("invalid_parameter", str(error), param) from error
     parsed = ParsedRequest(
         endpoint=endpoint,
         prompt_token_ids=tuple(prompt.token_ids),
@@ -129,7 +145,7 @@ def build_request(
         spelled_token=prompt.spelled_token,
     )
     if (problem := check_request(parsed.to_request("", 0), defaults.limits)) is not None:
-        raise ApiError(problem.code, problem.message)
+        raise ApiError(problem.code, problem.message, problem.param)
     return parsed
 
 
@@ -155,6 +171,7 @@ def encode_chat(body: Mapping[str, Any], defaults: RequestDefaults) -> ChatPromp
         message = "messages need a tokenizer, and the model directory has none; give token ids"
         raise ApiError("no_tokenizer", message, "messages")
     checked = [_message(i, m) for i, m in enumerate(messages)]
+    check_text_length(sum(map(_num_chars, checked)), defaults, "messages")
     try:
         return defaults.encoder.encode_chat(checked, options)
     except ValueError as error:
@@ -173,7 +190,7 @@ def encode_prompt(body: Mapping[str, Any], defaults: RequestDefaults) -> ChatPro
             message = f"prompt.prompt_token_ids must be a list, got {json_type(prompt)}"
             raise ApiError("invalid_type", message, "prompt.prompt_token_ids")
     if isinstance(prompt, list):
-        return ChatPrompt(_token_ids(prompt))
+        return ChatPrompt(read_token_ids(prompt, "prompt"))
     if not isinstance(prompt, str):
         message = f"prompt must be a string or a list of token ids, got {json_type(prompt)}"
         raise ApiError("invalid_type", message, "prompt")
@@ -182,18 +199,36 @@ def encode_prompt(body: Mapping[str, Any], defaults: RequestDefaults) -> ChatPro
     if defaults.encoder is None:
         message = "a text prompt needs a tokenizer, and the model directory has none; give token ids"
         raise ApiError("no_tokenizer", message, "prompt")
+    check_text_length(len(prompt), defaults, "prompt")
     return defaults.encoder.encode_text(prompt)
 
 
-def _token_ids(values: Sequence[object]) -> list[int]:
+def read_flag(body: Mapping[str, Any], name: str) -> bool:
+    """A field that is true or false, and false where it is missing or null."""
+    value = body.get(name)
+    if not isinstance(value, bool | None):
+        raise ApiError("invalid_type", f"{name} must be true or false, got {json_type(value)}", name)
+    return bool(value)
+
+
+def _echoed_logprobs(values: Mapping[str, Any], defaults: RequestDefaults) -> dict[str, Any]:
+    """The prompt's logprobs, which an echoed prompt has where the answer has some."""
+    if values.get("prompt_logprobs") is not None:
+        message = "echo shows the prompt's logprobs where logprobs asks for them; remove prompt_logprobs"
+        raise ApiError("invalid_parameter", message, "prompt_logprobs")
+    return {"prompt_logprobs": values.get("logprobs", defaults.sampling.get("logprobs"))}
+
+
+def read_token_ids(values: Sequence[object], name: str) -> list[int]:
+    """The token ids of a list in a field; ApiError for other values."""
     if values and isinstance(values[0], str | list):
-        raise ApiError("unsupported_value", "prompt is a list of prompts; ask for each one by itself", "prompt")
+        raise ApiError("unsupported_value", f"{name} is a list of prompts; ask for each one by itself", name)
     token_ids: list[int] = []
     for i, value in enumerate(values):
         token_id = whole_number(value)
         if token_id is None:
             got = shown(value) if isinstance(value, float) else json_type(value)
-            raise ApiError("invalid_type", f"prompt[{i}] must be a token id, got {got}", "prompt")
+            raise ApiError("invalid_type", f"{name}[{i}] must be a token id, got {got}", name)
         token_ids.append(token_id)
     return token_ids
 
@@ -206,6 +241,28 @@ def _message(position: int, message: object) -> dict[str, Any]:
         got = json_type(message.get("role"))
         raise ApiError("invalid_type", f"messages[{position}].role must be a string, got {got}", "messages")
     return message
+
+
+def _num_chars(message: Mapping[str, Any]) -> int:
+    """Characters of a message that certainly are in the prompt."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return sum(
+            len(part["text"]) for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+        )
+    return len(content) if isinstance(content, str) else 0
+
+
+def check_text_length(num_chars: int, defaults: RequestDefaults, param: str) -> None:
+    """Refuse a text that cannot fit before it is tokenised, which takes seconds for a megabyte."""
+    longest = None if defaults.tokenizer is None else defaults.tokenizer.longest_token
+    max_model_len = defaults.limits.max_model_len
+    if longest is not None and num_chars > max_model_len * longest:
+        message = (
+            f"{context_length(defaults.limits)}; the prompt has {num_chars} characters, and no token has more than "
+            f"{longest}"
+        )
+        raise ApiError("context_length_exceeded", message, param)
 
 
 def _chat_logprobs(body: Mapping[str, Any]) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from shoal.runtime.chat.output import ParsedToolCall, finish_reason
@@ -12,8 +13,9 @@ from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import CompletionOutput, RequestOutput
 
 from .errors import ApiError
-from .logprobs import chat_logprobs, completion_logprobs, first_offsets, logprob_entry
+from .logprobs import Position, chat_logprobs, completion_logprobs, first_offsets, logprob_entry
 from .requests import ParsedRequest
+from .usage import usage_of
 
 
 def failure(output: RequestOutput) -> ApiError | None:
@@ -49,6 +51,8 @@ def chat_completion(
             )
         choices.append(choice)
     body = {"id": id, "object": "chat.completion", "created": created, "model": model, "choices": choices}
+    if request.return_token_ids:
+        body["prompt_token_ids"] = list(request.prompt_token_ids)
     return body | _usage_and_prompt(output, request, tokenizer)
 
 
@@ -58,13 +62,42 @@ def completion(
     """The body of a /v1/completions response. created: seconds since 1970."""
     choices = []
     for sample in sorted(output.outputs, key=lambda c: c.index):
-        logprobs = None
-        if request.num_logprobs is not None:
-            offsets = first_offsets(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
-            logprobs = completion_logprobs(sample.token_ids, sample.logprobs or (), tokenizer, offsets)
-        choices.append(_choice(sample, {"text": sample.text, "logprobs": logprobs}))
+        choice = _choice(sample, {"text": sample.text})
+        if request.scores_prompt:
+            choice |= {"text": "", "finish_reason": "length", "stop_reason": None, "token_ids": []}
+        if request.echo:
+            choice["text"] = prompt_text(request, tokenizer) + choice["text"]
+        choice["logprobs"] = _completion_logprobs(choice["token_ids"], sample, output, request, tokenizer)
+        if request.return_token_ids:
+            choice["prompt_token_ids"] = list(request.prompt_token_ids)
+        choices.append(choice)
     body = {"id": id, "object": "text_completion", "created": created, "model": model, "choices": choices}
     return body | _usage_and_prompt(output, request, tokenizer)
+
+
+def prompt_text(request: ParsedRequest, tokenizer: Tokenizer | None) -> str:
+    """The text of a prompt, as `echo` shows it."""
+    if tokenizer is None:
+        return ""
+    return tokenizer.decode(request.prompt_token_ids, skip_special_tokens=request.params.skip_special_tokens)
+
+
+def _completion_logprobs(
+    token_ids: Sequence[int],
+    sample: CompletionOutput,
+    output: RequestOutput,
+    request: ParsedRequest,
+    tokenizer: Tokenizer | None,
+) -> dict[str, Any] | None:
+    if request.num_logprobs is None:
+        return None
+    positions: Sequence[Position | None] = (sample.logprobs or [])[: len(token_ids)]
+    if request.echo:
+        assert output.prompt_logprobs is not None
+        token_ids = [*request.prompt_token_ids, *token_ids]
+        positions = [*output.prompt_logprobs, *positions]
+    offsets = first_offsets(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
+    return completion_logprobs(token_ids, positions, tokenizer, offsets)
 
 
 def parsed_answer(
@@ -113,17 +146,11 @@ def _choice(sample: CompletionOutput, answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _usage_and_prompt(output: RequestOutput, request: ParsedRequest, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    num_prompt_tokens = len(request.prompt_token_ids)
-    num_output_tokens = sum(len(sample.token_ids) for sample in output.outputs)
     body: dict[str, Any] = {}
-    if output.prompt_logprobs is not None:
+    if output.prompt_logprobs is not None and not request.echo:
         body["prompt_logprobs"] = [
             position and {str(token): logprob_entry(token, entry, tokenizer) for token, entry in position.items()}
             for position in output.prompt_logprobs
         ]
-    body["usage"] = {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_output_tokens,
-        "total_tokens": num_prompt_tokens + num_output_tokens,
-    }
+    body["usage"] = usage_of(output, request).body()
     return body

@@ -12,11 +12,12 @@ from typing import Any
 from shoal.runtime.chat.output import ContentDelta, OutputDelta, ReasoningDelta, finish_reason
 from shoal.runtime.chat.prompt import OutputReader
 from shoal.runtime.tokenization.tokenizer import Tokenizer
-from shoal.runtime.types import Finished, Tokens
+from shoal.runtime.types import Finished, Prefilled, Tokens
 
-from .logprobs import chat_logprobs, completion_logprobs, first_offsets
+from .logprobs import Position, chat_logprobs, completion_logprobs, first_offsets
 from .requests import ParsedRequest
-from .responses import call_id
+from .responses import call_id, prompt_text
+from .usage import Usage, num_reasoning_tokens
 
 Body = dict[str, Any]
 
@@ -29,6 +30,8 @@ class StreamHead:
     created: int
     """Seconds since 1970."""
     model: str
+    seed: int | None = None
+    """The seed that was drawn for a request that samples and has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,36 +62,91 @@ class CompletionStream:
         self._tokenizer = tokenizer
         self._usage = usage
         self._num_tokens = [0] * request.params.n
+        self._num_cached_tokens = 0
+        self._early: list[Tokens | Finished] | None = None
+        """What waits for the logprobs of the prompt, which is shown before it; None where nothing has to."""
+        if request.echo and request.num_logprobs is not None:
+            self._early = []
         skips = request.params.skip_special_tokens
         self._offsets = [first_offsets(tokenizer, skip_special_tokens=skips) for _ in range(request.params.n)]
 
+    @property
+    def usage(self) -> Usage:
+        """The counts so far."""
+        return Usage(
+            num_prompt_tokens=len(self._request.prompt_token_ids),
+            num_output_tokens=sum(self._num_tokens),
+            num_cached_tokens=self._num_cached_tokens,
+        )
+
     def begin(self) -> list[Body]:
         """The events before the first token."""
+        if self._request.echo and self._early is None:
+            return self._echo(None)
         return []
+
+    def prefill(self, prefilled: Prefilled) -> list[Body]:
+        """The events of a prompt that is computed."""
+        self._num_cached_tokens = prefilled.num_cached_tokens
+        if self._early is None or prefilled.prompt_logprobs is None:
+            return []
+        early = self._early
+        self._early = None
+        events = self._echo(prefilled.prompt_logprobs)
+        for output in early:
+            events += self.add(output) if isinstance(output, Tokens) else self.finish(output)
+        return events
 
     def add(self, tokens: Tokens) -> list[Body]:
         """The events of new tokens; none for tokens whose text is held back."""
+        if self._early is not None:
+            self._early.append(tokens)
+            return []
+        if self._request.scores_prompt:
+            return []
         self._num_tokens[tokens.sample_index] += len(tokens.token_ids)
         logprobs = self._logprobs(tokens)
-        if not tokens.text and logprobs is None:
+        if not tokens.text and logprobs is None and not self._request.return_token_ids:
             return []
         choice = {"index": tokens.sample_index, "text": tokens.text, "logprobs": logprobs, "finish_reason": None}
-        return [self._event([choice])]
+        return [self._event([choice | self._token_ids(tokens)])]
 
     def finish(self, end: Finished) -> list[Body]:
         """The event that ends a choice, which did not fail."""
-        choice = {"index": end.sample_index, "text": "", "logprobs": None, **_ending(end)}
-        return [self._event([choice])]
+        if self._early is not None:
+            self._early.append(end)
+            return []
+        ending = {"finish_reason": "length", "stop_reason": None} if self._request.scores_prompt else _ending(end)
+        return [self._event([{"index": end.sample_index, "text": "", "logprobs": None, **ending}])]
 
-    def end(self) -> list[Body]:
-        """The event after the last choice ended, if it was asked for."""
-        return [self._event([]) | {"usage": self._counts()}] if self._usage.include_usage else []
+    def end(self, usage: Usage) -> list[Body]:
+        """The event after the last choice ended, if it was asked for. usage: the counts of the whole response."""
+        return [self._event([]) | {"usage": usage.body()}] if self._usage.include_usage else []
+
+    def _echo(self, prompt_logprobs: Sequence[Position | None] | None) -> list[Body]:
+        """The prompt as the beginning of every choice."""
+        prompt = self._request.prompt_token_ids
+        events = []
+        for index, offsets in enumerate(self._offsets):
+            choice: Body = {"index": index, "text": prompt_text(self._request, self._tokenizer), "finish_reason": None}
+            choice["logprobs"] = None
+            if prompt_logprobs is not None:
+                choice["logprobs"] = completion_logprobs(prompt, prompt_logprobs, self._tokenizer, offsets)
+            events.append(self._event([choice]))
+        return events
 
     def _logprobs(self, tokens: Tokens) -> Body | None:
         if self._request.num_logprobs is None:
             return None
         offsets = self._offsets[tokens.sample_index]
         return completion_logprobs(tokens.token_ids, tokens.logprobs or (), self._tokenizer, offsets)
+
+    def _token_ids(self, tokens: Tokens) -> Body:
+        """vLLM's `token_ids` of an event, and `prompt_token_ids` in the first one of a choice."""
+        if not self._request.return_token_ids:
+            return {}
+        ids: Body = {"token_ids": list(tokens.token_ids)}
+        return ids | ({"prompt_token_ids": list(self._request.prompt_token_ids)} if not tokens.start else {})
 
     def _event(self, choices: list[Body]) -> Body:
         body: Body = {
@@ -98,18 +156,11 @@ class CompletionStream:
             "model": self._head.model,
             "choices": choices,
         }
+        if self._head.seed is not None:
+            body["seed"] = self._head.seed
         if self._usage.continuous_usage_stats:
-            return body | {"usage": self._counts()}
+            return body | {"usage": self.usage.body()}
         return body | {"usage": None} if self._usage.include_usage else body
-
-    def _counts(self) -> Body:
-        num_prompt_tokens = len(self._request.prompt_token_ids)
-        num_output_tokens = sum(self._num_tokens)
-        return {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_output_tokens,
-            "total_tokens": num_prompt_tokens + num_output_tokens,
-        }
 
 
 class ChatStream(CompletionStream):
@@ -128,6 +179,11 @@ class ChatStream(CompletionStream):
         super().__init__(request, head, tokenizer=tokenizer, usage=usage)
         self._choices = [_ChatChoice(request, f"{head.id}/{i}", tokenizer) for i in range(request.params.n)]
 
+    @property
+    def usage(self) -> Usage:
+        counts = [choice.num_reasoning_tokens for choice in self._choices]
+        return sum((Usage(num_reasoning_tokens=count) for count in counts), super().usage)
+
     def begin(self) -> list[Body]:
         delta = {"role": "assistant", "content": ""}
         choices = [
@@ -139,10 +195,10 @@ class ChatStream(CompletionStream):
         self._num_tokens[tokens.sample_index] += len(tokens.token_ids)
         delta = self._choices[tokens.sample_index].add(tokens)
         logprobs = self._logprobs(tokens)
-        if not delta and logprobs is None:
+        if not delta and logprobs is None and not self._request.return_token_ids:
             return []
         choice = {"index": tokens.sample_index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
-        return [self._event([choice])]
+        return [self._event([choice | self._token_ids(tokens)])]
 
     def finish(self, end: Finished) -> list[Body]:
         delta, ending = self._choices[end.sample_index].finish(end)
@@ -163,15 +219,26 @@ class _ChatChoice:
         self._answer_id = answer_id
         self._num_chars = 0
         self._has_calls = False
+        self._reasoning_end: int | None = None
+        """The token that ends the reasoning; None after it, and where there is none."""
+        self.num_reasoning_tokens: int | None = None
+        """Tokens of the reasoning so far; None where there is none."""
         self._reader: OutputReader | None = None
         if request.output_format is not None:
             assert tokenizer is not None, "a chat prompt was encoded without a tokenizer"
             skips = request.params.skip_special_tokens
             self._reader = OutputReader(request.output_format, tokenizer=tokenizer, skip_special_tokens=skips)
+            self._reasoning_end = request.output_format.reasoning_end_token_id
+            self.num_reasoning_tokens = None if self._reasoning_end is None else 0
 
     def add(self, tokens: Tokens) -> Body:
         """The delta of new tokens; empty where there is nothing to show yet."""
         self._num_chars = tokens.text_start + len(tokens.text)
+        if self._reasoning_end is not None:
+            assert self.num_reasoning_tokens is not None
+            self.num_reasoning_tokens += num_reasoning_tokens(tokens.token_ids, self._reasoning_end)
+            if self._reasoning_end in tokens.token_ids:
+                self._reasoning_end = None
         if self._reader is None:
             return {"content": tokens.text} if tokens.text else {}
         return self._delta(self._reader.add(tokens.token_ids, self._num_chars))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hmac
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -21,11 +22,12 @@ import shoal
 
 from ..openai.errors import ApiError
 from ..openai.requests import Endpoint, RequestDefaults
-from .bodies import read_body
+from .bodies import BodyReader
 from .events import EventStream, until_disconnect
 from .generation import Answer, read_request
 from .http_errors import HttpError, bad_request, not_found, queue_full, unavailable
 from .state import ServerState
+from .tokenizing import detokenize, tokenize, tokenizer_info
 
 OPEN_PATHS = ("/live", "/health")
 """Routes that need no key."""
@@ -50,6 +52,7 @@ class Api:
         self._model = model
         self._state = state
         self._max_num_queued_reqs = max_num_queued_reqs
+        self._bodies = BodyReader()
 
     async def live(self, request: Request) -> Response:
         return json_response({"status": "live"})
@@ -78,26 +81,30 @@ class Api:
         return await self._generate("/v1/completions", request)
 
     async def tokenize(self, request: Request) -> Response:
-        body = await read_body(request)
-        text = body.get("prompt")
-        if not isinstance(text, str):
-            raise bad_request(ApiError("invalid_type", "prompt must be a string", "prompt"))
-        encoder = self._model.defaults.encoder
-        if encoder is None:
-            raise bad_request(ApiError("no_tokenizer", "the model directory has no tokenizer"))
-        token_ids = encoder.encode_text(text).token_ids
-        max_model_len = self._model.defaults.limits.max_model_len
-        return json_response({"count": len(token_ids), "max_model_len": max_model_len, "tokens": token_ids})
+        return await self._use_tokenizer(tokenize, request)
+
+    async def detokenize(self, request: Request) -> Response:
+        return await self._use_tokenizer(detokenize, request)
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        return json_response(tokenizer_info(self._model.root, self._model.defaults))
+
+    async def _use_tokenizer(
+        self, use: Callable[[Mapping[str, Any], RequestDefaults], dict[str, Any]], request: Request
+    ) -> Response:
+        async with self._bodies.read(request) as body:
+            self._check_model(body.get("model"))
+            return json_response(await run_in_threadpool(use, body, self._model.defaults))
 
     async def _generate(self, endpoint: Endpoint, http: Request) -> Response | EventStream:
         engines = self._state.engines
         if self._state.status not in ("ready", "stalled") or engines is None:
             raise unavailable(self._state.reason)
-        body = await read_body(http)
-        self._check_model(body.get("model"))
-        request = await read_request(
-            endpoint, body, self._model.defaults, request_id=http.state.request_id, model=self._model.names[0]
-        )
+        async with self._bodies.read(http) as body:
+            self._check_model(body.get("model"))
+            request = await read_request(
+                endpoint, body, self._model.defaults, request_id=http.state.request_id, model=self._model.names[0]
+            )
         if engines.num_sequences + request.num_sequences > self._max_num_queued_reqs:
             raise queue_full(self._max_num_queued_reqs)
         answer = Answer(request, engines, self._model.defaults.tokenizer)
@@ -136,6 +143,8 @@ def make_app(api: Api, *, keys: Sequence[str] = ()) -> ASGIApp:
         _route("/v1/chat/completions", api.chat_completions, "POST"),
         _route("/v1/completions", api.completions, "POST"),
         _route("/tokenize", api.tokenize, "POST"),
+        _route("/detokenize", api.detokenize, "POST"),
+        _route("/tokenizer_info", api.tokenizer_info),
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _http_exception, Exception: _failed})
     return _RequestIds(_Keys(app, keys))

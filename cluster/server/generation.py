@@ -12,13 +12,14 @@ import msgspec
 from starlette.concurrency import run_in_threadpool
 
 from shoal.runtime.tokenization.tokenizer import Tokenizer
-from shoal.runtime.types import Finished, RequestOutput, Tokens
+from shoal.runtime.types import Finished, Prefilled, RequestOutput, Tokens
 
 from ..openai.errors import ApiError, json_type
 from ..openai.fields import check_fields
-from ..openai.requests import Endpoint, ParsedRequest, RequestDefaults, parse_chat, parse_completion
+from ..openai.requests import Endpoint, ParsedRequest, RequestDefaults, parse_chat, parse_completion, read_flag
 from ..openai.responses import chat_completion, completion, failure
 from ..openai.streams import ChatStream, CompletionStream, StreamHead, UsageOptions
+from ..openai.usage import Usage, usage_of
 from .async_engines import AsyncEngines
 from .http_errors import generation_failed
 
@@ -34,8 +35,6 @@ class TextRequest:
     endpoint: Endpoint
     prompts: tuple[ParsedRequest, ...]
     """One for chat; completions may ask for several."""
-    seed: int | None
-    """The seed that was drawn for a request that samples and has none."""
     is_streamed: bool
     usage: UsageOptions
 
@@ -59,10 +58,9 @@ async def read_request(
         params = msgspec.structs.replace(prompts[0].params, seed=seed)
         prompts = [replace(prompt, params=params) for prompt in prompts]
     return TextRequest(
-        head=StreamHead(id=f"{_ID_PREFIX[endpoint]}-{request_id}", created=int(time.time()), model=model),
+        head=StreamHead(id=f"{_ID_PREFIX[endpoint]}-{request_id}", created=int(time.time()), model=model, seed=seed),
         endpoint=endpoint,
         prompts=tuple(prompts),
-        seed=seed,
         is_streamed=is_streamed,
         usage=usage,
     )
@@ -99,9 +97,13 @@ class Answer:
             write(output, prompt, id=head.id, created=head.created, model=head.model, tokenizer=self._tokenizer)
             for output, prompt in zip(outputs, self._request.prompts, strict=True)
         ]
-        body = _joined(bodies)
-        body["usage"]["prompt_tokens_details"] = {"cached_tokens": sum(o.num_cached_tokens for o in outputs)}
-        return body if self._request.seed is None else body | {"seed": self._request.seed}
+        body = _joined(bodies) | {"usage": self._usage(outputs).body()}
+        return body if head.seed is None else body | {"seed": head.seed}
+
+    def _usage(self, outputs: Sequence[RequestOutput]) -> Usage:
+        usage = Usage(num_cached_tokens=sum(output.num_cached_tokens for output in outputs))
+        pairs = zip(outputs, self._request.prompts, strict=True)
+        return sum((usage_of(output, prompt) for output, prompt in pairs), usage)
 
     async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
         """Bodies of events, all that are there at a time. A failure is a last event with `error`."""
@@ -121,9 +123,7 @@ class Answer:
                 yield [self._failed(reason)]
                 return
             offset += prompt.params.n
-        if ends := [event for stream in streams for event in stream.end()]:
-            usages = [event["usage"] for event in ends]
-            yield [ends[-1] | {"usage": {name: sum(usage[name] for usage in usages) for name in usages[0]}}]
+        yield streams[-1].end(sum((stream.usage for stream in streams), Usage()))
 
     def _failed(self, error: ApiError) -> dict[str, Any]:
         return generation_failed(error, self._request.head.id).error.body(500)
@@ -138,18 +138,18 @@ def _events_of(stream: CompletionStream, outputs: Sequence[object]) -> list[dict
     for output in outputs:
         if isinstance(output, Tokens):
             events += stream.add(output)
+        elif isinstance(output, Prefilled):
+            events += stream.prefill(output)
         elif isinstance(output, Finished) and output.reason not in ("error", "abort"):
             events += stream.finish(output)
     return events
 
 
 def _stream_options(body: Mapping[str, Any]) -> tuple[bool, UsageOptions]:
-    is_streamed = body.get("stream")
-    if not isinstance(is_streamed, bool | None):
-        raise ApiError("invalid_type", f"stream must be true or false, got {json_type(is_streamed)}", "stream")
+    is_streamed = read_flag(body, "stream")
     options = body.get("stream_options")
     if options is None:
-        return bool(is_streamed), UsageOptions()
+        return is_streamed, UsageOptions()
     if not is_streamed:
         raise ApiError("invalid_parameter", "stream_options needs stream: true", "stream_options")
     if not isinstance(options, Mapping):
@@ -172,11 +172,10 @@ def _split_prompts(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _joined(bodies: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One response to several prompts: the choices of the first come first."""
+    """One response to several prompts, whose usage is that of the first: the choices of the first come first."""
     joined = dict(bodies[0])
     choices = [choice for body in bodies for choice in body["choices"]]
     joined["choices"] = [{**choice, "index": index} for index, choice in enumerate(choices)]
-    joined["usage"] = {name: sum(body["usage"][name] for body in bodies) for name in joined["usage"]}
     return joined
 
 

@@ -24,6 +24,7 @@ from ..report import engine_errors
 from ..workers.engine_factory import BUILD_ENGINE
 from .app import Api, ServedModel, make_app
 from .async_engines import AsyncEngines
+from .http_protocol import BoundedHttpProtocol
 from .settings import ServeArgs
 from .state import ServerState
 
@@ -51,8 +52,11 @@ def serve(args: ServeArgs, engine: EngineArgs, *, stderr: TextIO, engine_factory
     with _listener(args) as listener:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedHttpProtocol,
+            ws="none",
             loop="asyncio",
+            ssl_certfile=args.ssl_certfile,
+            ssl_keyfile=args.ssl_keyfile,
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -61,7 +65,8 @@ def serve(args: ServeArgs, engine: EngineArgs, *, stderr: TextIO, engine_factory
             timeout_graceful_shutdown=int(CLOSE_TIMEOUT_S),
         )
         host, port = listener.getsockname()[:2]
-        print(f"listening on http://{host}:{port}, starting the engines", file=stderr, flush=True)
+        scheme = "http" if args.ssl_certfile is None else "https"
+        print(f"listening on {scheme}://{host}:{port}, starting the engines", file=stderr, flush=True)
         life = _Life(args, engine, state, _Server(config), stderr, engine_factory)
         return asyncio.run(life.run(listener))
 

@@ -32,6 +32,13 @@ class ServeArgs:
             is_path=True,
         ),
     ] = None
+    ssl_certfile: Annotated[
+        str | None, Setting("Certificate of the server, in PEM, for HTTPS.", metavar="FILE", is_path=True)
+    ] = None
+    ssl_keyfile: Annotated[
+        str | None,
+        Setting("Key of the certificate.", derived="in the certificate's file", metavar="FILE", is_path=True),
+    ] = None
     max_num_queued_reqs: Annotated[
         int, Setting("Sequences that run or wait; requests beyond are refused with status 429.", ge=1)
     ] = 10_000
@@ -41,6 +48,8 @@ class ServeArgs:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_keyfile needs ssl_certfile")
 
     def read_keys(self) -> list[str]:
         """The keys of the file and of the environment; ValueError for a file without any."""

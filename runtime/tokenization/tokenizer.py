@@ -82,6 +82,8 @@ class Tokenizer:
         """Ids that end an answer."""
         self.separator: bytes = b"" if decoder else b" "
         """Bytes that `decode` puts between two tokens."""
+        self.longest_token = _longest_token(text_spec) if decoder else None
+        """Most bytes of a text that one token stands for; None where a token may stand for any number."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer | None:
@@ -190,6 +192,14 @@ def read_eos_token_ids(directory: str | Path) -> tuple[int, ...]:
         if ids:
             return tuple(sorted(set(ids)))
     return ()
+
+
+def _longest_token(spec: Mapping[str, Any]) -> int | None:
+    """Length of the longest token of a byte-level vocabulary; None if it does not hold every byte of a text."""
+    vocabulary: Mapping[str, int] = spec["model"]["vocab"]
+    if spec.get("normalizer") is not None or not vocabulary.keys() >= set(byte_alphabet()):
+        return None
+    return max(map(len, vocabulary))
 
 
 def _check_unicode(text: str) -> None:

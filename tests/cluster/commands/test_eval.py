@@ -108,7 +108,7 @@ def test_one_mode_only(model: Path, tmp_path: Path) -> None:
         (["--tasks", "addition,chess"], "there is no task chess; known are addition, subtraction"),
         (["--output", "."], ". is a directory"),
         (["--limit", "0"], "limit must be a whole number of at least 1 or null, got 0"),
-        (["--tasks", "lookup", "--max-model-len", "64"], "it must fit in max_model_len = 64"),
+        (["--tasks", "lookup", "--max-model-len", "64"], "maximum context length is 64 tokens"),
     ],
 )
 def test_bad_arguments_are_usage_errors(model: Path, flags: list[str], message: str) -> None:

@@ -91,7 +91,7 @@ BAD_ROWS = [
     BadCase("an id that is no whole number", b'{"prompt": [1, 2.5]}', "invalid_type", "prompt[1] must be a token id, got 2.5"),
     BadCase("an id outside the vocabulary", b'{"prompt": {"prompt_token_ids": [1, 512]}}', "token_out_of_vocabulary", "prompt token id 512 is outside the vocabulary [0, 512)"),
     BadCase("a negative id", b'{"prompt_token_ids": [-1]}', "token_out_of_vocabulary", "prompt token id -1 is outside the vocabulary [0, 512)"),
-    BadCase("a prompt that leaves no room for output", b'{"prompt": "' + b"x" * 127 + b'"}', "prompt_too_long", "the prompt has 128 tokens; with at least one token of output it must fit in max_model_len = 128", '{"prompt": "xxx... 127 times"}'),
+    BadCase("a prompt that leaves no room for output", b'{"prompt": "' + b"x" * 127 + b'"}', "context_length_exceeded", "This model's maximum context length is 128 tokens; the prompt has 128, and at least one token of output must fit, too", '{"prompt": "xxx... 127 times"}'),
     BadCase("a message that is no object", chat(messages=["hi"]), "invalid_type", "messages[0] must be an object, got a string"),
     BadCase("a message without a role", chat(messages=[{"content": "hi"}]), "invalid_type", "messages[0].role must be a string, got null"),
     BadCase("a role that the prompt format lacks", chat(messages=[{"role": "narrator", "content": "hi"}]), "invalid_messages", "messages[0]: role must be system, user or assistant, got 'narrator'"),

@@ -236,7 +236,13 @@ def test_damaged_lines_are_errors_and_their_neighbours_rows(tmp_path: Path, rule
     assert found >= {
         *("invalid_json", "invalid_utf8", "byte_order_mark", "nul_byte", "nested_too_deep", "non_finite_number"),
         *("number_too_large", "duplicate_key", "invalid_unicode", "unknown_field", "invalid_type", "not_an_object"),
-        *("invalid_parameter", "token_out_of_vocabulary", "prompt_too_long", "missing_prompt", "duplicate_custom_id"),
+        *(
+            "invalid_parameter",
+            "token_out_of_vocabulary",
+            "context_length_exceeded",
+            "missing_prompt",
+            "duplicate_custom_id",
+        ),
     }
     assert num_good > NUM_FILES
 

@@ -18,7 +18,15 @@ from shoal.runtime.chat.prompt import OutputFormat
 from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.tokenization.detokenizer import IncrementalDetokenizer
 from shoal.runtime.tokenization.tokenizer import Tokenizer
-from shoal.runtime.types import CompletionOutput, Finished, Logprob, RequestOutput, SamplingParams, Tokens
+from shoal.runtime.types import (
+    CompletionOutput,
+    Finished,
+    Logprob,
+    Prefilled,
+    RequestOutput,
+    SamplingParams,
+    Tokens,
+)
 
 HEAD = StreamHead(id="x-1", created=7, model="m")
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object"}}}
@@ -150,7 +158,7 @@ def test_deltas_of_a_chat_add_up(tokenizer: Tokenizer, name: str, num_logprobs: 
         for index, sample in enumerate((first[1], second[1])):
             end = Finished(id=RequestId("r"), sample_index=index, reason="stop", num_tokens=len(sample.token_ids))
             events += stream.finish(replace_stop(end, sample))
-        assert stream.end() == []
+        assert stream.end(stream.usage) == []
         output = RequestOutput(request_id="r", prompt_token_ids=[0, 5, 6], outputs=[first[1], second[1]], finished=True)
         whole = chat_completion(output, asked, id="x-1", created=7, model="m", tokenizer=tokenizer)
         for choice in whole["choices"]:
@@ -175,17 +183,35 @@ def replace_stop(end: Finished, sample: CompletionOutput) -> Finished:
     )
 
 
+@pytest.mark.parametrize("scores_prompt", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("num_logprobs", [None, 1])
-def test_deltas_of_a_completion_add_up(tokenizer: Tokenizer, num_logprobs: int | None) -> None:
+def test_deltas_of_a_completion_add_up(
+    tokenizer: Tokenizer, num_logprobs: int | None, echo: bool, scores_prompt: bool
+) -> None:
     rng = random.Random(3)
     text = TEXTS["content"]
-    asked = replace(request("/v1/completions", text, num_logprobs, []), params=SamplingParams(logprobs=0))
+    asked = replace(
+        request("/v1/completions", text, num_logprobs, []),
+        params=SamplingParams(logprobs=0),
+        echo=echo,
+        scores_prompt=scores_prompt and echo,
+    )
+    scored = (None, *({t: Logprob(-0.5, 1)} for t in asked.prompt_token_ids[1:]))
+    prefilled = Prefilled(id=RequestId("r"), num_cached_tokens=1, prompt_logprobs=scored if echo else None)
     for _ in range(20):
         reported, sample = reports(ids(text, tokenizer), 0, rng, tokenizer, [])
         stream = CompletionStream(asked, HEAD, tokenizer=tokenizer)
-        events = [*stream.begin(), *[event for tokens in reported for event in stream.add(tokens)]]
+        events = [*stream.begin(), *stream.add(reported.pop(0)), *stream.prefill(prefilled)]
+        events += [event for tokens in reported for event in stream.add(tokens)]
         events += stream.finish(Finished(id=RequestId("r"), sample_index=0, reason="length", num_tokens=9))
-        output = RequestOutput(request_id="r", prompt_token_ids=[0, 5, 6], outputs=[sample], finished=True)
+        output = RequestOutput(
+            request_id="r",
+            prompt_token_ids=list(asked.prompt_token_ids),
+            outputs=[sample],
+            finished=True,
+            prompt_logprobs=list(scored),
+        )
         (whole,) = completion(output, asked, id="x-1", created=7, model="m", tokenizer=tokenizer)["choices"]
         choices = [choice for event in events for choice in event["choices"]]
         assert "".join(choice["text"] for choice in choices) == whole["text"]
@@ -203,9 +229,10 @@ def test_usage_is_in_a_last_event_and_in_all_if_asked_for(tokenizer: Tokenizer) 
 
     def events(usage: UsageOptions) -> list[dict[str, Any]]:
         stream = CompletionStream(asked, HEAD, tokenizer=tokenizer, usage=usage)
-        return [*stream.add(tokens), *stream.finish(end), *stream.end()]
+        return [*stream.add(tokens), *stream.finish(end), *stream.end(stream.usage)]
 
-    counts = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    details = {"prompt_tokens_details": {"cached_tokens": 0}}
+    counts = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, **details}
     assert ["usage" in event for event in events(UsageOptions())] == [False, False]
     last = events(UsageOptions(include_usage=True))
     assert [event["usage"] for event in last] == [None, None, counts]
