@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -103,9 +104,22 @@ class EngineArgs(EngineConfig):
         ),
     ] = "auto"
 
+    metrics_prefix: Annotated[
+        str,
+        Setting(
+            "Beginning of the names of metrics; vllm: serves dashboards made for vLLM, and on Ray, which puts ray_ "
+            "before it, Ray's own."
+        ),
+    ] = "shoal_"
+
     def __post_init__(self) -> None:
         check_settings(self)
         _ = self.replica_specs
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*:?", self.metrics_prefix):
+            raise ValueError(
+                f"metrics_prefix must be letters, digits and _, with a colon at the end at most, got "
+                f"{self.metrics_prefix!r}"
+            )
 
     @property
     def replica_specs(self) -> tuple[ReplicaSpec, ...]:

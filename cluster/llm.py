@@ -23,6 +23,7 @@ from shoal.runtime.types import EngineOutput, Request, RequestOutput, SamplingPa
 
 from .bundled import BUNDLED_MODEL
 from .engine_args import EngineArgs, Executor
+from .metrics.export import make_meter
 from .openai.chat_options import read_chat_options
 from .openai.errors import ApiError
 from .openai.fields import without_nulls
@@ -85,7 +86,7 @@ class LLM:
         self._sampling_defaults = args.sampling_defaults
         if self._sampling_defaults:
             logger.warning(sampling_notice(self._sampling_defaults))
-        self._engines = EngineThread(start)
+        self._engines = EngineThread(start, lambda: make_meter(args, on_ray=executor == "ray"))
         self._indices = itertools.count()
 
     @property

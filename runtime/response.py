@@ -15,6 +15,7 @@ from .types import (
     Logprob,
     Prefilled,
     Request,
+    RequestMetrics,
     RequestOutput,
     Tokens,
 )
@@ -114,6 +115,10 @@ class ResponseAssembler:
             finished=self.finished,
             prompt_logprobs=None if prompt_logprobs is None else list(prompt_logprobs),
             num_cached_tokens=0 if prefilled is None else prefilled.num_cached_tokens,
+            metrics=RequestMetrics(
+                first_scheduled_time=None if prefilled is None else prefilled.scheduled_at,
+                first_token_time=None if prefilled is None else prefilled.first_token_at,
+            ),
         )
 
     def _add_tokens(self, tokens: Tokens) -> Tokens | None:

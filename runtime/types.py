@@ -209,6 +209,10 @@ class Prefilled(RequestMessage, frozen=True, tag="p", kw_only=True):
     """Per prompt token, None for the first; None where they were not asked for."""
     handed_over: bool = False
     """This engine is done with the request: another replica goes on with it."""
+    scheduled_at: float | None = None
+    """When the first part of the prompt was scheduled, in seconds since 1970 by the clock of the engine's machine."""
+    first_token_at: float | None = None
+    """When the first token of a sample was known, by the same clock."""
 
 
 class Finished(RequestMessage, frozen=True, tag="f", kw_only=True):
@@ -255,6 +259,41 @@ class CompletionOutput:
 
 
 @dataclass(kw_only=True, slots=True)
+class RequestMetrics:
+    """When a request got how far, in seconds since 1970. None: not known, or not there yet."""
+
+    arrival_time: float | None = None
+    first_scheduled_time: float | None = None
+    """By the clock of the engine's machine, as `first_token_time`."""
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def queue_s(self) -> float | None:
+        """Seconds until the prompt was scheduled."""
+        return _seconds(self.arrival_time, self.first_scheduled_time)
+
+    @property
+    def prefill_s(self) -> float | None:
+        """Seconds from there to the first token."""
+        return _seconds(self.first_scheduled_time, self.first_token_time)
+
+    @property
+    def decode_s(self) -> float | None:
+        """Seconds from there to the end."""
+        return _seconds(self.first_token_time, self.finished_time)
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        return _seconds(self.arrival_time, self.first_token_time)
+
+    @property
+    def e2e_s(self) -> float | None:
+        """Seconds from the arrival to the end."""
+        return _seconds(self.arrival_time, self.finished_time)
+
+
+@dataclass(kw_only=True, slots=True)
 class RequestOutput:
     """What a request has produced; `finished` once every sample has a finish reason."""
 
@@ -267,6 +306,7 @@ class RequestOutput:
     """Per prompt token; None for the first, which nothing precedes."""
     num_cached_tokens: int = 0
     """Prompt tokens whose KV cache was found, not computed (of the sample that was computed first)."""
+    metrics: RequestMetrics = field(default_factory=RequestMetrics, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,6 +318,11 @@ class RowError:
     param: str | None = None
     """The field at fault."""
     details: dict[str, int | str] = field(default_factory=dict)
+
+
+def _seconds(begin: float | None, end: float | None) -> float | None:
+    """None if either is not known. Clocks of two machines may disagree: never negative."""
+    return None if begin is None or end is None else max(0.0, end - begin)
 
 
 def _has_surrogate(text: str) -> bool:

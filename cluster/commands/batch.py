@@ -24,6 +24,7 @@ from ..jobs.job import JobResult, JobSpec, run_job
 from ..jobs.progress import ProgressReporter
 from ..jobs.rows import read_row
 from ..jobs.stop_signal import StopSignal
+from ..metrics.export import make_meter
 from ..openai.requests import RequestDefaults
 from ..prompts import ModelPrompts, request_defaults
 from ..replicas.start import start_engines
@@ -56,7 +57,14 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
 
     try:
         with warnings_shown(progress.message), StopSignal() as stop:
-            result = run_job(spec, start, stop=stop, progress=progress, failpoints=failpoints)
+            result = run_job(
+                spec,
+                start,
+                stop=stop,
+                progress=progress,
+                failpoints=failpoints,
+                make_meter=lambda: make_meter(config.engine, on_ray=True),
+            )
     finally:
         progress.close()
     report(result, config.output, command, stdout, stderr)

@@ -83,7 +83,7 @@ def serve(**flags: Any) -> int:
         from ..server.serve import serve as run
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'shoal[serve]'") from error
-    return run(take(ServeArgs, flags), take(EngineArgs, flags), stderr=sys.stderr)
+    return run(take(ServeArgs, flags), take(EngineArgs, flags), stdout=sys.stdout, stderr=sys.stderr)
 
 
 @main.command("eval")

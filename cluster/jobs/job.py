@@ -23,6 +23,7 @@ from shoal.parallel.failpoints import Failpoints
 from shoal.runtime.types import EngineOutput, Request, RequestOutput, Tokens
 
 from ..exit_codes import ExitCode
+from ..metrics.meter import RequestMeter, no_meter
 from ..openai.requests import RequestDefaults
 from ..supervision.fault import FaultJournal
 from .engine_client import EngineClient, stats_by_role
@@ -95,10 +96,12 @@ def run_job(
     progress: ProgressReporter,
     clock: Callable[[], float] = time.monotonic,
     failpoints: Failpoints | None = None,
+    make_meter: Callable[[], RequestMeter] = no_meter,
 ) -> JobResult:
     """Run or resume a job until it is finished, a signal arrives, or a failure needs the user.
 
-    ValueError for a directory or an input that cannot be used, and from `start_engines`.
+    `make_meter` is called once the engines run. ValueError for a directory or an input that cannot be used, and from
+    `start_engines`.
     """
     failpoints = failpoints or Failpoints()
     try:
@@ -112,7 +115,7 @@ def run_job(
             return _finished(spec, output)
         if output.num_dropped_bytes:
             progress.message(f"truncated {output.num_dropped_bytes} bytes of a torn record at the end of the journal")
-        return _Run(spec, output, stop, progress, clock, failpoints).run(start_engines)
+        return _Run(spec, output, stop, progress, clock, failpoints, make_meter).run(start_engines)
     except OSError as error:
         return _disk_failed(spec, error, output)
     finally:
@@ -130,6 +133,7 @@ class _Run:
         progress: ProgressReporter,
         clock: Callable[[], float],
         failpoints: Failpoints,
+        make_meter: Callable[[], RequestMeter],
     ) -> None:
         self.spec = spec
         self.output = output
@@ -137,6 +141,7 @@ class _Run:
         self.progress = progress
         self.clock = clock
         self.failpoints = failpoints
+        self.make_meter = make_meter
         self.faults = FaultJournal(spec.output / FAULT_FILE, write_json, progress.message)
         self.num_rows: int | None = None
         self.spool = output.directory / SPOOL_FILE
@@ -262,6 +267,7 @@ class _Run:
     def answer(self, engines: EngineClient) -> None:
         """Second pass: keep the engines full until every row is finished or a signal arrives."""
         rows = self.open_rows()
+        meter = self.make_meter()
         deadline: float | None = None
         exhausted = False
         while True:
@@ -271,13 +277,14 @@ class _Run:
                     f"stopping: waiting up to {self.spec.drain_grace_s:g} s for {len(self.in_flight)} rows to finish"
                 )
             if deadline is None and not exhausted:
-                exhausted = self.admit(rows, engines)
+                exhausted = self.admit(rows, engines, meter)
             if not self.in_flight or (deadline is not None and self.clock() >= deadline) or self.too_many_errors():
                 break
             with _engine_errors("the engines failed"):
                 outputs = engines.poll(POLL_TIMEOUT_S)
             if any(isinstance(output, RequestOutput) for output in outputs):
                 self.failpoints.reach("job.answer")
+            meter.reported(outputs)
             for output in outputs:
                 self.take(output)
             for request_id, num_losses in engines.take_losses().items():
@@ -287,6 +294,7 @@ class _Run:
             self.faults.update(engines.faults)
             self.save_counts(engines)
             self.show(engines)
+            meter.look(engines)
         self.output.commit()
         _save_state(self.output, "in_progress", engines=_shown_stats(engines))
         self.show(engines, force=True)
@@ -302,7 +310,7 @@ class _Run:
         elif isinstance(output, Tokens):
             self.output.add_progress(row.index, output)
 
-    def admit(self, rows: Iterator[BatchRow], engines: EngineClient) -> bool:
+    def admit(self, rows: Iterator[BatchRow], engines: EngineClient, meter: RequestMeter) -> bool:
         """Submit rows up to the engines' capacity; returns whether the rows are exhausted."""
         room = engines.capacity - len(self.in_flight)
         if room <= 0:
@@ -311,8 +319,10 @@ class _Run:
         if new:
             self.failpoints.reach("job.submit")
             self.in_flight |= {row.request_id: row for row in new}
+            requests = [self.begun(row) for row in new]
             with _engine_errors("the engines failed"):
-                engines.submit([self.begun(row) for row in new])
+                engines.submit(requests)
+            meter.arrived(requests)
         return len(new) < room
 
     def begun(self, row: BatchRow) -> Request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -14,6 +15,7 @@ from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import EngineOutput, Request, RequestOutput
 
 from ..jobs.engine_client import EngineClient
+from ..metrics.meter import RequestMeter, no_meter
 
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.16
 """Poll timeout: starts at MIN_POLL_S and doubles up to MAX_POLL_S while there are no outputs."""
@@ -37,14 +39,20 @@ class AbortableEngineClient(EngineClient, Protocol):
 class EngineThread:
     """Runs engines on its own thread and keeps them filled to their capacity. Any thread may call its methods."""
 
-    def __init__(self, start: Callable[[], AbortableEngineClient]) -> None:
-        """Start the engines and wait until they are ready; exceptions of `start` are raised here."""
+    def __init__(
+        self, start: Callable[[], AbortableEngineClient], make_meter: Callable[[], RequestMeter] = no_meter
+    ) -> None:
+        """Start the engines and wait until they are ready; exceptions of `start` are raised here.
+
+        `make_meter` is called once the engines run; its meter completes the metrics of every answer.
+        """
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Request] = deque()
         self._deliver: dict[str, Deliver] = {}
         self._end: BaseException | None = None
         self._lock = threading.Lock()
         started: queue.SimpleQueue[RequestLimits | BaseException] = queue.SimpleQueue()
+        self._make_meter = make_meter
         self._thread = threading.Thread(target=self._main, args=(start, started), name="shoal-engines", daemon=True)
         self._thread.start()
         limits = started.get()
@@ -67,7 +75,8 @@ class EngineThread:
         with self._lock:
             if self._end is not None:
                 raise self._end
-            self._commands.put(lambda: self._accept(requests, deliver))
+            now = time.time()
+            self._commands.put(lambda: self._accept(requests, deliver, now))
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests; unknown ids are ignored."""
@@ -99,6 +108,7 @@ class EngineThread:
     ) -> None:
         try:
             self._engines = start()
+            self._meter = self._make_meter()
         except BaseException as error:
             started.put(error)
             return
@@ -131,6 +141,8 @@ class EngineThread:
                 self._engines.submit(batch)
             outputs = self._engines.poll(poll_s)
             poll_s = MIN_POLL_S if batch or outputs else min(2 * poll_s, MAX_POLL_S)
+            self._meter.reported(outputs)
+            self._meter.look(self._engines)
             self._hand_out(outputs)
 
     def _hand_out(self, outputs: Sequence[EngineOutput | RequestOutput]) -> None:
@@ -153,7 +165,8 @@ class EngineThread:
             command()
         return True
 
-    def _accept(self, requests: Sequence[Request], deliver: Deliver) -> None:
+    def _accept(self, requests: Sequence[Request], deliver: Deliver, arrived_at: float) -> None:
+        self._meter.arrived(requests, arrived_at)
         self._waiting.extend(requests)
         self._deliver.update((request.request_id, deliver) for request in requests)
 
@@ -161,7 +174,9 @@ class EngineThread:
         known = {i for i in request_ids if self._deliver.pop(i, None) is not None}
         if not known:
             return
+        self._meter.dropped(sorted(known))
         queued = {request.request_id for request in self._waiting} & known
         self._waiting = deque(request for request in self._waiting if request.request_id not in queued)
         if self._end is None and (running := sorted(known - queued)):
             self._engines.abort(running)
+            self._meter.look(self._engines)

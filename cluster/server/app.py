@@ -20,12 +20,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import shoal
 
+from ..metrics.prometheus import PrometheusInstruments
 from ..openai.errors import ApiError
 from ..openai.requests import Endpoint, RequestDefaults
 from .bodies import BodyReader
 from .events import EventStream, until_disconnect
 from .generation import Answer, read_request
 from .http_errors import HttpError, bad_request, not_found, queue_full, unavailable
+from .request_log import RequestLog
 from .state import ServerState
 from .tokenizing import detokenize, tokenize, tokenizer_info
 
@@ -48,8 +50,18 @@ class ServedModel:
 class Api:
     """Handlers of the routes."""
 
-    def __init__(self, model: ServedModel, state: ServerState, *, max_num_queued_reqs: int) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        state: ServerState,
+        *,
+        max_num_queued_reqs: int,
+        metrics: PrometheusInstruments,
+        log: RequestLog,
+    ) -> None:
         self._model = model
+        self._metrics = metrics
+        self._log = log
         self._state = state
         self._max_num_queued_reqs = max_num_queued_reqs
         self._bodies = BodyReader()
@@ -96,7 +108,31 @@ class Api:
             self._check_model(body.get("model"))
             return json_response(await run_in_threadpool(use, body, self._model.defaults))
 
+    async def metrics(self, request: Request) -> Response:
+        body, content_type = self._metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
     async def _generate(self, endpoint: Endpoint, http: Request) -> Response | EventStream:
+        try:
+            answer, is_streamed = await self._begin(endpoint, http)
+        except (ApiError, HttpError) as error:
+            refusal = error if isinstance(error, HttpError) else bad_request(error)
+            self._log.refused(http, refusal)
+            raise refusal from error
+
+        def end() -> None:
+            answer.abort()
+            self._log.ended(http, answer)
+
+        if is_streamed:
+            return EventStream(answer.events(), headers={"X-Request-Id": http.state.request_id}, close=end)
+        try:
+            return json_response(await until_disconnect(http.receive, answer.whole()))
+        finally:
+            end()
+
+    async def _begin(self, endpoint: Endpoint, http: Request) -> tuple[Answer, bool]:
+        """The answer to a request that can be answered, and whether it is streamed."""
         engines = self._state.engines
         if self._state.status not in ("ready", "stalled") or engines is None:
             raise unavailable(self._state.reason)
@@ -107,14 +143,7 @@ class Api:
             )
         if engines.num_sequences + request.num_sequences > self._max_num_queued_reqs:
             raise queue_full(self._max_num_queued_reqs)
-        answer = Answer(request, engines, self._model.defaults.tokenizer)
-        if request.is_streamed:
-            headers = {"X-Request-Id": http.state.request_id}
-            return EventStream(answer.events(), headers=headers, close=answer.abort)
-        try:
-            return json_response(await until_disconnect(http.receive, answer.whole()))
-        finally:
-            answer.abort()
+        return Answer(request, engines, self._model.defaults.tokenizer), request.is_streamed
 
     def _check_model(self, name: object) -> None:
         if name is not None and name not in self._model.names:
@@ -138,6 +167,7 @@ def make_app(api: Api, *, keys: Sequence[str] = ()) -> ASGIApp:
         _route("/live", api.live),
         _route("/health", api.health),
         _route("/version", api.version),
+        _route("/metrics", api.metrics),
         _route("/v1/models", api.models),
         _route("/v1/models/{name:path}", api.one_model),
         _route("/v1/chat/completions", api.chat_completions, "POST"),

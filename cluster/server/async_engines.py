@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 from msgspec.structs import replace
 
@@ -104,7 +105,8 @@ class AsyncEngines:
 
     def _deliver(self, item: Outputs | BaseException) -> None:
         """On the engines' thread: the outputs of a step, or the error that ended the engines."""
-        self._loop.call_soon_threadsafe(self._hand_out, item)
+        with suppress(RuntimeError):  # the loop may have been closed before its last outputs came
+            self._loop.call_soon_threadsafe(self._hand_out, item)
 
     def _hand_out(self, item: Outputs | BaseException) -> None:
         if isinstance(item, BaseException):

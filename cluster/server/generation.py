@@ -12,7 +12,7 @@ import msgspec
 from starlette.concurrency import run_in_threadpool
 
 from shoal.runtime.tokenization.tokenizer import Tokenizer
-from shoal.runtime.types import Finished, Prefilled, RequestOutput, Tokens
+from shoal.runtime.types import Finished, Prefilled, RequestMetrics, RequestOutput, Tokens
 
 from ..openai.errors import ApiError, json_type
 from ..openai.fields import check_fields
@@ -74,6 +74,14 @@ class Answer:
         self._request = request
         self._engines = engines
         self._tokenizer = tokenizer
+        self.usage = Usage(num_prompt_tokens=sum(len(prompt.prompt_token_ids) for prompt in request.prompts))
+        """The token counts, those of the output once an answer has ended."""
+        self.finish_reasons: list[str] = []
+        """Why each sample ended; fewer than there are samples for an answer that was given up."""
+        self.metrics: RequestMetrics | None = None
+        """When the last prompt got how far."""
+        self.status_code = 499
+        """The HTTP status, once the answer has ended; 499: the client left."""
         report = "step" if request.is_streamed else "interval"
         self._generations = [
             engines.generate(msgspec.structs.replace(prompt.to_request("", 0), report=report))
@@ -88,8 +96,11 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """The body of the response. HttpError for a failed one."""
         outputs = [await generation.whole() for generation in self._generations]
+        for output, prompt in zip(outputs, self._request.prompts, strict=True):
+            self._note(output, prompt)
         for output in outputs:
             if (error := failure(output)) is not None:
+                self.status_code = 500
                 raise generation_failed(error, self._request.head.id)
         write = chat_completion if self._request.endpoint == "/v1/chat/completions" else completion
         head = self._request.head
@@ -97,13 +108,17 @@ class Answer:
             write(output, prompt, id=head.id, created=head.created, model=head.model, tokenizer=self._tokenizer)
             for output, prompt in zip(outputs, self._request.prompts, strict=True)
         ]
-        body = _joined(bodies) | {"usage": self._usage(outputs).body()}
+        body = _joined(bodies) | {"usage": self.usage.body()}
+        self.status_code = 200
         return body if head.seed is None else body | {"seed": head.seed}
 
-    def _usage(self, outputs: Sequence[RequestOutput]) -> Usage:
-        usage = Usage(num_cached_tokens=sum(output.num_cached_tokens for output in outputs))
-        pairs = zip(outputs, self._request.prompts, strict=True)
-        return sum((usage_of(output, prompt) for output, prompt in pairs), usage)
+    def _note(self, output: RequestOutput, prompt: ParsedRequest) -> None:
+        """Keep what is told of a finished prompt."""
+        if self.metrics is None:
+            self.usage = Usage()  # the prompts count as they finish
+        self.usage += usage_of(output, prompt) + Usage(num_cached_tokens=output.num_cached_tokens)
+        self.finish_reasons += [str(sample.finish_reason) for sample in output.outputs]
+        self.metrics = output.metrics
 
     async def events(self) -> AsyncIterator[list[dict[str, Any]]]:
         """Bodies of events, all that are there at a time. A failure is a last event with `error`."""
@@ -119,13 +134,16 @@ class Answer:
                 return
             last = outputs[-1]
             assert isinstance(last, RequestOutput)
+            self._note(last, prompt)
             if (reason := failure(last)) is not None:
                 yield [self._failed(reason)]
                 return
             offset += prompt.params.n
         yield streams[-1].end(sum((stream.usage for stream in streams), Usage()))
+        self.status_code = 200
 
     def _failed(self, error: ApiError) -> dict[str, Any]:
+        self.status_code = 500
         return generation_failed(error, self._request.head.id).error.body(500)
 
     def _stream(self, prompt: ParsedRequest) -> CompletionStream:

@@ -17,14 +17,18 @@ import uvicorn
 
 from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
+from ..metrics.export import make_meter
+from ..metrics.meter import RequestMeter
+from ..metrics.prometheus import PrometheusInstruments
 from ..prompts import request_defaults
 from ..replicas.engine_thread import AbortableEngineClient, EngineThread
 from ..replicas.inprocess import InProcessEngine
-from ..report import engine_errors
+from ..report import engine_errors, line_printer
 from ..workers.engine_factory import BUILD_ENGINE
 from .app import Api, ServedModel, make_app
 from .async_engines import AsyncEngines
 from .http_protocol import BoundedHttpProtocol
+from .request_log import RequestLog
 from .settings import ServeArgs
 from .state import ServerState
 
@@ -36,7 +40,9 @@ CLOSE_TIMEOUT_S = 5.0
 """Longest wait for connections that are still open after their requests ended."""
 
 
-def serve(args: ServeArgs, engine: EngineArgs, *, stderr: TextIO, engine_factory: str = BUILD_ENGINE) -> int:
+def serve(
+    args: ServeArgs, engine: EngineArgs, *, stdout: TextIO, stderr: TextIO, engine_factory: str = BUILD_ENGINE
+) -> int:
     """Serve until a signal comes or the engines fail. ValueError for a setting, a model or an address that is wrong."""
     keys = args.read_keys()
     args.check_exposure(has_keys=bool(keys), insecure=engine.insecure)
@@ -48,7 +54,10 @@ def serve(args: ServeArgs, engine: EngineArgs, *, stderr: TextIO, engine_factory
         defaults=request_defaults(engine, {}, thinking=None),
     )
     state = ServerState(stall_timeout_s=engine.collective_timeout_s + STALL_GRACE_S)
-    app = make_app(Api(model, state, max_num_queued_reqs=args.max_num_queued_reqs), keys=keys)
+    metrics = PrometheusInstruments(engine.metrics_prefix)
+    log = RequestLog(line_printer(stdout) if args.log_requests else None)
+    api = Api(model, state, max_num_queued_reqs=args.max_num_queued_reqs, metrics=metrics, log=log)
+    app = make_app(api, keys=keys)
     with _listener(args) as listener:
         config = uvicorn.Config(
             app,
@@ -67,7 +76,11 @@ def serve(args: ServeArgs, engine: EngineArgs, *, stderr: TextIO, engine_factory
         host, port = listener.getsockname()[:2]
         scheme = "http" if args.ssl_certfile is None else "https"
         print(f"listening on {scheme}://{host}:{port}, starting the engines", file=stderr, flush=True)
-        life = _Life(args, engine, state, _Server(config), stderr, engine_factory)
+
+        def meter(on_ray: bool) -> RequestMeter:
+            return make_meter(engine, on_ray=on_ray, model_name=name, instruments=[metrics])
+
+        life = _Life(args, engine, state, _Server(config), stderr, engine_factory, meter)
         return asyncio.run(life.run(listener))
 
 
@@ -90,13 +103,16 @@ class _Life:
         server: _Server,
         stderr: TextIO,
         engine_factory: str,
+        make_meter: Callable[[bool], RequestMeter],
     ) -> None:
+        """make_meter: called with whether the engines run on Ray."""
         self._args = args
         self._engine = engine
         self._state = state
         self._server = server
         self._stderr = stderr
         self._engine_factory = engine_factory
+        self._make_meter = make_meter
         self._num_signals = 0
         self._signalled = asyncio.Event()
 
@@ -135,7 +151,7 @@ class _Life:
 
         def start() -> None:
             try:
-                engines = EngineThread(lambda: self._make_engines(on_phase))
+                engines = EngineThread(lambda: self._make_engines(on_phase), lambda: self._make_meter(self._on_ray))
             except BaseException as error:
                 loop.call_soon_threadsafe(started.set_exception, error)
             else:
@@ -155,8 +171,12 @@ class _Life:
         self._say("ready")
         return engines
 
+    @property
+    def _on_ray(self) -> bool:
+        return self._engine.num_workers > 1 or self._engine.ray_address is not None
+
     def _make_engines(self, on_phase: Callable[[object], None]) -> AbortableEngineClient:
-        if self._engine.num_workers > 1 or self._engine.ray_address is not None:
+        if self._on_ray:
             from ..replicas.start import start_engines  # with Ray, which one process does not need
 
             return start_engines(self._engine, on_phase=on_phase, on_wait=on_phase, engine_factory=self._engine_factory)

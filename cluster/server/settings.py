@@ -42,6 +42,7 @@ class ServeArgs:
     max_num_queued_reqs: Annotated[
         int, Setting("Sequences that run or wait; requests beyond are refused with status 429.", ge=1)
     ] = 10_000
+    log_requests: Annotated[bool, Setting("Print one line of JSON on stdout for every request.")] = True
     shutdown_timeout_s: Annotated[
         float, Setting("Longest wait for running requests after SIGTERM, in seconds.", ge=0)
     ] = 60.0

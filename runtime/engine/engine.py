@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 
@@ -46,11 +47,12 @@ class Engine:
         spans: Spans | None = None,
         seed: int = 0,
         overlap: bool = False,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """`seed`: with a request's index, the seed of requests that have none.
 
         `overlap`: launch each step before the tokens of the one before it are read, where the sampler leaves them on
-        the device. For one rank without KV transfer.
+        the device. For one rank without KV transfer. `clock`: for the times in `Prefilled`.
         """
         self.runner = runner
         self.scheduler = scheduler
@@ -63,6 +65,7 @@ class Engine:
         self.spans = spans or Spans()
         self.seed = seed
         self.overlap = overlap
+        self._clock = clock
         self._requests: dict[RequestId, RequestState] = {}
         self._running: dict[int, RunningSequence] = {}
         self._next_seq_id = 0
@@ -251,6 +254,7 @@ class Engine:
     def _launch(self, agreed: StepAgreement) -> LaunchedStep:
         """Write the KV that was received, start the model and the sampling."""
         self._write_received(agreed.batch)
+        self._note_scheduled(agreed.batch)
         on_prompt_logits = self._take_prompt_logits if self.is_leader else None
         with self.spans("engine.run"):
             logits = self.runner.run(agreed.batch, agreed.num_prompt_slices, on_prompt_logits)
@@ -324,6 +328,14 @@ class Engine:
                 payload = self.lockstep.share_payload(self.kv.payload(index), write.num_bytes)
                 cache.write_kv(cache.slots(write.block_table, write.start, write.end), payload)
 
+    def _note_scheduled(self, batch: Batch) -> None:
+        if not self.is_leader:
+            return
+        for scheduled in batch.sequences:
+            state = self._running[scheduled.seq_id].state
+            if state.scheduled_at is None:
+                state.scheduled_at = self._clock()
+
     def _account(self, batch: Batch, tokens: dict[int, list[SampledToken]]) -> list[KVChunk]:
         """Update the scheduler; returns the chunks of prompts that were published."""
         for seq_id, sampled in tokens.items():
@@ -346,6 +358,7 @@ class Engine:
             touched[state.request.id] = state
             if state.num_cached_tokens is None:
                 state.num_cached_tokens = running.seq.num_cached_tokens
+                state.first_token_at = self._clock()
             if completion.finished or state.request.do_remote_decode:
                 if all(token.error is None for token in sampled):
                     self.scheduler.finish(seq_id)

@@ -58,6 +58,9 @@ class RequestState:
     num_cached_tokens: int | None = None
     """None until a sample of this request was sampled here."""
     prefill_reported: bool = False
+    scheduled_at: float | None = None
+    """Time of the first step that computed a part of the prompt, in seconds since 1970."""
+    first_token_at: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -213,6 +216,8 @@ def _prefilled(state: RequestState) -> Prefilled:
         num_cached_tokens=state.num_cached_tokens,
         prompt_logprobs=None if state.prompt_logprobs is None else tuple(state.prompt_logprobs),
         handed_over=state.handed_over,
+        scheduled_at=state.scheduled_at,
+        first_token_at=state.first_token_at,
     )
 
 
