@@ -79,9 +79,10 @@ class RequestMeter:
             if known is not None:
                 self._add("request_success_total", known.request.params.n, "abort")
 
-    def look(self, engines: EngineClient) -> None:
+    def look(self, engines: EngineClient, *, force: bool = False) -> None:
         """Read the engines' counters, unless that was done just before and requests are open."""
-        if not self._instruments or (self._open and self._clock() - self._looked_at < LOOK_S):
+        is_due = force or not self._open or self._clock() - self._looked_at >= LOOK_S
+        if not self._instruments or not is_due:
             return
         self._looked_at = self._clock()
         num_left = sum(known.request.params.n for known in self._open.values())

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from shoal.runtime.engine.step_profile import StepProfile
 from shoal.runtime.request_limits import RequestLimits
@@ -17,6 +17,7 @@ from shoal.runtime.types import EngineOutput, Request, RequestOutput
 from ..jobs.engine_client import EngineClient
 from ..metrics.meter import RequestMeter, no_meter
 
+T = TypeVar("T")
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.16
 """Poll timeout: starts at MIN_POLL_S and doubles up to MAX_POLL_S while there are no outputs."""
 
@@ -84,24 +85,32 @@ class EngineThread:
 
     def step_profiles(self) -> list[StepProfile]:
         """Step profiles of every rank; waits for the engines' thread."""
-        answer: Future[list[StepProfile]] = Future()
+        return self._call(lambda: self._engines.step_profiles()).result()
 
-        def ask() -> None:
+    def look(self) -> Future[None]:
+        """Let the meter read the engines' counters; done once it has."""
+        return self._call(lambda: self._meter.look(self._engines, force=True))
+
+    def close(self) -> None:
+        """Drop everything, close the engines and wait for the thread. Closing twice is allowed."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def _call(self, function: Callable[[], T]) -> Future[T]:
+        """Call a function on the engines' thread."""
+        answer: Future[T] = Future()
+
+        def call() -> None:
             try:
-                answer.set_result(self._engines.step_profiles())
+                answer.set_result(function())
             except Exception as error:
                 answer.set_exception(error)
 
         with self._lock:
             if self._end is not None:
                 raise self._end
-            self._commands.put(ask)
-        return answer.result()
-
-    def close(self) -> None:
-        """Drop everything, close the engines and wait for the thread. Closing twice is allowed."""
-        self._commands.put(None)
-        self._thread.join()
+            self._commands.put(call)
+        return answer
 
     def _main(
         self, start: Callable[[], AbortableEngineClient], started: queue.SimpleQueue[RequestLimits | BaseException]

@@ -109,6 +109,8 @@ class Api:
             return json_response(await run_in_threadpool(use, body, self._model.defaults))
 
     async def metrics(self, request: Request) -> Response:
+        if self._state.engines is not None and self._state.status != "dead":
+            await self._state.engines.look()
         body, content_type = self._metrics.render(request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 

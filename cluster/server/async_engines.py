@@ -14,6 +14,7 @@ from shoal.runtime.types import EngineOutput, Request, RequestOutput
 
 from ..replicas.engine_thread import EngineThread
 
+LOOK_TIMEOUT_S = 1.0
 Outputs = list[EngineOutput | RequestOutput]
 
 
@@ -102,6 +103,15 @@ class AsyncEngines:
         """Drop a request; nothing happens if it is finished."""
         if self._generations.pop(generation.request_id, None) is not None:
             self._engines.abort([generation.request_id])
+
+    async def look(self) -> None:
+        """Bring the metrics up to date; an engine in a long step is not waited for."""
+        try:
+            looking = self._engines.look()
+        except Exception:  # the engines have ended, and their metrics stay as they are
+            return
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(looking), LOOK_TIMEOUT_S)
 
     def _deliver(self, item: Outputs | BaseException) -> None:
         """On the engines' thread: the outputs of a step, or the error that ended the engines."""

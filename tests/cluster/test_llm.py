@@ -108,7 +108,7 @@ def test_lists_of_prompts_and_parameters() -> None:
         ([], "the prompt is empty"),
         ([1, 1000], r"prompt token id 1000 is outside the vocabulary \[0, 1000\)"),
         ([-1], "prompt token id -1"),
-        ([1] * 128, "has 128 tokens"),
+        ([1] * 128, "the prompt has 128"),
         ([1.5], "whole numbers"),
         ({"prompt": [1]}, "prompt must be text"),
         ({"prompt_token_ids": "a"}, "prompt_token_ids must be a list"),
