@@ -1,4 +1,4 @@
-"""Texts of grammars, in llguidance's variant of Lark and its JSON around grammars."""
+"""Texts of grammars: llguidance's variant of Lark, within the JSON that it takes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,24 @@ _JSON_OPTIONS = {
 }
 """One space at most after `,` and `:`, no other white space: a weak model could repeat it for ever."""
 _INLINE_SCHEMA = re.compile(r"%json\s*")
+_SETTINGS = '\n%llguidance {"no_forcing": true}\n'
+"""Masks have every token that fits, also where all texts go on in the same way: tokenising such a text takes long."""
 
 
 def schema_grammar(schema: str) -> str:
     """A grammar for JSON of a schema, which is given as text. ValueError for a schema that is too large."""
-    return _grammar({"json_schema": _with_options(json.loads(schema))})
+    return _grammar(f"start: %json {_json_rule(json.loads(schema))}")
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
     """A grammar for one of some texts."""
     texts = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-    return _grammar({"lark_grammar": f"start: CHOICE\nCHOICE: {texts}\n"})
+    return _grammar(f"start: CHOICE\nCHOICE: {texts}")
+
+
+def regex_grammar(regex: str) -> str:
+    """A grammar for the texts that match a regular expression, whose slashes are escaped as in Lark."""
+    return _grammar(f"start: /{regex}/")
 
 
 def lark_grammar(text: str) -> str:
@@ -46,17 +53,17 @@ def lark_grammar(text: str) -> str:
             raise ValueError(f"%json is not followed by a JSON Schema ({error})") from error
         if not isinstance(schema, dict):
             raise ValueError("%json is not followed by a JSON Schema, which is an object")
-        parts += [text[end : found.end()], json.dumps(_with_options(schema), ensure_ascii=False)]
+        parts += [text[end : found.end()], _json_rule(schema)]
         end = after
-    return _grammar({"lark_grammar": "".join([*parts, text[end:]])})
+    return _grammar("".join([*parts, text[end:]]))
 
 
-def _with_options(schema: Mapping[str, Any]) -> dict[str, Any]:
+def _json_rule(schema: Mapping[str, Any]) -> str:
     if _OPTIONS in schema:
         raise ValueError(f"{_OPTIONS} in a schema is not supported; remove it")
     check_schema(schema)
-    return {**schema, _OPTIONS: _JSON_OPTIONS}
+    return json.dumps({**schema, _OPTIONS: _JSON_OPTIONS}, ensure_ascii=False)
 
 
-def _grammar(grammar: Mapping[str, Any]) -> str:
-    return json.dumps({"grammars": [grammar]}, ensure_ascii=False)
+def _grammar(lark: str) -> str:
+    return json.dumps({"grammars": [{"lark_grammar": lark + _SETTINGS}]}, ensure_ascii=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from ..structured_params import StructuredOutputsParams
 from ..tokenization.tokenizer import Tokenizer
 from .constraint import ConstraintError
-from .grammars import choice_grammar, lark_grammar, schema_grammar
+from .grammars import choice_grammar, lark_grammar, regex_grammar, schema_grammar
 from .token_mask import TokenMask, num_words
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ INSTALL = "structured_outputs need the package llguidance; install it with pip i
 MAX_REASON_CHARS = 300
 NUM_TRIED_TOKENS = 4
 
+_POSITION = re.compile(r"^at \d+\(\d+\): ")
+_SOURCE_LINE = re.compile(r"\n +\d+ \| ")
 _SPECIAL = b"\xff"
 """Before the text of a special token, which no text of a grammar matches."""
 
@@ -54,7 +57,8 @@ class LlguidanceBackend:
             grammar = Grammar(self, self._text(params))
             _try_out(grammar.matcher())
         except (ValueError, ConstraintError) as error:
-            raise ValueError(f"structured_outputs.{params.kind}: {error}") from error
+            reason = str(error) if params.grammar is not None else _POSITION.sub("", str(error))
+            raise ValueError(f"structured_outputs.{params.kind}: {reason}") from error
         return grammar
 
     def matcher(self, grammar: str) -> LlguidanceMatcher:
@@ -71,7 +75,7 @@ class LlguidanceBackend:
         if params.choice is not None:
             return choice_grammar(params.choice)
         if params.regex is not None:
-            return self._library.LLMatcher.grammar_from_regex(params.regex)
+            return regex_grammar(self._library.regex_to_lark(params.regex))
         assert params.grammar is not None
         return lark_grammar(params.grammar)
 
@@ -110,6 +114,7 @@ class LlguidanceMatcher:
 
     def mask(self) -> TokenMask:
         """The tokens that may follow, without those that end an answer."""
+        self._check()
         if self._matcher.is_stopped():
             return np.zeros(num_words(self._vocab_size), np.uint32)
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: num_words(self._vocab_size)].copy()
@@ -130,8 +135,15 @@ class LlguidanceMatcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = " ".join(self._matcher.get_error().split())
-            raise ConstraintError(reason[:MAX_REASON_CHARS])
+            raise ConstraintError(_reason(self._matcher.get_error()))
+
+
+def _reason(error: str) -> str:
+    """An error of llguidance in one line, without the lines of the grammar and settings that requests do not have."""
+    if "Enable 'coerce_one_of'" in error:
+        return "oneOf is supported only where no value fits two of its schemas; use anyOf"
+    message = _SOURCE_LINE.split(error)[0].replace("failed to compile JSON schema: ", "").replace("<non-verbose/>", "")
+    return " ".join(message.split())[:MAX_REASON_CHARS]
 
 
 class _Vocabulary:

@@ -21,8 +21,10 @@ MAX_MULTIPLE = 10_000
 _REGEXES = ("pattern", "format", "minLength")
 _MERGED = ("allOf", "anyOf", "oneOf", "$ref")
 """Keywords whose schemas apply to the same value."""
-_NOT_SCHEMAS = ("const", "enum", "default", "examples")
-"""Keywords whose values are data."""
+_DATA = ("const", "enum", "default", "examples")
+"""Keywords whose values are no schemas."""
+_DEFINITIONS = ("$defs", "definitions")
+"""Keywords whose schemas apply only where a `$ref` names them."""
 
 
 def check_schema(schema: Mapping[str, Any]) -> None:
@@ -50,7 +52,7 @@ def _subschemas(value: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(value, Mapping):
         yield value
         for name, inner in value.items():
-            if name not in _NOT_SCHEMAS:
+            if name not in _DATA:
                 yield from _subschemas(inner)
     elif isinstance(value, list):
         for inner in value:
@@ -66,6 +68,9 @@ def _coefficient(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return 1
     return max(1, int("".join(map(str, Decimal(repr(value)).as_tuple().digits)).strip("0") or "1"))
+
+
+_APART = (*_MERGED, *_DATA, *_DEFINITIONS)
 
 
 class _MergedRegexes:
@@ -88,7 +93,7 @@ class _MergedRegexes:
 
     def _count(self, schema: Mapping[str, Any]) -> int:
         own = sum(name in schema for name in _REGEXES) + ("maxLength" in schema and "minLength" not in schema)
-        within = [self.count(value) for name, value in schema.items() if name not in (*_MERGED, *_NOT_SCHEMAS)]
+        within = [self.count(value) for name, value in schema.items() if name not in _APART]
         merged = sum(map(self.count, _list(schema.get("allOf"))))
         merged += self.count(_list(schema.get("anyOf"))) + self.count(_list(schema.get("oneOf")))
         return max(own, *within, 0) + merged + self.count(self._target(schema.get("$ref")))
