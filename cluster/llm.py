@@ -18,6 +18,7 @@ from shoal.runtime.generation_config import sampling_notice
 from shoal.runtime.plain_numbers import whole_number
 from shoal.runtime.request_limits import RequestLimits, check_request
 from shoal.runtime.response import ResponseAssembler
+from shoal.runtime.structured.structured_outputs import StructuredOutputs
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import EngineOutput, Request, RequestOutput, SamplingParams
 
@@ -87,6 +88,7 @@ class LLM:
         if self._sampling_defaults:
             logger.warning(sampling_notice(self._sampling_defaults))
         self._engines = EngineThread(start, lambda: make_meter(args, on_ray=executor == "ray"))
+        self._structured_outputs = StructuredOutputs(self.tokenizer, self.limits.vocab_size)
         self._indices = itertools.count()
 
     @property
@@ -254,6 +256,10 @@ class LLM:
             )
             if (refused := check_request(request, self._engines.limits)) is not None:
                 raise ValueError(f"prompt {i}: {refused.message}")
+            try:
+                self._structured_outputs.check(request.params)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from error
             requests.append((request, text))
             if encoded.spelled_token is not None:
                 spelled.append(encoded.spelled_token)

@@ -12,6 +12,7 @@ from shoal.runtime.chat.messages import read_conversation
 from shoal.runtime.chat.names import ChatFormatName
 from shoal.runtime.chat.prompt import ChatPrompt, render_prompt
 from shoal.runtime.request_limits import RequestLimits
+from shoal.runtime.structured.structured_outputs import StructuredOutputs
 from shoal.runtime.tokenization.chat_template import read_chat_template
 from shoal.runtime.tokenization.tokenizer import Tokenizer, read_json
 
@@ -77,10 +78,12 @@ def request_defaults(engine: EngineArgs, sampling: Mapping[str, Any], thinking: 
         vocab_size=model.vocab_size, max_model_len=engine.max_model_len or model.max_position_embeddings
     )
     prompts = ModelPrompts.from_pretrained(engine.model, engine.chat_format)
+    tokenizer = None if prompts is None else prompts.tokenizer
     return RequestDefaults(
         limits=limits,
         encoder=prompts,
-        tokenizer=None if prompts is None else prompts.tokenizer,
+        tokenizer=tokenizer,
+        structured_outputs=StructuredOutputs(tokenizer, limits.vocab_size),
         sampling=engine.sampling_defaults | dict(sampling),
         thinking=thinking,
     )

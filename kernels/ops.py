@@ -135,6 +135,7 @@ class Ops:
 
     # Sampling
     sample_tokens = Op(sampling.sample_tokens)
+    mask_logits = Op(sampling.mask_logits)
     truncate_logits = Op(sampling.truncate_logits)
     token_logprobs = Op(sampling.token_logprobs)
 

@@ -29,6 +29,21 @@ def sample_tokens(
     return tokens
 
 
+def mask_logits(kernel: Kernel, logits: Tensor, bitmask: Tensor) -> Tensor:
+    """-> [N, V] float32: the logits of the tokens whose bit is set, -Inf for the others. NaN and +Inf always stay.
+
+    bitmask: [N, ceil(V / 32)] int32; token i is bit i % 32, the lowest being 0, of word i // 32.
+    """
+    _check("mask_logits", logits, (), ())
+    shape = (logits.shape[0], (logits.shape[1] + 31) // 32)
+    if bitmask.shape != shape or bitmask.dtype != torch.int32:
+        raise ValueError(
+            f"mask_logits needs a bitmask {list(shape)} in torch.int32, got {list(bitmask.shape)} in {bitmask.dtype}"
+        )
+    masked: Tensor = kernel.run(logits, bitmask)
+    return masked
+
+
 def truncate_logits(
     kernel: Kernel, logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
@@ -82,6 +97,14 @@ def _sample_tokens_reference(
     drawn = (cumulative <= (draws * cumulative[:, -1]).unsqueeze(1)).sum(dim=1)
     tokens = torch.where(temperatures > 0, drawn, best)
     return torch.where(torch.isfinite(highest), tokens, -1)
+
+
+@register("mask_logits", "reference")
+@register("mask_logits", "cpu")
+def _mask_logits_reference(logits: Tensor, bitmask: Tensor) -> Tensor:
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    allowed = (bitmask[:, ids >> 5] >> (ids & 31).int()) & 1
+    return torch.where(allowed.bool() | ~(logits < torch.inf), logits, -torch.inf)
 
 
 @register("truncate_logits", "reference")

@@ -183,6 +183,8 @@ def _matches(value: object, kind: Any, setting: Setting) -> bool:
         return isinstance(value, list | tuple) and (item is Any or all(_matches(v, item, setting) for v in value))
     if origin is Mapping:
         return isinstance(value, Mapping)
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return isinstance(value, kind | Mapping)  # the class that has the field builds it from a mapping
     assert is_dataclass(kind), f"settings of the type {kind} are not supported"
     return isinstance(value, kind)  # type: ignore[arg-type]
 

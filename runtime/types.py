@@ -16,6 +16,7 @@ from shoal.parallel.request_id import RequestId, RequestMessage
 from shoal.parallel.settings import Declaration, Setting, SettingError, build_settings, check_settings
 
 from .plain_numbers import plain_number, whole_number
+from .structured_params import StructuredOutputsParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -84,10 +85,20 @@ class SamplingParams(Struct, frozen=True, kw_only=True, omit_defaults=True, forb
     skip_special_tokens: Annotated[bool, Setting("Leave special tokens out of the text.")] = True
 
     stop_in_reasoning: Annotated[bool, Setting("Apply stop strings to the reasoning before an answer, too.")] = False
+    structured_outputs: Annotated[
+        StructuredOutputsParams | None,
+        Setting("Form that the text of the answer must have; see [structured-outputs.md](structured-outputs.md)."),
+    ] = None
 
     def __post_init__(self) -> None:
         _use_plain_numbers(self)
         check_settings(self)
+        if isinstance(self.structured_outputs, Mapping):
+            force_setattr(self, "structured_outputs", StructuredOutputsParams.from_dict(self.structured_outputs))
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise ValueError(
+                "ignore_eos cannot be combined with structured_outputs, whose form says where the answer ends"
+            )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if any(map(_has_surrogate, stop)):
             raise SettingError(

@@ -14,7 +14,9 @@ from .errors import ApiError, clipped, json_type
 MAX_SHOWN_CHARS = 60
 """Longest value or name that a message repeats."""
 
-SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
+FORM_FIELDS = frozenset({"response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar"})
+"""Other ways to write `structured_outputs`."""
+SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__) | FORM_FIELDS
 CONVERSATION_FIELDS = frozenset(
     {
         "messages",
@@ -65,7 +67,6 @@ UNSUPPORTED_FIELDS: dict[str, UnsupportedField] = {
     "stream_options": UnsupportedField((), "remove it: answers come whole"),
     "functions": UnsupportedField(([],), "use tools"),
     "function_call": UnsupportedField(("none", "auto")),
-    "response_format": UnsupportedField(({"type": "text"},), "ask for the format in a message"),
     "modalities": UnsupportedField((["text"],), "answers are text"),
     "audio": UnsupportedField((), "answers are text"),
     "verbosity": UnsupportedField(("medium",), "ask for it in a message"),

@@ -12,12 +12,14 @@ from shoal.parallel.settings import SettingError
 from shoal.runtime.chat.prompt import ChatPrompt, OutputFormat
 from shoal.runtime.plain_numbers import whole_number
 from shoal.runtime.request_limits import RequestLimits, check_request, context_length
+from shoal.runtime.structured.structured_outputs import StructuredOutputs
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Request, SamplingParams
 
 from .chat_options import ChatOptions, read_chat_options
 from .errors import ApiError, json_type
 from .fields import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_FIELDS, check_fields, shown, without_nulls
+from .structured import read_form
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
 ENDPOINTS: tuple[Endpoint, ...] = ("/v1/chat/completions", "/v1/completions")
@@ -44,6 +46,8 @@ class RequestDefaults:
     """None: the model has no tokenizer, and only prompts of token ids can be answered."""
     tokenizer: Tokenizer | None = None
     """For the text and the bytes of tokens in answers."""
+    structured_outputs: StructuredOutputs | None = None
+    """Checks the forms of answers; None leaves that to the engines."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Sampling fields for requests that do not set them."""
     thinking: bool | None = None
@@ -122,7 +126,8 @@ def build_request(
     endpoint: Endpoint, prompt: ChatPrompt, values: Mapping[str, Any], defaults: RequestDefaults
 ) -> ParsedRequest:
     """Complete sampling fields with the defaults and check them; ApiError for values that cannot be used."""
-    values = dict(defaults.sampling) | dict(values)
+    own, form_field = read_form(values)
+    values = dict(defaults.sampling) | own
     _check_shapes(values)
     if values.get("logit_bias"):
         values["logit_bias"] = {int(key): bias for key, bias in values["logit_bias"].items()}
@@ -146,6 +151,11 @@ def build_request(
     )
     if (problem := check_request(parsed.to_request("", 0), defaults.limits)) is not None:
         raise ApiError(problem.code, problem.message, problem.param)
+    if defaults.structured_outputs is not None:
+        try:
+            defaults.structured_outputs.check(params)
+        except ValueError as error:
+            raise ApiError("invalid_grammar", str(error), form_field) from error
     return parsed
 
 

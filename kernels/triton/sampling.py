@@ -201,6 +201,18 @@ def _truncate_kernel(logits, out, highest, temperatures, top_k, top_p, min_p, st
 
 
 @triton.jit
+def _mask_kernel(logits, bitmask, out, stride, mask_stride, vocab_size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < vocab_size
+    words = tl.load(bitmask + row * mask_stride + columns // 32, mask=inside, other=0)
+    x = tl.load(logits + row * stride + columns, mask=inside, other=0.0)
+    allowed = ((words >> (columns % 32)) & 1) != 0
+    removed = (x < float("inf")) & (allowed == 0)  # a row that cannot be sampled stays one
+    tl.store(out + row * vocab_size + columns, tl.where(removed, -float("inf"), x), mask=inside)
+
+
+@triton.jit
 def _logprob_parts_kernel(
     logits, token_ids, highest, sums, earlier, stride, vocab_size, num_chunks, num_tokens, CHUNK: tl.constexpr
 ):
@@ -286,6 +298,18 @@ def _sample_tokens(
         num_warps=4,
     )
     return tokens
+
+
+@register("mask_logits", "triton")
+def _mask_logits(logits: Tensor, bitmask: Tensor) -> Tensor:
+    logits, bitmask = _rows(logits), bitmask.contiguous()
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if out.numel():
+        num_rows, vocab_size = logits.shape
+        _mask_kernel[(num_rows, triton.cdiv(vocab_size, CHUNK))](
+            logits, bitmask, out, logits.stride(0), bitmask.stride(0), vocab_size, BLOCK=CHUNK, num_warps=4
+        )
+    return out
 
 
 @register("truncate_logits", "triton")

@@ -17,6 +17,7 @@ from ..sampling.sampler import Sampler
 from ..scheduling.block_manager import BlockManager
 from ..scheduling.scheduler import Scheduler, SchedulerConfig
 from ..scheduling.transfer_buffer import TransferBuffer
+from ..structured.structured_outputs import StructuredOutputs
 from ..tokenization.tokenizer import Tokenizer, read_eos_token_ids
 from .config import EngineConfig
 from .engine import Engine
@@ -58,7 +59,7 @@ def build_engine(
         runner,
         scheduler,
         Sampler(vocab_size) if on_cpu else DeviceSampler(vocab_size, groups.device, loaded.ops),
-        OutputProcessor(tokenizer, eos_token_ids),
+        OutputProcessor(tokenizer, eos_token_ids, StructuredOutputs(tokenizer, vocab_size)),
         lockstep=Lockstep(groups),
         limits=RequestLimits(vocab_size=vocab_size, max_model_len=loaded.max_model_len),
         kv=kv,

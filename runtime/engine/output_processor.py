@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..sampling.sampler import SampledToken, SamplingRow
+from ..structured.constraint import TokenConstraint
+from ..structured.structured_outputs import StructuredOutputs
 from ..tokenization.detokenizer import IncrementalDetokenizer
 from ..tokenization.tokenizer import Tokenizer
 from ..types import (
@@ -85,12 +87,19 @@ class RequestState:
 class OutputProcessor:
     """Appends tokens to samples and decides when they end. Knows nothing of scheduling or tensors."""
 
-    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: tuple[int, ...],
+        structured_outputs: StructuredOutputs | None = None,
+    ) -> None:
+        """`structured_outputs`: for requests that ask for them; None refuses those."""
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
+        self.structured_outputs = structured_outputs
 
     def start(self, request: Request, *, seed: int, max_tokens: int) -> RequestState:
-        """The state of a new request, with the tokens that it came with.
+        """The state of a new request, with the tokens that it came with. ValueError for structured outputs that fail.
 
         A request that comes with its whole answer, because the report of its end was lost, generates the last tokens
         again: the result is unfinished.
@@ -106,7 +115,7 @@ class OutputProcessor:
         params = request.params
         assert len(generated) <= params.n
         completions = []
-        for sample_index in range(params.n):
+        for sample_index, constraint in enumerate(self._constraints(request)):
             token_ids: list[int] = []
             row = SamplingRow(
                 params=params,
@@ -115,6 +124,7 @@ class OutputProcessor:
                 seed=seed,
                 sample_index=sample_index,
                 eos_token_ids=self.eos_token_ids,
+                constraint=constraint,
             )
             detokenizer = IncrementalDetokenizer(
                 self.tokenizer,
@@ -129,6 +139,14 @@ class OutputProcessor:
         state = RequestState(request, completions, [None] if wants_prompt else None)
         self.extend(state, generated)
         return state
+
+    def _constraints(self, request: Request) -> Sequence[TokenConstraint | None]:
+        """One per sample."""
+        if request.params.structured_outputs is None:
+            return [None] * request.params.n
+        if self.structured_outputs is None:
+            raise ValueError("this engine has no structured outputs")
+        return self.structured_outputs.constraints(request)
 
     def extend(self, state: RequestState, generated: Iterable[GeneratedTokens]) -> None:
         """Append what another engine generated, per sample, where it is more than what is there."""
@@ -148,7 +166,8 @@ class OutputProcessor:
         token_ids.append(sampled.token_id)
         if sampled.logprobs is not None:
             completion.unreported_logprobs.append(self.decoded(sampled.logprobs))
-        reached_min = len(token_ids) >= params.min_tokens
+        # a constraint allows the tokens that end an answer only where it may end, min_tokens considered
+        reached_min = len(token_ids) >= params.min_tokens or completion.row.constraint is not None
         is_eos = sampled.token_id in self.eos_token_ids and not params.ignore_eos
         if reached_min and (is_eos or sampled.token_id in (params.stop_token_ids or ())):
             if params.include_stop_str_in_output:

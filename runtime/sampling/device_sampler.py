@@ -14,10 +14,13 @@ from torch import Tensor
 
 from shoal.kernels.ops import Ops
 
+from ..structured.constraint import ConstraintError
+from ..structured.token_mask import full_mask
 from ..types import Logprob, SamplingParams
 from .sampler import SampledToken, Sampler, Sampling, SamplingRow
 
 _BAD_LOGITS = "the model's logits contain NaN or +Inf, or are all -Inf"
+_BAD_MASKED_LOGITS = f"{_BAD_LOGITS} where structured_outputs allow a token"
 
 
 class DeviceSampler(Sampler):
@@ -40,9 +43,9 @@ class DeviceSampler(Sampler):
         floats, integers = self._parameters(rows, ahead)
         temperatures, top_p, min_p = floats
         seeds, positions, sample_indices, top_k = integers
-        allowed = logits
+        allowed, failed = self._masked(logits, rows)
         if any(_truncates(row.params) for row in rows):
-            allowed = self._ops.truncate_logits(logits, temperatures, top_k, top_p, min_p)
+            allowed = self._ops.truncate_logits(allowed, temperatures, top_k, top_p, min_p)
         token_ids = self._ops.sample_tokens(allowed, temperatures, seeds, positions, sample_indices)
         results = [token_ids]
         asked = [row.params.logprobs for row in rows if row.params.logprobs is not None]
@@ -54,9 +57,28 @@ class DeviceSampler(Sampler):
         if self._device.type == "cuda":
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-        assert not (ahead and on_host), "what the host needs of the logits would be gone"
-        finish = partial(self._finish, copied, copies, logits, list(rows), on_host)
-        return Sampling(finish, None if on_host else token_ids)
+        constrained = any(row.constraint is not None for row in rows)
+        assert not (ahead and (on_host or constrained)), "the host needs the logits, or the tokens before these"
+        finish = partial(self._finish, copied, copies, logits, list(rows), on_host, failed)
+        return Sampling(finish, None if on_host or constrained else token_ids)
+
+    def _masked(self, logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, dict[int, str]]:
+        """The logits of the tokens that constraints allow, and why constraints failed, per row that this samples."""
+        constrained = [
+            (i, row) for i, row in enumerate(rows) if row.constraint is not None and _kernels_know(row.params)
+        ]
+        if not constrained:
+            return logits, {}
+        failed: dict[int, str] = {}
+        masks = np.tile(full_mask(self.vocab_size), (len(rows), 1))
+        for i, row in constrained:
+            assert row.constraint is not None
+            try:
+                masks[i] = row.constraint.mask(row.output_token_ids)
+            except ConstraintError as error:
+                failed[i] = str(error)
+        bitmask = self._to_device(torch.from_numpy(masks.view(np.int32)))
+        return self._ops.mask_logits(logits, bitmask), failed
 
     def _likeliest(self, logits: Tensor, count: int) -> Tensor:
         """[N, count] int64, by id."""
@@ -97,15 +119,23 @@ class DeviceSampler(Sampler):
         logits: Tensor,
         rows: list[SamplingRow],
         on_host: list[int],
+        failed: dict[int, str],
     ) -> list[SampledToken]:
         if copied is not None:
             copied.synchronize()
         token_ids, *scores = (copy.tolist() for copy in copies)
-        sampled = [SampledToken(i) if i >= 0 else SampledToken(-1, error=_BAD_LOGITS) for i in token_ids]
+        sampled = [
+            SampledToken(i)
+            if i >= 0
+            else SampledToken(-1, error=_BAD_LOGITS if row.constraint is None else _BAD_MASKED_LOGITS)
+            for i, row in zip(token_ids, rows, strict=True)
+        ]
         for i, row in enumerate(rows):
             if row.params.logprobs is not None and token_ids[i] >= 0:
                 logprobs = _by_rank(row.params.logprobs, *(score[i] for score in scores))
                 sampled[i] = SampledToken(token_ids[i], logprobs)
+        for i, error in failed.items():
+            sampled[i] = SampledToken(-1, error=error)
         if on_host:
             chosen = self.sample(logits[on_host], [rows[i] for i in on_host])
             for i, token in zip(on_host, chosen, strict=True):

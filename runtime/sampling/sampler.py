@@ -1,8 +1,9 @@
 """Logits to token ids: each row by itself, ties broken by token id, every random number a function of the row.
 
 Numpy works on one contiguous row at a time, so that a row's bits cannot depend on the batch or on threads.
-Order within a row, as in vLLM: log-probabilities of the raw logits; then logit bias, min_tokens mask, repetition,
-frequency and presence penalties, temperature, min_p, top_k, top_p; then inversion of the cumulative distribution.
+Order within a row, as in vLLM: log-probabilities of the raw logits; then the mask of structured outputs, logit bias,
+min_tokens mask, repetition, frequency and presence penalties, temperature, min_p, top_k, top_p; then inversion of the
+cumulative distribution.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from shoal.kernels.philox import uniforms
 
+from ..structured.constraint import ConstraintError, TokenConstraint
+from ..structured.token_mask import to_bools
 from ..types import Logprob, SamplingParams
 
 
@@ -35,6 +38,8 @@ class SamplingRow:
     """Position among the `n` samples of the request."""
     eos_token_ids: Sequence[int] = ()
     """Masked, like the stop token ids, before `min_tokens` output tokens; without effect under `ignore_eos`."""
+    constraint: TokenConstraint | None = None
+    """Masks tokens, those that end the answer included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,7 @@ class Sampler:
         """The next token of each row; `logits` is [len(rows), vocab_size] float32.
 
         Greedy rows take the highest logit, of equal ones the lowest id. A row whose logits contain NaN or +Inf, or only
-        -Inf, gets an `error`; the others are unaffected.
+        -Inf, or whose constraint fails, gets an `error`; the others are unaffected.
         """
         matrix = self._matrix(logits, len(rows))
         best = matrix.argmax(axis=1)  # the first NaN, or else the first maximum
@@ -140,10 +145,14 @@ def _sample_row(raw: NDArray[np.float32], best: int, row: SamplingRow, draw: flo
         return SampledToken(-1, error=error)
     if params.logit_bias and max(params.logit_bias) >= len(raw):
         return SampledToken(-1, error=f"logit_bias names token {max(params.logit_bias)}, the vocabulary has {len(raw)}")
-    logits = _adjust(raw, row)
+    try:
+        logits = _adjust(raw, row)
+    except ConstraintError as error:
+        return SampledToken(-1, error=str(error))
     token_id = best if logits is raw else int(logits.argmax())
     if not np.isfinite(logits[token_id]):
-        return SampledToken(-1, error="logit_bias, min_tokens and the penalties leave no token with a finite logit")
+        masks = "logit_bias, min_tokens" if row.constraint is None else "structured_outputs, logit_bias"
+        return SampledToken(-1, error=f"{masks} and the penalties leave no token with a finite logit")
     if not params.greedy:
         token_id = _draw(logits, logits[token_id], params, draw)
     if params.logprobs is None:
@@ -169,12 +178,13 @@ def _logits_error(highest: np.float32) -> str | None:
 def _adjust(raw: NDArray[np.float32], row: SamplingRow) -> NDArray[np.float32]:
     """Bias, mask and penalties in float32: a new array, or `raw` itself if nothing is to be done."""
     params = row.params
+    allowed = None if row.constraint is None else row.constraint.mask(row.output_token_ids)
     masked = _ending_token_ids(row, len(raw)) if len(row.output_token_ids) < params.min_tokens else []
     repeats = params.repetition_penalty != 1.0
     counts = bool(params.frequency_penalty or params.presence_penalty) and len(row.output_token_ids) > 0
-    if not (params.logit_bias or masked or repeats or counts):
+    if not (params.logit_bias or masked or repeats or counts or allowed is not None):
         return raw
-    logits = raw.copy()
+    logits = raw.copy() if allowed is None else np.where(to_bools(allowed, len(raw)), raw, np.float32(-np.inf))
     if params.logit_bias:
         logits[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), dtype=np.float32)
     logits[masked] = -np.inf
@@ -190,6 +200,8 @@ def _adjust(raw: NDArray[np.float32], row: SamplingRow) -> NDArray[np.float32]:
 
 
 def _ending_token_ids(row: SamplingRow, vocab_size: int) -> list[int]:
+    if row.constraint is not None:
+        return []  # it knows where the answer may end
     ends = [*(row.params.stop_token_ids or ()), *(() if row.params.ignore_eos else row.eos_token_ids)]
     return [i for i in ends if i < vocab_size]
 

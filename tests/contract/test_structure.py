@@ -22,6 +22,7 @@ ONLY_IN = {
     "safetensors": "runtime",
     "tokenizers": "runtime",
     "xxhash": "runtime",
+    "llguidance": "runtime",
     "ray": "cluster",
     "yaml": "cluster",
     "click": "cluster",
@@ -31,9 +32,10 @@ ONLY_IN = {
 } | dict.fromkeys(LIBRARIES, "kernels")
 ROOMS = {
     "runtime": [
-        "plain_numbers cgroup",
+        "plain_numbers cgroup structured_params",
         "memory types checkpoint",
         "request_limits response tokenization",
+        "structured",
         "scheduling sampling generation_config chat",
         "kv_cache",
         "models",

@@ -1,0 +1,1 @@
+"""Structured output: answers that have the form a request asks for."""
