@@ -19,7 +19,7 @@ from ..openai.fields import check_fields
 from ..openai.requests import Endpoint, ParsedRequest, RequestDefaults, parse_chat, parse_completion
 from ..openai.responses import chat_completion, completion, failure
 from ..openai.streams import ChatStream, CompletionStream, StreamHead, UsageOptions
-from .async_engines import AsyncEngines
+from ..replicas.async_engines import AsyncEngines
 from .http_errors import generation_failed
 
 _STREAM_FIELDS = ("stream", "stream_options")

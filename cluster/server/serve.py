@@ -18,12 +18,12 @@ import uvicorn
 from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
 from ..prompts import request_defaults
+from ..replicas.async_engines import AsyncEngines
 from ..replicas.engine_thread import AbortableEngineClient, EngineThread
 from ..replicas.inprocess import InProcessEngine
 from ..report import engine_errors
 from ..workers.engine_factory import BUILD_ENGINE
 from .app import Api, ServedModel, make_app
-from .async_engines import AsyncEngines
 from .settings import ServeArgs
 from .state import ServerState
 

@@ -23,6 +23,7 @@ ONLY_IN = {
     "tokenizers": "runtime",
     "xxhash": "runtime",
     "ray": "cluster",
+    "pyarrow": "cluster",
     "yaml": "cluster",
     "click": "cluster",
     "rich": "cluster",
@@ -50,7 +51,7 @@ ROOMS = {
         "replicas",
         "llm",
         "bench",
-        "server",
+        "data server",
         "commands",
     ],
 }

@@ -14,10 +14,10 @@ from shoal import LLM, SamplingParams
 from shoal.cluster.bundled import BUNDLED_MODEL
 from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.prompts import request_defaults
+from shoal.cluster.replicas.async_engines import AsyncEngines
 from shoal.cluster.replicas.engine_thread import EngineThread
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.cluster.server.app import Api, ServedModel, make_app
-from shoal.cluster.server.async_engines import AsyncEngines
 from shoal.cluster.server.bodies import MAX_BODY_BYTES
 from shoal.cluster.server.state import ServerState
 

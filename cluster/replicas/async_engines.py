@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from shoal.runtime.types import EngineOutput, Request, RequestOutput
 
-from ..replicas.engine_thread import EngineThread
+from .engine_thread import EngineThread
 
 Outputs = list[EngineOutput | RequestOutput]
 
