@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+from msgspec.structs import replace
 
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Logprob, RequestOutput
@@ -68,7 +69,7 @@ def answered(
 ) -> dict[str, Any]:
     """The columns of an answer, without its batch."""
     (sample,) = output.outputs
-    shows_logprobs = request.parsed.num_logprobs is not None
+    shown = request.parsed.num_logprobs
     return {
         "prompt": request.prompt,
         "prompt_token_ids": request.parsed.prompt_token_ids,
@@ -76,12 +77,12 @@ def answered(
         "generated_tokens": sample.token_ids,
         "generated_text": sample.text if request.wants_text else "",
         "num_generated_tokens": len(sample.token_ids),
-        "logprobs": _positions(sample.logprobs, tokenizer) if shows_logprobs else None,
+        "logprobs": _positions(sample.logprobs, tokenizer) if shown is not None else None,
         "prompt_logprobs": _positions(output.prompt_logprobs, tokenizer),
         "metrics": {"num_cached_tokens": output.num_cached_tokens},
         "request_id": request_id,
         "time_taken_llm": seconds,
-        "params": str(request.parsed.params),
+        "params": str(replace(request.parsed.params, logprobs=shown)),
         ERROR_COLUMN: "",
     }
 
