@@ -20,7 +20,7 @@ from ..openai.requests import Endpoint, ParsedRequest, RequestDefaults, parse_ch
 from ..openai.responses import chat_completion, completion, failure
 from ..openai.streams import ChatStream, CompletionStream, StreamHead, UsageOptions
 from ..openai.usage import Usage, usage_of
-from .async_engines import AsyncEngines
+from ..replicas.async_engines import AsyncEngines
 from .http_errors import generation_failed
 
 _STREAM_FIELDS = ("stream", "stream_options")

@@ -21,12 +21,12 @@ from ..metrics.export import make_meter
 from ..metrics.meter import RequestMeter
 from ..metrics.prometheus import PrometheusInstruments
 from ..prompts import request_defaults
+from ..replicas.async_engines import AsyncEngines
 from ..replicas.engine_thread import AbortableEngineClient, EngineThread
 from ..replicas.inprocess import InProcessEngine
 from ..report import engine_errors, line_printer
 from ..workers.engine_factory import BUILD_ENGINE
 from .app import Api, ServedModel, make_app
-from .async_engines import AsyncEngines
 from .http_protocol import BoundedHttpProtocol
 from .request_log import RequestLog
 from .settings import ServeArgs

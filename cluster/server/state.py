@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from .async_engines import AsyncEngines
+from ..replicas.async_engines import AsyncEngines
 
 Status = Literal["starting", "ready", "draining", "stalled", "dead"]
 

@@ -24,6 +24,7 @@ ONLY_IN = {
     "xxhash": "runtime",
     "llguidance": "runtime",
     "ray": "cluster",
+    "pyarrow": "cluster",
     "yaml": "cluster",
     "click": "cluster",
     "rich": "cluster",
@@ -52,7 +53,7 @@ ROOMS = {
         "replicas",
         "llm",
         "bench",
-        "server",
+        "data server",
         "commands",
     ],
 }

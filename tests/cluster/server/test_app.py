@@ -16,10 +16,10 @@ from shoal.cluster.engine_args import EngineArgs
 from shoal.cluster.metrics.meter import RequestMeter
 from shoal.cluster.metrics.prometheus import PrometheusInstruments
 from shoal.cluster.prompts import request_defaults
+from shoal.cluster.replicas.async_engines import AsyncEngines
 from shoal.cluster.replicas.engine_thread import EngineThread
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.cluster.server.app import Api, ServedModel, make_app
-from shoal.cluster.server.async_engines import AsyncEngines
 from shoal.cluster.server.bodies import MAX_BODY_BYTES
 from shoal.cluster.server.request_log import RequestLog
 from shoal.cluster.server.state import ServerState

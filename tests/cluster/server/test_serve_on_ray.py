@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.cluster.server.test_serve import DEADLINE_S, Server, serving
+from tests.support.processes import actor_pids
 
 pytestmark = pytest.mark.ray
 NUM_STREAMS = 16
@@ -27,28 +28,6 @@ def question(number: int) -> dict[str, Any]:
         "ignore_eos": True,
         "stream": True,
     }
-
-
-def worker_pids(parent: int) -> list[int]:
-    """Workers of the server: actors whose ancestor it is."""
-    found = []
-    for entry in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            command = open(f"/proc/{entry}/cmdline", "rb").read()  # noqa: SIM115
-        except OSError:
-            continue
-        if command.startswith(b"ray::Worker") and parent in ancestors(int(entry)):
-            found.append(int(entry))
-    return found
-
-
-def ancestors(pid: int) -> list[int]:
-    found = []
-    while pid > 1:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            pid = int(file.read().rpartition(")")[2].split()[1])
-        found.append(pid)
-    return found
 
 
 async def texts(server: Server, kill: int | None) -> list[tuple[str, str]]:
@@ -82,7 +61,7 @@ def test_a_killed_worker_interrupts_no_stream() -> None:
         server.wait_ready()
         expected = asyncio.run(texts(server, None))
         assert len(set(expected)) == NUM_STREAMS
-        workers = worker_pids(server.process.pid)
+        workers = actor_pids("Worker", server.process.pid)
         assert len(workers) == 2
         for pid in workers:
             assert asyncio.run(texts(server, pid)) == expected

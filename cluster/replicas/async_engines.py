@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from shoal.runtime.types import EngineOutput, Request, RequestOutput
 
-from ..replicas.engine_thread import EngineThread
+from .engine_thread import EngineThread
 
 LOOK_TIMEOUT_S = 1.0
 Outputs = list[EngineOutput | RequestOutput]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.replicas.async_engines import AsyncEngines
 from shoal.cluster.replicas.engine_thread import EngineThread
 from shoal.cluster.replicas.inprocess import InProcessEngine
-from shoal.cluster.server.async_engines import AsyncEngines
 from shoal.runtime.random_checkpoint import tiny_config
 from shoal.runtime.types import Request, RequestOutput, SamplingParams, Tokens
 from tests.support.stub_engine import RAISES, STUB

@@ -1,0 +1,1 @@
+"""`shoal.data`: Ray Data processors whose engines are Shoal's."""

@@ -1,0 +1,28 @@
+"""Where the engines of a process run: in it, or in workers of their own on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from ..engine_args import EngineArgs
+from ..workers.engine_factory import BUILD_ENGINE
+from ..workers.spec import OnPhase
+from .engine_thread import AbortableEngineClient
+from .inprocess import InProcessEngine
+
+
+def open_engines(
+    args: EngineArgs,
+    executor: Literal["ray", "inprocess"],
+    *,
+    on_phase: OnPhase | None = None,
+    on_wait: Callable[[str], None] | None = None,
+    engine_factory: str = BUILD_ENGINE,
+) -> AbortableEngineClient:
+    """Start the engines and wait until they can serve. The parameters are those of `start_engines`."""
+    if executor == "inprocess":
+        return InProcessEngine(args, on_phase=on_phase, engine_factory=engine_factory)
+    from .start import start_engines  # with Ray, which one process does not need
+
+    return start_engines(args, on_phase=on_phase, on_wait=on_wait, engine_factory=engine_factory)

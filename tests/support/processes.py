@@ -1,0 +1,29 @@
+"""Processes of Ray that descend from another process."""
+
+from __future__ import annotations
+
+import os
+
+
+def actor_pids(title: str, ancestor: int) -> set[int]:
+    """Actors below `ancestor` whose process title, which Ray makes from the class, begins with ray::`title`."""
+    found = set()
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/cmdline", "rb") as file:
+                command = file.read()
+            if command.startswith(f"ray::{title}".encode()) and ancestor in ancestors(int(entry)):
+                found.add(int(entry))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def ancestors(pid: int) -> list[int]:
+    """Its parent, the parent of that, and so on."""
+    found = []
+    while pid > 1:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            pid = int(file.read().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
