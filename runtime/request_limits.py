@@ -32,9 +32,6 @@ def check_request(request: Request, limits: RequestLimits) -> RowError | None:
             message=f"{context_length(limits)}; the prompt has {len(prompt)}, and at least one token of output must "
             "fit, too",
         )
-    if params.max_tokens is not None and params.max_tokens > limits.max_model_len:
-        message = f"{context_length(limits)}; max_tokens is {params.max_tokens}"
-        return RowError(code="context_length_exceeded", message=message, param="max_tokens")
     for name, ids in (("stop token id", params.stop_token_ids or ()), ("logit_bias token id", params.logit_bias or ())):
         if (bad := next((t for t in ids if not 0 <= t < limits.vocab_size), None)) is not None:
             return _out_of_vocabulary(name, bad, limits)

@@ -326,8 +326,6 @@ class RowError:
 
     code: str
     message: str
-    param: str | None = None
-    """The field at fault."""
     details: dict[str, int | str] = field(default_factory=dict)
 
 

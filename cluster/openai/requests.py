@@ -150,7 +150,10 @@ def build_request(
         spelled_token=prompt.spelled_token,
     )
     if (problem := check_request(parsed.to_request("", 0), defaults.limits)) is not None:
-        raise ApiError(problem.code, problem.message, problem.param)
+        raise ApiError(problem.code, problem.message)
+    if (max_tokens := whole_number(own.get("max_tokens"))) is not None and max_tokens > defaults.limits.max_model_len:
+        message = f"{context_length(defaults.limits)}; max_tokens is {max_tokens}"
+        raise ApiError("context_length_exceeded", message, "max_tokens")
     if defaults.structured_outputs is not None:
         try:
             defaults.structured_outputs.check(params)

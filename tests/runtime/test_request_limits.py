@@ -23,7 +23,7 @@ def refusal(num_prompt: int, **params: Any) -> str | None:
     [
         (1, {"max_tokens": None, "logprobs": 20}, None),  # 131,071 x 21 is 2.8 million
         (1, {"max_tokens": None, "logprobs": 30}, "request_too_large"),  # x 31: 4.1 million
-        (1, {"max_tokens": 2**62, "logprobs": 30}, "context_length_exceeded"),
+        (1, {"max_tokens": 2**62, "logprobs": 30}, "request_too_large"),  # no more than the context
         (1, {"max_tokens": 3_900, "n": 1024}, None),
         (1, {"max_tokens": 4_000, "n": 1024}, "request_too_large"),
         (1, {"max_tokens": 40, "n": 100, "logprobs": 998}, None),

@@ -203,7 +203,6 @@ def test_requests_beyond_the_limits_are_refused(model_dir: Path) -> None:
         ([1, 272], {}, "outside the vocabulary"),
         ([-1], {}, "outside the vocabulary"),
         (list(range(32)), {}, "maximum context length is 32 tokens"),
-        ([1], {"max_tokens": 33}, "max_tokens is 33"),
         ([1], {"stop_token_ids": [999]}, "stop token id 999"),
         ([1], {"logit_bias": {999: 1.0}}, "logit_bias token id 999"),
         ([1], {"n": 1000, "logprobs": 200, "max_tokens": None}, "at most 4000000"),
