@@ -28,7 +28,7 @@ from .metrics.export import make_meter
 from .openai.chat_options import read_chat_options
 from .openai.errors import ApiError
 from .openai.fields import without_nulls
-from .openai.requests import ending_turns
+from .openai.requests import prompt_params
 from .openai.responses import parsed_answer
 from .prompts import ModelPrompts
 from .replicas.engine_thread import AbortableEngineClient, EngineThread
@@ -127,7 +127,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: Literal["auto", "none"] = "auto",
+        tool_choice: str | Mapping[str, Any] = "auto",
         thinking: bool | None = None,
         reasoning_effort: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -250,7 +250,7 @@ class LLM:
             request = Request(
                 request_id="",
                 prompt_token_ids=tuple(encoded.token_ids),
-                params=ending_turns(own, encoded),
+                params=prompt_params(own, encoded),
                 report=report,
                 reasoning_end_token_id=encoded.reasoning_end_token_id,
             )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shoal.runtime.chat.call_grammar import call_grammar
 from shoal.runtime.chat.formats import CHAT_FORMATS, ChatFormat, choose_format
 from shoal.runtime.chat.messages import read_conversation
 from shoal.runtime.chat.names import ChatFormatName
@@ -68,7 +69,11 @@ class ModelPrompts:
             drop_thinking=options.drop_thinking,
             continue_final_message=options.continue_final_message,
         )
-        return render_prompt(conversation, chat_format=self.chat_format, tokenizer=self.tokenizer)
+        prompt = render_prompt(conversation, chat_format=self.chat_format, tokenizer=self.tokenizer)
+        if options.calls is None:
+            return prompt
+        grammar = call_grammar(self.chat_format.grammar, conversation.tools, options.calls, self.tokenizer)
+        return replace(prompt, answer_grammar=grammar)
 
 
 def request_defaults(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool | None) -> RequestDefaults:

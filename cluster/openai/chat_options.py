@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.runtime.chat.call_grammar import CallRules
+
 from .errors import ApiError, json_type
 from .fields import check_fields, shown, without_nulls
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _TEMPLATE_SWITCHES = ("thinking", "enable_thinking", "clear_thinking", "drop_thinking")
-_NEEDS_CONSTRAINTS = "answers cannot be forced into calls yet; use auto or none"
+_CHOICES = 'auto, none, required, or {"type": "function", "function": {"name": ..}}'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +22,8 @@ class ChatOptions:
 
     tools: Sequence[Mapping[str, Any]] | None = None
     """None also with tool_choice "none"."""
+    calls: CallRules | None = None
+    """The calls that the answer must have; None: as the model likes."""
     thinking: bool | None = None
     """None: as the chat format does by default."""
     reasoning_effort: str | None = None
@@ -35,11 +39,13 @@ def read_chat_options(body: Mapping[str, Any], *, thinking: bool | None) -> Chat
     if effort is not None and effort not in REASONING_EFFORTS:
         message = f"reasoning_effort must be one of {', '.join(REASONING_EFFORTS)}, got {shown(effort)}"
         raise ApiError("invalid_parameter", message, "reasoning_effort")
+    tools, calls = _read_tools(body)
     wanted = switches.get("thinking")
     if wanted is None:
         wanted = False if effort == "none" else thinking
     return ChatOptions(
-        tools=_tools(body),
+        tools=tools,
+        calls=calls,
         thinking=wanted,
         reasoning_effort=effort,
         clear_thinking=switches.get("clear_thinking"),
@@ -67,11 +73,35 @@ def read_template_kwargs(kwargs: object) -> dict[str, bool]:
     return given
 
 
-def _tools(body: Mapping[str, Any]) -> Any:
+def _read_tools(body: Mapping[str, Any]) -> tuple[Any, CallRules | None]:
+    """The tools to show, not checked yet, and the calls that are asked for."""
+    tools = body.get("tools")
     choice = body.get("tool_choice", "auto")
-    if choice not in ("auto", "none"):
-        raise ApiError("unsupported_field", f"tool_choice = {shown(choice)}: {_NEEDS_CONSTRAINTS}", "tool_choice")
-    return body.get("tools") if choice == "auto" else None
+    is_parallel = body.get("parallel_tool_calls", True)
+    if not isinstance(is_parallel, bool):
+        message = f"parallel_tool_calls must be true or false, got {json_type(is_parallel)}"
+        raise ApiError("invalid_type", message, "parallel_tool_calls")
+    if choice == "none":
+        return None, None
+    if choice == "auto":
+        return tools, CallRules(is_required=False, is_parallel=is_parallel) if _has_strict(tools) else None
+    name = None if choice == "required" else _named_tool(choice)
+    if not tools:
+        raise ApiError("invalid_parameter", f"tool_choice = {shown(choice)} needs tools", "tool_choice")
+    return tools, CallRules(is_required=True, name=name, is_parallel=is_parallel)
+
+
+def _has_strict(tools: Any) -> bool:
+    functions = [tool.get("function") for tool in tools or () if isinstance(tool, Mapping)]
+    return any(isinstance(function, Mapping) and function.get("strict") is True for function in functions)
+
+
+def _named_tool(choice: object) -> str:
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise ApiError("invalid_parameter", f"tool_choice must be {_CHOICES}, got {shown(choice)}", "tool_choice")
+    return name
 
 
 def _continues_final_message(body: Mapping[str, Any]) -> bool:

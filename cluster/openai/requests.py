@@ -13,6 +13,7 @@ from shoal.runtime.chat.prompt import ChatPrompt, OutputFormat
 from shoal.runtime.plain_numbers import whole_number
 from shoal.runtime.request_limits import RequestLimits, check_request, context_length
 from shoal.runtime.structured.structured_outputs import StructuredOutputs
+from shoal.runtime.structured_params import StructuredOutputsParams
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Request, SamplingParams
 
@@ -137,7 +138,7 @@ def build_request(
     show_logprobs = values.get("logprobs") is not None
     try:
         params = SamplingParams(**(values | {"logprobs": values["logprobs"] if show_logprobs else 0}))
-        params = ending_turns(params, prompt)
+        params = prompt_params(params, prompt)
     except ValueError as error:
         param = error.name if isinstance(error, SettingError) else None
         raise ApiError("invalid_parameter", str(error), param) from error
@@ -158,12 +159,26 @@ def build_request(
         try:
             defaults.structured_outputs.check(params)
         except ValueError as error:
-            raise ApiError("invalid_grammar", str(error), form_field) from error
+            param = "tools" if prompt.answer_grammar is not None else form_field
+            raise ApiError("invalid_grammar", str(error), param) from error
     return parsed
 
 
-def ending_turns(params: SamplingParams, prompt: ChatPrompt) -> SamplingParams:
-    """The parameters with the tokens that end a turn of the prompt's chat format, unless they ask to go on."""
+def prompt_params(params: SamplingParams, prompt: ChatPrompt) -> SamplingParams:
+    """The parameters with what the prompt says of the answer: its form, and the tokens that end a turn.
+
+    ValueError for parameters that ask for another form.
+    """
+    if prompt.answer_grammar is not None:
+        if params.structured_outputs is not None:
+            raise SettingError(
+                "structured_outputs",
+                "tool_choice and strict tools decide the form of the answer; remove structured_outputs, "
+                "response_format and guided_*",
+            )
+        params = msgspec.structs.replace(
+            params, structured_outputs=StructuredOutputsParams(grammar=prompt.answer_grammar)
+        )
     if not prompt.stop_token_ids or params.ignore_eos:
         return params
     stop_token_ids = (*(params.stop_token_ids or ()), *prompt.stop_token_ids)

@@ -10,6 +10,8 @@ from .json_arguments import json_type
 
 Types = frozenset[str]
 STRING: Types = frozenset({"string"})
+MAX_REFERENCES = 8
+"""One after the other; a schema may refer to itself."""
 
 
 def parameter_types(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Types | None]]:
@@ -17,14 +19,29 @@ def parameter_types(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, T
     types = {}
     for tool in tools:
         function = _mapping(tool.get("function"))
-        properties = _mapping(_mapping(function.get("parameters")).get("properties"))
-        types[str(function.get("name"))] = {str(k): declared_types(schema) for k, schema in properties.items()}
+        parameters = _mapping(function.get("parameters"))
+        properties = _mapping(parameters.get("properties"))
+        types[str(function.get("name"))] = {str(k): declared_types(v, parameters) for k, v in properties.items()}
     return types
 
 
-def declared_types(schema: Any) -> Types | None:
-    """JSON Schema's names of the types that a schema allows; None if it does not say."""
-    schema = _mapping(schema)
+def resolved(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema that a schema refers to within `root`, or the schema itself."""
+    found = _mapping(schema)
+    for _ in range(MAX_REFERENCES):
+        reference = found.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            break
+        target: Any = root
+        for part in reference.split("/")[1:]:
+            target = _mapping(target).get(part.replace("~1", "/").replace("~0", "~"))
+        found = _mapping(target)
+    return found
+
+
+def declared_types(schema: Any, root: Mapping[str, Any]) -> Types | None:
+    """JSON Schema's names of the types that a schema within `root` allows; None if it does not say."""
+    schema = resolved(schema, root)
     declared = schema.get("type")
     if isinstance(declared, str):
         return frozenset([declared])
@@ -33,7 +50,7 @@ def declared_types(schema: Any) -> Types | None:
     if isinstance(values := schema.get("enum"), list):
         return frozenset(str(json_type(json.dumps(value))) for value in values)
     members = schema.get("anyOf", schema.get("oneOf"))
-    types = [declared_types(member) for member in members] if isinstance(members, list) else []
+    types = [declared_types(member, root) for member in members] if isinstance(members, list) else []
     known = [t for t in types if t is not None]
     return frozenset[str]().union(*known) if known and len(known) == len(types) else None
 

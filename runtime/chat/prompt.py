@@ -36,6 +36,8 @@ class ChatPrompt:
     """None: the output is text."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a turn of this format, beside the tokenizer's end of sequence."""
+    answer_grammar: str | None = None
+    """The form of the answer, in Lark, where calls are asked for; None: the model writes what it likes."""
     spelled_token: str | None = None
     """An added token that a text prompt spells: its characters are encoded as text."""
 

@@ -72,7 +72,7 @@ BAD_ROWS = [
     BadCase("a misspelt field", b'{"prompt": "x", "temprature": 1}', "unknown_field", "temprature is not a known field; did you mean temperature?"),
     BadCase("a misspelt field of a body", chat(max_token=1), "unknown_field", "max_token is not a known field; did you mean max_tokens?"),
     BadCase("streaming", chat(stream=True), "unsupported_field", "stream = True is not supported; remove it: answers come whole"),
-    BadCase("calls that are required", chat(tool_choice="required"), "unsupported_field", "tool_choice = 'required': answers cannot be forced into calls yet; use auto or none"),
+    BadCase("calls that are required, without tools", chat(tool_choice="required"), "invalid_parameter", "tool_choice = 'required' needs tools"),
     BadCase("a response format", chat(response_format={"type": "json_object"}), "unsupported_field", "response_format = an object is not supported; ask for the format in a message"),
     BadCase("another method", b'{"custom_id": "a", "method": "GET", "url": "/v1/completions", "body": {}}', "unsupported_method", "method must be POST, got 'GET'"),
     BadCase("another endpoint", b'{"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {}}', "unsupported_url", "url must be /v1/chat/completions or /v1/completions, got '/v1/embeddings'"),

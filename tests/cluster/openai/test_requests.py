@@ -84,7 +84,7 @@ def test_chat_goes_up_to_the_context_and_completions_to_16_tokens() -> None:
         ({"messages": MESSAGES, "temprature": 1}, "unknown_field", "temprature"),
         ({"messages": MESSAGES, "reasoning_effort": "most"}, "invalid_parameter", "reasoning_effort"),
         ({"messages": MESSAGES, "n": True}, "invalid_parameter", "n"),
-        ({"messages": MESSAGES, "tool_choice": "required"}, "unsupported_field", "tool_choice"),
+        ({"messages": MESSAGES, "tool_choice": "required"}, "invalid_parameter", "tool_choice"),
         ({"messages": MESSAGES, "best_of": True}, "unsupported_field", "best_of"),
         ({"messages": "hi"}, "invalid_type", "messages"),
         ({"messages": MESSAGES, "logprobs": 5}, "invalid_type", "logprobs"),
