@@ -152,8 +152,8 @@ def test_a_grammar_may_have_special_tokens_and_schemas(structured: StructuredOut
         ({"json": {"items": [{"multipleOf": 0.101}, {"multipleOf": 103}]}}, "have the product 10403, at most 10000"),
         ({"json": {"properties": {str(i): True for i in range(1001)}}}, "an object has 1001 properties, at most 1000"),
         (
-            {"json": {"patternProperties": {f"^{i}$": True for i in range(33)}}},
-            "an object has 33 patternProperties, at most 32",
+            {"json": {"items": [{"patternProperties": {f"^{i}$": True for i in range(33)}}] * 2}},
+            "there are 66 patternProperties, at most 64",
         ),
         (
             {"json": {"allOf": [{"pattern": f"a{i}"} for i in range(7)]}},
@@ -181,7 +181,8 @@ def test_patterns_are_counted_where_they_meet(structured: StructuredOutputs) -> 
         "$ref": "#/$defs/d0",
     }
     chain["$defs"]["d7"] = {}  # type: ignore[index]
-    for schema in (link, branches, chain):
+    named = {"properties": {"allOf": {"properties": {"const": branches}}}}
+    for schema in (link, branches, chain, named):
         with pytest.raises(ValueError, match="up to 7 patterns"):
             structured.check(SamplingParams.from_dict({"structured_outputs": {"json": schema}}))
 
