@@ -18,6 +18,8 @@ MAX_MERGED_REGEXES = 6
 """Patterns, formats and length limits for one text; the states of their intersection multiply."""
 MAX_MULTIPLE = 10_000
 """Product of the different multipleOf of a schema, without powers of 10: a state machine has a state per remainder."""
+MAX_LEVELS = 400
+"""Schemas within each other, through references, too: llguidance needs stack for each."""
 
 _REGEXES = ("pattern", "format", "minLength")
 _MERGED = ("allOf", "anyOf", "oneOf", "$ref")
@@ -74,23 +76,28 @@ class _MergedRegexes:
         self._root = root
         self._counts: dict[int, int] = {}
 
-    def count(self, schema: object) -> int:
+    def count(self, schema: object, level: int = 0) -> int:
         """An upper bound; 0 within itself, for a schema that refers to itself."""
-        if isinstance(schema, list):
-            return max(map(self.count, schema), default=0)
+        if level > MAX_LEVELS:
+            raise ValueError(f"its schemas are more than {MAX_LEVELS} levels deep, with what they refer to")
         if not isinstance(schema, Mapping):
             return 0
-        if id(schema) not in self._counts:
-            self._counts[id(schema)] = 0
-            self._counts[id(schema)] = self._count(schema)
-        return self._counts[id(schema)]
-
-    def _count(self, schema: Mapping[str, Any]) -> int:
-        own = sum(name in schema for name in _REGEXES) + ("maxLength" in schema and "minLength" not in schema)
-        within = map(self.count, _inner(schema))
-        merged = sum(map(self.count, _list(schema.get("allOf"))))
-        merged += self.count(_list(schema.get("anyOf"))) + self.count(_list(schema.get("oneOf")))
-        return max(own, *within, 0) + merged + self.count(self._target(schema.get("$ref")))
+        if id(schema) in self._counts:
+            return self._counts[id(schema)]
+        self._counts[id(schema)] = 0
+        here = sum(name in schema for name in _REGEXES) + ("maxLength" in schema and "minLength" not in schema)
+        for inner in _inner(schema):
+            here = max(here, self.count(inner, level + 1))
+        for same in _list(schema.get("allOf")):
+            here += self.count(same, level + 1)
+        for options in (_list(schema.get("anyOf")), _list(schema.get("oneOf"))):
+            most = 0
+            for option in options:
+                most = max(most, self.count(option, level + 1))
+            here += most
+        here += self.count(self._target(schema.get("$ref")), level + 1)
+        self._counts[id(schema)] = here
+        return here
 
     def _target(self, reference: object) -> object:
         """What a reference within the schema refers to; None for others."""
@@ -103,13 +110,15 @@ class _MergedRegexes:
         return target
 
 
-def _inner(schema: Mapping[str, Any]) -> Iterator[object]:
+def _inner(schema: Mapping[str, Any]) -> list[object]:
     """The schemas of a schema that apply to other values than it does, and what is no schema."""
+    found: list[object] = []
     for name, value in schema.items():
         if name in _MAPS and isinstance(value, Mapping):
-            yield from value.values()
+            found += value.values()
         elif name not in (*_MERGED, *_NOT_APPLIED):
-            yield value
+            found += value if isinstance(value, list) else [value]
+    return found
 
 
 def _list(value: object) -> list[Any]:

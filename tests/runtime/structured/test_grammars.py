@@ -148,6 +148,19 @@ def test_a_grammar_may_have_special_tokens_and_schemas(structured: StructuredOut
         ({"json": {"allOf": [{"type": "null"}, {"type": "string"}]}}, "Unsatisfiable schema"),
         ({"json": {"type": "strin"}}, "Invalid type: strin"),
         ({"json": {"enum": []}}, "structured_outputs.json: "),
+        (
+            {"grammar": "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(5000)) + '\na5000: "x"'},
+            r"structured_outputs\.grammar: the grammar has 5002 rules \(or colons\), at most 1000",
+        ),
+        (
+            {
+                "json": {
+                    "$defs": {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(500)},
+                    "$ref": "#/$defs/0",
+                }
+            },
+            "its schemas are more than 400 levels deep",
+        ),
         ({"json": {"multipleOf": 123456789}}, "have the product 123456789, at most 10000"),
         ({"json": {"items": [{"multipleOf": 0.101}, {"multipleOf": 103}]}}, "have the product 10403, at most 10000"),
         ({"json": {"properties": {str(i): True for i in range(1001)}}}, "an object has 1001 properties, at most 1000"),
