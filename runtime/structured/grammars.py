@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..structured_params import check_depth
 from .schema_limits import check_schema
 
 MAX_RULES = 1000
@@ -56,6 +57,7 @@ def lark_grammar(text: str) -> str:
             raise ValueError(f"%json is not followed by a JSON Schema ({error})") from error
         if not isinstance(schema, dict):
             raise ValueError("%json is not followed by a JSON Schema, which is an object")
+        check_depth("the schema after %json", schema)
         num_rules += text.count(":", end, found.end())
         parts += [text[end : found.end()], _json_rule(schema)]
         end = after

@@ -128,6 +128,10 @@ def test_a_grammar_may_have_special_tokens_and_schemas(structured: StructuredOut
         ({"grammar": "start: x"}, r'structured_outputs\.grammar: .*unknown name: "x"'),
         ({"grammar": '{"grammars": [{"json_schema": {}}]}'}, r"structured_outputs\.grammar: "),
         ({"grammar": "start: %json [1]"}, r"structured_outputs\.grammar: %json is not followed by a JSON Schema"),
+        (
+            {"grammar": "start: %json " + '{"items":' * 400 + "{}" + "}" * 400},
+            r"structured_outputs\.grammar: the schema after %json is nested more than 64 levels deep",
+        ),
         ({"grammar": "start: %json {"}, r"structured_outputs\.grammar: %json is not followed by a JSON Schema"),
         ({"grammar": 'start: %json {"uniqueItems": true}'}, r'Unimplemented keys: \["uniqueItems"\]'),
         ({"grammar": "start: <[100000]>"}, r"structured_outputs\.grammar: "),
