@@ -8,9 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from shoal.cluster.llm import LLM
-from shoal.runtime.structured_params import StructuredOutputsParams
-from shoal.runtime.types import SamplingParams
+from shoal import LLM, SamplingParams, StructuredOutputsParams
 
 SUM = {
     "type": "object",
