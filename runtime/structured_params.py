@@ -60,6 +60,16 @@ class StructuredOutputsParams(Struct, frozen=True, kw_only=True, omit_defaults=T
         return build_settings(cls, values, "structured_outputs.")
 
 
+def check_depth(name: str, value: object, levels: int = MAX_SCHEMA_DEPTH) -> None:
+    """ValueError, naming it, for JSON with too many objects and lists within each other."""
+    if not isinstance(value, Mapping | list | tuple):
+        return
+    if not levels:
+        raise ValueError(f"{name} is nested more than {MAX_SCHEMA_DEPTH} levels deep")
+    for inner in value.values() if isinstance(value, Mapping) else value:
+        check_depth(name, inner, levels - 1)
+
+
 def _schema_text(schema: str | Mapping[str, Any]) -> str:
     if isinstance(schema, str):
         _check_size("json", len(schema))
@@ -69,7 +79,7 @@ def _schema_text(schema: str | Mapping[str, Any]) -> str:
             raise ValueError(f"structured_outputs.json is not JSON: {error}") from error
     if not isinstance(schema, Mapping):
         raise ValueError("structured_outputs.json must be a JSON Schema, which is an object")
-    _check_depth(schema)
+    check_depth("structured_outputs.json", schema)
     try:
         text = json_format.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -80,15 +90,6 @@ def _schema_text(schema: str | Mapping[str, Any]) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
-
-
-def _check_depth(value: object, levels: int = MAX_SCHEMA_DEPTH) -> None:
-    if not isinstance(value, Mapping | list | tuple):
-        return
-    if not levels:
-        raise ValueError(f"structured_outputs.json is nested more than {MAX_SCHEMA_DEPTH} levels deep")
-    for inner in value.values() if isinstance(value, Mapping) else value:
-        _check_depth(inner, levels - 1)
 
 
 def _checked_choices(choices: Sequence[str]) -> tuple[str, ...]:

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shoal.cluster.llm import LLM
+    from shoal.runtime.structured_params import StructuredOutputsParams
     from shoal.runtime.types import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 
 _HOME = {
     "LLM": "shoal.cluster.llm",
@@ -16,6 +17,7 @@ _HOME = {
     "Logprob": "shoal.runtime.types",
     "RequestOutput": "shoal.runtime.types",
     "SamplingParams": "shoal.runtime.types",
+    "StructuredOutputsParams": "shoal.runtime.structured_params",
 }
 
 

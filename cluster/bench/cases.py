@@ -368,6 +368,18 @@ def _sampling(s: Shapes) -> Iterator[Case]:
         4 * b * s.vocab_size,
         tolerance=0.0,
     )
+    yield Case(
+        "mask_logits",
+        f"{b} x {s.vocab_size}",
+        lambda r: (
+            r.normal(b, s.vocab_size, dtype=torch.float32),
+            torch.full((b, (s.vocab_size + 31) // 32), 0x55555555, dtype=torch.int32),
+        ),
+        lambda ops: ops.mask_logits,
+        0,
+        8 * b * s.vocab_size,
+        tolerance=0.0,
+    )
     ones = partial(torch.ones, b)
     yield Case(
         "truncate_logits",

@@ -7,7 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..structured_params import check_depth
 from .schema_limits import check_schema
+
+MAX_RULES = 1000
+"""llguidance needs stack for each rule that leads to the next, and a process that has none left ends."""
 
 _OPTIONS = "x-guidance"
 _JSON_OPTIONS = {
@@ -42,10 +46,10 @@ def regex_grammar(regex: str) -> str:
 def lark_grammar(text: str) -> str:
     """A grammar in Lark. Schemas in it (`%json {..}`) are checked, and their JSON has the white space of all others.
 
-    ValueError for a schema that is no JSON object or too large.
+    ValueError for a schema that is no JSON object or too large, and for too many rules.
     """
     parts: list[str] = []
-    end = 0
+    end = num_rules = 0
     while (found := _INLINE_SCHEMA.search(text, end)) is not None:
         try:
             schema, after = json.JSONDecoder().raw_decode(text, found.end())
@@ -53,8 +57,13 @@ def lark_grammar(text: str) -> str:
             raise ValueError(f"%json is not followed by a JSON Schema ({error})") from error
         if not isinstance(schema, dict):
             raise ValueError("%json is not followed by a JSON Schema, which is an object")
+        check_depth("the schema after %json", schema)
+        num_rules += text.count(":", end, found.end())
         parts += [text[end : found.end()], _json_rule(schema)]
         end = after
+    num_rules += text.count(":", end)
+    if num_rules > MAX_RULES:
+        raise ValueError(f"the grammar has {num_rules} rules (or colons), at most {MAX_RULES} are supported")
     return _grammar("".join([*parts, text[end:]]))
 
 

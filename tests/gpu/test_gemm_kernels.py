@@ -170,3 +170,5 @@ def test_routing_and_sampling() -> None:
         lambda ops: ops.sample_tokens(vocabulary, temperatures, index * 7 - 99, index * 3, index % 2)
     )
     assert torch.equal(tokens, expected)
+    bits = torch.randint(-(2**31), 2**31, (64, 129280 // 32), device="cuda").int()
+    assert torch.equal(*on_both(lambda ops: ops.mask_logits(vocabulary, bits)))

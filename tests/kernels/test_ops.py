@@ -28,7 +28,7 @@ def test_every_operation_is_bound_when_the_table_is_made(backend: Backend) -> No
     if backend == "triton" and find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     names = {name for name, op in vars(Ops).items() if isinstance(op, Op)}
-    assert len(names) == 30
+    assert len(names) == 31
     assert names <= vars(Ops(backend)).keys()
 
 

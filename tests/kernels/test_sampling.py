@@ -80,8 +80,34 @@ def test_logprobs_and_ranks() -> None:
     assert ranks.tolist() == [0, 4]
 
 
+def test_a_mask_removes_the_tokens_without_a_bit() -> None:
+    logits = torch.arange(2.0 * 70).view(2, 70)
+    bits = torch.tensor([[1 << 30 | 1, -(2**31), 1 << 5], [-1, -1, -1]], dtype=torch.int32)
+    masked = CPU_OPS.mask_logits(logits, bits)
+    assert (~masked[0].isneginf()).nonzero().flatten().tolist() == [0, 30, 63, 69]
+    assert masked[0, [0, 30, 63, 69]].tolist() == [0.0, 30.0, 63.0, 69.0]
+    assert torch.equal(masked[1], logits[1])
+    assert torch.equal(logits, torch.arange(2.0 * 70).view(2, 70)), "the logits stay"
+
+
+def test_a_mask_hides_no_broken_logits() -> None:
+    none = torch.zeros(3, 1, dtype=torch.int32)
+    logits = torch.tensor([[0.0, math.nan], [math.inf, 0.0], [-math.inf, 0.0]])
+    masked = CPU_OPS.mask_logits(logits, none)
+    assert (
+        masked.nan_to_num(7.0).tolist()
+        == logits.new_tensor([[-math.inf, 7.0], [math.inf, -math.inf], [-math.inf] * 2]).nan_to_num(7.0).tolist()
+    )
+    zero = torch.zeros(3, dtype=torch.int64)
+    assert CPU_OPS.sample_tokens(masked, torch.ones(3), zero, zero, zero).tolist() == [-1, -1, -1]
+
+
 def test_what_does_not_fit_is_refused() -> None:
     one = torch.ones(1)
+    with pytest.raises(ValueError, match=r"mask_logits needs a bitmask \[1, 1\] in torch\.int32, got \[1, 2\]"):
+        CPU_OPS.mask_logits(DESCENDING, torch.zeros(1, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"mask_logits needs a bitmask .*, got \[1, 1\] in torch\.int64"):
+        CPU_OPS.mask_logits(DESCENDING, torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"truncate_logits needs 1 torch\.int64"):
         CPU_OPS.truncate_logits(DESCENDING, one, one, one, one)
     with pytest.raises(ValueError, match=r"token_logprobs needs logits \[N, V\] in float32"):

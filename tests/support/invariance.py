@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,8 +195,10 @@ def _bits_of(answers: Answers) -> dict[int, tuple[Any, ...]]:
     return {int(name): bits(output) for name, output in answers.finished.items()}
 
 
-def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups) -> dict[int, tuple[Any, ...]]:
-    """This rank's rows of a point."""
+def run_point(
+    point: Point, model_dir: Path, dtype: str, groups: ParallelGroups, asked: Callable[[int], list[Request]] = rows
+) -> dict[int, tuple[Any, ...]]:
+    """This rank's rows of a point. asked: the requests for a model with a vocabulary of this size."""
     previous = torch.get_num_threads()
     torch.set_num_threads(point.threads)
     try:
@@ -206,7 +208,7 @@ def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups)
             engine = build_engine(model_dir, config, groups)
             mine = [
                 r
-                for r in rows(engine.limits.vocab_size)
+                for r in asked(engine.limits.vocab_size)
                 if engine.is_leader
                 and r.index % point.replicas == replica
                 and r.index // point.replicas % point.dp == groups.dp_rank
@@ -232,7 +234,12 @@ def run_point(point: Point, model_dir: Path, dtype: str, groups: ParallelGroups)
 
 
 def run_points_on_rank(
-    rank: int, store: Store, models: list[tuple[Path, str]], points: list[Point], device: str = "cpu"
+    rank: int,
+    store: Store,
+    models: list[tuple[Path, str]],
+    points: list[Point],
+    device: str = "cpu",
+    asked: Callable[[int], list[Request]] = rows,
 ) -> list[list[dict[int, tuple[Any, ...]]]]:
     """This rank's rows of every point, for every (model, dtype); a rank that a point has no use for skips it."""
     results = []
@@ -245,6 +252,6 @@ def run_points_on_rank(
             layout = ParallelConfig(tensor_parallel_size=point.tp, data_parallel_size=point.dp)
             epoch = index * len(points) + number
             groups = init_groups(layout, rank, store, epoch=epoch, device=torch.device(device), timeout_s=600.0)
-            of_model.append(run_point(point, model_dir, dtype, groups))
+            of_model.append(run_point(point, model_dir, dtype, groups, asked))
         results.append(of_model)
     return results

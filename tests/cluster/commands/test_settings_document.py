@@ -14,6 +14,7 @@ from shoal.cluster.jobs.config import ChatTemplateKwargs, JobConfig
 from shoal.cluster.replica_spec import ReplicaSpec
 from shoal.cluster.server.settings import ServeArgs
 from shoal.parallel.settings import Declaration, declarations
+from shoal.runtime.structured_params import StructuredOutputsParams
 from shoal.runtime.types import SamplingParams
 from tests.support.tables import write_or_compare
 
@@ -30,6 +31,7 @@ SAMPLING = (
     "Fields of `SamplingParams`, of a row, of a row's `sampling_params`, and of `sampling` in a job file, which has "
     "the defaults of rows that do not set them."
 )
+FORM = "Fields of `structured_outputs`, of which one is given: [structured-outputs.md](structured-outputs.md)."
 CHAT = "Fields of `chat_template_kwargs`, in a job file or in a row."
 
 SECTIONS: list[tuple[str, str, type]] = [
@@ -38,6 +40,7 @@ SECTIONS: list[tuple[str, str, type]] = [
     ("Server", SERVER, ServeArgs),
     ("Replicas", REPLICAS, ReplicaSpec),
     ("Sampling", SAMPLING, SamplingParams),
+    ("Structured outputs", FORM, StructuredOutputsParams),
     ("Chat template", CHAT, ChatTemplateKwargs),
 ]
 

@@ -11,7 +11,13 @@ import pytest
 
 from shoal.cluster.openai.chat_options import ChatOptions
 from shoal.cluster.openai.errors import ApiError
-from shoal.cluster.openai.fields import CHAT_FIELDS, COMPLETION_FIELDS, FIELDS_WITHOUT_EFFECT, UNSUPPORTED_FIELDS
+from shoal.cluster.openai.fields import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    FIELDS_WITHOUT_EFFECT,
+    FORM_FIELDS,
+    UNSUPPORTED_FIELDS,
+)
 from shoal.cluster.openai.requests import RequestDefaults, parse_chat, parse_completion
 from shoal.runtime.chat.prompt import ChatPrompt, OutputFormat
 from shoal.runtime.types import SamplingParams
@@ -44,8 +50,9 @@ def test_the_document_lists_every_field() -> None:
         "page from the table that the code reads.",
         "",
         f"- Sampling: {names(sampling)}.",
-        f"- Chat only: {names(CHAT_FIELDS - sampling)}.",
-        f"- Completions only: {names(COMPLETION_FIELDS - sampling)}.",
+        f"- Other ways to write `structured_outputs`: {names(FORM_FIELDS)}.",
+        f"- Chat only: {names(CHAT_FIELDS - sampling - FORM_FIELDS)}.",
+        f"- Completions only: {names(COMPLETION_FIELDS - sampling - FORM_FIELDS)}.",
         f"- Accepted without effect: {names(FIELDS_WITHOUT_EFFECT)}.",
         "",
         "Sampling fields that a request leaves out come from the job's `sampling`, then from the model's",
@@ -53,6 +60,8 @@ def test_the_document_lists_every_field() -> None:
         "",
         "With thinking on, stop strings apply to the answer and not to the reasoning before it, unless",
         "`stop_in_reasoning` is true.",
+        "",
+        "The form of an answer, of which a request has at most one: [structured-outputs.md](structured-outputs.md).",
         "",
         "Any other field is an error that names it and the nearest known one. These are refused unless their value",
         "asks for nothing:",

@@ -18,6 +18,7 @@ from shoal.cluster.workers.wire import COMMANDS, EVENTS, ORDERS, REPORTS, Codec,
 from shoal.parallel.kv_transport import KVChunk
 from shoal.parallel.request_id import RequestId
 from shoal.runtime.engine.stats import EngineStats
+from shoal.runtime.structured_params import StructuredOutputsParams
 from shoal.runtime.types import (
     Finished,
     GeneratedTokens,
@@ -56,6 +57,11 @@ PARAMS = st.builds(
     logit_bias=st.none() | st.dictionaries(INDICES, st.floats(-100, 100), max_size=3),
     include_stop_str_in_output=st.booleans(),
     skip_special_tokens=st.booleans(),
+) | st.builds(
+    SamplingParams,
+    structured_outputs=st.builds(StructuredOutputsParams, regex=TEXT.filter(bool))
+    | st.builds(StructuredOutputsParams, choice=st.lists(TEXT.filter(bool), min_size=1, max_size=3))
+    | st.builds(StructuredOutputsParams, json=st.dictionaries(TEXT, INT64 | TEXT, max_size=3)),
 )
 TOKEN_IDS = st.lists(INDICES, max_size=4).map(tuple)
 POSITIONS = st.dictionaries(INDICES, st.builds(Logprob, FLOATS, INDICES, st.none() | TEXT), max_size=3)

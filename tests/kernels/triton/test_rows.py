@@ -303,6 +303,19 @@ def test_truncation(vocab_size: int) -> None:
     assert torch.equal(kept[untouched].nan_to_num(99.0), logits[untouched].nan_to_num(99.0))
 
 
+@pytest.mark.parametrize("vocab_size", [1, 31, 1000, 3000])
+def test_masks(vocab_size: int) -> None:
+    logits = randn(6, vocab_size + 1)[:, 1:]
+    logits[1, 0], logits[2, -1], logits[3] = torch.nan, torch.inf, -torch.inf
+    words = torch.randint(-(2**31), 2**31, (6, (vocab_size + 31) // 32), generator=torch.Generator().manual_seed(3))
+    words[4], words[5] = -1, 0
+    masked, expected = on_both(lambda ops: ops.mask_logits(logits, words.int()))
+    assert masked.is_contiguous()
+    assert torch.equal(masked.nan_to_num(99.0, 98.0, 97.0), expected.nan_to_num(99.0, 98.0, 97.0))
+    assert torch.equal(masked[4], logits[4])
+    assert masked[5].isneginf().all()
+
+
 @pytest.mark.parametrize("vocab_size", [1, 1000, 3000])
 def test_logprobs_of_tokens(vocab_size: int) -> None:
     logits = (randn(9, vocab_size) * 8).round() / 4

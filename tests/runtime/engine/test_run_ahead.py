@@ -134,6 +134,27 @@ def test_rows_that_need_the_host_are_not_run_ahead_of(model_dir: Path) -> None:
     assert len(run(engine, {0: penalised}, {})) == 1
 
 
+def test_rows_that_must_have_a_form_are_not_run_ahead_of(model_dir: Path) -> None:
+    """The mask of a token needs the token before it. Rows beside it wait with it, and have the same answers."""
+    form = {"structured_outputs": {"regex": "[a-d]{8}"}, "max_tokens": 20, "temperature": 1.0}
+    constrained = Request(
+        request_id="form", index=9, prompt_token_ids=(5, 6), params=SamplingParams.from_dict({**form, "seed": 3})
+    )
+    engine = make_engine(model_dir, ahead=True)
+    run_ahead = engine.runner.run_ahead
+    engine.runner.run_ahead = None  # type: ignore[method-assign, assignment]
+    alone = run(engine, {0: [constrained]}, {})["form"]
+    assert len(alone.outputs[0].text) == 8
+    assert set(alone.outputs[0].text) <= set("abcd")
+    engine.runner.run_ahead = run_ahead  # type: ignore[method-assign]
+    together = run(engine, {0: [*requests(), constrained]}, {}, preempt_every=3)
+    expected = run(make_engine(model_dir, ahead=False), {0: requests()}, {})
+    assert bits(together.pop("form")) == bits(alone)
+    assert {name: bits(output) for name, output in together.items()} == {
+        name: bits(output) for name, output in expected.items()
+    }
+
+
 def test_a_device_chooses_what_the_host_would() -> None:
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(40, VOCAB, generator=generator) * 3

@@ -128,6 +128,10 @@ def test_a_grammar_may_have_special_tokens_and_schemas(structured: StructuredOut
         ({"grammar": "start: x"}, r'structured_outputs\.grammar: .*unknown name: "x"'),
         ({"grammar": '{"grammars": [{"json_schema": {}}]}'}, r"structured_outputs\.grammar: "),
         ({"grammar": "start: %json [1]"}, r"structured_outputs\.grammar: %json is not followed by a JSON Schema"),
+        (
+            {"grammar": "start: %json " + '{"items":' * 400 + "{}" + "}" * 400},
+            r"structured_outputs\.grammar: the schema after %json is nested more than 64 levels deep",
+        ),
         ({"grammar": "start: %json {"}, r"structured_outputs\.grammar: %json is not followed by a JSON Schema"),
         ({"grammar": 'start: %json {"uniqueItems": true}'}, r'Unimplemented keys: \["uniqueItems"\]'),
         ({"grammar": "start: <[100000]>"}, r"structured_outputs\.grammar: "),
@@ -148,12 +152,25 @@ def test_a_grammar_may_have_special_tokens_and_schemas(structured: StructuredOut
         ({"json": {"allOf": [{"type": "null"}, {"type": "string"}]}}, "Unsatisfiable schema"),
         ({"json": {"type": "strin"}}, "Invalid type: strin"),
         ({"json": {"enum": []}}, "structured_outputs.json: "),
+        (
+            {"grammar": "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(5000)) + '\na5000: "x"'},
+            r"structured_outputs\.grammar: the grammar has 5002 rules \(or colons\), at most 1000",
+        ),
+        (
+            {
+                "json": {
+                    "$defs": {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(500)},
+                    "$ref": "#/$defs/0",
+                }
+            },
+            "its schemas are more than 400 levels deep",
+        ),
         ({"json": {"multipleOf": 123456789}}, "have the product 123456789, at most 10000"),
         ({"json": {"items": [{"multipleOf": 0.101}, {"multipleOf": 103}]}}, "have the product 10403, at most 10000"),
         ({"json": {"properties": {str(i): True for i in range(1001)}}}, "an object has 1001 properties, at most 1000"),
         (
-            {"json": {"patternProperties": {f"^{i}$": True for i in range(33)}}},
-            "an object has 33 patternProperties, at most 32",
+            {"json": {"items": [{"patternProperties": {f"^{i}$": True for i in range(33)}}] * 2}},
+            "there are 66 patternProperties, at most 64",
         ),
         (
             {"json": {"allOf": [{"pattern": f"a{i}"} for i in range(7)]}},
@@ -181,7 +198,8 @@ def test_patterns_are_counted_where_they_meet(structured: StructuredOutputs) -> 
         "$ref": "#/$defs/d0",
     }
     chain["$defs"]["d7"] = {}  # type: ignore[index]
-    for schema in (link, branches, chain):
+    named = {"properties": {"allOf": {"properties": {"const": branches}}}}
+    for schema in (link, branches, chain, named):
         with pytest.raises(ValueError, match="up to 7 patterns"):
             structured.check(SamplingParams.from_dict({"structured_outputs": {"json": schema}}))
 
