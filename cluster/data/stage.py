@@ -14,13 +14,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..engine_args import EngineArgs
 from ..openai.errors import ApiError
 from ..openai.responses import failure
 from ..prompts import request_defaults
 from ..replicas.async_engines import AsyncEngines
-from ..replicas.engine_thread import EngineThread
+from ..replicas.engine_thread import AbortableEngineClient, EngineThread
 from ..replicas.open_engines import open_engines
 from ..workers.engine_factory import BUILD_ENGINE
+from ..workers.own_actor import remove_groups, remove_groups_at_end
 from .columns import add_columns, answered, failed, read_rows
 from .config import EngineProcessorConfig
 from .engine_kwargs import runs_apart
@@ -40,14 +42,7 @@ class EngineStage:
     ) -> None:
         """Start the engine and wait until it is ready."""
         args = config.engine_args
-        self._engines = EngineThread(
-            lambda: open_engines(
-                args,
-                "ray" if runs_apart(args) else "inprocess",
-                on_wait=logger.warning,
-                engine_factory=engine_factory,
-            )
-        )
+        self._engines = EngineThread(lambda: _open_engines(args, engine_factory))
         defaults = replace(request_defaults(args, {}, thinking=None), limits=self._engines.limits)
         self._tokenizer = defaults.tokenizer
         self._reader = RowReader(config, defaults, chat_template_kwargs)
@@ -56,10 +51,6 @@ class EngineStage:
         self._room = asyncio.Semaphore(limit) if limit > 0 else contextlib.nullcontext()
         self._numbers = itertools.count()
         self._client: AsyncEngines | None = None
-
-    def __del__(self) -> None:
-        if hasattr(self, "_engines"):  # not if the engine did not start
-            self._engines.close()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """The batch with the columns of its answers, its rows in the same order."""
@@ -108,3 +99,11 @@ class EngineStage:
             f"a row cannot be answered: {error.code}: {error.message} (should_continue_on_error=True keeps such rows, "
             "with the reason)"
         ) from error
+
+
+def _open_engines(args: EngineArgs, engine_factory: str) -> AbortableEngineClient:
+    if not runs_apart(args):
+        return open_engines(args, "inprocess", engine_factory=engine_factory)
+    remove_groups()  # of an earlier process of this actor, which was killed
+    remove_groups_at_end()
+    return open_engines(args, "ray", on_wait=logger.warning, engine_factory=engine_factory)
