@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,8 +19,8 @@ from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
 from ..prompts import request_defaults
 from ..replicas.async_engines import AsyncEngines
-from ..replicas.engine_thread import AbortableEngineClient, EngineThread
-from ..replicas.inprocess import InProcessEngine
+from ..replicas.engine_thread import EngineThread
+from ..replicas.open_engines import open_engines
 from ..report import engine_errors
 from ..workers.engine_factory import BUILD_ENGINE
 from .app import Api, ServedModel, make_app
@@ -130,7 +130,11 @@ class _Life:
 
         def start() -> None:
             try:
-                engines = EngineThread(lambda: self._make_engines(on_phase))
+                engines = EngineThread(
+                    lambda: open_engines(
+                        self._engine, "auto", on_phase=on_phase, on_wait=on_phase, engine_factory=self._engine_factory
+                    )
+                )
             except BaseException as error:
                 loop.call_soon_threadsafe(started.set_exception, error)
             else:
@@ -149,13 +153,6 @@ class _Life:
         self._state.set_ready(AsyncEngines(engines))
         self._say("ready")
         return engines
-
-    def _make_engines(self, on_phase: Callable[[object], None]) -> AbortableEngineClient:
-        if self._engine.num_workers > 1 or self._engine.ray_address is not None:
-            from ..replicas.start import start_engines  # with Ray, which one process does not need
-
-            return start_engines(self._engine, on_phase=on_phase, on_wait=on_phase, engine_factory=self._engine_factory)
-        return InProcessEngine(self._engine, on_phase=on_phase, engine_factory=self._engine_factory)
 
     async def _serve_until_the_end(self, engines: EngineThread) -> int:
         while not self._signalled.is_set():
