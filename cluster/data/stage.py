@@ -40,7 +40,7 @@ class EngineStage:
         chat_template_kwargs: Mapping[str, Any],
         engine_factory: str = BUILD_ENGINE,
     ) -> None:
-        """Start the engine and wait until it is ready."""
+        """Start the engine and wait until it is ready. `engine_factory` replaces the engine, for tests."""
         args = config.engine_args
         self._engines = EngineThread(lambda: _open_engines(args, engine_factory))
         defaults = replace(request_defaults(args, {}, thinking=None), limits=self._engines.limits)
@@ -67,7 +67,16 @@ class EngineStage:
 
     def _read(self, batch: pa.Table) -> list[tuple[object, RowRequest | ApiError]]:
         """Every row's prompt as it is in the dataset, and its request or why it has none."""
-        return [(row.get("prompt"), self._read_row(row)) for row in read_rows(batch)]
+        read = [(row.get("prompt"), self._read_row(row)) for row in read_rows(batch)]
+        requests = [request for _, request in read if isinstance(request, RowRequest)]
+        if spelled := [token for one in requests if (token := one.parsed.spelled_token) is not None]:
+            logger.warning(
+                "%d prompts of a batch have special tokens such as %s in their text; they are encoded as text: give "
+                "messages or tokenized_prompt",
+                len(spelled),
+                spelled[0],
+            )
+        return read
 
     def _read_row(self, row: Mapping[str, Any]) -> RowRequest | ApiError:
         try:
