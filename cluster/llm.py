@@ -31,8 +31,8 @@ from .openai.fields import without_nulls
 from .openai.requests import prompt_params
 from .openai.responses import parsed_answer
 from .prompts import ModelPrompts
-from .replicas.engine_thread import AbortableEngineClient, EngineThread
-from .replicas.inprocess import InProcessEngine
+from .replicas.engine_thread import EngineThread
+from .replicas.open_engines import choose_executor, open_engines
 from .workers.engine_factory import BUILD_ENGINE
 from .workers.spec import OnPhase
 
@@ -70,14 +70,7 @@ class LLM:
         if executor not in ("auto", "ray", "inprocess"):
             raise ValueError(f"executor must be one of auto, ray, inprocess, got {executor!r}")
         if executor == "auto":
-            executor = "ray" if args.num_workers > 1 or args.ray_address is not None else "inprocess"
-
-        def start() -> AbortableEngineClient:
-            if executor == "ray":
-                from .replicas.start import start_engines  # with Ray, which one process does not need
-
-                return start_engines(args, on_phase=on_phase, engine_factory=engine_factory)
-            return InProcessEngine(args, on_phase=on_phase, engine_factory=engine_factory)
+            executor = choose_executor(args)
 
         self.args = args
         self.executor = executor
@@ -87,7 +80,10 @@ class LLM:
         self._sampling_defaults = args.sampling_defaults
         if self._sampling_defaults:
             logger.warning(sampling_notice(self._sampling_defaults))
-        self._engines = EngineThread(start, lambda: make_meter(args, on_ray=executor == "ray"))
+        self._engines = EngineThread(
+            lambda: open_engines(args, executor, on_phase=on_phase, engine_factory=engine_factory),
+            lambda: make_meter(args, on_ray=self.executor == "ray"),
+        )
         self._structured_outputs = StructuredOutputs(self.tokenizer, self.limits.vocab_size)
         self._indices = itertools.count()
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from shoal.parallel.settings import refuse_unknown
 
 from ..engine_args import read_model_config
-from ..workers.engine_factory import BUILD_ENGINE
 from .config import EngineProcessorConfig
 from .engine_kwargs import runs_apart
 
@@ -35,7 +34,6 @@ class Processor:
         preprocess_map_kwargs: Mapping[str, Any],
         postprocess_map_kwargs: Mapping[str, Any],
         chat_template_kwargs: Mapping[str, Any],
-        engine_factory: str,
     ) -> None:
         self.config = config
         self._ray_data = _import_ray_data()
@@ -43,11 +41,7 @@ class Processor:
         self._postprocess = postprocess
         self._preprocess_map_kwargs = preprocess_map_kwargs
         self._postprocess_map_kwargs = postprocess_map_kwargs
-        self._stage = {
-            "config": config,
-            "chat_template_kwargs": chat_template_kwargs,
-            "engine_factory": engine_factory,
-        }
+        self._chat_template_kwargs = chat_template_kwargs
 
     def __call__(self, dataset: Dataset) -> Dataset:
         """The dataset with answers; they are computed when it is read."""
@@ -58,7 +52,7 @@ class Processor:
             dataset = dataset.map(merged(self._preprocess), **self._preprocess_map_kwargs)
         dataset = dataset.map_batches(
             EngineStage,
-            fn_constructor_kwargs=self._stage,
+            fn_constructor_kwargs={"config": self.config, "chat_template_kwargs": self._chat_template_kwargs},
             batch_format="pyarrow",
             batch_size=self.config.batch_size,
             compute=self._pool(),
@@ -67,9 +61,7 @@ class Processor:
         keeps_failed_rows = self.config.should_continue_on_error
         dataset = dataset.map(finished(self._postprocess, keeps_failed_rows), **self._postprocess_map_kwargs)
         if keeps_failed_rows:
-            dataset = dataset.map_batches(
-                restore_types, batch_format="pyarrow", batch_size=None, **self._postprocess_map_kwargs
-            )
+            dataset = dataset.map_batches(restore_types, batch_format="pyarrow", batch_size=None)
         return dataset
 
     def log_input_column_names(self) -> None:
@@ -110,14 +102,12 @@ def build_processor(
     preprocess_map_kwargs: Mapping[str, Any] | None = None,
     postprocess_map_kwargs: Mapping[str, Any] | None = None,
     builder_kwargs: Mapping[str, Any] | None = None,
-    *,
-    engine_factory: str = BUILD_ENGINE,
 ) -> Processor:
     """Build a processor; ValueError for a model or setting that cannot work.
 
     `preprocess` gets a row and returns columns that are added to it, `postprocess` gets a row with the answer's columns
     and returns the row of the result. The `map_kwargs` are arguments of `Dataset.map` for them. `builder_kwargs` may
-    have `chat_template_kwargs`. `engine_factory` replaces the engine, for tests.
+    have `chat_template_kwargs`.
     """
     builder_kwargs = builder_kwargs or {}
     refuse_unknown(builder_kwargs, {"chat_template_kwargs"}, "builder_kwargs: ")
@@ -132,7 +122,6 @@ def build_processor(
         preprocess_map_kwargs=preprocess_map_kwargs or {},
         postprocess_map_kwargs=postprocess_map_kwargs or {},
         chat_template_kwargs=kwargs,
-        engine_factory=engine_factory,
     )
 
 

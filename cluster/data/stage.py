@@ -14,13 +14,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..engine_args import EngineArgs
 from ..openai.errors import ApiError
 from ..openai.responses import failure
 from ..prompts import request_defaults
 from ..replicas.async_engines import AsyncEngines
-from ..replicas.engine_thread import EngineThread
+from ..replicas.engine_thread import AbortableEngineClient, EngineThread
 from ..replicas.open_engines import open_engines
 from ..workers.engine_factory import BUILD_ENGINE
+from ..workers.own_actor import remove_groups, remove_groups_at_end
 from .columns import add_columns, answered, failed, read_rows
 from .config import EngineProcessorConfig
 from .engine_kwargs import runs_apart
@@ -38,16 +40,9 @@ class EngineStage:
         chat_template_kwargs: Mapping[str, Any],
         engine_factory: str = BUILD_ENGINE,
     ) -> None:
-        """Start the engine and wait until it is ready."""
+        """Start the engine and wait until it is ready. `engine_factory` replaces the engine, for tests."""
         args = config.engine_args
-        self._engines = EngineThread(
-            lambda: open_engines(
-                args,
-                "ray" if runs_apart(args) else "inprocess",
-                on_wait=logger.warning,
-                engine_factory=engine_factory,
-            )
-        )
+        self._engines = EngineThread(lambda: _open_engines(args, engine_factory))
         defaults = replace(request_defaults(args, {}, thinking=None), limits=self._engines.limits)
         self._tokenizer = defaults.tokenizer
         self._reader = RowReader(config, defaults, chat_template_kwargs)
@@ -56,10 +51,6 @@ class EngineStage:
         self._room = asyncio.Semaphore(limit) if limit > 0 else contextlib.nullcontext()
         self._numbers = itertools.count()
         self._client: AsyncEngines | None = None
-
-    def __del__(self) -> None:
-        if hasattr(self, "_engines"):  # not if the engine did not start
-            self._engines.close()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         """The batch with the columns of its answers, its rows in the same order."""
@@ -76,7 +67,16 @@ class EngineStage:
 
     def _read(self, batch: pa.Table) -> list[tuple[object, RowRequest | ApiError]]:
         """Every row's prompt as it is in the dataset, and its request or why it has none."""
-        return [(row.get("prompt"), self._read_row(row)) for row in read_rows(batch)]
+        read = [(row.get("prompt"), self._read_row(row)) for row in read_rows(batch)]
+        requests = [request for _, request in read if isinstance(request, RowRequest)]
+        if spelled := [token for one in requests if (token := one.parsed.spelled_token) is not None]:
+            logger.warning(
+                "%d prompts of a batch have special tokens such as %s in their text; they are encoded as text: give "
+                "messages or tokenized_prompt",
+                len(spelled),
+                spelled[0],
+            )
+        return read
 
     def _read_row(self, row: Mapping[str, Any]) -> RowRequest | ApiError:
         try:
@@ -108,3 +108,11 @@ class EngineStage:
             f"a row cannot be answered: {error.code}: {error.message} (should_continue_on_error=True keeps such rows, "
             "with the reason)"
         ) from error
+
+
+def _open_engines(args: EngineArgs, engine_factory: str) -> AbortableEngineClient:
+    if not runs_apart(args):
+        return open_engines(args, "inprocess", engine_factory=engine_factory)
+    remove_groups()  # of an earlier process of this actor, which was killed
+    remove_groups_at_end()
+    return open_engines(args, "ray", on_wait=logger.warning, engine_factory=engine_factory)

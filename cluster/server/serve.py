@@ -22,8 +22,8 @@ from ..metrics.meter import RequestMeter
 from ..metrics.prometheus import PrometheusInstruments
 from ..prompts import request_defaults
 from ..replicas.async_engines import AsyncEngines
-from ..replicas.engine_thread import AbortableEngineClient, EngineThread
-from ..replicas.inprocess import InProcessEngine
+from ..replicas.engine_thread import EngineThread
+from ..replicas.open_engines import choose_executor, open_engines
 from ..report import engine_errors, line_printer
 from ..workers.engine_factory import BUILD_ENGINE
 from .app import Api, ServedModel, make_app
@@ -151,7 +151,12 @@ class _Life:
 
         def start() -> None:
             try:
-                engines = EngineThread(lambda: self._make_engines(on_phase), lambda: self._make_meter(self._on_ray))
+                engines = EngineThread(
+                    lambda: open_engines(
+                        self._engine, "auto", on_phase=on_phase, on_wait=on_phase, engine_factory=self._engine_factory
+                    ),
+                    lambda: self._make_meter(choose_executor(self._engine) == "ray"),
+                )
             except BaseException as error:
                 loop.call_soon_threadsafe(started.set_exception, error)
             else:
@@ -170,17 +175,6 @@ class _Life:
         self._state.set_ready(AsyncEngines(engines))
         self._say("ready")
         return engines
-
-    @property
-    def _on_ray(self) -> bool:
-        return self._engine.num_workers > 1 or self._engine.ray_address is not None
-
-    def _make_engines(self, on_phase: Callable[[object], None]) -> AbortableEngineClient:
-        if self._on_ray:
-            from ..replicas.start import start_engines  # with Ray, which one process does not need
-
-            return start_engines(self._engine, on_phase=on_phase, on_wait=on_phase, engine_factory=self._engine_factory)
-        return InProcessEngine(self._engine, on_phase=on_phase, engine_factory=self._engine_factory)
 
     async def _serve_until_the_end(self, engines: EngineThread) -> int:
         while not self._signalled.is_set():

@@ -17,6 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from shoal.parallel.config import ParallelConfig
 
 from ..environment import default_num_threads, num_cores
+from .own_actor import group_name
 from .ray_environment import (
     check_answers,
     choose_temp_dir,
@@ -289,7 +290,7 @@ def place(layout: Layout, available: Sequence[Node], *, timeout_s: float) -> lis
     """
     strategies = placement_strategies(layout, available)
     groups = [
-        placement_group([layout.bundle] * size, strategy=strategy)
+        placement_group([layout.bundle] * size, strategy=strategy, name=group_name())
         for size, strategy in zip(layout.sizes, strategies, strict=True)
     ]
     _, waiting = ray.wait([g.ready() for g in groups], num_returns=len(groups), timeout=timeout_s)

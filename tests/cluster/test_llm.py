@@ -310,7 +310,7 @@ def test_one_worker_needs_no_ray(
         return start
 
     monkeypatch.setattr("shoal.cluster.replicas.start.start_engines", chosen("ray"))
-    monkeypatch.setattr("shoal.cluster.llm.InProcessEngine", chosen("inprocess"))
+    monkeypatch.setattr("shoal.cluster.replicas.open_engines.InProcessEngine", chosen("inprocess"))
     with pytest.raises(LookupError, match=f"^'?{executor}'?$"):
         LLM(model, engine_factory=STUB, **arguments)
 

@@ -10,13 +10,14 @@ import signal
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group_table
 
 from shoal import LLM, SamplingParams
 from shoal.cluster.bundled import BUNDLED_MODEL
@@ -72,6 +73,33 @@ def tokens(rows: list[dict[str, Any]]) -> list[list[int]]:
     return [row["generated_tokens"] for row in rows]
 
 
+def wait_until(is_done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_done():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@contextmanager
+def watched(title: str) -> Iterator[set[int]]:
+    """All actors with this title that run at some time during the block, which ends when none is left."""
+    seen: set[int] = set()
+    left = threading.Event()
+
+    def look() -> None:
+        while not left.wait(0.1):
+            seen.update(actor_pids(title, os.getpid()))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        left.set()
+        thread.join()
+    wait_until(lambda: not actor_pids(title, os.getpid()))
+
+
 def test_jsonl_to_parquet_with_failed_rows(tmp_path: Path, llm: LLM) -> None:
     lines = [{"id": i, "question": f"What is {i} + {i + 20}?" if i % 4 else ""} for i in range(24)]
     lines += [{"id": i, "question": ""} for i in range(24, 32)]
@@ -110,55 +138,39 @@ def test_jsonl_to_parquet_with_failed_rows(tmp_path: Path, llm: LLM) -> None:
             assert (row.get("answer"), row["generated_tokens"], row["generated_text"]) == (None, [], "")
 
 
-def test_a_killed_engine_costs_no_row(tmp_path: Path, llm: LLM) -> None:
-    prompts = [{"id": i, "tokenized_prompt": [0, *range(20, 26 + i % 7), 30 + i]} for i in range(48)]
+def nothing_is_reserved() -> bool:
+    return all(group["state"] == "REMOVED" for group in placement_group_table().values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "max_tokens"), [({}, 250), ({"data_parallel_size": 2}, 80)], ids=["in its actor", "in workers"]
+)
+def test_a_killed_engine_costs_no_row(layout: dict[str, Any], max_tokens: int, tmp_path: Path, llm: LLM) -> None:
+    prompts = [{"id": i, "tokenized_prompt": [0, *range(20, 26 + i % 7), 30 + i]} for i in range(32)]
     ray.data.from_items(prompts).write_parquet(str(tmp_path / "in"))
-    sampling = {"temperature": 1.0, "max_tokens": 300, "ignore_eos": True}
+    sampling = {"temperature": 1.0, "max_tokens": max_tokens, "ignore_eos": True}
     run = processor(
+        layout,
         batch_size=4,
         max_concurrent_batches=2,
         chat_template_stage=False,
         preprocess=lambda row: {"sampling_params": sampling},
         postprocess=lambda row: {name: row[name] for name in ("id", "prompt_token_ids", "generated_tokens")},
     )
-    dataset = run(ray.data.read_parquet(str(tmp_path / "in")).repartition(12))
+    dataset = run(ray.data.read_parquet(str(tmp_path / "in")).repartition(8))
     rows: list[dict[str, Any]] = []
-    engines: set[int] = set()
-    for row in dataset.iter_rows():
-        running = actor_pids("MapWorker", os.getpid())
-        if not rows:
-            (pid,) = running
-            os.kill(pid, signal.SIGKILL)
-        engines |= running
-        rows.append(row)
+    with watched("MapWorker") as engines:
+        for row in dataset.iter_rows():
+            if not rows:
+                (pid,) = actor_pids("MapWorker", os.getpid())
+                os.kill(pid, signal.SIGKILL)
+            rows.append(row)
     assert len(engines) == 2, "the second one answered the rest"
     rows.sort(key=lambda row: row["id"])
-    assert [row["id"] for row in rows] == list(range(48))
+    assert [row["id"] for row in rows] == list(range(32))
     assert [row["prompt_token_ids"] for row in rows] == [prompt["tokenized_prompt"] for prompt in prompts]
     assert tokens(rows) == expected(llm, rows, **sampling)
-
-
-@contextmanager
-def watched(title: str) -> Iterator[set[int]]:
-    """All actors with this title that run at some time during the block, which ends when none is left."""
-    seen: set[int] = set()
-    left = threading.Event()
-
-    def look() -> None:
-        while not left.wait(0.1):
-            seen.update(actor_pids(title, os.getpid()))
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        left.set()
-        thread.join()
-    deadline = time.monotonic() + DEADLINE_S
-    while actor_pids(title, os.getpid()):
-        assert time.monotonic() < deadline, f"{title} was left behind"
-        time.sleep(0.1)
+    wait_until(nothing_is_reserved)
 
 
 def test_a_killed_worker_costs_no_row(llm: LLM) -> None:
@@ -174,6 +186,7 @@ def test_a_killed_worker_costs_no_row(llm: LLM) -> None:
     assert (len(engines), len(workers)) == (1, 3), "one worker took the place of the killed one"
     assert sorted(row["id"] for row in rows) == list(range(24))
     assert tokens(rows) == expected(llm, rows, **sampling)
+    wait_until(nothing_is_reserved)
     for row in rows:
         assert row["prompt"] == f"{row['id']} + 17 ="
         for token, position in zip(row["generated_tokens"], row["logprobs"], strict=True):

@@ -82,6 +82,12 @@ def test_a_failed_row_ends_the_run_where_it_may_not_continue() -> None:
         answers(stage(), [question(1), {"id": 2, "messages": []}])
 
 
+def test_special_tokens_in_the_text_of_a_prompt_are_text_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    answers(stage(), [{"prompt": "<｜User｜>Hello"}, {"prompt": "Hello"}])
+    (record,) = [record for record in caplog.records if record.name == "shoal.data"]
+    assert record.getMessage().startswith("1 prompts of a batch have special tokens such as <｜User｜> in their text")
+
+
 def test_an_engine_that_fails_is_no_failed_row() -> None:
     broken = stage(STUB, should_continue_on_error=True)
     with pytest.raises(RuntimeError, match="the stub broke"):
