@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
@@ -58,21 +59,8 @@ def serve(
     log = RequestLog(line_printer(stdout) if args.log_requests else None)
     api = Api(model, state, max_num_queued_reqs=args.max_num_queued_reqs, metrics=metrics, log=log)
     app = make_app(api, keys=keys)
+    config = _http_config(app, args)
     with _listener(args) as listener:
-        config = uvicorn.Config(
-            app,
-            http=BoundedHttpProtocol,
-            ws="none",
-            loop="asyncio",
-            ssl_certfile=args.ssl_certfile,
-            ssl_keyfile=args.ssl_keyfile,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=int(CLOSE_TIMEOUT_S),
-        )
         host, port = listener.getsockname()[:2]
         scheme = "http" if args.ssl_certfile is None else "https"
         print(f"listening on {scheme}://{host}:{port}, starting the engines", file=stderr, flush=True)
@@ -82,6 +70,29 @@ def serve(
 
         life = _Life(args, engine, state, _Server(config), stderr, engine_factory, meter)
         return asyncio.run(life.run(listener))
+
+
+def _http_config(app: ASGIApp, args: ServeArgs) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        http=BoundedHttpProtocol,
+        ws="none",
+        loop="asyncio",
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(CLOSE_TIMEOUT_S),
+    )
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError, too
+        files = " and ".join(filter(None, [args.ssl_certfile, args.ssl_keyfile]))
+        raise ValueError(f"{files} cannot be used for HTTPS: {error}; ssl_certfile and ssl_keyfile are PEM") from error
+    return config
 
 
 class _Server(uvicorn.Server):
@@ -125,7 +136,7 @@ class _Life:
             if engines is None:
                 return ExitCode.OK
             try:
-                return await self._serve_until_the_end(engines)
+                return await self._serve_until_the_end(engines, serving)
             finally:
                 await loop.run_in_executor(None, engines.close)
         finally:
@@ -176,8 +187,11 @@ class _Life:
         self._say("ready")
         return engines
 
-    async def _serve_until_the_end(self, engines: EngineThread) -> int:
+    async def _serve_until_the_end(self, engines: EngineThread, serving: asyncio.Future[None]) -> int:
         while not self._signalled.is_set():
+            if serving.done():
+                serving.result()
+                raise RuntimeError("the HTTP server has ended")
             if engines.failure is not None:
                 self._state.fail(f"{type(engines.failure).__name__}: {engines.failure}")
                 self._say(self._state.reason)
