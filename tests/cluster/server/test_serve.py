@@ -64,7 +64,11 @@ class Server:
 def serving(*options: str) -> Iterator[Server]:
     command = [sys.executable, "-m", "shoal", "serve", "--model", str(BUNDLED_MODEL), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--num-threads-per-worker", "1", *options], stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+        [*command, "--num-threads-per-worker", "1", *options],
+        stdout=subprocess.DEVNULL,  # the log of requests
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
     )
     try:
         assert process.stderr is not None
@@ -153,6 +157,18 @@ def test_a_port_that_is_taken_is_one_line() -> None:
     assert done.stderr == (
         f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another host or port\n"
     )
+
+
+@pytest.mark.slow
+def test_a_certificate_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shoal", "serve", "--model", str(BUNDLED_MODEL), "--port", "0"]
+    for path in (tmp_path / "missing.pem", BUNDLED_MODEL / "config.json"):
+        done = subprocess.run(
+            [*command, "--ssl-certfile", str(path)], capture_output=True, text=True, timeout=DEADLINE_S
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {path} cannot be used for HTTPS: ")
+        assert done.stderr.count("\n") == 1
 
 
 def test_an_address_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
