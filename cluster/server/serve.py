@@ -158,7 +158,11 @@ class _Life:
 
         def on_phase(line: object) -> None:
             self._say(line)
-            loop.call_soon_threadsafe(self._take_signals)  # Ray has installed handlers of its own
+            on_loop(self._take_signals)  # Ray has installed handlers of its own
+
+        def on_loop(function: Callable[..., object], *args: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # a signal has ended the loop
+                loop.call_soon_threadsafe(function, *args)
 
         def start() -> None:
             try:
@@ -169,9 +173,9 @@ class _Life:
                     lambda: self._make_meter(choose_executor(self._engine) == "ray"),
                 )
             except BaseException as error:
-                loop.call_soon_threadsafe(started.set_exception, error)
+                on_loop(started.set_exception, error)
             else:
-                loop.call_soon_threadsafe(started.set_result, engines)
+                on_loop(started.set_result, engines)
 
         # A daemon: a signal must end the process while the engines start.
         threading.Thread(target=start, name="shoal-start", daemon=True).start()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from typing import Any
 
 import httpx
@@ -57,6 +58,17 @@ async def texts(server: Server, kill: int | None) -> list[tuple[str, str]]:
             os.kill(kill, signal.SIGKILL)
             assert not any(task.done() for task in asked), "all of them are interrupted"
         return await asyncio.gather(*asked)
+
+
+def test_a_signal_ends_the_start_of_the_engines() -> None:
+    with serving("--data-parallel-size", "2") as server:
+        deadline = time.monotonic() + DEADLINE_S
+        while not any(line.startswith("ray ") for line in server.lines):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert server.stop() == 0
+        assert "Traceback" not in "".join(server.lines)
+        assert not actor_pids("Worker", server.process.pid)
 
 
 def test_a_killed_worker_interrupts_no_stream() -> None:
