@@ -7,7 +7,8 @@ from typing import Literal
 
 MODEL = ("model_name",)
 ENGINE = ("model_name", "role", "engine")
-"""role: prefill, decode or mixed. engine: an attention group, decode:0; "driver" is what no engine has yet."""
+"""role: prefill, decode or mixed. engine: an attention group, as in decode:0. Both are "driver" for sequences that no
+engine has yet."""
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
@@ -35,6 +36,7 @@ METRICS = (
     Metric("num_preemptions_total", "counter", "Sequences whose KV cache blocks were taken from them.", ENGINE),
     Metric("prefix_cache_queries_total", "counter", "Tokens that were looked up in the prefix cache.", ENGINE),
     Metric("prefix_cache_hits_total", "counter", "Tokens that were found in the prefix cache.", ENGINE),
+    Metric("kv_transfer_bytes_total", "counter", "KV cache bytes published by prefill, received by decode.", ENGINE),
     Metric("kv_transfer_failures_total", "counter", "Prompts that came incomplete from a prefill engine.", ENGINE),
     Metric("recoveries_total", "counter", "Workers that were lost."),
     Metric("time_to_first_token_seconds", "histogram", "From the arrival to the first token.", MODEL, _SECONDS),
