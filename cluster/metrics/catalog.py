@@ -38,7 +38,7 @@ METRICS = (
     Metric("prefix_cache_hits_total", "counter", "Tokens that were found in the prefix cache.", ENGINE),
     Metric("kv_transfer_bytes_total", "counter", "KV cache bytes published by prefill, received by decode.", ENGINE),
     Metric("kv_transfer_failures_total", "counter", "Prompts that came incomplete from a prefill engine.", ENGINE),
-    Metric("recoveries_total", "counter", "Workers that were lost and replaced."),
+    Metric("recoveries_total", "counter", "Workers that were lost."),
     Metric("time_to_first_token_seconds", "histogram", "From the arrival to the first token.", MODEL, _SECONDS),
     Metric("inter_token_latency_seconds", "histogram", "Between two tokens of a stream.", MODEL, _SECONDS),
     Metric(

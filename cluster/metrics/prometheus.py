@@ -42,7 +42,8 @@ class PrometheusInstruments:
         encode, content_type = choose_encoder(accept)
         if content_type.startswith("application/openmetrics-text"):
             # Other escapings replace the colon of a prefix, although every scraper takes it.
-            return openmetrics.generate_latest(self._registry, escaping=openmetrics.ALLOWUTF8), content_type
+            text: bytes = openmetrics.generate_latest(self._registry, openmetrics.ALLOWUTF8)  # type: ignore[no-untyped-call]
+            return text, content_type
         return encode(self._registry), content_type
 
     def _one(self, name: str, labels: Labels) -> Any:

@@ -50,11 +50,11 @@ the names.
 
 ## Ray
 
-`shoal batch`, `shoal serve` and `LLM` with engines on Ray, and [Ray Data processors](ray-data.md), export the metrics by
-Ray's exporter too, where `ray[default]` is installed. Names then begin with `ray_shoal_`, which is the `prefix` of the
-board, and have Ray's labels too, such as `WorkerId`. With `metrics_prefix` `vllm:` they begin with `ray_vllm_`, and Ray's
-own board for LLMs shows them; its KV cache usage is the sum over the engines of a driver. Ray estimates the `_sum` of a
-histogram from its buckets.
+`shoal batch`, `shoal serve` and `LLM` with engines on Ray, and [Ray Data processors](ray-data.md), export the metrics
+by Ray's exporter too, where `ray[default]` is installed. Names then begin with `ray_shoal_`, which is the `prefix` of
+the board, and have Ray's labels too, such as `WorkerId`. With `metrics_prefix` `vllm:` they begin with `ray_vllm_`, and
+Ray's own board for LLMs shows them; its KV cache usage is the sum over the engines of a driver. Ray estimates `_sum`
+of histograms from their buckets.
 
 ## Single requests
 
