@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from shoal.runtime.engine.stats import EngineStats
 from shoal.runtime.types import EngineOutput, Finished, Prefilled, Request, RequestOutput, Tokens
 
-from ..jobs.engine_client import EngineClient
 from .instruments import Instruments
 
 LOOK_S = 0.25
@@ -25,6 +25,19 @@ _COUNTERS = {
     "kv_transfer_failures_total": "num_failed_transfers",
 }
 """Metric: field of `EngineStats`."""
+
+
+class WatchedEngines(Protocol):
+    """What a meter reads of an engine client."""
+
+    @property
+    def faults(self) -> Sequence[object]:
+        """Lost workers."""
+        ...
+
+    def stats(self) -> Mapping[str, EngineStats]:
+        """Counters of every attention group's engine, by the group's name."""
+        ...
 
 
 @dataclass(slots=True)
@@ -84,7 +97,7 @@ class RequestMeter:
             if known is not None and known.num_open:
                 self._add("request_success_total", known.num_open, "abort")
 
-    def look(self, engines: EngineClient, *, force: bool = False) -> None:
+    def look(self, engines: WatchedEngines, *, force: bool = False) -> None:
         """Read the engines' counters, unless that was done just before and requests are open."""
         is_due = force or not self._open or self._clock() - self._looked_at >= LOOK_S
         if not self._instruments or not is_due:

@@ -77,7 +77,8 @@ def _read_tools(body: Mapping[str, Any]) -> tuple[Any, CallRules | None]:
     """The tools to show, not checked yet, and the calls that are asked for."""
     tools = body.get("tools")
     choice = body.get("tool_choice", "auto")
-    is_parallel = body.get("parallel_tool_calls", True)
+    # One call that is forced, unless several are asked for: a weak model would go on calling.
+    is_parallel = body.get("parallel_tool_calls", choice == "auto")
     if not isinstance(is_parallel, bool):
         message = f"parallel_tool_calls must be true or false, got {json_type(is_parallel)}"
         raise ApiError("invalid_type", message, "parallel_tool_calls")

@@ -47,7 +47,7 @@ ROOMS = {
     "cluster": [
         "exit_codes report bundled environment replica_spec",
         "openai engine_args",
-        "prompts workers",
+        "prompts workers metrics",
         "routing supervision",
         "jobs",
         "replicas",
