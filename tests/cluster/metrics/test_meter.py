@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from shoal.cluster.jobs.engine_client import EngineClient
 from shoal.cluster.metrics.catalog import METRICS
 from shoal.cluster.metrics.instruments import Labels
 from shoal.cluster.metrics.meter import LOOK_S, RequestMeter, no_meter
@@ -64,7 +63,7 @@ class Watched:
         self.recorder = Recorder()
         self.meter = RequestMeter([self.recorder], model_name="m", clock=lambda: self.now)
         self.groups: dict[str, EngineStats] = {}
-        self.faults: list[Any] = []
+        self.faults: list[object] = []
         self.answers: dict[str, ResponseAssembler] = {}
 
     def stats(self) -> dict[str, EngineStats]:
@@ -85,7 +84,7 @@ class Watched:
         self.meter.reported(told)
 
     def look(self, *, force: bool = True) -> None:
-        self.meter.look(cast(EngineClient, self), force=force)
+        self.meter.look(self, force=force)
 
     def gauge(self, name: str, role: str, engine: str) -> float:
         return self.recorder.gauges[name, role, engine]
@@ -322,7 +321,9 @@ def test_busy_engines_are_looked_at_now_and_then() -> None:
 
 def test_a_meter_without_instruments_asks_no_engine() -> None:
     class Engines:
+        faults = ()
+
         def stats(self) -> dict[str, EngineStats]:
             pytest.fail("nobody wants to know")
 
-    no_meter().look(cast(EngineClient, Engines()), force=True)
+    no_meter().look(Engines(), force=True)

@@ -25,7 +25,7 @@ def families(instruments: PrometheusInstruments, accept: str) -> dict[str, Famil
 
 
 def values(family: Family) -> dict[tuple[str, tuple[str, ...]], float]:
-    """By name of the series and values of the labels in alphabetical order, without the times of creation."""
+    """Values of a family by series and label values (sorted by label), without the times of creation."""
     return {
         (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
         for sample in family.samples
