@@ -45,6 +45,7 @@ def test_engine_kwargs_are_the_settings_of_an_engine() -> None:
             "pipeline_parallel_size": 1,
             "distributed_executor_backend": "ray",
             "trust_remote_code": True,
+            "disable_log_stats": False,
             "gpu_memory_utilization": None,
         }
     ).engine_args
