@@ -275,7 +275,7 @@ class RequestMetrics:
 
     arrival_time: float | None = None
     first_scheduled_time: float | None = None
-    """By the clock of the engine's machine, as `first_token_time`."""
+    """This and `first_token_time` are by the clock of the engine's machine."""
     first_token_time: float | None = None
     finished_time: float | None = None
 

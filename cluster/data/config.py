@@ -20,7 +20,6 @@ from .stages import (
 
 _LACKED: dict[str, tuple[object, str]] = {
     "task_type": ("generate", "the models generate text"),
-    "log_engine_metrics": (False, "engines export no metrics yet"),
     "dynamic_lora_loading_path": (None, "there are no adapters"),
     "placement_group_config": (None, "an engine places its workers itself"),
 }
@@ -50,6 +49,7 @@ class EngineProcessorConfig:
         bool, Setting("Keep a row that cannot be answered, with the reason in `__inference_error__`.")
     ] = False
     accelerator_type: Annotated[str | None, Setting("Ray's name of the GPUs that engines run on.")] = None
+    log_engine_metrics: Annotated[bool, Setting("Export the engine's metrics by Ray's exporter.")] = True
     runtime_env: Annotated[Mapping[str, Any] | None, Setting("Ray's runtime environment of the engines.")] = None
 
     chat_template_stage: bool | Mapping[str, Any] | ChatTemplateStageConfig = True
@@ -58,7 +58,6 @@ class EngineProcessorConfig:
     prepare_multimodal_stage: bool | Mapping[str, Any] | PrepareMultimodalStageConfig = False
 
     task_type: str = "generate"
-    log_engine_metrics: bool = False
     dynamic_lora_loading_path: str | None = None
     placement_group_config: Mapping[str, Any] | None = None
 

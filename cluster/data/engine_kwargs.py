@@ -22,7 +22,7 @@ class ForeignArgument:
 
 FOREIGN_ARGUMENTS = {
     "distributed_executor_backend": ForeignArgument(("ray", "uni"), "Ray runs the workers"),
-    "disable_log_stats": ForeignArgument((True,)),
+    "disable_log_stats": ForeignArgument((True, False)),  # the processor's log_engine_metrics exports them
     "enable_chunked_prefill": ForeignArgument((True,), "prompts are always computed in chunks"),
     "enable_expert_parallel": ForeignArgument((True,), "experts are always distributed over the workers"),
     "enable_lora": ForeignArgument((False,), "there are no adapters"),

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..engine_args import EngineArgs
+from ..metrics.export import make_meter
 from ..openai.errors import ApiError
 from ..openai.responses import failure
 from ..prompts import request_defaults
@@ -42,7 +43,10 @@ class EngineStage:
     ) -> None:
         """Start the engine and wait until it is ready. `engine_factory` replaces the engine, for tests."""
         args = config.engine_args
-        self._engines = EngineThread(lambda: _open_engines(args, engine_factory))
+        self._engines = EngineThread(
+            lambda: _open_engines(args, engine_factory),
+            lambda: make_meter(args, on_ray=config.log_engine_metrics),
+        )
         defaults = replace(request_defaults(args, {}, thinking=None), limits=self._engines.limits)
         self._tokenizer = defaults.tokenizer
         self._reader = RowReader(config, defaults, chat_template_kwargs)

@@ -21,6 +21,7 @@ _COUNTERS = {
     "num_preemptions_total": "num_preemptions",
     "prefix_cache_queries_total": "prefix_cache_queries",
     "prefix_cache_hits_total": "prefix_cache_hits",
+    "kv_transfer_bytes_total": "num_transferred_bytes",
     "kv_transfer_failures_total": "num_failed_transfers",
 }
 """Metric: field of `EngineStats`."""
@@ -43,6 +44,9 @@ class WatchedEngines(Protocol):
 class _OpenRequest:
     request: Request
     arrived_at: float
+    num_open: int
+    """Samples that have not ended."""
+    is_prefilled: bool = False
     last_token_at: float | None = None
 
 
@@ -65,7 +69,7 @@ class RequestMeter:
         """Requests came, now or at a time that is over."""
         arrived_at = self._clock() if at is None else at
         for request in requests:
-            self._open[request.request_id] = _OpenRequest(request, arrived_at)
+            self._open[request.request_id] = _OpenRequest(request, arrived_at, request.params.n)
 
     def reported(self, outputs: Sequence[EngineOutput | RequestOutput]) -> None:
         """The engines reported something. Completes the metrics of whole answers."""
@@ -78,8 +82,9 @@ class RequestMeter:
                 case Tokens():
                     self._add_tokens(known, output, now)
                 case Prefilled():
-                    self._add("prompt_tokens_total", len(known.request.prompt_token_ids))
+                    self._add_prompt(known)
                 case Finished():
+                    known.num_open -= 1
                     self._add("request_success_total", 1, output.reason)
                 case RequestOutput():
                     del self._open[output.request_id]
@@ -89,8 +94,8 @@ class RequestMeter:
         """Requests were given up by who asked."""
         for request_id in request_ids:
             known = self._open.pop(request_id, None)
-            if known is not None:
-                self._add("request_success_total", known.request.params.n, "abort")
+            if known is not None and known.num_open:
+                self._add("request_success_total", known.num_open, "abort")
 
     def look(self, engines: WatchedEngines, *, force: bool = False) -> None:
         """Read the engines' counters, unless that was done just before and requests are open."""
@@ -98,7 +103,7 @@ class RequestMeter:
         if not self._instruments or not is_due:
             return
         self._looked_at = self._clock()
-        num_left = sum(known.request.params.n for known in self._open.values())
+        num_left = sum(known.num_open for known in self._open.values())
         for name, stats in engines.stats().items():
             labels = (*self._model, name.partition(":")[0], name)
             # What engines hold is told with a delay: nothing is there when no request is open.
@@ -119,13 +124,19 @@ class RequestMeter:
             one.add("recoveries_total", self._model, num_faults - self._num_faults)
         self._num_faults = num_faults
 
+    def _add_prompt(self, known: _OpenRequest) -> None:
+        # Another engine may prefill it once more, for the log-probabilities of the prompt.
+        if not known.is_prefilled:
+            known.is_prefilled = True
+            self._add("prompt_tokens_total", len(known.request.prompt_token_ids))
+
     def _add_tokens(self, known: _OpenRequest, tokens: Tokens, now: float) -> None:
         self._add("generation_tokens_total", len(tokens.token_ids))
         if known.request.report != "step" or known.request.params.n > 1:
             return
         if known.last_token_at is not None:
             # Several tokens at a time share the gap before them.
-            gap = (now - known.last_token_at) / len(tokens.token_ids)
+            gap = max(0.0, now - known.last_token_at) / len(tokens.token_ids)
             for _ in tokens.token_ids:
                 self._observe("inter_token_latency_seconds", gap)
         known.last_token_at = now
@@ -135,7 +146,9 @@ class RequestMeter:
         metrics.arrival_time = known.arrived_at
         metrics.finished_time = now
         num_tokens = sum(len(sample.token_ids) for sample in output.outputs)
-        longest = max(len(sample.token_ids) for sample in output.outputs)
+        given = [len(sample.token_ids) for sample in known.request.generated]  # by an earlier run
+        given += [0] * (len(output.outputs) - len(given))
+        longest = max(len(sample.token_ids) - num for sample, num in zip(output.outputs, given, strict=True))
         self._observe("time_to_first_token_seconds", metrics.time_to_first_token_s)
         self._observe("e2e_request_latency_seconds", metrics.e2e_s)
         self._observe("request_queue_time_seconds", metrics.queue_s)

@@ -6,6 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from .catalog import METRICS
 from .instruments import Labels
@@ -39,6 +40,10 @@ class PrometheusInstruments:
     def render(self, accept: str) -> tuple[bytes, str]:
         """The text of all metrics and its content type, in the format that an Accept header prefers."""
         encode, content_type = choose_encoder(accept)
+        if content_type.startswith("application/openmetrics-text"):
+            # Other escapings replace the colon of a prefix, although every scraper takes it.
+            text: bytes = openmetrics.generate_latest(self._registry, openmetrics.ALLOWUTF8)  # type: ignore[no-untyped-call]
+            return text, content_type
         return encode(self._registry), content_type
 
     def _one(self, name: str, labels: Labels) -> Any:

@@ -32,9 +32,7 @@ class RequestLog:
     def ended(self, http: Request, answer: Answer) -> None:
         """A request whose answer is complete, or will never be."""
         metrics = answer.metrics
-        seconds = {
-            name: _rounded(getattr(metrics, name, None)) for name in ("queue_s", "prefill_s", "decode_s", "e2e_s")
-        }
+        seconds = {name: _rounded(getattr(metrics, name, None)) for name in _SECONDS}
         usage = answer.usage
         counts = {
             "prompt_tokens": usage.num_prompt_tokens,

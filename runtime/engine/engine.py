@@ -193,6 +193,7 @@ class Engine:
             prefix_cache_hits=scheduler.prefix_cache_hits,
             num_transfer_tokens=scheduler.transfer_buffer.num_tokens,
             num_failed_transfers=self.kv.num_failed,
+            num_transferred_bytes=self.kv.num_bytes,
         )
 
     def rejoin(self, replaced: Collection[int]) -> None:

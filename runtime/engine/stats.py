@@ -32,6 +32,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True, fo
     """Those of them that were found."""
     num_failed_transfers: int = 0
     """Prompts that were to be received and of which a part was computed here, in all."""
+    num_transferred_bytes: int = 0
+    """Bytes of KV cache entries that were published for other replicas or received from them, in all."""
 
     def __add__(self, other: EngineStats) -> EngineStats:
         return EngineStats(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
@@ -58,5 +60,6 @@ TOTALS = (
     "prefix_cache_queries",
     "prefix_cache_hits",
     "num_failed_transfers",
+    "num_transferred_bytes",
 )
 """The fields that only grow; the others say what an engine holds."""

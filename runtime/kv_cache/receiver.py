@@ -98,6 +98,8 @@ class KVReceiver:
         self._spans = spans
         self._loads: dict[int, _Load] = {}
         self._planned: list[_PlannedWrite] = []
+        self.num_bytes = 0
+        """Received and written to the cache so far."""
 
     @property
     def num_requests(self) -> int:
@@ -194,6 +196,7 @@ class KVReceiver:
             load = planned.load
             load.fetches.pop(load.num_written).close()
             load.num_written += 1
+            self.num_bytes += planned.write.num_bytes
             load.deadline = self._clock() + self._timeout_s
             # The last position is left out until a token follows it: without one, it is computed again.
             end = min(planned.write.end, load.seq.num_prompt_tokens - 1)

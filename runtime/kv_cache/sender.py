@@ -53,6 +53,8 @@ class KVSender:
         self._spans = spans
         self._exports: dict[RequestId, _Export] = {}
         self._num_chunks = 0
+        self.num_bytes = 0
+        """Published so far."""
 
     @property
     def num_requests(self) -> int:
@@ -75,6 +77,7 @@ class KVSender:
                 chunk = self._publish_chunk(request_id, seq, start, end, epoch)
             export.generations.append(chunk.generation)
             export.num_published = end
+            self.num_bytes += chunk.num_bytes
             chunks.append(chunk)
         return chunks
 

@@ -36,6 +36,11 @@ class KVTransfer:
         """Sequence that waits for its prompt, by request."""
         self._resumed: list[PromptLoaded] = []
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that were published or received so far."""
+        return self.sender.num_bytes + self.receiver.num_bytes
+
     def send(self, request_id: RequestId, seq: Sequence) -> None:
         """Publish the prompt of a sequence that is about to be scheduled."""
         seq.remote_decode = True
@@ -119,6 +124,7 @@ class NoTransfer:
     """The `KVTransfer` of an engine without a transport: every request is prefilled and decoded here."""
 
     num_failed = 0
+    num_bytes = 0
 
     def send(self, request_id: RequestId, seq: Sequence) -> None:
         raise AssertionError(f"request {request_id} has a remote decode, but there is no KV transport")

@@ -30,6 +30,7 @@ def test_the_defaults_are_rays() -> None:
     assert vLLMEngineProcessorConfig is EngineProcessorConfig
     assert (made.batch_size, made.max_concurrent_batches, made.should_continue_on_error) == (32, 8, False)
     assert made.pool_size == (1, 1)
+    assert made.log_engine_metrics is True
     assert (made.chat_template.enabled, made.tokenizes, made.detokenizes) == (True, True, True)
     assert made.engine_args.device == "cpu"
 
@@ -44,6 +45,7 @@ def test_engine_kwargs_are_the_settings_of_an_engine() -> None:
             "pipeline_parallel_size": 1,
             "distributed_executor_backend": "ray",
             "trust_remote_code": True,
+            "disable_log_stats": False,
             "gpu_memory_utilization": None,
         }
     ).engine_args
@@ -75,7 +77,7 @@ def test_engine_kwargs_that_cannot_be_honoured_are_named(engine_kwargs: dict[str
         ({"concurrency": (3, 2)}, r"a pair \(fewest, most\)"),
         ({"concurrency": (1, 2, 3)}, r"a pair \(fewest, most\)"),
         ({"task_type": "embed"}, "task_type = 'embed' is not supported: the models generate text"),
-        ({"log_engine_metrics": True}, "log_engine_metrics = True is not supported"),
+        ({"log_engine_metrics": "yes"}, "log_engine_metrics must be true or false"),
         ({"dynamic_lora_loading_path": "s3://x"}, "dynamic_lora_loading_path = 's3://x' is not supported"),
         ({"placement_group_config": {"bundles": []}}, "placement_group_config = .* places its workers itself"),
         ({"prepare_multimodal_stage": True}, "prepare_multimodal_stage is not supported"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from shoal.cluster.data.columns import ERROR_COLUMN
 from shoal.cluster.data.config import EngineProcessorConfig
 from shoal.cluster.data.rows import row_seed
 from shoal.cluster.data.stage import EngineStage
+from shoal.cluster.metrics import ray_metrics
+from shoal.cluster.metrics.instruments import Labels
 from tests.support.stub_engine import RAISES, STUB
 
 DEADLINE_S = 600.0
@@ -67,6 +70,26 @@ def test_answers_are_those_of_llm() -> None:
             ]
             tokens = "".join(position[0][1]["decoded_token"] for position in answer["logprobs"])
             assert tokens.startswith(answer["generated_text"])
+
+
+@pytest.mark.parametrize("exports", [True, False])
+def test_metrics_go_to_ray_unless_switched_off(exports: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: Counter[str] = Counter()
+
+    class Recorder(ray_metrics.RayInstruments):
+        def add(self, name: str, labels: Labels, amount: float) -> None:
+            super().add(name, labels, amount)
+            assert labels[0] == BUNDLED_MODEL.name
+            counted[name] += int(amount)
+
+    monkeypatch.setattr(ray_metrics, "RayInstruments", Recorder)
+    rows = [{"tokenized_prompt": [21, 22, 23], "sampling_params": {"max_tokens": 4, "ignore_eos": True}}] * 2
+    answers(stage(log_engine_metrics=exports), rows)
+    if exports:
+        assert (counted["prompt_tokens_total"], counted["generation_tokens_total"]) == (6, 8)
+        assert counted["request_success_total"] == 2
+    else:
+        assert not counted
 
 
 def test_failed_rows_keep_their_place() -> None:

@@ -33,6 +33,7 @@ def test_counters_of_an_engine() -> None:
         prefix_cache_hits=0,
         num_transfer_tokens=0,
         num_failed_transfers=0,
+        num_transferred_bytes=0,
     )
     assert engine.stats() == nothing
     engine.add_request(first)

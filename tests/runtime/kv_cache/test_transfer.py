@@ -169,6 +169,16 @@ def test_what_the_decode_side_has_is_not_read_again(model_dir: Path) -> None:
     assert {i: bits(o) for i, o in split.finished.items()} == expected(model_dir, [first, same])
 
 
+def test_both_sides_count_the_bytes(model_dir: Path) -> None:
+    split, _, _ = make_split(model_dir, prefill={"max_chunk_size": 8, "enable_prefix_caching": False})
+    split.run([requests()[0]])
+    split.run([requests()[4]])
+    per_token = split.decode.runner.cache.bytes_per_token
+    # prompts of 37 and 41 tokens, of the second of which the decode side reads the last two chunks, of 8 and 1
+    assert split.prefill.stats().num_transferred_bytes == (37 + 41) * per_token
+    assert split.decode.stats().num_transferred_bytes == (37 + 9) * per_token
+
+
 def test_a_resumed_request_goes_on_after_what_it_had(model_dir: Path) -> None:
     asked = [r for r in requests() if r.params.max_tokens != 1]
     reference = make_engine(model_dir, None)
