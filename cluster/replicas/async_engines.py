@@ -15,6 +15,8 @@ from shoal.runtime.types import EngineOutput, Request, RequestOutput
 from .engine_thread import EngineThread
 
 LOOK_TIMEOUT_S = 1.0
+MAX_OUTPUTS = 64
+"""Outputs of a request that are handed on at a time, so that one that is behind does not hold up the others."""
 Outputs = list[EngineOutput | RequestOutput]
 
 
@@ -32,7 +34,7 @@ class Generation:
         return self.request.request_id
 
     async def __aiter__(self) -> AsyncIterator[Outputs]:
-        """Everything that has come since the last step of the iteration; the whole answer comes last.
+        """What has come since the last step of the iteration, MAX_OUTPUTS at most; the whole answer comes last.
 
         Raises the error that ended the engines.
         """
@@ -43,7 +45,10 @@ class Generation:
                 raise self._error
             outputs = self._pending
             self._pending = []
-            yield outputs
+            for start in range(0, len(outputs), MAX_OUTPUTS):
+                if start:
+                    await asyncio.sleep(0)
+                yield outputs[start : start + MAX_OUTPUTS]
             if isinstance(outputs[-1], RequestOutput):
                 return
 

@@ -32,9 +32,7 @@ class RequestLog:
     def ended(self, http: Request, answer: Answer) -> None:
         """A request whose answer is complete, or will never be."""
         metrics = answer.metrics
-        seconds = {
-            name: _rounded(getattr(metrics, name, None)) for name in ("queue_s", "prefill_s", "decode_s", "e2e_s")
-        }
+        seconds = {name: _rounded(getattr(metrics, name, None)) for name in _SECONDS}
         usage = answer.usage
         counts = {
             "prompt_tokens": usage.num_prompt_tokens,
@@ -47,7 +45,7 @@ class RequestLog:
         if self._write is None:
             return
         line: dict[str, Any] = {"time": round(self._clock(), 3), "request_id": http.state.request_id}
-        line["path"] = http.url.path
+        line["path"] = http.scope["path"]
         if (traceparent := http.headers.get("traceparent")) is not None:
             line["traceparent"] = traceparent[:MAX_TRACEPARENT_CHARS]
         self._write(msgspec.json.encode(line | facts).decode())
