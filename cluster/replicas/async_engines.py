@@ -79,6 +79,8 @@ class AsyncEngines:
         self._engines = engines
         self._loop = asyncio.get_running_loop()
         self._generations: dict[str, Generation] = {}
+        self.num_sequences = 0
+        """Samples of the requests that are not finished."""
         self._numbers = itertools.count()
 
     @property
@@ -86,27 +88,19 @@ class AsyncEngines:
         """Requests that are not finished."""
         return len(self._generations)
 
-    @property
-    def num_sequences(self) -> int:
-        """Samples of these requests."""
-        return sum(generation.request.params.n for generation in self._generations.values())
-
     def generate(self, request: Request) -> Generation:
         """Queue a request, whose id is replaced by one of this object's."""
         if not self._generations:
             self.progressed_at = self._clock()
         generation = Generation(replace(request, request_id=f"s-{next(self._numbers)}"))
+        self._engines.submit([generation.request], self._deliver)  # the outputs come through the event loop: later
         self._generations[generation.request_id] = generation
-        try:
-            self._engines.submit([generation.request], self._deliver)
-        except BaseException:
-            del self._generations[generation.request_id]
-            raise
+        self.num_sequences += request.params.n
         return generation
 
     def abort(self, generation: Generation) -> None:
         """Drop a request; nothing happens if it is finished."""
-        if self._generations.pop(generation.request_id, None) is not None:
+        if self._forget(generation.request_id) is not None:
             self._engines.abort([generation.request_id])
 
     async def look(self) -> None:
@@ -128,12 +122,18 @@ class AsyncEngines:
             for generation in self._generations.values():
                 generation.fail(item)
             self._generations = {}
+            self.num_sequences = 0
             return
         self.progressed_at = self._clock()
         for output in item:
-            asker = self._generations.get(output.request_id)
-            if asker is None:
-                continue  # it was aborted meanwhile
-            if isinstance(output, RequestOutput):
-                del self._generations[output.request_id]
-            asker.put(output)
+            is_last = isinstance(output, RequestOutput)
+            asker = self._forget(output.request_id) if is_last else self._generations.get(output.request_id)
+            if asker is not None:  # it was not aborted meanwhile
+                asker.put(output)
+
+    def _forget(self, request_id: str) -> Generation | None:
+        """Drop a request that is over; None for one that was dropped before."""
+        generation = self._generations.pop(request_id, None)
+        if generation is not None:
+            self.num_sequences -= generation.request.params.n
+        return generation

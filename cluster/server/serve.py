@@ -25,7 +25,7 @@ from ..replicas.open_engines import choose_executor, open_engines
 from ..report import engine_errors, line_printer
 from ..workers.engine_factory import BUILD_ENGINE
 from .app import Api, ServedModel, make_app
-from .http_server import HttpServer, http_config
+from .http_server import HttpServer, freeze_objects, http_config
 from .request_log import RequestLog
 from .settings import ServeArgs
 from .state import ServerState
@@ -145,6 +145,7 @@ class _Life:
             return None
         with engine_errors():
             engines = await started
+        freeze_objects()
         self._state.set_ready(AsyncEngines(engines))
         self._say("ready")
         return engines

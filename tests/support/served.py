@@ -60,6 +60,7 @@ def make_served(
     port: int = 0,
     limit: int = 10_000,
     max_pending_bytes: int = MAX_PENDING_BYTES,
+    has_log: bool = True,
 ) -> Served:
     """Call on the event loop."""
     client = AsyncEngines(engines)
@@ -72,7 +73,7 @@ def make_served(
         state,
         max_num_queued_reqs=limit,
         metrics=instruments,
-        log=RequestLog(lines.append),
+        log=RequestLog(lines.append if has_log else None),
         max_pending_bytes=max_pending_bytes,
     )
     return Served(
@@ -106,13 +107,26 @@ def plain_stub(defaults: RequestDefaults) -> StubClient:
     return StubClient(defaults.limits)
 
 
+def paced_stub(defaults: RequestDefaults) -> StubClient:
+    """A few milliseconds a token."""
+    return StubClient(defaults.limits, interval_s=0.003)
+
+
 @contextmanager
 def serving(
-    make_client: Callable[[RequestDefaults], StubClient] = plain_stub, *, max_pending_bytes: int = MAX_PENDING_BYTES
+    make_client: Callable[[RequestDefaults], StubClient] = plain_stub,
+    *,
+    max_pending_bytes: int = MAX_PENDING_BYTES,
+    send_buffer: int | None = None,
 ) -> Iterator[tuple[Served, HttpServer]]:
-    """A server that listens on a port of loopback, on a thread of its own."""
+    """A server that listens on a port of loopback, on a thread of its own.
+
+    send_buffer: bytes that the kernel takes from the server for a client that does not read.
+    """
     defaults = bundled_defaults()
     with stub_engines(defaults, make_client) as engines, socket.create_server(("127.0.0.1", 0)) as listener:
+        if send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         started: list[Served] = []
         servers: list[HttpServer] = []
         is_up = threading.Event()

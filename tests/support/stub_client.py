@@ -33,6 +33,8 @@ class _Sequence:
     length: int
     """Tokens of the whole answer."""
     submitted_at: float
+    logprobs: dict[int, Logprob] | None
+    """Those of every token."""
     texts: list[str] = field(default_factory=list)
     first_token_at: float | None = None
 
@@ -70,7 +72,8 @@ class StubClient:
         for request in requests:
             group = min(self._groups, key=len)
             length = max_output_tokens(request, self.limits.max_model_len)
-            group[request.request_id] = _Sequence(request, length, time.monotonic())
+            logprobs = _logprobs(TOKEN, request.params.logprobs)
+            group[request.request_id] = _Sequence(request, length, time.monotonic(), logprobs)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         for group in self._groups:
@@ -116,7 +119,7 @@ class StubClient:
             sequence.first_token_at = time.time()
             logprobs = _prompt_logprobs(request)
             outputs.append(Prefilled(id=request.id, num_cached_tokens=0, prompt_logprobs=logprobs))
-        logprobs_of_token = _logprobs(TOKEN, request.params.logprobs)
+        logprobs_of_token = sequence.logprobs
         for sample_index in range(request.params.n):
             if request.report == "step":
                 outputs.append(
@@ -139,7 +142,7 @@ class StubClient:
 
 def _whole(sequence: _Sequence) -> RequestOutput:
     request = sequence.request
-    logprobs = _logprobs(TOKEN, request.params.logprobs)
+    logprobs = sequence.logprobs
     prompt_logprobs = _prompt_logprobs(request)
     return RequestOutput(
         request_id=request.request_id,

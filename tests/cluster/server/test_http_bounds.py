@@ -9,19 +9,13 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.server import http_protocol
 from shoal.cluster.server.http_protocol import MAX_HEAD_BYTES
 from tests.support.raw_http import Connection, Response
-from tests.support.served import DEADLINE_S, Served, serving
-from tests.support.stub_client import StubClient
+from tests.support.served import DEADLINE_S, Served, paced_stub, serving
 
 GET = b"GET /live HTTP/1.1\r\nHost: a\r\n"
 MAX_PENDING_BYTES = 200_000
-
-
-def paced_stub(defaults: RequestDefaults) -> StubClient:
-    return StubClient(defaults.limits, interval_s=0.005)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +67,7 @@ def test_a_head_has_at_most_64_kib(served: Served, num_headers: int, piece: int,
             assert response.status == status
 
 
-@pytest.mark.parametrize("sent", [b"G", GET, SHORT[:-3]])
+@pytest.mark.parametrize("sent", [b"G", GET, SHORT[:-3]], ids=["one byte", "head", "body"])
 def test_half_of_a_request_is_not_waited_for(served: Served, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "REQUEST_TIMEOUT_S", 0.05)
     with Connection(served.port) as connection:
@@ -103,8 +97,12 @@ def test_requests_before_half_a_head_do_not_count_as_its_bytes(served: Served) -
         assert connection.read_response(GET).status == 200
 
 
-@pytest.mark.parametrize("queued", [b"", SHORT, SHORT + SHORT])
-@pytest.mark.parametrize("rubbish", [b"\0\0\0\0\r\n\r\n", GET + b"X: " + b"x" * 2 * MAX_HEAD_BYTES, b""])
+@pytest.mark.parametrize("queued", [b"", SHORT, SHORT + SHORT], ids=["alone", "one waits", "two wait"])
+@pytest.mark.parametrize(
+    "rubbish",
+    [b"\0\0\0\0\r\n\r\n", GET + b"X: " + b"x" * 2 * MAX_HEAD_BYTES, b""],
+    ids=["no HTTP", "long head", "client leaves"],
+)
 def test_a_stream_ends_and_frees_its_request_when_its_connection_breaks(
     served: Served, queued: bytes, rubbish: bytes
 ) -> None:
