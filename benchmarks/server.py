@@ -196,12 +196,13 @@ async def stream(server: Server, path: str, num_streams: int, interval_s: float,
     memory_between = server.memory_mib
     await asyncio.sleep(seconds / 2)
     measured.is_on = False
-    elapsed = time.monotonic() - begin
+    elapsed, used = time.monotonic() - begin, server.cpu_s - cpu
     result = {
         "streams": num_streams,
         "tokens_per_s_asked": round(num_streams / interval_s) if interval_s else None,
         "events_per_s": round(measured.num_events / elapsed),
-        "server_core_busy": round((server.cpu_s - cpu) / elapsed, 2),
+        "server_cpu_us_per_event": round(1e6 * used / max(1, measured.num_events), 1),
+        "server_core_busy": round(used / elapsed, 2),
         "client_core_busy": round((time.process_time() - own_cpu) / elapsed, 2),
         "ttft_ms": quantiles(measured.ttft),
         "itl_ms": quantiles(measured.itl),

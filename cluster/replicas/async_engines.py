@@ -27,7 +27,8 @@ class Generation:
         self.request = request
         self._pending: Outputs = []
         self._error: BaseException | None = None
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        """Done when something comes for the iteration that waits."""
 
     @property
     def request_id(self) -> str:
@@ -39,8 +40,9 @@ class Generation:
         Raises the error that ended the engines.
         """
         while True:
-            await self._changed.wait()
-            self._changed.clear()
+            if not self._pending and self._error is None:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
             if self._error is not None:
                 raise self._error
             outputs = self._pending
@@ -61,11 +63,15 @@ class Generation:
 
     def put(self, output: EngineOutput | RequestOutput) -> None:
         self._pending.append(output)
-        self._changed.set()
+        self._wake()
 
     def fail(self, error: BaseException) -> None:
         self._error = error
-        self._changed.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class AsyncEngines:
