@@ -258,9 +258,11 @@ def cpu_model() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument(
-        "--rates", type=float, nargs="*", default=[2, 5, 10, 20, 0], help="tokens/s of a stream; 0: all"
+        "--loads",
+        nargs="*",
+        default=["200x5", "1000x5", "1000x0"],
+        help="streams and the tokens/s of each; 0: as many as possible",
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--paths", nargs="*", choices=list(BODIES), default=list(BODIES))
@@ -284,10 +286,11 @@ def main() -> None:
         "streams": {path: [] for path in args.paths},
     }
     for path in args.paths:
-        for rate in args.rates:
+        for load in args.loads:
+            num_streams, rate = map(int, load.split("x"))
             interval_s = 1 / rate if rate else 0.0
             with serving(args, interval_s) as server:
-                result = asyncio.run(stream(server, path, args.streams, interval_s, args.seconds))
+                result = asyncio.run(stream(server, path, num_streams, interval_s, args.seconds))
             report["streams"][path].append(result)
             print(path, json.dumps(result), flush=True)
     if args.soak:

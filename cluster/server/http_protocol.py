@@ -53,10 +53,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._num_begun = 0
         self._unset_keepalive_if_required()
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._ignore_upgrade(data[upgrade.args[0] :])
-            return
+            self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("")
             return
@@ -104,21 +101,25 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._running = cycle
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        """Read a request that offers another protocol again without the offer: the parser takes no body after it.
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser, which takes no body after a head that offers another protocol: those are fed again."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._head_without_offer() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
 
-        rest: what came after the head.
-        """
+    def _head_without_offer(self) -> bytes:
+        """The head that was parsed last, without its Upgrade header."""
         method = self.parser.get_method()
         if method == b"CONNECT":
-            self.send_400_response("")
-            return
+            raise httptools.HttpParserError("CONNECT is for proxies")
         version = self.parser.get_http_version().encode()
         headers = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade")
-        head = b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, headers)
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
-        self.data_received(head + rest)
+        return b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, headers)
 
     def _count_head(self, num_bytes: int) -> None:
         self._num_parsed_bytes += num_bytes

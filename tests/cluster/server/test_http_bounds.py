@@ -126,7 +126,10 @@ def test_an_offer_of_another_protocol_is_ignored(served: Served) -> None:
             connection.send(request[cut:])
             response = connection.read_response(request)
             assert json.loads(response.body)["usage"]["completion_tokens"] == 2
-        connection.send(SHORT)
+        many = GET + offer + b"\r\n"
+        connection.send(many * 1200 + SHORT)
+        for _ in range(1200):
+            assert connection.read_response(many).body == b'{"status":"live"}'
         assert connection.read_response(SHORT).status == 200
 
 
