@@ -29,6 +29,8 @@ from .stub_client import StubClient
 
 DEADLINE_S = 600.0
 NAME = "shoal-tiny"
+Engines = tuple[EngineThread, RequestMeter, PrometheusInstruments]
+"""Engines on their thread, and who counts their requests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +91,7 @@ def make_served(
 
 
 @contextmanager
-def stub_engines(
-    defaults: RequestDefaults, make_client: Callable[[RequestDefaults], StubClient]
-) -> Iterator[tuple[EngineThread, RequestMeter, PrometheusInstruments]]:
+def stub_engines(defaults: RequestDefaults, make_client: Callable[[RequestDefaults], StubClient]) -> Iterator[Engines]:
     """Engines on their thread, and who counts their requests."""
     instruments = PrometheusInstruments("shoal_")
     meter = RequestMeter([instruments], model_name=NAME)

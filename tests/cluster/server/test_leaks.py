@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.replicas.async_engines import Generation
 from shoal.cluster.server.generation import Answer
-from tests.support.served import DEADLINE_S, Served, bundled_defaults, make_served, paced_stub, stub_engines
+from tests.support.served import DEADLINE_S, Engines, Served, bundled_defaults, make_served, paced_stub, stub_engines
 
 NUM_REQUESTS = 3000
 COMPLETION: dict[str, Any] = {"prompt": [21, 22], "max_tokens": 3}
@@ -111,7 +112,7 @@ async def send_many(served: Served, rng: random.Random, count: int) -> set[int]:
 
 
 def test_nothing_grows_with_the_number_of_requests() -> None:
-    async def run(engines: Any, defaults: Any) -> None:
+    async def run(engines: Engines, defaults: RequestDefaults) -> None:
         served = make_served(*engines, defaults, limit=500, has_log=False)
         rng = random.Random(0)
         own = {"series", "tasks"}

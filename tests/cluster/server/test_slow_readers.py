@@ -54,7 +54,7 @@ def test_a_client_that_does_not_read_has_a_bounded_buffer(server: tuple[Served, 
         with Connection(served.port) as other:
             other.send(SHORT)
             assert other.read_response(SHORT).status == 200
-        found = []
+        found: list[bytes] = []
         while not found or not found[-1].endswith(b"[DONE]\n\n\r\n0\r\n\r\n"):
             assert max(buffer_sizes(http)) <= MAX_BUFFER_BYTES
             found.append(slow.socket.recv(20_000))
