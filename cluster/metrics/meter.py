@@ -74,13 +74,15 @@ class RequestMeter:
     def reported(self, outputs: Sequence[EngineOutput | RequestOutput]) -> None:
         """The engines reported something. Completes the metrics of whole answers."""
         now = self._clock()
+        num_tokens = 0
         for output in outputs:
             known = self._open.get(output.request_id)
             if known is None:
                 continue
             match output:
                 case Tokens():
-                    self._add_tokens(known, output, now)
+                    num_tokens += len(output.token_ids)
+                    self._observe_gaps(known, output, now)
                 case Prefilled():
                     self._add_prompt(known)
                 case Finished():
@@ -89,6 +91,8 @@ class RequestMeter:
                 case RequestOutput():
                     del self._open[output.request_id]
                     self._finish(known, output, now)
+        if num_tokens:
+            self._add("generation_tokens_total", num_tokens)
 
     def dropped(self, request_ids: Sequence[str]) -> None:
         """Requests were given up by who asked."""
@@ -130,8 +134,7 @@ class RequestMeter:
             known.is_prefilled = True
             self._add("prompt_tokens_total", len(known.request.prompt_token_ids))
 
-    def _add_tokens(self, known: _OpenRequest, tokens: Tokens, now: float) -> None:
-        self._add("generation_tokens_total", len(tokens.token_ids))
+    def _observe_gaps(self, known: _OpenRequest, tokens: Tokens, now: float) -> None:
         if known.request.report != "step" or known.request.params.n > 1:
             return
         if known.last_token_at is not None:

@@ -93,7 +93,9 @@ def _read_tools(body: Mapping[str, Any]) -> tuple[Any, CallRules | None]:
 
 
 def _has_strict(tools: Any) -> bool:
-    functions = [tool.get("function") for tool in tools or () if isinstance(tool, Mapping)]
+    if not isinstance(tools, list):
+        return False  # the chat format says what is wrong
+    functions = [tool.get("function") for tool in tools if isinstance(tool, Mapping)]
     return any(isinstance(function, Mapping) and function.get("strict") is True for function in functions)
 
 

@@ -15,6 +15,8 @@ from shoal.runtime.types import EngineOutput, Request, RequestOutput
 from .engine_thread import EngineThread
 
 LOOK_TIMEOUT_S = 1.0
+MAX_OUTPUTS = 64
+"""Outputs of a request that are handed on at a time, so that one that is behind does not hold up the others."""
 Outputs = list[EngineOutput | RequestOutput]
 
 
@@ -25,25 +27,30 @@ class Generation:
         self.request = request
         self._pending: Outputs = []
         self._error: BaseException | None = None
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        """Done when something comes for the iteration that waits."""
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
 
     async def __aiter__(self) -> AsyncIterator[Outputs]:
-        """Everything that has come since the last step of the iteration; the whole answer comes last.
+        """What has come since the last step of the iteration, MAX_OUTPUTS at most; the whole answer comes last.
 
         Raises the error that ended the engines.
         """
         while True:
-            await self._changed.wait()
-            self._changed.clear()
+            if not self._pending and self._error is None:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
             if self._error is not None:
                 raise self._error
             outputs = self._pending
             self._pending = []
-            yield outputs
+            for start in range(0, len(outputs), MAX_OUTPUTS):
+                if start:
+                    await asyncio.sleep(0)
+                yield outputs[start : start + MAX_OUTPUTS]
             if isinstance(outputs[-1], RequestOutput):
                 return
 
@@ -56,11 +63,15 @@ class Generation:
 
     def put(self, output: EngineOutput | RequestOutput) -> None:
         self._pending.append(output)
-        self._changed.set()
+        self._wake()
 
     def fail(self, error: BaseException) -> None:
         self._error = error
-        self._changed.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class AsyncEngines:
@@ -74,6 +85,8 @@ class AsyncEngines:
         self._engines = engines
         self._loop = asyncio.get_running_loop()
         self._generations: dict[str, Generation] = {}
+        self.num_sequences = 0
+        """Samples of the requests that are not finished."""
         self._numbers = itertools.count()
 
     @property
@@ -81,27 +94,19 @@ class AsyncEngines:
         """Requests that are not finished."""
         return len(self._generations)
 
-    @property
-    def num_sequences(self) -> int:
-        """Samples of these requests."""
-        return sum(generation.request.params.n for generation in self._generations.values())
-
     def generate(self, request: Request) -> Generation:
         """Queue a request, whose id is replaced by one of this object's."""
         if not self._generations:
             self.progressed_at = self._clock()
         generation = Generation(replace(request, request_id=f"s-{next(self._numbers)}"))
+        self._engines.submit([generation.request], self._deliver)  # the outputs come through the event loop: later
         self._generations[generation.request_id] = generation
-        try:
-            self._engines.submit([generation.request], self._deliver)
-        except BaseException:
-            del self._generations[generation.request_id]
-            raise
+        self.num_sequences += request.params.n
         return generation
 
     def abort(self, generation: Generation) -> None:
         """Drop a request; nothing happens if it is finished."""
-        if self._generations.pop(generation.request_id, None) is not None:
+        if self._forget(generation.request_id) is not None:
             self._engines.abort([generation.request_id])
 
     async def look(self) -> None:
@@ -123,12 +128,18 @@ class AsyncEngines:
             for generation in self._generations.values():
                 generation.fail(item)
             self._generations = {}
+            self.num_sequences = 0
             return
         self.progressed_at = self._clock()
         for output in item:
-            asker = self._generations.get(output.request_id)
-            if asker is None:
-                continue  # it was aborted meanwhile
-            if isinstance(output, RequestOutput):
-                del self._generations[output.request_id]
-            asker.put(output)
+            is_last = isinstance(output, RequestOutput)
+            asker = self._forget(output.request_id) if is_last else self._generations.get(output.request_id)
+            if asker is not None:  # it was not aborted meanwhile
+                asker.put(output)
+
+    def _forget(self, request_id: str) -> Generation | None:
+        """Drop a request that is over; None for one that was dropped before."""
+        generation = self._generations.pop(request_id, None)
+        if generation is not None:
+            self.num_sequences -= generation.request.params.n
+        return generation

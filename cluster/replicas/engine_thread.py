@@ -156,13 +156,13 @@ class EngineThread:
 
     def _hand_out(self, outputs: Sequence[EngineOutput | RequestOutput]) -> None:
         """Call every `deliver` at most once, with the outputs of its requests in order."""
-        batches: dict[int, tuple[Deliver, list[EngineOutput | RequestOutput]]] = {}
+        batches: dict[Deliver, list[EngineOutput | RequestOutput]] = {}
         for output in outputs:
             is_last = isinstance(output, RequestOutput)
             request_id = output.request_id
             deliver = self._deliver.pop(request_id) if is_last else self._deliver[request_id]
-            batches.setdefault(id(deliver), (deliver, []))[1].append(output)
-        for deliver, batch in batches.values():
+            batches.setdefault(deliver, []).append(output)
+        for deliver, batch in batches.items():
             deliver(batch)
 
     def _run_commands(self) -> bool:

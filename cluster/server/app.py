@@ -22,8 +22,9 @@ import shoal
 
 from ..metrics.prometheus import PrometheusInstruments
 from ..openai.errors import ApiError
+from ..openai.fields import shown
 from ..openai.requests import Endpoint, RequestDefaults
-from .bodies import BodyReader
+from .bodies import MAX_PENDING_BYTES, BodyReader
 from .events import EventStream, until_disconnect
 from .generation import Answer, read_request
 from .http_errors import HttpError, bad_request, not_found, queue_full, unavailable
@@ -33,7 +34,7 @@ from .tokenizing import detokenize, tokenize, tokenizer_info
 
 OPEN_PATHS = ("/live", "/health")
 """Routes that need no key."""
-_REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,13 +59,14 @@ class Api:
         max_num_queued_reqs: int,
         metrics: PrometheusInstruments,
         log: RequestLog,
+        max_pending_bytes: int = MAX_PENDING_BYTES,
     ) -> None:
         self._model = model
         self._metrics = metrics
         self._log = log
         self._state = state
         self._max_num_queued_reqs = max_num_queued_reqs
-        self._bodies = BodyReader()
+        self._bodies = BodyReader(max_pending_bytes)
 
     async def live(self, request: Request) -> Response:
         return json_response({"status": "live"})
@@ -141,7 +143,12 @@ class Api:
         async with self._bodies.read(http) as body:
             self._check_model(body.get("model"))
             request = await read_request(
-                endpoint, body, self._model.defaults, request_id=http.state.request_id, model=self._model.names[0]
+                endpoint,
+                body,
+                self._model.defaults,
+                request_id=http.state.request_id,
+                model=self._model.names[0],
+                max_num_prompts=self._max_num_queued_reqs,
             )
         if engines.num_sequences + request.num_sequences > self._max_num_queued_reqs:
             raise queue_full(self._max_num_queued_reqs)
@@ -150,7 +157,7 @@ class Api:
     def _check_model(self, name: object) -> None:
         if name is not None and name not in self._model.names:
             known = ", ".join(self._model.names)
-            raise not_found(f"the model {name!r} is not served here; give {known}", "model_not_found", "model")
+            raise not_found(f"the model {shown(name)} is not served here; give {known}", "model_not_found", "model")
 
     def _model_card(self, name: str) -> dict[str, Any]:
         return {
@@ -179,6 +186,7 @@ def make_app(api: Api, *, keys: Sequence[str] = ()) -> ASGIApp:
         _route("/tokenizer_info", api.tokenizer_info),
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _http_exception, Exception: _failed})
+    app.router.redirect_slashes = False  # an unknown path is an error, and a redirect would repeat the Host header
     return _RequestIds(_Keys(app, keys))
 
 
@@ -209,7 +217,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     """Paths and methods that no route has."""
     assert isinstance(error, HTTPException)
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    message = f"{request.method} {request.scope['path'][:200]}: {error.detail}"
     return error_response(HttpError(error.status_code, ApiError(code, message), dict(error.headers or {})))
 
 

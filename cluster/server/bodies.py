@@ -23,7 +23,7 @@ LONG_BODY_BYTES = 64 << 10
 class BodyReader:
     """Reads bodies, and bounds the memory that those take together which are not checked yet."""
 
-    def __init__(self, *, max_pending_bytes: int = MAX_PENDING_BYTES) -> None:
+    def __init__(self, max_pending_bytes: int) -> None:
         self._max_pending_bytes = max_pending_bytes
         self._num_pending_bytes = 0
 

@@ -44,13 +44,19 @@ class TextRequest:
 
 
 async def read_request(
-    endpoint: Endpoint, body: Mapping[str, Any], defaults: RequestDefaults, *, request_id: str, model: str
+    endpoint: Endpoint,
+    body: Mapping[str, Any],
+    defaults: RequestDefaults,
+    *,
+    request_id: str,
+    model: str,
+    max_num_prompts: int,
 ) -> TextRequest:
     """Check a body; tokenises in another thread, so that streams go on. ApiError names what is wrong."""
     is_streamed, usage = _stream_options(body)
     own = {name: value for name, value in body.items() if name not in _STREAM_FIELDS}
     parse = parse_chat if endpoint == "/v1/chat/completions" else parse_completion
-    bodies = [own] if endpoint == "/v1/chat/completions" else _split_prompts(own)
+    bodies = [own] if endpoint == "/v1/chat/completions" else _split_prompts(own, max_num_prompts)
     prompts = [await run_in_threadpool(parse, one, defaults) for one in bodies]
     seed = None
     if prompts[0].params.seed is None and prompts[0].params.temperature > 0:
@@ -181,10 +187,13 @@ def _stream_options(body: Mapping[str, Any]) -> tuple[bool, UsageOptions]:
     return True, UsageOptions(**{name: bool(value) for name, value in options.items()})
 
 
-def _split_prompts(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _split_prompts(body: Mapping[str, Any], max_num_prompts: int) -> list[dict[str, Any]]:
     """One body per prompt: `prompt` may be a list of texts or of lists of token ids."""
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > max_num_prompts:
+            message = f"prompt has {len(prompt)} prompts, at most {max_num_prompts} are taken (max_num_queued_reqs)"
+            raise ApiError("invalid_parameter", message, "prompt")
         return [{**body, "prompt": one} for one in prompt]
     return [dict(body)]
 

@@ -45,7 +45,7 @@ class RequestLog:
         if self._write is None:
             return
         line: dict[str, Any] = {"time": round(self._clock(), 3), "request_id": http.state.request_id}
-        line["path"] = http.url.path
+        line["path"] = http.scope["path"]
         if (traceparent := http.headers.get("traceparent")) is not None:
             line["traceparent"] = traceparent[:MAX_TRACEPARENT_CHARS]
         self._write(msgspec.json.encode(line | facts).decode())

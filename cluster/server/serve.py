@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import uvicorn
-from starlette.types import ASGIApp
-
 from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
 from ..metrics.export import make_meter
@@ -28,17 +25,13 @@ from ..replicas.open_engines import choose_executor, open_engines
 from ..report import engine_errors, line_printer
 from ..workers.engine_factory import BUILD_ENGINE
 from .app import Api, ServedModel, make_app
-from .http_protocol import BoundedHttpProtocol
+from .http_server import HttpServer, freeze_objects, http_config
 from .request_log import RequestLog
 from .settings import ServeArgs
 from .state import ServerState
 
-KEEP_ALIVE_S = 75
-"""Idle connections are kept for longer than clients keep them, so that none is closed under a request."""
 STALL_GRACE_S = 10.0
 LOOK_S = 0.2
-CLOSE_TIMEOUT_S = 5.0
-"""Longest wait for connections that are still open after their requests ended."""
 
 
 def serve(
@@ -59,7 +52,7 @@ def serve(
     log = RequestLog(line_printer(stdout) if args.log_requests else None)
     api = Api(model, state, max_num_queued_reqs=args.max_num_queued_reqs, metrics=metrics, log=log)
     app = make_app(api, keys=keys)
-    config = _http_config(app, args)
+    config = http_config(app, ssl_certfile=args.ssl_certfile, ssl_keyfile=args.ssl_keyfile)
     with _listener(args) as listener:
         host, port = listener.getsockname()[:2]
         scheme = "http" if args.ssl_certfile is None else "https"
@@ -68,39 +61,8 @@ def serve(
         def meter(on_ray: bool) -> RequestMeter:
             return make_meter(engine, on_ray=on_ray, model_name=name, instruments=[metrics])
 
-        life = _Life(args, engine, state, _Server(config), stderr, engine_factory, meter)
+        life = _Life(args, engine, state, HttpServer(config), stderr, engine_factory, meter)
         return asyncio.run(life.run(listener))
-
-
-def _http_config(app: ASGIApp, args: ServeArgs) -> uvicorn.Config:
-    config = uvicorn.Config(
-        app,
-        http=BoundedHttpProtocol,
-        ws="none",
-        loop="asyncio",
-        ssl_certfile=args.ssl_certfile,
-        ssl_keyfile=args.ssl_keyfile,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(CLOSE_TIMEOUT_S),
-    )
-    try:
-        config.load()
-    except OSError as error:  # ssl.SSLError, too
-        files = " and ".join(filter(None, [args.ssl_certfile, args.ssl_keyfile]))
-        raise ValueError(f"{files} cannot be used for HTTPS: {error}; ssl_certfile and ssl_keyfile are PEM") from error
-    return config
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: signals drain."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class _Life:
@@ -111,7 +73,7 @@ class _Life:
         args: ServeArgs,
         engine: EngineArgs,
         state: ServerState,
-        server: _Server,
+        server: HttpServer,
         stderr: TextIO,
         engine_factory: str,
         make_meter: Callable[[bool], RequestMeter],
@@ -187,6 +149,7 @@ class _Life:
             return None
         with engine_errors():
             engines = await started
+        freeze_objects()
         self._state.set_ready(AsyncEngines(engines))
         self._say("ready")
         return engines

@@ -6,11 +6,12 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shoal.cluster.engine_args import EngineArgs
-from shoal.cluster.replicas.async_engines import AsyncEngines
+from shoal.cluster.replicas.async_engines import MAX_OUTPUTS, AsyncEngines
 from shoal.cluster.replicas.engine_thread import EngineThread
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.runtime.random_checkpoint import tiny_config
@@ -77,5 +78,38 @@ def test_engines_that_fail_end_every_request_with_their_error(engines: EngineThr
         with pytest.raises(RuntimeError, match="the stub broke"):
             client.generate(request(4))
         assert client.num_requests == 0
+
+    asyncio.run(run())
+
+
+def test_one_that_is_behind_gets_its_outputs_in_pieces(engines: EngineThread) -> None:
+    async def run() -> None:
+        client = AsyncEngines(engines)
+        behind = client.generate(request(1, max_tokens=100))
+        assert (client.num_requests, client.num_sequences) == (1, 1)
+        while client.num_requests:
+            await asyncio.sleep(0.01)
+        assert client.num_sequences == 0
+        pieces = [outputs async for outputs in behind]
+        assert [len(piece) for piece in pieces] == [MAX_OUTPUTS, 102 - MAX_OUTPUTS], "100 tokens, end and whole answer"
+
+    asyncio.run(run())
+
+
+def test_the_outputs_of_a_step_come_at_once(engines: EngineThread) -> None:
+    async def run() -> None:
+        deliveries: list[set[str]] = []
+        client = AsyncEngines(engines)
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+
+        def count(function: Any, item: Any = None, *others: Any) -> asyncio.Handle:
+            if function == client._hand_out:
+                deliveries.append({output.request_id for output in item})
+            return call(function, item, *others)
+
+        loop.call_soon_threadsafe = count  # type: ignore[assignment,method-assign]
+        await asyncio.gather(*[client.generate(request(first, max_tokens=50)).whole() for first in (1, 2)])
+        assert {"s-0", "s-1"} in deliveries
 
     asyncio.run(run())

@@ -292,6 +292,9 @@ def test_errors_name_the_field(engines: EngineThread, name: str, value: Any) -> 
         ("POST", "/tokenize", {"prompt": 5}, 400, "invalid_type"),
         ("POST", "/v1/chat/completions", {"messages": []}, 400, "empty_prompt"),
         ("POST", "/v1/chat/completions", {"messages": [{"role": "robot"}]}, 400, "invalid_messages"),
+        ("POST", "/v1/chat/completions", {"messages": QUESTION, "tools": 1}, 400, "invalid_messages"),
+        ("POST", "/v1/completions", {"prompt": ["a"] * 101}, 400, "invalid_parameter"),
+        ("POST", "/v1/completions/", {"prompt": "a"}, 404, "not_found"),
         ("GET", "/v1/models/gpt", None, 404, "model_not_found"),
         ("GET", "/nowhere", None, 404, "not_found"),
         ("GET", "/v1/completions", None, 405, "method_not_allowed"),
@@ -354,8 +357,11 @@ def test_a_request_id_is_returned_or_made(engines: EngineThread) -> None:
         given = await http.post("/v1/completions", json={"prompt": "a"}, headers={"X-Request-Id": "mine:1"})
         assert given.headers["x-request-id"] == "mine:1"
         assert given.json()["id"] == "cmpl-mine:1"
-        made = [(await http.get("/nowhere", headers={"X-Request-Id": "a b"})).headers["x-request-id"] for _ in "ab"]
-        assert made[0] != made[1]
+        for bad in (b"a b", "é".encode()):
+            asked = [await http.get("/nowhere", headers={b"X-Request-Id": bad}) for _ in "ab"]
+            made = {response.headers["x-request-id"] for response in asked}
+            assert len(made) == 2
+            assert all(one.isalnum() for one in made)
 
     serve(engines, use)
 
