@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ PARSERS: dict[str, type[GrammarParser]] = {
 }
 
 
+@functools.cache
 def tag_tokens(grammar: str) -> frozenset[str]:
     """Added tokens that the tags of a grammar are made of."""
     return frozenset({THINK_START, THINK_END, *PARSERS[grammar].tokens})

@@ -78,9 +78,9 @@ class OutputReader:
             parse_tools=bool(output_format.tools),
             tokenizer=tokenizer,
         )
-        skipped = tokenizer.skipped_token_ids if skip_special_tokens else frozenset()
-        tags = tag_tokens(output_format.grammar)
-        left_out = {i for i in skipped if tokenizer.special_text(i) not in tags}
+        left_out: frozenset[int] = frozenset()
+        if skip_special_tokens:
+            left_out = tokenizer.skipped_beside(tag_tokens(output_format.grammar))
         self._parts = TokenParts(tokenizer, skip_special_tokens=skip_special_tokens, end_token_ids=left_out)
 
     @property

@@ -22,6 +22,7 @@ class TagSet:
         self.prefixes = frozenset(tag[:n] for tag in tags for n in range(1, len(tag)))
         """All that an unfinished tag can look like."""
         self.max_prefix = max(map(len, self.prefixes), default=0)
+        self.first_characters = re.compile(f"[{re.escape(''.join({tag[0] for tag in tags}))}]" if tags else r"(?!)")
 
 
 @functools.lru_cache(maxsize=256)  # every output of a grammar has the same few
@@ -98,9 +99,10 @@ class TagReader:
         """Length of the longest end of the input that may begin a tag."""
         if self._is_finished:
             return 0
-        for length in range(min(tags.max_prefix, len(self._buffer) - self._position), 0, -1):
-            if self._buffer[-length:] in tags.prefixes:
-                return length
+        start = max(self._position, len(self._buffer) - tags.max_prefix)
+        for match in tags.first_characters.finditer(self._buffer, start):
+            if self._buffer[match.start() :] in tags.prefixes:
+                return len(self._buffer) - match.start()
         return 0
 
     def _decode(self, text: str) -> str:

@@ -71,6 +71,7 @@ class Tokenizer:
         self._added_texts = {i: t for t, i in self._added_ids.items()}
         self.skipped_token_ids = frozenset(self._added_ids[t["content"]] for t in added if t["special"])
         """Added tokens that `decode` leaves out with `skip_special_tokens`."""
+        self._skipped_beside: dict[frozenset[str], frozenset[int]] = {}
         self._byte_of_char = {c: b for b, c in enumerate(byte_alphabet())} if decoder else None
         self._added_token = re.compile(
             "|".join(map(re.escape, sorted(self._added_ids, key=len, reverse=True))) or r"(?!)"
@@ -165,6 +166,14 @@ class Tokenizer:
         """The first added token that a text spells; None for most texts."""
         match = self._added_token.search(text)
         return None if match is None else match.group()
+
+    def skipped_beside(self, texts: frozenset[str]) -> frozenset[int]:
+        """`skipped_token_ids` without the tokens that have one of these texts."""
+        found = self._skipped_beside.get(texts)
+        if found is None:
+            found = frozenset(i for i in self.skipped_token_ids if self._added_texts[i] not in texts)
+            self._skipped_beside[texts] = found
+        return found
 
     def special_id(self, text: str) -> int | None:
         """The id of an added token; None if no added token has this text."""
