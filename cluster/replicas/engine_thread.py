@@ -19,7 +19,8 @@ from ..metrics.meter import RequestMeter, no_meter
 
 T = TypeVar("T")
 MIN_POLL_S, MAX_POLL_S = 0.002, 0.04
-"""Poll timeout: starts at MIN_POLL_S and doubles up to MAX_POLL_S while there are no outputs. A new request waits for it."""
+"""Poll timeout, for which a new request may wait: starts at MIN_POLL_S and doubles up to MAX_POLL_S while there are no
+outputs."""
 
 Deliver = Callable[[list[EngineOutput | RequestOutput] | BaseException], None]
 """Receives the outputs of one poll for the requests of one `submit`, or the error that ended one of them."""
