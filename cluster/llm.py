@@ -28,7 +28,7 @@ from .metrics.export import make_meter
 from .openai.chat_options import read_chat_options
 from .openai.errors import ApiError
 from .openai.fields import without_nulls
-from .openai.requests import prompt_params
+from .openai.prompt_params import prompt_params
 from .openai.responses import parsed_answer
 from .prompts import ModelPrompts
 from .replicas.engine_thread import EngineThread
@@ -246,7 +246,7 @@ class LLM:
             request = Request(
                 request_id="",
                 prompt_token_ids=tuple(encoded.token_ids),
-                params=prompt_params(own, encoded),
+                params=prompt_params(own, encoded, self.tokenizer),
                 report=report,
                 reasoning_end_token_id=encoded.reasoning_end_token_id,
             )

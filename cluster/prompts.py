@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.runtime.chat.call_grammar import call_grammar
 from shoal.runtime.chat.formats import CHAT_FORMATS, ChatFormat, choose_format
 from shoal.runtime.chat.messages import read_conversation
 from shoal.runtime.chat.names import ChatFormatName
@@ -70,10 +69,7 @@ class ModelPrompts:
             continue_final_message=options.continue_final_message,
         )
         prompt = render_prompt(conversation, chat_format=self.chat_format, tokenizer=self.tokenizer)
-        if options.calls is None:
-            return prompt
-        grammar = call_grammar(self.chat_format.grammar, conversation.tools, options.calls, self.tokenizer)
-        return replace(prompt, answer_grammar=grammar)
+        return replace(prompt, calls=options.calls)
 
 
 def request_defaults(engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool | None) -> RequestDefaults:

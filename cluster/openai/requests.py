@@ -6,20 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-import msgspec
-
 from shoal.parallel.settings import SettingError
 from shoal.runtime.chat.prompt import ChatPrompt, OutputFormat
 from shoal.runtime.plain_numbers import whole_number
 from shoal.runtime.request_limits import RequestLimits, check_request, context_length
 from shoal.runtime.structured.structured_outputs import StructuredOutputs
-from shoal.runtime.structured_params import StructuredOutputsParams
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Request, SamplingParams
 
 from .chat_options import ChatOptions, read_chat_options
 from .errors import ApiError, json_type
 from .fields import CHAT_FIELDS, COMPLETION_FIELDS, SAMPLING_FIELDS, check_fields, shown, without_nulls
+from .prompt_params import prompt_params
 from .structured import read_form
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
@@ -138,7 +136,7 @@ def build_request(
     show_logprobs = values.get("logprobs") is not None
     try:
         params = SamplingParams(**(values | {"logprobs": values["logprobs"] if show_logprobs else 0}))
-        params = prompt_params(params, prompt)
+        params = prompt_params(params, prompt, defaults.tokenizer)
     except ValueError as error:
         param = error.name if isinstance(error, SettingError) else None
         raise ApiError("invalid_parameter", str(error), param) from error
@@ -159,30 +157,9 @@ def build_request(
         try:
             defaults.structured_outputs.check(params)
         except ValueError as error:
-            param = "tools" if prompt.answer_grammar is not None else form_field
+            param = form_field or (None if prompt.calls is None else "tools")
             raise ApiError("invalid_grammar", str(error), param) from error
     return parsed
-
-
-def prompt_params(params: SamplingParams, prompt: ChatPrompt) -> SamplingParams:
-    """The parameters with what the prompt says of the answer: its form, and the tokens that end a turn.
-
-    ValueError for parameters that ask for another form.
-    """
-    if prompt.answer_grammar is not None:
-        if params.structured_outputs is not None:
-            raise SettingError(
-                "structured_outputs",
-                "tool_choice and strict tools decide the form of the answer; remove structured_outputs, "
-                "response_format and guided_*",
-            )
-        params = msgspec.structs.replace(
-            params, structured_outputs=StructuredOutputsParams(grammar=prompt.answer_grammar)
-        )
-    if not prompt.stop_token_ids or params.ignore_eos:
-        return params
-    stop_token_ids = (*(params.stop_token_ids or ()), *prompt.stop_token_ids)
-    return msgspec.structs.replace(params, stop_token_ids=stop_token_ids)
 
 
 def encode_chat(body: Mapping[str, Any], defaults: RequestDefaults) -> ChatPrompt:

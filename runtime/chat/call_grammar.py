@@ -37,9 +37,17 @@ class CallRules:
     """Whether there may be several calls."""
 
 
-def call_grammar(grammar: str, tools: Sequence[Mapping[str, Any]], rules: CallRules, tokenizer: Tokenizer) -> str:
+def call_grammar(
+    grammar: str,
+    tools: Sequence[Mapping[str, Any]],
+    rules: CallRules,
+    tokenizer: Tokenizer,
+    *,
+    text: str | None = None,
+) -> str:
     """The Lark grammar of an answer to a prompt that shows `tools`, OpenAI's objects, in a format with this grammar.
 
+    text: what a rule for an answer without calls has on its right side; None: any text, before calls too.
     The arguments of every call are valid by the tool's schema. ValueError for a tool or a schema that cannot be
     written in the format.
     """
@@ -51,8 +59,11 @@ def call_grammar(grammar: str, tools: Sequence[Mapping[str, Any]], rules: CallRu
     tags = _Tags(grammar, tokenizer)
     writer = _WRITERS[grammar](tags)
     calls = writer.after_opener(functions, several=rules.is_parallel and rules.name is None)
+    calls_alone = _join(tags(writer.before_opener + writer.opener), calls)
     if rules.is_required:
-        start = [f"start: {tags(writer.before_opener + writer.opener)} {calls}"]
+        start = [f"start: {calls_alone}"]
+    elif text is not None:
+        start = [f"start: answer | {calls_alone}", f"answer: {text}"]
     else:
         start = _text_or_calls(writer.opener, calls, PARSERS[grammar].openers, tags)
     return "\n".join([*start, *writer.rules])

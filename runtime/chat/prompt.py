@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from ..tokenization.tokenizer import Part, Special, Tokenizer
+from .call_grammar import CallRules
 from .conversation import Conversation
 from .formats import ChatFormat
 from .output import OutputDelta, ParsedOutput, StartState, assemble
@@ -36,8 +37,8 @@ class ChatPrompt:
     """None: the output is text."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a turn of this format, beside the tokenizer's end of sequence."""
-    answer_grammar: str | None = None
-    """The form of the answer, in Lark, where calls are asked for; None: the model writes what it likes."""
+    calls: CallRules | None = None
+    """The calls that the answer must have; None: as the model likes."""
     spelled_token: str | None = None
     """An added token that a text prompt spells: its characters are encoded as text."""
 

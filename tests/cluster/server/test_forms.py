@@ -52,6 +52,11 @@ def test_an_answer_keeps_to_a_schema(engines: EngineThread) -> None:
             await http.post("/v1/chat/completions", json={**asked, "tools": [TRIP], "tool_choice": "required"})
         ).json()
         assert both["error"]["code"] == "invalid_parameter"
+        either = {**asked, "tools": [TRIP], "temperature": 0}
+        (answer,) = (await http.post("/v1/chat/completions", json=either)).json()["choices"]
+        calls = answer["message"].get("tool_calls")
+        text = calls[0]["function"]["arguments"] if calls else answer["message"]["content"]
+        assert set(json.loads(text)) == {"city", "days"}
         bad = {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}
         refused = (await http.post("/v1/chat/completions", json={**CHAT, "response_format": bad})).json()
         assert (refused["error"]["code"], refused["error"]["param"]) == ("invalid_grammar", "response_format")

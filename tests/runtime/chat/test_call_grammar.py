@@ -159,6 +159,20 @@ def test_calls_as_models_write_them_are_allowed(tmp_path: Path) -> None:
         assert accepts(structured, {"grammar": lark}, f"I look it up.{text}"), grammar
         assert accepts(structured, {"grammar": lark}, "I do not know."), grammar
         assert not accepts(structured, {"grammar": lark}, f"I look.{text.replace('Rome', 'Oslo')}"), grammar
+        lark = call_grammar(grammar, TOOLS, CallRules(is_required=False), tokenizer, text='%json {"type": "object"}')
+        assert accepts(structured, {"grammar": lark}, text), grammar
+        assert not accepts(structured, {"grammar": lark}, text.replace("Rome", "Oslo")), grammar
+
+
+@pytest.mark.parametrize("grammar", PARSERS)
+def test_an_answer_is_calls_or_what_was_asked_for(grammar: str, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path)
+    structured = StructuredOutputs(tokenizer, 300)
+    rules = CallRules(is_required=False)
+    lark = call_grammar(grammar, TOOLS, rules, tokenizer, text='%json {"type": "integer", "minimum": 10}')
+    assert accepts(structured, {"grammar": lark}, "12")
+    assert not accepts(structured, {"grammar": lark}, "twelve")
+    assert not accepts(structured, {"grammar": lark}, "")
 
 
 @pytest.mark.parametrize(
