@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,11 +15,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import pytest
 
 from shoal.cluster.bundled import BUNDLED_MODEL
+from shoal.cluster.engine_args import EngineArgs
+from shoal.cluster.report import EnginesFailed
+from shoal.cluster.server.serve import serve
 from shoal.cluster.server.settings import ServeArgs
 
 DEADLINE_S = 300.0
@@ -169,6 +174,20 @@ def test_a_certificate_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {path} cannot be used for HTTPS: ")
         assert done.stderr.count("\n") == 1
+
+
+def broken_engine(*_: object) -> NoReturn:
+    raise RuntimeError("the device is gone")
+
+
+def test_engines_that_do_not_start_end_the_server() -> None:
+    stderr = io.StringIO()
+    engine = EngineArgs(model=str(BUNDLED_MODEL))
+    with pytest.raises(EnginesFailed, match="the engines failed: the device is gone"):
+        serve(
+            ServeArgs(port=0), engine, stdout=io.StringIO(), stderr=stderr, engine_factory=f"{__name__}:broken_engine"
+        )
+    assert stderr.getvalue().endswith("starting the engines\n")
 
 
 def test_an_address_that_others_reach_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
