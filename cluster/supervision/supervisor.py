@@ -200,6 +200,8 @@ class Supervisor:
     def stats(self, replica: int, rank: int) -> EngineStats:
         """Counters of a rank's engine, at most two heartbeats old; they include those of its lost workers."""
         with self._counting:
+            if not self._replicas:
+                return EngineStats()  # `watch` has been called and is not carried out yet
             name = self._replicas[replica].members.workers[rank]
             status = self._statuses.get(name) if name is not None else None
             lost = self._replicas[replica].lost_totals.get(rank, EngineStats())

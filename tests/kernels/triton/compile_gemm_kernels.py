@@ -78,6 +78,8 @@ def row_kernels() -> Iterator[Case]:
     yield sampling._draw_kernel, sampling_types, {"CHUNK": sampling.CHUNK, "CHUNKS": 128}, {}
     limits = {"logits": "*fp32", "out": "*fp32", "highest": "*fp32", "temperatures": "*fp32", "top_k": "*i64"}
     limits |= {"top_p": "*fp32", "min_p": "*fp32", "stride": "i32!", "vocab_size": "i32!"}
+    mask_types = {"logits": "*fp32", "bitmask": "*i32", "out": "*fp32", "stride": "i32!", "mask_stride": "i32"}
+    yield sampling._mask_kernel, mask_types | {"vocab_size": "i32!"}, {"BLOCK": sampling.CHUNK}, {"num_warps": 4}
     yield sampling._truncate_kernel, limits, {"BLOCK": 8192}, {"num_warps": 16}
     logprob_types = {"logits": "*fp32", "token_ids": "*i64", "highest": "*fp32", "sums": "*fp64", "earlier": "*i32"}
     logprob_types |= {"stride": "i32!", "num_chunks": "i32", "num_tokens": "i32"}
