@@ -102,6 +102,8 @@ class EngineThread:
         answer: Future[T] = Future()
 
         def call() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # who asked waits no longer
             try:
                 answer.set_result(function())
             except Exception as error:

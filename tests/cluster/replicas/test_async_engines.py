@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,18 @@ def test_one_that_is_behind_gets_its_outputs_in_pieces(engines: EngineThread) ->
         assert [len(piece) for piece in pieces] == [MAX_OUTPUTS, 102 - MAX_OUTPUTS], "100 tokens, end and whole answer"
 
     asyncio.run(run())
+
+
+def test_a_look_that_is_given_up_leaves_the_engines_alone(engines: EngineThread) -> None:
+    """A scrape gives up while the engines are in a long step."""
+    begin = threading.Event()
+    first = engines._call(lambda: begin.wait(600))
+    given_up = engines.look()
+    assert given_up.cancel()
+    begin.set()
+    assert first.result(600)
+    assert engines.look().result(600) is None
+    assert engines.failure is None
 
 
 def test_the_outputs_of_a_step_come_at_once(engines: EngineThread) -> None:
