@@ -62,7 +62,12 @@ def serve(
             return make_meter(engine, on_ray=on_ray, model_name=name, instruments=[metrics])
 
         life = _Life(args, engine, state, HttpServer(config), stderr, engine_factory, meter)
-        return asyncio.run(life.run(listener))
+        status = asyncio.run(life.run(listener))
+    if life.is_starting:
+        # The thread that starts the engines would go on while the interpreter and Ray shut down, which can end the
+        # process with an error; Ray's processes end with this one.
+        os._exit(status)
+    return status
 
 
 class _Life:
@@ -88,6 +93,8 @@ class _Life:
         self._make_meter = make_meter
         self._num_signals = 0
         self._signalled = asyncio.Event()
+        self.is_starting = False
+        """Whether a thread is starting the engines, which nothing can interrupt."""
 
     async def run(self, listener: socket.socket) -> int:
         loop = asyncio.get_running_loop()
@@ -119,8 +126,11 @@ class _Life:
         started: asyncio.Future[EngineThread] = loop.create_future()
 
         def on_phase(line: object) -> None:
+            on_loop(announce, line)
+
+        def announce(line: object) -> None:
+            self._take_signals()  # Ray has installed handlers of its own
             self._say(line)
-            on_loop(self._take_signals)  # Ray has installed handlers of its own
 
         def on_loop(function: Callable[..., object], *args: Any) -> None:
             with contextlib.suppress(RuntimeError):  # a signal has ended the loop
@@ -140,6 +150,7 @@ class _Life:
                 on_loop(started.set_result, engines)
 
         # A daemon: a signal must end the process while the engines start.
+        self.is_starting = True
         threading.Thread(target=start, name="shoal-start", daemon=True).start()
         signalled = asyncio.ensure_future(self._signalled.wait())
         waiting: set[asyncio.Future[Any]] = {started, signalled}
@@ -147,6 +158,7 @@ class _Life:
         signalled.cancel()
         if not started.done():
             return None
+        self.is_starting = False
         with engine_errors():
             engines = await started
         freeze_objects()

@@ -1,4 +1,4 @@
-"""Processes of Ray that descend from another process."""
+"""Processes that descend from another process."""
 
 from __future__ import annotations
 
@@ -17,6 +17,27 @@ def actor_pids(title: str, ancestor: int) -> set[int]:
         except OSError:  # it has ended meanwhile
             continue
     return found
+
+
+def descendants(ancestor: int) -> set[int]:
+    """Processes below `ancestor`."""
+    found = set()
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            if ancestor in ancestors(int(entry)):
+                found.add(int(entry))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and is not yet waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def ancestors(pid: int) -> list[int]:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.cluster.server.test_serve import DEADLINE_S, Server, serving
-from tests.support.processes import actor_pids
+from tests.support.processes import actor_pids, descendants, is_alive
 
 pytestmark = pytest.mark.ray
 NUM_STREAMS = 64
@@ -66,9 +66,13 @@ def test_a_signal_ends_the_start_of_the_engines() -> None:
         while not any(line.startswith("ray ") for line in server.lines):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        processes = descendants(server.process.pid)
+        assert processes
         assert server.stop() == 0
         assert "Traceback" not in "".join(server.lines)
-        assert not actor_pids("Worker", server.process.pid)
+        while any(map(is_alive, processes)):
+            assert time.monotonic() < deadline, "Ray's processes end with the server"
+            time.sleep(0.05)
 
 
 def test_a_killed_worker_interrupts_no_stream() -> None:
