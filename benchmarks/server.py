@@ -6,9 +6,10 @@
 Server and client are processes of their own on one core each. A token's text is the time when the engines gave it away;
 both processes read the same clock. Engines step in 16 groups in turn, as replicas do. Every stream is followed by
 another one on its connection.
-- ttft: from sending a request to its first event, without the time until the engines' next step.
+- ttft: from sending a request to its first event, without the time from its hand-over to the engines to their step.
 - itl: how much longer the gap between two events is than between their tokens; negative ones count as 0.
 - delay: from the engines to the client.
+- bare: the same load on a server that only writes: what this machine's sockets and event loop allow.
 - soak: the server's memory before and after many short requests, every fourth of which is left in the middle.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import cProfile
+import itertools
 import json
 import os
 import pstats
@@ -45,7 +47,8 @@ BODIES = {
         "max_tokens": NUM_TOKENS,
     },
 }
-_TIMES = re.compile(rb'"text":"(?:(\d+) )?(\d+)"')
+BARE = "bare"
+_TIMES = re.compile(rb'"(?:text|content|reasoning_content)":"(?:(\d+) )?(\d+)"')
 
 
 def serve(core: int, interval_s: float, profile: str | None) -> None:
@@ -56,9 +59,11 @@ def serve(core: int, interval_s: float, profile: str | None) -> None:
     from tests.support.served import bundled_defaults, make_served, stub_engines
     from tests.support.stub_client import StubClient
 
-    def times(is_first: bool, submitted_at: float) -> str:
+    handed_over_at: dict[str, int] = {}
+
+    def times(is_first: bool, request_id: str) -> str:
         now = time.monotonic_ns()
-        return f"{int(submitted_at * 1e9)} {now}" if is_first else str(now)
+        return f"{handed_over_at.pop(request_id)} {now}" if is_first else str(now)
 
     def make_client(defaults: RequestDefaults) -> StubClient:
         return StubClient(defaults.limits, interval_s=interval_s, num_groups=NUM_GROUPS, text=times)
@@ -66,6 +71,13 @@ def serve(core: int, interval_s: float, profile: str | None) -> None:
     defaults = bundled_defaults()
     with stub_engines(defaults, make_client) as engines, socket.create_server(("127.0.0.1", 0), backlog=2048) as one:
         port = one.getsockname()[1]
+        submit = engines[0].submit
+
+        def note_and_submit(requests: Sequence[Any], deliver: Any) -> None:
+            handed_over_at.update((request.request_id, time.monotonic_ns()) for request in requests)
+            submit(requests, deliver)
+
+        engines[0].submit = note_and_submit  # type: ignore[method-assign]
 
         async def run() -> None:
             served = make_served(*engines, defaults, port=port, has_log=False)
@@ -83,6 +95,57 @@ def serve(core: int, interval_s: float, profile: str | None) -> None:
         else:
             profiler.runcall(asyncio.run, run())
             pstats.Stats(profiler).dump_stats(profile)
+
+
+class BareConnection(asyncio.Protocol):
+    """Answers whatever comes with as many chunks as a stream of the server has, which its group's steps write."""
+
+    def __init__(self, group: dict[BareConnection, int]) -> None:
+        self._group = group
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._group[self] = NUM_TOKENS
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._group.pop(self, None)
+
+    def write(self) -> None:
+        left = self._group[self] = self._group[self] - 1
+        self._transport.write(_chunk(b'data: {"text":"%d"}' % time.monotonic_ns()) + (b"" if left else _chunk(b"")))
+        if not left:
+            del self._group[self]
+
+
+def _chunk(data: bytes) -> bytes:
+    """As long as a usual event."""
+    return b"%x\r\n%b\r\n" % (len(data.ljust(240)), data.ljust(240)) if data else b"0\r\n\r\n"
+
+
+def serve_bare(core: int, interval_s: float) -> None:
+    """Write chunks at the pace of the engines until the input ends; prints the port first."""
+    os.sched_setaffinity(0, {core})
+    groups: list[dict[BareConnection, int]] = [{} for _ in range(NUM_GROUPS)]
+    turns = itertools.cycle(groups)
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: BareConnection(next(turns)), "127.0.0.1", 0, backlog=2048)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        stopped = loop.run_in_executor(None, sys.stdin.read)
+        due = loop.time()
+        for group in itertools.cycle(groups):
+            due = max(due + interval_s / NUM_GROUPS, loop.time())
+            await asyncio.sleep(due - loop.time())
+            if stopped.done():
+                return
+            for connection in list(group):
+                connection.write()
+
+    asyncio.run(run())
 
 
 @dataclass
@@ -106,8 +169,10 @@ class Server:
 
 
 @contextmanager
-def serving(args: argparse.Namespace, interval_s: float) -> Iterator[Server]:
+def serving(args: argparse.Namespace, interval_s: float, *, is_bare: bool = False) -> Iterator[Server]:
     command = [sys.executable, __file__, "--serve", str(interval_s), "--server-core", str(args.server_core)]
+    if is_bare:
+        command.append("--serve-bare")
     if args.profile is not None:
         command += ["--profile", args.profile]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -178,11 +243,10 @@ def quantiles(values: Sequence[float]) -> dict[str, float] | None:
     return {"p50": round(cuts[499], 3), "p99": round(cuts[989], 3), "p99.9": round(cuts[998], 3)}
 
 
-async def stream(server: Server, path: str, num_streams: int, interval_s: float, seconds: float) -> dict[str, Any]:
+async def stream(server: Server, request: bytes, num_streams: int, interval_s: float, seconds: float) -> dict[str, Any]:
     """Open the streams over the length of one, then measure."""
     measured = Measured()
     loop = asyncio.get_running_loop()
-    request = request_for(path)
     clients = []
     opening_s = max(1.0, interval_s * NUM_TOKENS)
     begin = time.monotonic()
@@ -271,10 +335,14 @@ def main() -> None:
     parser.add_argument("--client-core", type=int, default=1)
     parser.add_argument("--profile", metavar="FILE", help="of the server's event loop, by cProfile")
     parser.add_argument("--serve", type=float, metavar="INTERVAL", help=argparse.SUPPRESS)
+    parser.add_argument("--serve-bare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.serve is not None:
-        serve(args.server_core, args.serve, args.profile)
+        if args.serve_bare:
+            serve_bare(args.server_core, args.serve)
+        else:
+            serve(args.server_core, args.serve, args.profile)
         return
     os.sched_setaffinity(0, {args.client_core})
     report: dict[str, Any] = {
@@ -283,14 +351,15 @@ def main() -> None:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "load_before": [round(load, 2) for load in os.getloadavg()],
-        "streams": {path: [] for path in args.paths},
+        "streams": {path: [] for path in [*args.paths, BARE]},
     }
-    for path in args.paths:
+    for path in [*args.paths, BARE]:
         for load in args.loads:
             num_streams, rate = map(int, load.split("x"))
             interval_s = 1 / rate if rate else 0.0
-            with serving(args, interval_s) as server:
-                result = asyncio.run(stream(server, path, num_streams, interval_s, args.seconds))
+            request = request_for(args.paths[0] if path == BARE else path)
+            with serving(args, interval_s, is_bare=path == BARE) as server:
+                result = asyncio.run(stream(server, request, num_streams, interval_s, args.seconds))
             report["streams"][path].append(result)
             print(path, json.dumps(result), flush=True)
     if args.soak:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.runtime.chat.output import ContentDelta, OutputDelta, ReasoningDelta, finish_reason
+from shoal.runtime.chat.output import ContentDelta, OutputDelta, ReasoningDelta, ToolCallDelta, finish_reason
 from shoal.runtime.chat.prompt import OutputReader
 from shoal.runtime.tokenization.tokenizer import Tokenizer
 from shoal.runtime.types import Finished, Prefilled, Tokens
@@ -253,6 +253,9 @@ class _ChatChoice:
 
     def _delta(self, deltas: Sequence[OutputDelta]) -> Body:
         """One delta of a message from those of the parser, which may be of several kinds."""
+        if len(deltas) == 1 and not isinstance(only := deltas[0], ToolCallDelta):
+            field = "reasoning_content" if isinstance(only, ReasoningDelta) else "content"
+            return {field: only.text} if only.text else {}
         reasoning = "".join(d.text for d in deltas if isinstance(d, ReasoningDelta))
         content = "".join(d.text for d in deltas if isinstance(d, ContentDelta))
         calls = list(self._call_deltas(deltas))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 
 from msgspec.structs import replace
@@ -21,45 +21,45 @@ Outputs = list[EngineOutput | RequestOutput]
 
 
 class Generation:
-    """The outputs of one request, as they come. Iterate it once; leaving the loop early needs `AsyncEngines.abort`."""
+    """The outputs of one request, as they come. One that is not waited for until its end needs `AsyncEngines.abort`."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self._pending: Outputs = []
+        self._took_part = False
+        """Whether outputs were left behind the last time."""
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
-        """Done when something comes for the iteration that waits."""
+        """Done when something comes for the coroutine that waits."""
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
 
-    async def __aiter__(self) -> AsyncIterator[Outputs]:
-        """What has come since the last step of the iteration, MAX_OUTPUTS at most; the whole answer comes last.
+    async def next(self) -> Outputs:
+        """Wait for outputs and take them, MAX_OUTPUTS at most; the whole answer comes last, and nothing after it.
 
         Raises the error that ended the engines.
         """
-        while True:
-            if not self._pending and self._error is None:
-                self._waiter = asyncio.get_running_loop().create_future()
-                await self._waiter
-            if self._error is not None:
-                raise self._error
-            outputs = self._pending
-            self._pending = []
-            for start in range(0, len(outputs), MAX_OUTPUTS):
-                if start:
-                    await asyncio.sleep(0)
-                yield outputs[start : start + MAX_OUTPUTS]
-            if isinstance(outputs[-1], RequestOutput):
-                return
+        if self._error is None and self._pending:
+            if self._took_part:
+                await asyncio.sleep(0)
+        elif self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+        outputs = self._pending
+        self._took_part = len(outputs) > MAX_OUTPUTS
+        self._pending = outputs[MAX_OUTPUTS:] if self._took_part else []
+        return outputs[:MAX_OUTPUTS] if self._took_part else outputs
 
     async def whole(self) -> RequestOutput:
         """The whole answer."""
-        async for outputs in self:
-            last = outputs[-1]
-        assert isinstance(last, RequestOutput)
-        return last
+        while True:
+            last = (await self.next())[-1]
+            if isinstance(last, RequestOutput):
+                return last
 
     def put(self, output: EngineOutput | RequestOutput) -> None:
         self._pending.append(output)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hmac
+import random
 import re
-import uuid
+import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from .request_log import RequestLog
 from .state import ServerState
 from .tokenizing import detokenize, tokenize, tokenizer_info
 
+Handler = Callable[[Request], Awaitable[ASGIApp]]
 OPEN_PATHS = ("/live", "/health")
 """Routes that need no key."""
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -67,6 +69,8 @@ class Api:
         self._state = state
         self._max_num_queued_reqs = max_num_queued_reqs
         self._bodies = BodyReader(max_pending_bytes)
+        # The system's random numbers let other threads run, for milliseconds, each time.
+        self._random = random.Random(secrets.randbits(256))
 
     async def live(self, request: Request) -> Response:
         return json_response({"status": "live"})
@@ -106,7 +110,7 @@ class Api:
     async def _use_tokenizer(
         self, use: Callable[[Mapping[str, Any], RequestDefaults], dict[str, Any]], request: Request
     ) -> Response:
-        async with self._bodies.read(request) as body:
+        async with self._bodies.read(request) as (body, _):
             self._check_model(body.get("model"))
             return json_response(await run_in_threadpool(use, body, self._model.defaults))
 
@@ -140,13 +144,15 @@ class Api:
         engines = self._state.engines
         if self._state.status not in ("ready", "stalled") or engines is None:
             raise unavailable(self._state.reason)
-        async with self._bodies.read(http) as body:
+        async with self._bodies.read(http) as (body, num_bytes):
             self._check_model(body.get("model"))
             request = await read_request(
                 endpoint,
                 body,
                 self._model.defaults,
+                num_bytes=num_bytes,
                 request_id=http.state.request_id,
+                draw_seed=lambda: self._random.getrandbits(63),
                 model=self._model.names[0],
                 max_num_prompts=self._max_num_queued_reqs,
             )
@@ -187,7 +193,7 @@ def make_app(api: Api, *, keys: Sequence[str] = ()) -> ASGIApp:
     ]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _http_exception, Exception: _failed})
     app.router.redirect_slashes = False  # an unknown path is an error, and a redirect would repeat the Host header
-    return _RequestIds(_Keys(app, keys))
+    return _RequestIds(_Keys(app, keys), random.Random(secrets.randbits(256)))
 
 
 def json_response(body: object, *, status_code: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -199,18 +205,27 @@ def error_response(error: HttpError) -> Response:
     return json_response(error.error.body(error.status_code), status_code=error.status_code, headers=error.headers)
 
 
-def _route(path: str, handler: Callable[[Request], Awaitable[Any]], method: str = "GET") -> Route:
-    async def answer(request: Request) -> Any:
-        try:
-            return await handler(request)
-        except HttpError as error:
-            return error_response(error)
-        except ApiError as error:
-            return error_response(bad_request(error))
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
+def _route(path: str, handler: Handler, method: str = "GET") -> Route:
+    return Route(path, _Endpoint(handler), methods=[method])
 
-    return Route(path, answer, methods=[method])
+
+class _Endpoint:
+    """A route's application. Without Starlette's own around a handler, which all events would pass through."""
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response: ASGIApp
+        try:
+            response = await self._handler(Request(scope, receive))
+        except HttpError as error:
+            response = error_response(error)
+        except ApiError as error:
+            response = error_response(bad_request(error))
+        except ClientDisconnect:
+            response = Response(status_code=499)  # nobody reads it
+        await response(scope, receive, send)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
@@ -228,15 +243,16 @@ async def _failed(request: Request, error: Exception) -> Response:
 class _RequestIds:
     """Gives every request an id, which the response has too: the client's X-Request-Id if it is a plain one."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, random_numbers: random.Random) -> None:
         self._app = app
+        self._random = random_numbers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"{self._random.getrandbits(128):032x}"
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Any) -> None:

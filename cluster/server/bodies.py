@@ -28,8 +28,8 @@ class BodyReader:
         self._num_pending_bytes = 0
 
     @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[dict[str, Any]]:
-        """The JSON object in a request's body; the block checks it.
+    async def read(self, request: Request) -> AsyncIterator[tuple[dict[str, Any], int]]:
+        """The JSON object in a request's body, and how many bytes it has; the block checks it.
 
         ApiError for one that is no JSON object, HttpError 413 for one that is too large, said from Content-Length
         before it is read, or 429 while too much is read already. ClientDisconnect for a client that leaves.
@@ -50,7 +50,7 @@ class BodyReader:
                 data += chunk
             if len(data) < announced:
                 raise ClientDisconnect
-            yield await _parse(bytes(data))
+            yield await _parse(bytes(data)), len(data)
         finally:
             self._num_pending_bytes -= num_taken
 

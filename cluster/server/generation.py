@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +11,10 @@ import msgspec
 from starlette.concurrency import run_in_threadpool
 
 from shoal.runtime.tokenization.tokenizer import Tokenizer
-from shoal.runtime.types import Finished, Prefilled, RequestMetrics, RequestOutput, Tokens
+from shoal.runtime.types import EngineOutput, Finished, Prefilled, RequestMetrics, RequestOutput, Tokens
 
 from ..openai.errors import ApiError, json_type
-from ..openai.fields import check_fields
+from ..openai.fields import FORM_FIELDS, check_fields
 from ..openai.requests import Endpoint, ParsedRequest, RequestDefaults, parse_chat, parse_completion, read_flag
 from ..openai.responses import chat_completion, completion, failure
 from ..openai.streams import ChatStream, CompletionStream, StreamHead, UsageOptions
@@ -24,6 +23,9 @@ from ..replicas.async_engines import AsyncEngines
 from .http_errors import generation_failed
 
 _STREAM_FIELDS = ("stream", "stream_options")
+SHORT_BODY_BYTES = 2 << 10
+"""A shorter body is checked faster than threads change, unless it has one of SLOW_FIELDS."""
+SLOW_FIELDS = {"structured_outputs", "tools", *FORM_FIELDS}
 _ID_PREFIX = {"/v1/chat/completions": "chatcmpl", "/v1/completions": "cmpl"}
 
 
@@ -48,19 +50,27 @@ async def read_request(
     body: Mapping[str, Any],
     defaults: RequestDefaults,
     *,
+    num_bytes: int,
     request_id: str,
+    draw_seed: Callable[[], int],
     model: str,
     max_num_prompts: int,
 ) -> TextRequest:
-    """Check a body; tokenises in another thread, so that streams go on. ApiError names what is wrong."""
+    """Check a body of `num_bytes` bytes, in another thread where that takes long, so that streams go on.
+
+    ApiError names what is wrong. `draw_seed`: for a request that samples and has none; 63 bits.
+    """
     is_streamed, usage = _stream_options(body)
     own = {name: value for name, value in body.items() if name not in _STREAM_FIELDS}
     parse = parse_chat if endpoint == "/v1/chat/completions" else parse_completion
     bodies = [own] if endpoint == "/v1/chat/completions" else _split_prompts(own, max_num_prompts)
-    prompts = [await run_in_threadpool(parse, one, defaults) for one in bodies]
+    if num_bytes <= SHORT_BODY_BYTES and len(bodies) == 1 and not SLOW_FIELDS & body.keys():
+        prompts = [parse(own, defaults)]
+    else:
+        prompts = [await run_in_threadpool(parse, one, defaults) for one in bodies]
     seed = None
     if prompts[0].params.seed is None and prompts[0].params.temperature > 0:
-        seed = secrets.randbits(63)
+        seed = draw_seed()
         params = msgspec.structs.replace(prompts[0].params, seed=seed)
         prompts = [replace(prompt, params=params) for prompt in prompts]
     return TextRequest(
@@ -132,14 +142,15 @@ class Answer:
         yield [event for stream in streams for event in stream.begin()]
         offset = 0
         for stream, generation, prompt in zip(streams, self._generations, self._request.prompts, strict=True):
-            try:
-                async for outputs in generation:
-                    yield [_shifted(event, offset) for event in _events_of(stream, outputs)]
-            except Exception as error:  # of the engines: what was sent stays sent
-                yield [self._failed(ApiError("engine_failed", f"{type(error).__name__}: {error}"))]
-                return
-            last = outputs[-1]
-            assert isinstance(last, RequestOutput)
+            last: EngineOutput | RequestOutput | None = None
+            while not isinstance(last, RequestOutput):
+                try:
+                    outputs = await generation.next()
+                except Exception as error:  # of the engines: what was sent stays sent
+                    yield [self._failed(ApiError("engine_failed", f"{type(error).__name__}: {error}"))]
+                    return
+                yield [_shifted(event, offset) for event in _events_of(stream, outputs)]
+                last = outputs[-1]
             self._note(last, prompt)
             if (reason := failure(last)) is not None:
                 yield [self._failed(reason)]

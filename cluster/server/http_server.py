@@ -13,6 +13,8 @@ from .http_protocol import BoundedHttpProtocol
 
 KEEP_ALIVE_S = 75
 """Idle connections are kept for longer than clients keep them, so that none is closed under a request."""
+GC_THRESHOLDS = (20_000, 10, 20)
+"""Python's 700 objects are those of one step of a thousand streams."""
 CLOSE_TIMEOUT_S = 5
 """Longest wait for connections that are still open after their requests ended."""
 
@@ -50,6 +52,7 @@ def http_config(app: ASGIApp, *, ssl_certfile: str | None = None, ssl_keyfile: s
 
 
 def freeze_objects() -> None:
-    """Keep what exists now out of garbage collections: those of a loaded model take so long that streams stutter."""
+    """Keep what exists now out of garbage collections, which would make streams stutter, and collect less often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)

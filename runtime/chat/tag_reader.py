@@ -71,6 +71,8 @@ class TagReader:
     def read(self, tags: TagSet) -> tuple[str, str] | None:
         """Text that precedes the next tag, and the tag; ("some text", "") while it has not come."""
         start = self._position
+        if start == len(self._buffer):
+            return None
         if match := tags.pattern.search(self._buffer, start):
             self._position = match.end()
             return self._decode(self._buffer[start : match.start()]), self._decode(match.group())

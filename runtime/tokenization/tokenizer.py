@@ -72,6 +72,8 @@ class Tokenizer:
         self.skipped_token_ids = frozenset(self._added_ids[t["content"]] for t in added if t["special"])
         """Added tokens that `decode` leaves out with `skip_special_tokens`."""
         self._skipped_beside: dict[frozenset[str], frozenset[int]] = {}
+        self._known_bytes: dict[int, bytes | None] = {}
+        """What `token_bytes` has found, at most one entry per token of the vocabulary."""
         self._byte_of_char = {c: b for b, c in enumerate(byte_alphabet())} if decoder else None
         self._added_token = re.compile(
             "|".join(map(re.escape, sorted(self._added_ids, key=len, reverse=True))) or r"(?!)"
@@ -154,8 +156,15 @@ class Tokenizer:
 
         `decode(ids)` is the UTF-8 of these joined by `separator`, with U+FFFD for what is no UTF-8.
         """
+        if skip_special_tokens and token_id in self.skipped_token_ids:
+            return None
+        if token_id not in self._known_bytes:
+            self._known_bytes[token_id] = self._find_bytes(token_id)
+        return self._known_bytes[token_id]
+
+    def _find_bytes(self, token_id: int) -> bytes | None:
         token = self._full.id_to_token(token_id)
-        if token is None or (skip_special_tokens and token_id in self.skipped_token_ids):
+        if token is None:
             return None
         byte_of_char = self._byte_of_char
         if byte_of_char is None or not byte_of_char.keys() >= set(token):

@@ -32,7 +32,6 @@ class _Sequence:
     request: Request
     length: int
     """Tokens of the whole answer."""
-    submitted_at: float
     logprobs: dict[int, Logprob] | None
     """Those of every token."""
     texts: list[str] = field(default_factory=list)
@@ -49,9 +48,9 @@ class StubClient:
         interval_s: float = 0.0,
         num_groups: int = 1,
         capacity: int = 10_000,
-        text: Callable[[bool, float], str] = lambda is_first, submitted_at: "x",
+        text: Callable[[bool, str], str] = lambda is_first, request_id: "x",
     ) -> None:
-        """text: makes the text of a token, from whether it is an answer's first and when its request came."""
+        """text: makes the text of a token, from whether it is an answer's first and the id of its request."""
         self.limits = limits
         self.capacity = capacity
         self.faults: Sequence[Fault] = ()
@@ -73,7 +72,7 @@ class StubClient:
             group = min(self._groups, key=len)
             length = max_output_tokens(request, self.limits.max_model_len)
             logprobs = _logprobs(TOKEN, request.params.logprobs)
-            group[request.request_id] = _Sequence(request, length, time.monotonic(), logprobs)
+            group[request.request_id] = _Sequence(request, length, logprobs)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         for group in self._groups:
@@ -112,7 +111,7 @@ class StubClient:
         """A token for every sample, the prompt before the first and the end after the last."""
         request = sequence.request
         start = len(sequence.texts)
-        text = self._text(start == 0, sequence.submitted_at)
+        text = self._text(start == 0, request.request_id)
         sequence.texts.append(text)
         outputs: Outputs = []
         if start == 0:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shoal.cluster.engine_args import EngineArgs
-from shoal.cluster.replicas.async_engines import MAX_OUTPUTS, AsyncEngines
+from shoal.cluster.replicas.async_engines import MAX_OUTPUTS, AsyncEngines, Generation, Outputs
 from shoal.cluster.replicas.engine_thread import EngineThread
 from shoal.cluster.replicas.inprocess import InProcessEngine
 from shoal.runtime.random_checkpoint import tiny_config
@@ -34,10 +34,19 @@ def request(first: int, max_tokens: int = 5) -> Request:
     return Request(request_id="", prompt_token_ids=(first, 1), params=params, report="step")
 
 
+async def pieces_of(generation: Generation) -> AsyncIterator[Outputs]:
+    """What every wait returns, to the end."""
+    while True:
+        outputs = await generation.next()
+        yield outputs
+        if isinstance(outputs[-1], RequestOutput):
+            return
+
+
 def test_every_request_gets_its_own_tokens_in_order(engines: EngineThread) -> None:
     async def ask(client: AsyncEngines, first: int) -> tuple[list[int], list[int]]:
         streamed: list[int] = []
-        async for outputs in client.generate(request(first, max_tokens=3 + first)):
+        async for outputs in pieces_of(client.generate(request(first, max_tokens=3 + first))):
             for output in outputs:
                 if isinstance(output, Tokens):
                     assert output.start == len(streamed)
@@ -60,7 +69,7 @@ def test_an_aborted_request_is_dropped(engines: EngineThread) -> None:
     async def run() -> None:
         client = AsyncEngines(engines)
         left = client.generate(request(2, max_tokens=100))
-        async for _ in left:
+        async for _ in pieces_of(left):
             break
         client.abort(left)
         client.abort(left)
@@ -91,7 +100,7 @@ def test_one_that_is_behind_gets_its_outputs_in_pieces(engines: EngineThread) ->
         while client.num_requests:
             await asyncio.sleep(0.01)
         assert client.num_sequences == 0
-        pieces = [outputs async for outputs in behind]
+        pieces = [outputs async for outputs in pieces_of(behind)]
         assert [len(piece) for piece in pieces] == [MAX_OUTPUTS, 102 - MAX_OUTPUTS], "100 tokens, end and whole answer"
 
     asyncio.run(run())
