@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..engine_args import EngineArgs
-from .instruments import Instruments
+from .instruments import GuardedInstruments, Instruments
 from .meter import RequestMeter
 
 
@@ -21,4 +21,5 @@ def make_meter(
         from .ray_metrics import RayInstruments  # Ray is not needed for one process
 
         instruments = (*instruments, RayInstruments(args.metrics_prefix))
-    return RequestMeter(instruments, model_name=model_name or Path(args.model).resolve().name)
+    guarded = [GuardedInstruments(one) for one in instruments]
+    return RequestMeter(guarded, model_name=model_name or Path(args.model).resolve().name)
