@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from .errors import ApiError, json_type
 
-MAX_DEPTH = 64
+MAX_DEPTH = 100
 MAX_INTEGER_DIGITS = 20
 
 # A string (to its end or the end of the data) or one bracket; possessive, so that time is linear in the length.

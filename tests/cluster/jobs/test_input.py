@@ -26,6 +26,7 @@ from shoal.cluster.jobs.row_output import FinishedRow
 from shoal.cluster.jobs.rows import BatchRow, parse_row, read_row, row_custom_id
 from shoal.cluster.jobs.validation import InputSummary, validate_input
 from shoal.cluster.openai.errors import MAX_MESSAGE_CHARS
+from shoal.cluster.openai.json_object import MAX_DEPTH
 from shoal.cluster.openai.requests import RequestDefaults
 from shoal.cluster.prompts import ModelPrompts
 from shoal.runtime.chat.formats import CHAT_FORMATS
@@ -61,8 +62,8 @@ BAD_ROWS = [
     BadCase("half a surrogate pair", b'{"prompt": "\\ud800"}', "invalid_unicode", "a \\u escape is half of a surrogate pair, which is not a character"),
     BadCase("byte order mark", b'\xef\xbb\xbf{"prompt": "x"}', "byte_order_mark", "the line starts with a byte order mark; save the file as UTF-8 without one", '\\xef\\xbb\\xbf{"prompt": "x"}'),
     BadCase("NUL byte", b'{"prompt": "a\0b"}', "nul_byte", "byte 14 of the line is NUL; the file may be UTF-16 or damaged", '{"prompt": "a\\x00b"}'),
-    BadCase("nested too deep", b'{"prompt": ' + b"[" * 64 + b"]" * 64 + b"}", "nested_too_deep", "lists and objects are nested more than 64 levels deep", '{"prompt": [[[... 64 times'),
-    BadCase("nested deep enough to exhaust a stack", b"[" * 200_000, "nested_too_deep", "lists and objects are nested more than 64 levels deep", "[[[... 200000 times"),
+    BadCase("nested too deep", b'{"prompt": ' + b"[" * 100 + b"]" * 100 + b"}", "nested_too_deep", "lists and objects are nested more than 100 levels deep", '{"prompt": [[[... 100 times'),
+    BadCase("nested deep enough to exhaust a stack", b"[" * 200_000, "nested_too_deep", "lists and objects are nested more than 100 levels deep", "[[[... 200000 times"),
     BadCase("a line above 8 MiB", b'{"prompt": "' + b"x" * (8 << 20) + b'"}', "line_too_long", "the line has 8388622 bytes, at most 8388608 are allowed", '{"prompt": "xxx... 8 MiB'),
     BadCase("NaN", b'{"prompt": "x", "temperature": NaN}', "non_finite_number", "NaN is not a JSON number"),
     BadCase("Infinity", b'{"prompt": "x", "temperature": -Infinity}', "non_finite_number", "-Infinity is not a JSON number"),
@@ -413,7 +414,7 @@ def test_the_summary_has_a_notice_of_prompts_that_spell_tokens(tmp_path: Path) -
 
 
 def test_unterminated_strings_take_linear_time() -> None:
-    data = b"[" * 65 + b'"\\' * (MAX_LINE_BYTES // 2 - 40)
+    data = b"[" * (MAX_DEPTH + 1) + b'"\\' * (MAX_LINE_BYTES // 2 - 60)
     with pytest.raises(BadRow) as error:
         parse_line(InputLine(0, 1, 0, len(data), data))
     assert error.value.code == "nested_too_deep"
