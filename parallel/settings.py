@@ -220,7 +220,8 @@ def _described(kind: Any, setting: Setting) -> str:
     if origin is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if origin is Sequence:
-        items = {int: "whole numbers" + _described_range(setting), str: "non-empty texts"}
+        texts = "paths" if setting.is_path else "non-empty texts"
+        items = {int: "whole numbers" + _described_range(setting), str: texts}
         return f"a list of {items.get(get_args(kind)[0], 'values')}"
     return "a mapping (key: value)"
 

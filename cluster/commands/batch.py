@@ -19,7 +19,11 @@ from shoal.runtime.models.weights import tensor_shapes
 from ..environment import versions
 from ..jobs.config import JobConfig
 from ..jobs.engine_client import EngineClient
-from ..jobs.input import BadRow, InputLine, file_sha256
+from ..jobs.input.bad_row import BadRow, Place
+from ..jobs.input.files import InputFile, file_sha256, find_files, is_url
+from ..jobs.input.identity import input_fingerprint
+from ..jobs.input.lines import InputLine
+from ..jobs.input.rows import InputRow, JobInput
 from ..jobs.job import JobResult, JobSpec, run_job
 from ..jobs.progress import ProgressReporter
 from ..jobs.rows import read_row
@@ -92,13 +96,16 @@ def job_spec(config: JobConfig) -> JobSpec:
     engine = config.engine
     rules = request_defaults(engine, config.sampling, config.chat_template_kwargs.thinking)
     _check_defaults(rules)
-    input_path = Path(config.input)
     output = Path(config.output)
-    _check_paths(input_path, output)
-    input_bytes = input_path.stat().st_size  # lines appended later are not part of the job
+    files = find_files(config.inputs)
+    _check_paths(files, output)
     chat_format = rules.encoder.chat_format if isinstance(rules.encoder, ModelPrompts) else None
     identity = {
-        "input": file_sha256(input_path, input_bytes),
+        "input": input_fingerprint(files),
+        "columns": {
+            name: getattr(config, name)
+            for name in ("prompt_template", "system_template", "id_column", "keep_columns", "limit")
+        },
         "model": model_fingerprint(Path(engine.model)),
         "dtype": engine.dtype,
         "kv_cache_dtype": engine.kv_cache_dtype,
@@ -115,8 +122,7 @@ def job_spec(config: JobConfig) -> JobSpec:
         "layout": engine.layout,
     }
     return JobSpec(
-        input=input_path,
-        input_bytes=input_bytes,
+        input=JobInput(files=files, columns=config.columns, limit=config.limit),
         output=output,
         identity=identity,
         rules=rules,
@@ -129,20 +135,19 @@ def job_spec(config: JobConfig) -> JobSpec:
     )
 
 
-def _check_paths(input_path: Path, output: Path) -> None:
-    """ValueError for an input that is not a file, or an output directory that is not writable or contains the input."""
-    if not input_path.is_file():
-        raise ValueError(f"the input {input_path} is not a file; give a .jsonl or .jsonl.gz file")
+def _check_paths(files: Sequence[InputFile], output: Path) -> None:
+    """ValueError for an output directory that is not writable or contains an input."""
     check_directory(output)
-    if input_path.resolve().is_relative_to(output.resolve()):
-        raise ValueError(f"the input {input_path} is inside the output directory {output}; give another directory")
+    for file in files:
+        if not is_url(file.url) and Path(file.url).resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"the input {file.url} is inside the output directory {output}; give another directory")
 
 
 def _check_defaults(rules: RequestDefaults) -> None:
     """ValueError when a row with a prompt of one token and no settings is refused: the job's own settings are wrong."""
     data = b'{"prompt": [0]}'
     try:
-        read_row(InputLine(index=0, number=1, byte_offset=0, num_bytes=len(data), data=data), rules)
+        read_row(InputRow(0, 0, Place("line", 1), InputLine(1, 0, len(data), data)), rules)
     except BadRow as error:
         raise ValueError(f"no row can be answered with these settings: {error.message}") from error
 

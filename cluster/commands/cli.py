@@ -16,7 +16,7 @@ import shoal
 from ..bench.workload import Workload
 from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
-from ..jobs.config import JobConfig
+from ..jobs.config import InputArgs, JobConfig
 from ..server.settings import ServeArgs
 from .arguments import DemoArgs, EvalArgs, KernelArgs, ReportArgs, ThroughputArgs
 from .options import exits, given, options, take
@@ -31,34 +31,36 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("input", required=False, metavar="INPUT.jsonl")
+@click.argument("input", nargs=-1, metavar="INPUT...")
 @options(JobConfig, EngineArgs, leave_out=["input"])
 @click.option("--config", metavar="JOB.yaml", help="File with settings, under the names of these options.")
 @exits
-def batch(input: str | None, config: str | None, **flags: Any) -> int:
-    """Answer every row of INPUT.jsonl (or .jsonl.gz); run it again to resume.
+def batch(input: tuple[str, ...], config: str | None, **flags: Any) -> int:
+    """Answer every row of the INPUT files; run it again to resume.
 
+    INPUT is a file, a directory, a pattern or a URL: JSON lines (.jsonl, .gz, .zst) or Parquet.
     `shoal batch JOB.yaml` is short for `shoal batch --config JOB.yaml`.
     """
     from ..jobs.job_file import load_job_config
     from .batch import batch as run
 
-    if config is None and input is not None and input.endswith((".yaml", ".yml")):
-        config, input = input, None
-    job = load_job_config(config, given(flags | {"input": input}))
+    if config is None and len(input) == 1 and input[0].endswith((".yaml", ".yml")):
+        (config,) = input
+        input = ()
+    job = load_job_config(config, given(flags | {"input": list(input) or None}))
     return run(job, command=command_line(), stdout=sys.stdout, stderr=sys.stderr)
 
 
 @main.command()
-@click.argument("input", metavar="INPUT.jsonl")
-@options(EngineArgs)
+@click.argument("input", nargs=-1, required=True, metavar="INPUT...")
+@options(InputArgs, EngineArgs)
 @exits
-def validate(input: str, **flags: Any) -> int:
-    """Check every row of INPUT.jsonl against a model, without loading its weights. Exit status 3: a row is bad."""
+def validate(input: tuple[str, ...], **flags: Any) -> int:
+    """Check every row of the INPUT files against a model, without its weights. Exit status 3: a row is bad."""
     from .validate import validate as run
 
     engine = take(EngineArgs, flags)
-    return run(Path(input), engine, sampling={}, thinking=None, stdout=sys.stdout, stderr=sys.stderr)
+    return run(input, take(InputArgs, flags), engine, sampling={}, thinking=None, stdout=sys.stdout, stderr=sys.stderr)
 
 
 @main.command()

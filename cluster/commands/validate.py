@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,7 +11,11 @@ from shoal.runtime.generation_config import sampling_notice
 
 from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
-from ..jobs.input import BadRow, CustomIdIndex, InputLine
+from ..jobs.config import InputArgs
+from ..jobs.input.bad_row import BadRow
+from ..jobs.input.custom_ids import CustomIdIndex
+from ..jobs.input.files import find_files
+from ..jobs.input.rows import InputRow, JobInput
 from ..jobs.progress import JobProgress, ProgressReporter
 from ..jobs.row_output import FinishedRow
 from ..jobs.stop_signal import JobStopped, StopSignal
@@ -22,7 +26,8 @@ MAX_SHOWN_BAD_ROWS = 20
 
 
 def validate(
-    input_path: Path,
+    inputs: Sequence[str],
+    input_args: InputArgs,
     engine: EngineArgs,
     *,
     sampling: Mapping[str, Any],
@@ -31,17 +36,19 @@ def validate(
     stderr: TextIO,
 ) -> int:
     """Check an input against a model and print the errors; returns 3 if a row is bad."""
+    job_input = JobInput(files=find_files(inputs), columns=input_args.columns, limit=input_args.limit)
     rules = request_defaults(engine, sampling, thinking)
     progress = ProgressReporter(stderr)
     if defaults := engine.sampling_defaults:
         progress.message(sampling_notice(defaults))
     num_shown = 0
 
-    def on_bad_row(_row: FinishedRow, error: BadRow, line: InputLine) -> None:
+    def on_bad_row(_row: FinishedRow, error: BadRow, row: InputRow) -> None:
         nonlocal num_shown
         num_shown += 1
         if num_shown <= MAX_SHOWN_BAD_ROWS:
-            print(f"line {line.number}, byte {line.byte_offset}: {error.code}: {error.message}", file=stdout)
+            offset = "" if row.place.byte_offset is None else f", byte {row.place.byte_offset}"
+            print(f"{row.place}{offset}: {error.code}: {error.message}", file=stdout)
 
     try:
         with StopSignal() as stop, tempfile.TemporaryDirectory() as directory:
@@ -55,7 +62,7 @@ def validate(
             custom_ids = CustomIdIndex(Path(directory) / "custom_ids.sqlite")
             try:
                 summary = validate_input(
-                    input_path,
+                    job_input,
                     rules,
                     custom_ids,
                     on_good_row=lambda row: None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from shoal.parallel.settings import (
 from shoal.runtime.types import SamplingParams
 
 from ..engine_args import EngineArgs
+from .input.columns import Columns, Template
 
 OnError = Literal["continue", "fail"]
 
@@ -62,10 +63,61 @@ class ChatTemplateKwargs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobConfig:
+class InputArgs:
+    """How an input is read."""
+
+    prompt_template: Annotated[
+        str | None,
+        Setting(
+            'Makes the message of the user from the columns of a row: "What is {question}?". The answer repeats them.'
+        ),
+    ] = None
+    system_template: Annotated[
+        str | None, Setting("Makes the message of the system before it; a text without columns is the same for all.")
+    ] = None
+    id_column: Annotated[
+        str | None, Setting("Column of the custom ids.", metavar="NAME", derived="custom_id or id, if there")
+    ] = None
+    keep_columns: Annotated[
+        Sequence[str] | None,
+        Setting(
+            "Columns that the answers repeat.",
+            metavar="NAME",
+            derived="with a template or from Parquet all that are no fields of a row, else none",
+        ),
+    ] = None
+    limit: Annotated[int | None, Setting("Rows that are read.", ge=1, derived="all")] = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        _ = self.columns
+
+    @property
+    def columns(self) -> Columns:
+        """How the columns of the input are read."""
+        if self.system_template is not None and self.prompt_template is None:
+            raise ValueError("system_template needs prompt_template, the message that follows it")
+        return Columns(
+            prompt=None if self.prompt_template is None else Template("prompt_template", self.prompt_template),
+            system=None if self.system_template is None else Template("system_template", self.system_template),
+            id=self.id_column,
+            keep=self.keep_columns,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig(InputArgs):
     """Settings of a batch job. In YAML the fields of `engine` are top-level keys: `model`, `block_size`, .."""
 
-    input: Annotated[str, Setting("Input file, .jsonl or .jsonl.gz.", metavar="FILE", is_path=True)]
+    input: Annotated[
+        str | Sequence[str],
+        Setting(
+            "Input files, directories, patterns (*.jsonl) or URLs (s3://, gs://, hf://): Parquet, or JSON lines, which "
+            "may be compressed (.gz, .zst).",
+            metavar="FILE",
+            is_path=True,
+        ),
+    ]
     output: Annotated[
         str,
         Setting(
@@ -101,9 +153,14 @@ class JobConfig:
     ] = False
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        InputArgs.__post_init__(self)
         _ = self.error_limit
         _check_sampling(self.sampling)
+
+    @property
+    def inputs(self) -> list[str]:
+        """`input` as a list."""
+        return [self.input] if isinstance(self.input, str) else list(self.input)
 
     @property
     def error_limit(self) -> ErrorLimit:

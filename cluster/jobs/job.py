@@ -27,8 +27,11 @@ from ..metrics.meter import RequestMeter, no_meter
 from ..openai.requests import RequestDefaults
 from ..supervision.fault import FaultJournal
 from .engine_client import EngineClient, stats_by_role
-from .input import BadRow, CustomIdIndex, InputLine, file_sha256
-from .input_format import has_byte_order_mark
+from .input.bad_row import BadRow
+from .input.custom_ids import CustomIdIndex
+from .input.formats import has_byte_order_mark
+from .input.identity import recorded_files, restrict_files
+from .input.rows import InputRow, JobInput
 from .output import CUSTOM_ID_FILE, FAULT_FILE, SPOOL_FILE, BatchOutput, RowCounts, State, write_json
 from .progress import JobProgress, ProgressReporter
 from .row_output import FinishedRow, answered_row
@@ -57,10 +60,8 @@ class EngineFailure(Exception):  # noqa: N818  (the name of the event)
 class JobSpec:
     """Resolved settings of a job."""
 
-    input: Path
+    input: JobInput
     output: Path
-    input_bytes: int | None = None
-    """Length of the part of `input` that is the job, whatever is appended later; None: all."""
     identity: Mapping[str, Any]
     """Everything that determines the answers; a job is resumed only with an equal identity."""
     rules: RequestDefaults
@@ -210,10 +211,10 @@ class _Run:
     def validate(self) -> None:
         """First pass: write an error line for every bad row, spool every good one, and save the summary in run.json."""
         spec, output = self.spec, self.output
-        job = {"job": dict(spec.identity), "input_bytes": spec.input_bytes}
+        job = {"job": dict(spec.identity), "input_files": recorded_files(spec.input.files)}
         output.save_run(state="validating", started_at=_now(), **job, **spec.facts)
 
-        def on_bad_row(row: FinishedRow, _error: BadRow, _line: InputLine) -> None:
+        def on_bad_row(row: FinishedRow, _error: BadRow, _row: InputRow) -> None:
             if not output.is_finished(row.index):
                 output.add(row)
 
@@ -225,8 +226,8 @@ class _Run:
                 JobProgress(phase="checking", num_rows=None, completed=good, failed=summary.num_bad_rows)
             )
 
-        if has_byte_order_mark(spec.input):
-            self.progress.message(f"skipped the byte order mark at the start of {spec.input}")
+        for file in filter(has_byte_order_mark, spec.input.files):
+            self.progress.message(f"skipped the byte order mark at the start of {file.url}")
         with ExitStack() as cleanup:
             custom_ids = CustomIdIndex(output.directory / CUSTOM_ID_FILE)
             cleanup.callback(custom_ids.close)
@@ -239,7 +240,6 @@ class _Run:
                 on_good_row=spool.add,
                 on_bad_row=on_bad_row,
                 on_row=on_row,
-                num_bytes=spec.input_bytes,
             )
             output.commit()
             spool.finish()
@@ -375,15 +375,14 @@ def _engine_errors(what: str, *, passing: tuple[type[Exception], ...] = ()) -> I
 
 
 def _resumed(run: Mapping[str, Any], spec: JobSpec, say: Callable[[str], None]) -> JobSpec:
-    """The spec of a job restricted to its original input, where lines have been appended since it was started."""
-    num_bytes = run.get("input_bytes")
-    if num_bytes is None or spec.input_bytes is None or num_bytes >= spec.input_bytes:
+    """The spec of a job restricted to its original input, where files have grown or come since it was started."""
+    if "input_files" not in run:
         return spec
-    digest = file_sha256(spec.input, num_bytes)
-    if digest != run["job"].get("input"):
+    fingerprint = run["job"].get("input")
+    files = restrict_files(spec.input.files, run["input_files"], fingerprint, say)
+    if files is None:
         return spec
-    say(f"{spec.input} has grown by {spec.input_bytes - num_bytes} bytes since the job was started: they are not read")
-    return replace(spec, input_bytes=num_bytes, identity={**spec.identity, "input": digest})
+    return replace(spec, input=replace(spec.input, files=files), identity={**spec.identity, "input": fingerprint})
 
 
 def _check_same_job(run: Mapping[str, Any], spec: JobSpec) -> None:

@@ -18,6 +18,7 @@ from shoal.runtime.types import Logprob, RequestOutput
 
 from ..openai.errors import ApiError
 from ..openai.responses import chat_completion, completion, failure
+from .input.bad_row import Place
 from .rows import BatchRow
 
 
@@ -37,9 +38,7 @@ class FinishedRow:
 def answered_row(row: BatchRow, output: RequestOutput, model: str, tokenizer: Tokenizer | None) -> FinishedRow:
     """The output row of a finished request; a failed row if any of its samples failed."""
     if (error := failure(output)) is not None:
-        return failed_row(
-            row.index, row.custom_id, error, line=row.line_number, byte_offset=row.byte_offset, status_code=500
-        )
+        return failed_row(row.index, row.custom_id, error, row.place, kept=row.kept, status_code=500)
     is_chat = row.parsed.endpoint == "/v1/chat/completions"
     write = chat_completion if is_chat else completion
     body = write(
@@ -53,7 +52,7 @@ def answered_row(row: BatchRow, output: RequestOutput, model: str, tokenizer: To
     return FinishedRow(
         index=row.index,
         failed=False,
-        data=_line(row.index, row.custom_id, 200, body, None),
+        data=_line(row.index, row.custom_id, 200, body, None, row.kept),
         digest=answer_digest(row.index, row.custom_id, output),
         num_prompt_tokens=body["usage"]["prompt_tokens"],
         num_output_tokens=body["usage"]["completion_tokens"],
@@ -61,14 +60,20 @@ def answered_row(row: BatchRow, output: RequestOutput, model: str, tokenizer: To
 
 
 def failed_row(
-    index: int, custom_id: str | None, error: ApiError, *, line: int, byte_offset: int, status_code: int = 400
+    index: int,
+    custom_id: str | None,
+    error: ApiError,
+    place: Place,
+    *,
+    kept: bytes = b"",
+    status_code: int = 400,
 ) -> FinishedRow:
-    """The error row of an input line; `status_code` is 400 for an error of the row, 500 for one of the engine."""
+    """The error row of an input row; `status_code` is 400 for an error of the row, 500 for one of the engine."""
     hashed = hashlib.sha256(b"error")
     _hash_label(hashed, index, custom_id)
     hashed.update(error.code.encode())
-    details = {"code": error.code, "message": error.message, "line": line, "byte_offset": byte_offset}
-    data = _line(index, custom_id, status_code, error.body(status_code), details)
+    details = {"code": error.code, "message": error.message, **place.facts()}
+    data = _line(index, custom_id, status_code, error.body(status_code), details, kept)
     return FinishedRow(index=index, failed=True, data=data, digest=hashed.digest())
 
 
@@ -103,11 +108,20 @@ def _hash_position(hashed: hashlib._Hash, position: Mapping[int, Logprob]) -> No
         hashed.update(struct.pack("<IId", token, entry.rank, entry.logprob))
 
 
-def _line(index: int, custom_id: str | None, status_code: int, body: Mapping[str, Any], error: object) -> bytes:
+def _line(
+    index: int,
+    custom_id: str | None,
+    status_code: int,
+    body: Mapping[str, Any],
+    error: object,
+    kept: bytes,
+) -> bytes:
     value = {
         "id": f"batch_req_{index}",
         "custom_id": custom_id,
         "response": {"status_code": status_code, "request_id": f"req_{index}", "body": body},
         "error": error,
     }
+    if kept:
+        value["columns"] = json.loads(kept)
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Parsing of batch lines: from a JSON object to a checked `BatchRow` with its request and the form of its answer.
+"""Parsing of rows: from the values of a row to a checked `BatchRow` with its request and the form of its answer.
 
 Two forms are supported: OpenAI batch lines (`custom_id`, `method`, `url`, `body`) and plain rows (`prompt` or
 `messages`, with sampling fields beside them or under `sampling_params`). A field that is neither known nor harmless
@@ -27,13 +27,16 @@ from ..openai.requests import (
     parse_chat,
     parse_completion,
 )
-from .input import BadRow, InputLine, parse_line
+from .input.bad_row import BadRow, Place
+from .input.columns import PLAIN_COLUMNS, Columns
+from .input.rows import InputRow
 
 MAX_CUSTOM_ID_CHARS = 512
 
 _OPENAI_LINE_FIELDS = ("custom_id", "method", "url", "body")
 _PROMPT_FIELDS = {"prompt", "prompt_token_ids", "messages"}
 _PLAIN_FIELDS = SAMPLING_FIELDS | _PROMPT_FIELDS | CONVERSATION_FIELDS | {"custom_id", "id", "sampling_params"}
+ROW_FIELDS = _PLAIN_FIELDS | set(_OPENAI_LINE_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,12 +45,11 @@ class BatchRow:
 
     index: int
     """Position among the rows, from 0."""
-    line_number: int
-    """Position among the lines, from 1."""
-    byte_offset: int
-    """Offset of the line's first byte, in the uncompressed text."""
+    place: Place
     custom_id: str
     parsed: ParsedRequest
+    kept: bytes = b""
+    """Columns that the answer repeats, as the text of a JSON object; empty for none."""
 
     @property
     def request_id(self) -> str:
@@ -60,14 +62,14 @@ class BatchRow:
         return self.parsed.to_request(self.request_id, self.index)
 
 
-def row_custom_id(line: InputLine, row: Mapping[str, Any]) -> str:
+def row_custom_id(index: int, row: Mapping[str, Any]) -> str:
     """The row's label: `custom_id`, for plain rows also `id`, and `row-<index>` where a plain row has neither."""
     plain = _is_plain(row)
     value = row.get("custom_id")
     if value is None and plain:
         value = row.get("id")
         if value is None:
-            return f"row-{line.index}"
+            return f"row-{index}"
         value = value if (number := whole_number(value)) is None else str(number)
     if value is None:
         raise BadRow("missing_custom_id", "the line has no custom_id; give each line a string of its own")
@@ -79,25 +81,21 @@ def row_custom_id(line: InputLine, row: Mapping[str, Any]) -> str:
     return value
 
 
-def parse_row(line: InputLine, row: Mapping[str, Any], custom_id: str, defaults: RequestDefaults) -> BatchRow:
-    """Check a parsed line and tokenise its prompt; BadRow names the error."""
+def parse_row(
+    source: InputRow, row: Mapping[str, Any], kept: bytes, custom_id: str, defaults: RequestDefaults
+) -> BatchRow:
+    """Check a row's values and tokenise its prompt; BadRow names the error."""
     try:
         parsed = _parse_plain(row, defaults) if _is_plain(row) else _parse_openai(row, defaults)
     except ApiError as error:
         raise BadRow(error.code, error.message, error.param, custom_id=custom_id) from error
-    return BatchRow(
-        index=line.index,
-        line_number=line.number,
-        byte_offset=line.byte_offset,
-        custom_id=custom_id,
-        parsed=parsed,
-    )
+    return BatchRow(index=source.index, place=source.place, custom_id=custom_id, parsed=parsed, kept=kept)
 
 
-def read_row(line: InputLine, defaults: RequestDefaults) -> BatchRow:
-    """Apply `parse_line` and `parse_row`, for a line whose custom id is known not to be a repeated one."""
-    row = parse_line(line)
-    return parse_row(line, row, row_custom_id(line, row), defaults)
+def read_row(source: InputRow, defaults: RequestDefaults, columns: Columns = PLAIN_COLUMNS) -> BatchRow:
+    """Read and check a row whose custom id is known not to be a repeated one; BadRow names the error."""
+    row, kept = source.values(columns, ROW_FIELDS)
+    return parse_row(source, row, kept, row_custom_id(source.index, row), defaults)
 
 
 def _is_plain(row: Mapping[str, Any]) -> bool:

@@ -23,17 +23,17 @@ from shoal.runtime.chat.prompt import OutputFormat
 from shoal.runtime.types import SamplingParams
 
 from ..openai.requests import ENDPOINTS, ParsedRequest
+from .input.bad_row import Place
 from .rows import BatchRow
 
-_MAGIC, _END = b"SHROWS01", b"SHROWEND"
+_MAGIC, _END = b"SHROWS02", b"SHROWEND"
 _HEADER = struct.Struct("<II")
 _INDEX = struct.Struct("<Q")
 _BUFFER_BYTES = 1 << 20
 
 
 class _Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    line_number: int
-    byte_offset: int
+    place: Place
     custom_id: str
     endpoint: int
     """Position in `ENDPOINTS`."""
@@ -42,6 +42,7 @@ class _Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     params: SamplingParams
     num_logprobs: int | None
     output_format: OutputFormat | None
+    kept: bytes
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -110,14 +111,14 @@ def _damaged(path: Path, offset: int) -> ValueError:
 def _payload(row: BatchRow) -> _Payload:
     parsed = row.parsed
     return _Payload(
-        line_number=row.line_number,
-        byte_offset=row.byte_offset,
+        place=row.place,
         custom_id=row.custom_id,
         endpoint=ENDPOINTS.index(parsed.endpoint),
         prompt_token_ids=np.asarray(parsed.prompt_token_ids, dtype="<u4").tobytes(),
         params=parsed.params,
         num_logprobs=parsed.num_logprobs,
         output_format=parsed.output_format,
+        kept=row.kept,
     )
 
 
@@ -131,10 +132,10 @@ def _row(index: int, payload: _Payload) -> BatchRow:
     )
     return BatchRow(
         index=index,
-        line_number=payload.line_number,
-        byte_offset=payload.byte_offset,
+        place=payload.place,
         custom_id=payload.custom_id,
         parsed=parsed,
+        kept=payload.kept,
     )
 
 

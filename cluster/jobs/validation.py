@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..openai.requests import RequestDefaults
-from .input import BadRow, CustomIdIndex, InputLine, parse_line, read_lines
+from .input.bad_row import BadRow
+from .input.custom_ids import CustomIdIndex
+from .input.rows import InputRow, JobInput
 from .row_output import FinishedRow, failed_row
-from .rows import BatchRow, parse_row, row_custom_id
+from .rows import ROW_FIELDS, BatchRow, parse_row, row_custom_id
 
 
 @dataclass(slots=True)
@@ -69,34 +70,30 @@ class InputSummary:
 
 
 def validate_input(
-    path: Path,
+    job_input: JobInput,
     defaults: RequestDefaults,
     custom_ids: CustomIdIndex,
     *,
     on_good_row: Callable[[BatchRow], None],
-    on_bad_row: Callable[[FinishedRow, BadRow, InputLine], None],
+    on_bad_row: Callable[[FinishedRow, BadRow, InputRow], None],
     on_row: Callable[[InputSummary], None],
-    num_bytes: int | None = None,
 ) -> InputSummary:
-    """Check and tokenise every row of an input; `on_row` is called after every row, good or bad.
-
-    Only the first `num_bytes` of the input are read (None: all).
-    """
+    """Check and tokenise every row of an input; `on_row` is called after every row, good or bad."""
     summary = InputSummary()
-    for line in read_lines(path, num_bytes=num_bytes):
+    for row in job_input.rows():
         try:
-            _take_row(line, defaults, custom_ids, summary, on_good_row)
+            _take_row(row, job_input, defaults, custom_ids, summary, on_good_row)
         except BadRow as error:
             summary.count_bad(error.code)
-            bad = failed_row(line.index, error.custom_id, error, line=line.number, byte_offset=line.byte_offset)
-            on_bad_row(bad, error, line)
+            on_bad_row(failed_row(row.index, error.custom_id, error, row.place), error, row)
         summary.num_rows += 1
         on_row(summary)
     return summary
 
 
 def _take_row(
-    line: InputLine,
+    source: InputRow,
+    job_input: JobInput,
     defaults: RequestDefaults,
     custom_ids: CustomIdIndex,
     summary: InputSummary,
@@ -106,11 +103,11 @@ def _take_row(
 
     A separate function, so that no row is referenced while the next one is read.
     """
-    row = parse_line(line)
-    custom_id = row_custom_id(line, row)
-    if (first := custom_ids.add(custom_id, line.number)) is not None:
-        message = f"line {line.number} repeats the custom_id {custom_id!r} of line {first}"
+    row, kept = source.values(job_input.columns, ROW_FIELDS)
+    custom_id = row_custom_id(source.index, row)
+    if (first := custom_ids.add(custom_id, source.file, source.place.number)) is not None:
+        message = f"{source.place} repeats the custom_id {custom_id!r} of {job_input.place(*first)}"
         raise BadRow("duplicate_custom_id", message, custom_id=custom_id)
-    good = parse_row(line, row, custom_id, defaults)
+    good = parse_row(source, row, kept, custom_id, defaults)
     on_good_row(good)
     summary.count_row(good)

@@ -18,7 +18,6 @@ import pytest
 from shoal.cluster.exit_codes import ExitCode
 from shoal.cluster.jobs import journal as journal_module
 from shoal.cluster.jobs import output as batch_output_module
-from shoal.cluster.jobs.input import read_lines
 from shoal.cluster.jobs.job import JobResult, JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
 from shoal.cluster.jobs.row_output import answered_row
@@ -27,6 +26,7 @@ from shoal.cluster.jobs.stop_signal import StopSignal
 from shoal.cluster.openai.requests import RequestDefaults
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import CompletionOutput, RequestOutput
+from tests.support.batch_input import job_input
 from tests.support.stub_job import AllowedErrors
 
 from .cluster import Cluster, installed, replaced
@@ -97,7 +97,7 @@ def run_to_the_end(directory: Path, rng: Random) -> Iterator[int | None]:
 
 def run_once(directory: Path, cluster: Cluster, disk: Disk) -> JobResult | None:
     spec = JobSpec(
-        input=directory / "input.jsonl",
+        input=job_input(directory / "input.jsonl"),
         output=directory / "output",
         identity={},
         rules=RULES,
@@ -127,7 +127,7 @@ def write_input(path: Path, rng: Random) -> list[BatchRow]:
         for row in random_rows(rng, rng.randint(2, 5), max_prompt=MAX_PROMPT, max_tokens=MAX_TOKENS).values():
             params = {name: getattr(row.request.params, name) for name in PARAMS}
             file.write(json.dumps({"prompt_token_ids": row.request.prompt_token_ids, **params}) + "\n")
-    return [read_row(line, RULES) for line in read_lines(path)]
+    return [read_row(row, RULES) for row in job_input(path).rows()]
 
 
 def digest_of(rows: list[BatchRow]) -> str:

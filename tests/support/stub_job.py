@@ -33,6 +33,7 @@ from shoal.runtime.types import (
     RequestOutput,
     Tokens,
 )
+from tests.support.batch_input import job_input
 
 VOCAB_SIZE = 512
 MAX_MODEL_LEN = 128
@@ -199,7 +200,7 @@ class AllowedErrors:
 def make_spec(input_path: Path, output: Path, **changes: Any) -> JobSpec:
     identity: Mapping[str, Any] = {"input": "sha256:0", "seed": 0, "sampling": {"temperature": 0.5}}
     values: dict[str, Any] = {
-        "input": input_path,
+        "input": job_input(input_path),
         "output": output,
         "identity": identity,
         "rules": RULES,

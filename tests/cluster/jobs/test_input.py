@@ -14,16 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cluster.jobs.input import (
-    MAX_LINE_BYTES,
-    BadRow,
-    CustomIdIndex,
-    InputLine,
-    parse_line,
-    read_lines,
-)
+from shoal.cluster.jobs.input.bad_row import BadRow, Place
+from shoal.cluster.jobs.input.custom_ids import CustomIdIndex
+from shoal.cluster.jobs.input.files import InputFile
+from shoal.cluster.jobs.input.lines import MAX_LINE_BYTES, InputLine, parse_line, read_lines
+from shoal.cluster.jobs.input.rows import InputRow
 from shoal.cluster.jobs.row_output import FinishedRow
-from shoal.cluster.jobs.rows import BatchRow, parse_row, read_row, row_custom_id
+from shoal.cluster.jobs.rows import BatchRow, read_row
 from shoal.cluster.jobs.validation import InputSummary, validate_input
 from shoal.cluster.openai.errors import MAX_MESSAGE_CHARS
 from shoal.cluster.openai.json_object import MAX_DEPTH
@@ -32,6 +29,7 @@ from shoal.cluster.prompts import ModelPrompts
 from shoal.runtime.chat.formats import CHAT_FORMATS
 from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.tokenization.tokenizer import Tokenizer
+from tests.support.batch_input import first_row, input_file, job_input
 from tests.support.stub_job import RULES
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "bad-input.md"
@@ -128,15 +126,15 @@ BAD_ROWS = [
 
 def check_file(
     path: Path, rules: RequestDefaults = RULES
-) -> tuple[InputSummary, list[tuple[InputLine, BadRow, FinishedRow]]]:
-    found: list[tuple[InputLine, BadRow, FinishedRow]] = []
+) -> tuple[InputSummary, list[tuple[InputRow, BadRow, FinishedRow]]]:
+    found: list[tuple[InputRow, BadRow, FinishedRow]] = []
     ids = CustomIdIndex(path.with_suffix(".sqlite"))
     summary = validate_input(
-        path,
+        job_input(path),
         rules,
         ids,
         on_good_row=lambda row: None,
-        on_bad_row=lambda row, e, line: found.append((line, e, row)),
+        on_bad_row=lambda finished, e, row: found.append((row, e, finished)),
         on_row=lambda _: None,
     )
     ids.close()
@@ -144,7 +142,7 @@ def check_file(
 
 
 def good_row(text: str, rules: RequestDefaults = RULES) -> BatchRow:
-    return read_row(InputLine(0, 1, 0, len(text.encode()), text.encode()), rules)
+    return read_row(first_row(text.encode()), rules)
 
 
 @pytest.mark.parametrize("case", BAD_ROWS, ids=lambda case: case.what)
@@ -152,8 +150,8 @@ def test_a_bad_row_is_one_error_and_its_neighbours_are_fine(tmp_path: Path, case
     before, after = b'{"custom_id": "good-1", "prompt": "x"}\n', b'\n{"custom_id": "good-2", "prompt": "x"}'
     (tmp_path / "in.jsonl").write_bytes(before + case.data + after)
     summary, found = check_file(tmp_path / "in.jsonl")
-    assert [(line.number, line.byte_offset, e.code, e.message) for line, e, _ in found] == [
-        (2, len(before), case.code, case.message)
+    assert [(row.place, e.code, e.message) for row, e, _ in found] == [
+        (Place("line", 2, len(before)), case.code, case.message)
     ]
     assert (summary.num_rows, summary.num_bad_rows, summary.bad_rows) == (3, 1, {case.code: 1})
     error = json.loads(found[0][2].data)["error"]
@@ -178,7 +176,7 @@ def test_the_document_lists_every_bad_row() -> None:
     lines += [
         "",
         "Lines of white space are skipped, lines may end in LF or CRLF, the last line needs no ending, and a field that is",
-        "null counts as not given. A damaged gzip file is refused as a whole.",
+        "null counts as not given. A damaged compressed file is refused as a whole.",
         "",
     ]
     text = "\n".join(lines)
@@ -189,11 +187,11 @@ def test_the_document_lists_every_bad_row() -> None:
 
 def test_blank_lines_line_endings_and_offsets(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"prompt":"a"}\r\n\n   \r\n{"prompt":"b"}\n{"prompt":"c"}')
-    lines = list(read_lines(tmp_path / "in.jsonl"))
-    assert [(x.index, x.number, x.byte_offset, x.data) for x in lines] == [
-        (0, 1, 0, b'{"prompt":"a"}'),
-        (1, 4, 22, b'{"prompt":"b"}'),
-        (2, 5, 37, b'{"prompt":"c"}'),
+    lines = list(read_lines(input_file(tmp_path / "in.jsonl")))
+    assert [(x.number, x.byte_offset, x.data) for x in lines] == [
+        (1, 0, b'{"prompt":"a"}'),
+        (4, 22, b'{"prompt":"b"}'),
+        (5, 37, b'{"prompt":"c"}'),
     ]
 
 
@@ -210,34 +208,36 @@ def test_lines_are_found_whatever_the_limit(
     contents = [b"{}", *contents]  # a file whose first bytes are those of another format is refused as a whole
     data = b"\n".join(contents) + (b"\n" if last_ending else b"")
     path.write_bytes(data)
-    expected: list[tuple[int, int, int, int, bytes]] = []
+    expected: list[tuple[int, int, int, bytes]] = []
     offset = 0
     for number, content in enumerate(contents, 1):
         if content.strip() or len(content) > limit:
-            expected.append((len(expected), number, offset, len(content), content if len(content) <= limit else b""))
+            expected.append((number, offset, len(content), content if len(content) <= limit else b""))
         offset += len(content) + 1
-    lines = read_lines(path, max_line_bytes=limit)
-    assert [(x.index, x.number, x.byte_offset, x.num_bytes, x.data) for x in lines] == expected
+    lines = read_lines(input_file(path), max_line_bytes=limit)
+    assert [(x.number, x.byte_offset, x.num_bytes, x.data) for x in lines] == expected
 
 
 def test_gzip_reads_as_the_text_inside(tmp_path: Path) -> None:
     text = b"".join(b'{"prompt": "row %d"}\n' % i for i in range(100))
     (tmp_path / "in.jsonl").write_bytes(text)
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(text))
-    assert list(read_lines(tmp_path / "in.jsonl.gz")) == list(read_lines(tmp_path / "in.jsonl"))
+    assert list(read_lines(input_file(tmp_path / "in.jsonl.gz"))) == list(read_lines(input_file(tmp_path / "in.jsonl")))
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"not gzip", lambda b: b[:40] + b"\xff" * 9 + b[49:]])
 def test_damaged_gzip_is_refused(tmp_path: Path, damage: Any) -> None:
     data = gzip.compress(b"".join(b'{"prompt": "row %d"}\n' % (i * i) for i in range(100)))
     (tmp_path / "in.jsonl.gz").write_bytes(damage(data))
-    with pytest.raises(ValueError, match="gzip data is damaged after line"):
-        list(read_lines(tmp_path / "in.jsonl.gz"))
+    with pytest.raises(ValueError, match="compressed data is damaged after line"):
+        list(read_lines(input_file(tmp_path / "in.jsonl.gz")))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot read the input"):
-        list(read_lines(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match="none.jsonl is not a file, a directory or a pattern"):
+        job_input(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="cannot read the input .*none.jsonl: No such file or directory"):
+        list(read_lines(InputFile(str(tmp_path / "none.jsonl"), 1)))
 
 
 def test_an_openai_chat_row() -> None:
@@ -374,7 +374,7 @@ def test_repeated_custom_ids_name_both_lines(tmp_path: Path) -> None:
     rows += ['{"custom_id": "a", "prompt": "x"}', '{"prompt": "x"}', '{"custom_id": "row-5", "prompt": "x"}']
     (tmp_path / "in.jsonl").write_text("\n".join(rows))
     _, found = check_file(tmp_path / "in.jsonl")
-    assert [(line.number, e.code) for line, e, _ in found] == [
+    assert [(row.place.number, e.code) for row, e, _ in found] == [
         (2, "unknown_field"),
         (3, "invalid_json"),
         (4, "duplicate_custom_id"),
@@ -416,7 +416,7 @@ def test_the_summary_has_a_notice_of_prompts_that_spell_tokens(tmp_path: Path) -
 def test_unterminated_strings_take_linear_time() -> None:
     data = b"[" * (MAX_DEPTH + 1) + b'"\\' * (MAX_LINE_BYTES // 2 - 60)
     with pytest.raises(BadRow) as error:
-        parse_line(InputLine(0, 1, 0, len(data), data))
+        parse_line(InputLine(1, 0, len(data), data))
     assert error.value.code == "nested_too_deep"
 
 
@@ -468,13 +468,11 @@ def real_encoder(directory: str) -> ModelPrompts:
 @settings(max_examples=300, deadline=None)
 def test_any_object_is_a_row_or_a_bad_row(tmp_path_factory: pytest.TempPathFactory, row: dict[str, Any]) -> None:
     rules = replace(RULES, encoder=real_encoder(str(tmp_path_factory.getbasetemp())))
-    data = json.dumps(row).encode()
-    line = InputLine(0, 1, 0, len(data), data)
+    source = first_row(json.dumps(row).encode())
     message: str = ""
     prompt: tuple[int, ...] = ()
     try:
-        parsed = parse_line(line)
-        prompt = parse_row(line, parsed, row_custom_id(line, parsed), rules).request.prompt_token_ids
+        prompt = read_row(source, rules).request.prompt_token_ids
     except BadRow as error:
         message = error.message
     assert bool(message) != bool(prompt)
@@ -485,4 +483,4 @@ def test_any_object_is_a_row_or_a_bad_row(tmp_path_factory: pytest.TempPathFacto
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_are_an_object_or_a_bad_row(data: bytes) -> None:
     with contextlib.suppress(BadRow):
-        assert isinstance(parse_line(InputLine(0, 1, 0, len(data), data)), dict)
+        assert isinstance(parse_line(InputLine(1, 0, len(data), data)), dict)

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
-from shoal.cluster.jobs.input import CustomIdIndex, parse_line, read_lines
-from shoal.cluster.jobs.input_format import has_byte_order_mark
+from shoal.cluster.jobs.input.custom_ids import CustomIdIndex
+from shoal.cluster.jobs.input.formats import GIVE, has_byte_order_mark
+from shoal.cluster.jobs.input.lines import parse_line, read_lines
+from tests.support.batch_input import input_file
 
 ROWS = b'{"prompt": "a"}\n{"prompt": "b"}\n'
 
@@ -42,16 +45,16 @@ def tarred() -> bytes:
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        (b"PAR1" + bytes(range(256)) + b"PAR1", "a Parquet file"),
         (b"ARROW1\0\0" + bytes(64), "an Arrow file"),
         (b"\xff\xff\xff\xff\x78\1\0\0\x10\0\0\0" + bytes(64), "an Arrow file"),
         (b"Obj\x01\x04", "an Avro file"),
         (b"SQLite format 3\0", "an SQLite database"),
-        (b"\x28\xb5\x2f\xfd\x04\x00", "compressed with Zstandard"),
+        (zstandard.compress(gzip.compress(ROWS)), "compressed twice"),
+        (gzip.compress(zstandard.compress(ROWS)), "compressed twice"),
         (bz2.compress(ROWS), "compressed with bzip2"),
         (lzma.compress(ROWS), "compressed with xz"),
         (gzip.compress(gzip.compress(ROWS)), "compressed twice"),
-        (gzip.compress(b"PAR1 and more"), "a Parquet file"),
+        (gzip.compress(b"PAR1 and more"), "a Parquet file within a compressed one"),
         (zipped(), "a zip archive"),
         (tarred(), "a tar archive"),
         (ROWS.decode().encode("utf-16"), "UTF-16 text"),
@@ -75,9 +78,9 @@ def tarred() -> bytes:
 def test_a_file_of_another_kind_is_named(tmp_path: Path, data: bytes, kind: str) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(data)
-    end = re.escape("give JSON lines in UTF-8, one object per line (.jsonl or .jsonl.gz)")
+    end = re.escape(f"give {GIVE}")
     with pytest.raises(ValueError, match=rf"^{re.escape(f'{path} is {kind}')}.*; {end}$"):
-        list(read_lines(path))
+        list(read_lines(input_file(path)))
 
 
 @pytest.mark.parametrize(
@@ -86,24 +89,24 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, data: bytes, kind: str)
 def test_bad_rows_are_not_another_kind_of_file(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(data)
-    assert [line.data for line in read_lines(path)] == [line for line in data.split(b"\n") if line]
+    assert [line.data for line in read_lines(input_file(path))] == [line for line in data.split(b"\n") if line]
 
 
 def test_gzip_needs_no_suffix(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(gzip.compress(ROWS[:16]) + gzip.compress(ROWS[16:]))
-    assert [line.data for line in read_lines(path)] == ROWS.splitlines()
+    assert [line.data for line in read_lines(input_file(path))] == ROWS.splitlines()
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
 def test_a_byte_order_mark_at_the_start_is_skipped(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(compress(b"\xef\xbb\xbf" + ROWS))
-    assert [parse_line(line) for line in read_lines(path)] == [{"prompt": "a"}, {"prompt": "b"}]
-    assert [line.byte_offset for line in read_lines(path)] == [3, 19]
-    assert has_byte_order_mark(path)
+    assert [parse_line(line) for line in read_lines(input_file(path))] == [{"prompt": "a"}, {"prompt": "b"}]
+    assert [line.byte_offset for line in read_lines(input_file(path))] == [3, 19]
+    assert has_byte_order_mark(input_file(path))
     path.write_bytes(compress(ROWS))
-    assert not has_byte_order_mark(path)
+    assert not has_byte_order_mark(input_file(path))
 
 
 def test_the_index_of_custom_ids_reports_the_systems_own_error(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.cluster.jobs.input import MAX_LINE_BYTES
+from shoal.cluster.jobs.input.lines import MAX_LINE_BYTES
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from shoal.cluster.exit_codes import ExitCode
+from shoal.cluster.jobs.config import InputArgs
 from shoal.cluster.jobs.engine_client import EngineClient
 from shoal.cluster.jobs.job import JobResult, JobSpec, run_job
 from shoal.cluster.jobs.progress import ProgressReporter
@@ -21,6 +25,7 @@ from shoal.cluster.jobs.stop_signal import JobStopped, StopSignal
 from shoal.runtime.chat.prompt import ChatPrompt
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.types import Request, RequestOutput
+from tests.support.batch_input import job_input
 from tests.support.stub_job import RULES, AllowedErrors, ByteEncoder, StubEngines, answer, make_spec
 
 ROOT = Path(__file__).parents[3]
@@ -115,6 +120,36 @@ def test_a_line_has_the_answer_and_its_tokens(tmp_path: Path) -> None:
     token = expected.outputs[1].token_ids[0]
     assert (first["token_id"], first["logprob"]) == (token, -token / 7.0)
     assert [entry["token_id"] for entry in first["top_logprobs"]] == [token]
+
+
+def test_a_table_becomes_conversations_whose_answers_repeat_its_columns(tmp_path: Path) -> None:
+    """Two tables of which one has a bad row, answered in two runs."""
+    first = [{"key": f"k{i}", "q": f"question {i}", "score": i / 2} for i in range(20)]
+    second = [{"key": "k20", "q": None, "score": None}, {"key": "k21", "q": "last", "score": 0.0}]
+    for name, rows in (("a", first), ("b", second)):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    columns = InputArgs(prompt_template="{q}?", id_column="key").columns
+    source = job_input(tmp_path / "a.parquet", tmp_path / "b.parquet", columns=columns)
+    spec = make_spec(tmp_path / "a.parquet", tmp_path / "out", input=source)
+    stop = StopSignal()
+    broken = StubEngines(
+        capacity=4, per_poll=2, on_poll=lambda count: setattr(stop, "signum", 15 if count > 3 else None)
+    )
+    assert run(replace(spec, drain_grace_s=0), broken, stop).exit_code == ExitCode.DRAINED
+    result = run(spec)
+    assert (result.exit_code, result.num_rows, result.completed, result.failed) == (3, 22, 21, 1)
+    check_exactly_once(tmp_path / "out", 22)
+    lines = {line["custom_id"]: line for line in lines_of(tmp_path / "out")}
+    assert lines["k4"]["columns"] == {"q": "question 4", "score": 2.0}
+    assert lines["k21"]["columns"] == {"q": "last", "score": 0.0}
+    (bad,) = map(json.loads, (tmp_path / "out" / "errors.jsonl").read_text().splitlines())
+    assert bad["error"] == {
+        "code": "missing_column",
+        "message": "the row has no value in the column q",
+        "file": str(tmp_path / "b.parquet"),
+        "row": 1,
+    }
+    assert result.digest == run(make_spec(tmp_path, tmp_path / "other", input=source)).digest
 
 
 def test_logprobs_are_always_computed_and_shown_when_asked(tmp_path: Path) -> None:
@@ -270,7 +305,7 @@ def test_a_failed_request_is_an_error_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", ["start", "submit", "poll"])
 def test_a_dead_engine_leaves_a_job_that_can_be_resumed(tmp_path: Path, when: str) -> None:
     spec = make_spec(write_input(tmp_path / "in.jsonl", 60), tmp_path / "out")
-    undisturbed = run(make_spec(spec.input, tmp_path / "other"))
+    undisturbed = run(make_spec(Path(spec.input.files[0].url), tmp_path / "other"))
 
     class Dying(StubEngines):
         def submit(self, requests: list[Request]) -> None:
@@ -301,7 +336,7 @@ def test_a_dead_engine_leaves_a_job_that_can_be_resumed(tmp_path: Path, when: st
 
 def test_a_resumed_job_goes_on_in_the_middle_of_answers(tmp_path: Path) -> None:
     spec = make_spec(write_input(tmp_path / "in.jsonl", 20), tmp_path / "out")
-    undisturbed = run(make_spec(spec.input, tmp_path / "other"))
+    undisturbed = run(make_spec(Path(spec.input.files[0].url), tmp_path / "other"))
 
     def die(count: int) -> None:
         if count == 3:
@@ -356,7 +391,7 @@ def test_engines_with_less_context_than_was_checked_are_refused(tmp_path: Path) 
 )
 def test_a_signal_drains_and_the_job_resumes(tmp_path: Path, signum: int, exit_code: int, state: str) -> None:
     spec = make_spec(write_input(tmp_path / "in.jsonl", 60), tmp_path / "out")
-    undisturbed = run(make_spec(spec.input, tmp_path / "other"))
+    undisturbed = run(make_spec(Path(spec.input.files[0].url), tmp_path / "other"))
     engines = StubEngines(
         capacity=10, per_poll=2, on_poll=lambda count: os.kill(os.getpid(), signum) if count == 3 else None
     )

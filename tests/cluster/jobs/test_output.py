@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from shoal.cluster.jobs.input.bad_row import Place
 from shoal.cluster.jobs.output import BatchOutput
 from shoal.cluster.jobs.row_output import FinishedRow, failed_row
 from shoal.cluster.openai.errors import ApiError
@@ -178,7 +179,7 @@ def test_a_digest_needs_every_row(tmp_path: Path) -> None:
 
 
 def test_an_error_line_has_status_and_error() -> None:
-    line = json.loads(failed_row(4, None, ApiError("invalid_json", "not JSON", "body"), line=5, byte_offset=99).data)
+    line = json.loads(failed_row(4, None, ApiError("invalid_json", "not JSON", "body"), Place("line", 5, 99)).data)
     assert line == {
         "id": "batch_req_4",
         "custom_id": None,
@@ -200,7 +201,7 @@ def test_an_error_line_has_status_and_error() -> None:
 
 def test_an_error_digest_covers_the_code_and_not_the_message() -> None:
     def digest(index: int, custom_id: str | None, code: str, message: str) -> bytes:
-        return failed_row(index, custom_id, ApiError(code, message), line=1, byte_offset=0).digest
+        return failed_row(index, custom_id, ApiError(code, message), Place("line", 1, 0)).digest
 
     base = digest(0, "a", "code", "text")
     assert digest(0, "a", "code", "other text") == base

@@ -14,7 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.cluster.jobs.input import BadRow, CustomIdIndex, InputLine, read_lines
+from shoal.cluster.jobs.input.bad_row import BadRow
+from shoal.cluster.jobs.input.custom_ids import CustomIdIndex
+from shoal.cluster.jobs.input.lines import InputLine
+from shoal.cluster.jobs.input.rows import InputRow
 from shoal.cluster.jobs.row_output import FinishedRow
 from shoal.cluster.jobs.rows import read_row
 from shoal.cluster.jobs.validation import validate_input
@@ -26,6 +29,7 @@ from shoal.cluster.workers.wire import COMMANDS
 from shoal.runtime.chat.formats import CHAT_FORMATS
 from shoal.runtime.tokenization.byte_tokenizer import write_byte_tokenizer
 from shoal.runtime.tokenization.tokenizer import Tokenizer
+from tests.support.batch_input import job_input
 from tests.support.stub_job import RULES
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "bad-input.md"
@@ -175,8 +179,8 @@ def check_file(path: Path, data: bytes, rules: RequestDefaults) -> tuple[set[int
     bad: dict[int, str] = {}
     numbers = []
 
-    def on_bad_row(row: FinishedRow, error: BadRow, line: InputLine) -> None:
-        assert row.index == line.index
+    def on_bad_row(row: FinishedRow, error: BadRow, source: InputRow) -> None:
+        assert row.index == source.index
         assert row.index not in bad, "two errors of one row"
         shown = json.loads(row.data)["error"]
         assert (shown["line"], shown["byte_offset"]) == (expected[row.index].number, expected[row.index].byte_offset)
@@ -188,7 +192,7 @@ def check_file(path: Path, data: bytes, rules: RequestDefaults) -> tuple[set[int
 
     ids = CustomIdIndex(path.with_suffix(".sqlite"))
     summary = validate_input(
-        path,
+        job_input(path),
         rules,
         ids,
         on_good_row=lambda row: None,
@@ -199,13 +203,15 @@ def check_file(path: Path, data: bytes, rules: RequestDefaults) -> tuple[set[int
     assert numbers == list(range(1, len(expected) + 1))
     assert (summary.num_rows, summary.num_bad_rows) == (len(expected), len(bad))
     good, custom_ids = set(), set()
-    for line in read_lines(path):
+    for source in job_input(path).rows():
+        line = source.source
+        assert isinstance(line, InputLine)
         assert data[line.byte_offset :].startswith(line.data)
-        if line.index not in bad:
-            row = read_row(line, rules)
+        if source.index not in bad:
+            row = read_row(source, rules)
             assert is_plain_object(line.data)
             assert COMMANDS.decode(COMMANDS.encode(row.request)) == row.request
-            good.add(line.index)
+            good.add(source.index)
             custom_ids.add(row.custom_id)
     assert good | bad.keys() == set(range(len(expected)))
     assert len(custom_ids) == len(good)

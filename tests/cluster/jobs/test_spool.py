@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.cluster.jobs.input.bad_row import Place
 from shoal.cluster.jobs.rows import BatchRow
 from shoal.cluster.jobs.spool import RowSpoolWriter, read_spool
 from shoal.cluster.openai.requests import ENDPOINTS, ParsedRequest
@@ -47,7 +48,13 @@ REQUESTS = st.builds(
 
 
 def batch_row(index: int, parsed: ParsedRequest) -> BatchRow:
-    return BatchRow(index=index, line_number=3 * index, byte_offset=2**40 + index, custom_id=f"ü{index}", parsed=parsed)
+    return BatchRow(
+        index=index,
+        place=Place("line", 3 * index, 2**40 + index, None if index % 2 else "ü.jsonl"),
+        custom_id=f"ü{index}",
+        parsed=parsed,
+        kept=b'{"a": 1}' if index % 3 else b"",
+    )
 
 
 def write(path: Path, rows: list[BatchRow]) -> None:

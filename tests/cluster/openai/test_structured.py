@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from shoal.cluster.jobs.input import BadRow, InputLine
+from shoal.cluster.jobs.input.bad_row import BadRow
 from shoal.cluster.jobs.rows import read_row
 from shoal.cluster.openai.errors import ApiError
 from shoal.cluster.openai.requests import ParsedRequest, RequestDefaults, parse_chat, parse_completion
 from shoal.runtime.request_limits import RequestLimits
 from shoal.runtime.structured.structured_outputs import StructuredOutputs
 from shoal.runtime.structured_params import StructuredOutputsParams
+from tests.support.batch_input import first_row
 from tests.support.structured import byte_tokenizer
 from tests.support.stub_job import RULES, ByteEncoder
 
@@ -38,7 +39,7 @@ def parse_everywhere(fields: dict[str, Any], rules: RequestDefaults) -> list[Par
 
     def row(value: dict[str, Any]) -> ParsedRequest:
         data = json.dumps(value).encode()
-        return read_row(InputLine(0, 1, 0, len(data), data), rules).parsed
+        return read_row(first_row(data), rules).parsed
 
     chat = {"messages": MESSAGES, **fields}
     return [
@@ -159,7 +160,7 @@ def test_errors_name_the_field(
     assert message in error.value.message
     data = json.dumps({"custom_id": "a", "prompt": "x", **fields}).encode()
     with pytest.raises(BadRow) as bad:
-        read_row(InputLine(0, 1, 0, len(data), data), rules)
+        read_row(first_row(data), rules)
     assert bad.value.code == code
 
 

@@ -1,0 +1,1 @@
+"""Inputs of batch jobs: files, formats, and rows that are not checked yet."""
