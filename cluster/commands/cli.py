@@ -47,7 +47,7 @@ def batch(input: tuple[str, ...], config: str | None, **flags: Any) -> int:
     if config is None and len(input) == 1 and input[0].endswith((".yaml", ".yml")):
         (config,) = input
         input = ()
-    job = load_job_config(config, given(flags | {"input": list(input) or None}))
+    job = load_job_config(config, given(flags | {"input": input[0] if len(input) == 1 else list(input) or None}))
     return run(job, command=command_line(), stdout=sys.stdout, stderr=sys.stderr)
 
 

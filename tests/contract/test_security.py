@@ -52,8 +52,8 @@ NEVER_NAMED = (
     # templates
     "jinja2 mako "
     # other machines
-    "urllib urllib3 http requests httpx aiohttp ftplib smtplib xmlrpc socketserver wsgiref asyncore websockets "
-    "huggingface_hub modelscope fsspec s3fs gcsfs boto3 botocore smart_open pycurl zmq"
+    "urllib.request urllib.error urllib.robotparser urllib3 http requests httpx aiohttp ftplib smtplib xmlrpc socketserver wsgiref asyncore websockets "
+    "huggingface_hub modelscope s3fs gcsfs boto3 botocore smart_open pycurl zmq"
 )
 """Modules and what is in them."""
 NEVER_USED = (
@@ -82,6 +82,8 @@ ONLY_IN = {
         "kernels/build.py",  # what was compiled from the package's own source
         "runtime/memory.py",  # the C library that is there already
     ],
+    "fsspec": ["cluster/jobs/input/object_stores.py"],  # for inputs that the user names by their URL
+    "pyarrow.fs": ["cluster/jobs/input/object_stores.py"],
     "yaml.load": ["cluster/jobs/job_file.py"],  # with a subclass of SafeLoader
 }
 

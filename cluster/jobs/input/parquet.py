@@ -21,7 +21,7 @@ class TableRow:
     number: int
     """Position among the rows of its file, from 1."""
     values: Mapping[str, Any]
-    """By column; None for a value that is missing."""
+    """Values by column, None where there is none."""
 
 
 def read_table(file: InputFile) -> Iterator[TableRow]:

@@ -159,7 +159,7 @@ def test_a_layout_that_does_not_fit_exits_4(tmp_path: Path, model_dir: Path, mon
         (["batch", "--model", "m"], "input is missing"),
         (["batch", "none.jsonl", "--model", "MODEL", "-o", "out"], "none.jsonl is not a file"),
         (["batch", "none.jsonl", "--model", "nowhere", "-o", "out"], "config.json"),
-        (["validate", "none.jsonl", "--model", "MODEL"], "cannot read the input"),
+        (["validate", "none.jsonl", "--model", "MODEL"], "none.jsonl is not a file"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(model_dir: Path, arguments: list[str], message: str) -> None:
@@ -268,7 +268,7 @@ def test_a_setting_that_makes_no_sense_is_one_line_and_starts_nothing(
         (["INPUT", "--output", "INPUT/out"], "in.jsonl is not a directory; give another place than"),
         (["INPUT", "--output", "."], "is inside the output directory .; give another directory"),
         (["INPUT", "--output", ".", "--overwrite"], "is inside the output directory .; give another directory"),
-        (["", "--output", "out"], "input must be a path, got ''"),
+        (["", "--output", "out"], "input must be a path or a list of paths, got ''"),
         (["INPUT", "--output", "out", "--model", ""], "model must be a path, got ''"),
         (["INPUT", "--output", "out", "--config", ""], "config is empty; give the path of a YAML file"),
         (["INPUT", "--output", "out", "--max-errors", ""], "max_errors must be"),
