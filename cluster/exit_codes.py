@@ -23,5 +23,5 @@ class ExitCode(IntEnum):
     LAYOUT = 4, "The cluster cannot hold the layout."
     ENGINE = 5, "The engines failed; the same batch command resumes the job."
     ORPHAN = 70, "A worker process that lost its supervisor."
-    DRAINED = 75, "SIGTERM, or no room on the disk; the same batch command resumes the job."
+    DRAINED = 75, "SIGTERM, the deadline, or no room on the disk; the same batch command resumes the job."
     INTERRUPTED = 130, "Ctrl-C; the same batch command resumes the job."

@@ -50,7 +50,7 @@ def batch(config: JobConfig, *, command: Sequence[str], stdout: TextIO, stderr: 
     """
     spec = job_spec(config)
     failpoints = Failpoints(os.environ.get(VARIABLE, ""), DRIVER)
-    progress = ProgressReporter(stderr)
+    progress = ProgressReporter(stderr, log_format=config.log_format)
     if defaults := config.engine.sampling_defaults:
         progress.message(sampling_notice(defaults))
 
@@ -130,6 +130,7 @@ def job_spec(config: JobConfig) -> JobSpec:
         stop_at_error_limit=config.on_error == "fail",
         error_limit=config.error_limit,
         drain_grace_s=config.drain_grace_s,
+        deadline_s=config.deadline_s,
         overwrite=config.overwrite,
         facts=facts,
     )

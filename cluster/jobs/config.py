@@ -20,6 +20,7 @@ from shoal.runtime.types import SamplingParams
 from ..engine_args import EngineArgs
 from .input.columns import Columns, Template
 
+LogFormat = Literal["text", "json"]
 OnError = Literal["continue", "fail"]
 
 
@@ -147,6 +148,17 @@ class JobConfig(InputArgs):
     drain_grace_s: Annotated[
         float, Setting("Seconds that a stopped job waits for the rows that are being answered.", ge=0)
     ] = 10.0
+    deadline_s: Annotated[
+        float | None,
+        Setting(
+            "Seconds after which the job stops as at SIGTERM, with exit status 75; it can be resumed.",
+            gt=0,
+            derived="none",
+        ),
+    ] = None
+    log_format: Annotated[
+        LogFormat, Setting("text, with a panel on a terminal, or json: one object a line, for collectors of logs.")
+    ] = "text"
     overwrite: Annotated[
         bool,
         Setting("Delete what the output directory holds and start over. Only on the command line, never in a file."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -69,6 +70,7 @@ class JobSpec:
     stop_at_error_limit: bool
     error_limit: ErrorRule
     drain_grace_s: float = 10.0
+    deadline_s: float | None = None
     overwrite: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Values for run.json that may change between runs: versions, layout."""
@@ -148,6 +150,8 @@ class _Run:
         self.spool = output.directory / SPOOL_FILE
         self.in_flight: dict[str, BatchRow] = {}
         self.last_saved = clock()
+        self.end = math.inf if spec.deadline_s is None else clock() + spec.deadline_s
+        """When the job stops as if a signal had come."""
 
     def run(self, start_engines: Callable[[], EngineClient]) -> JobResult:
         output = self.output
@@ -166,7 +170,7 @@ class _Run:
     def stopped(self) -> JobResult:
         self.output.commit()
         _save_state(self.output, "cancelled" if self.stop.exit_code == ExitCode.INTERRUPTED else "in_progress")
-        return _ended(self.output, self.stop.exit_code, "stopped by a signal")
+        return _ended(self.output, self.stop.exit_code, self.stop.reason)
 
     def run_to_end(self, start_engines: Callable[[], EngineClient]) -> JobResult:
         output = self.output
@@ -219,6 +223,7 @@ class _Run:
                 output.add(row)
 
         def on_row(summary: InputSummary) -> None:
+            self.check_time()
             self.stop.check()
             output.commit_if_due()
             good = summary.num_rows - summary.num_bad_rows
@@ -268,11 +273,16 @@ class _Run:
         """Second pass: keep the engines full until every row is finished or a signal arrives."""
         rows = self.open_rows()
         meter = self.make_meter()
+        self.show(engines)
         deadline: float | None = None
         exhausted = False
         while True:
+            self.check_time()
             if self.stop.signum is not None and deadline is None:
                 deadline = self.clock() + self.spec.drain_grace_s
+                # A cluster may not wait as long as that before it kills.
+                self.output.commit()
+                _save_state(self.output, "in_progress", engines=_shown_stats(engines))
                 self.progress.message(
                     f"stopping: waiting up to {self.spec.drain_grace_s:g} s for {len(self.in_flight)} rows to finish"
                 )
@@ -298,6 +308,11 @@ class _Run:
         self.output.commit()
         _save_state(self.output, "in_progress", engines=_shown_stats(engines))
         self.show(engines, force=True)
+
+    def check_time(self) -> None:
+        """Stop when the job's time is over."""
+        if self.clock() >= self.end:
+            self.stop.expire()
 
     def take(self, output: EngineOutput | RequestOutput) -> None:
         """Write the answer of a finished row, or new tokens of an unfinished one."""
@@ -358,7 +373,7 @@ class _Run:
             failed=counts.failed,
             in_flight=len(self.in_flight),
             num_prompt_tokens=counts.num_prompt_tokens,
-            num_output_tokens=counts.num_output_tokens,
+            num_output_tokens=counts.num_output_tokens + self.output.num_open_tokens,
         )
         self.progress.update(now, engines=lambda: stats_by_role(engines.stats()), force=force)
 

@@ -94,6 +94,10 @@ class BatchOutput:
         self._pending_progress: list[ProgressRecord | LossRecord] = []
         self._generated: dict[int, dict[int, GeneratedTokens]] = {}
         self._losses: dict[int, int] = {}
+        self.num_open_tokens = 0
+        """Tokens of unfinished rows, of all runs."""
+        self._open_tokens: dict[int, int] = {}
+        """The same by row."""
         self._last_commit = clock()
         directory.mkdir(0o755, parents=True, exist_ok=True)
         self._resources = ExitStack()
@@ -149,6 +153,7 @@ class BatchOutput:
         logprobs = None if tokens.logprobs is None else without_text(tokens.logprobs)
         new = GeneratedTokens(tokens.token_ids, logprobs)
         self._pending_progress.append(ProgressRecord(index, tokens.sample_index, tokens.start, new))
+        self._add_open_tokens(index, len(tokens.token_ids))
 
     def add_losses(self, index: int, num_losses: int) -> None:
         """Set the number of worker losses that interrupted a row; durable after the next commit."""
@@ -233,6 +238,7 @@ class BatchOutput:
             self.counts.failed += 1
         else:
             self.counts.completed += 1
+        self.num_open_tokens -= self._open_tokens.pop(record.index, 0)
         self.counts.num_prompt_tokens += record.num_prompt_tokens
         self.counts.num_output_tokens += record.num_output_tokens
 
@@ -252,6 +258,11 @@ class BatchOutput:
         before = row.get(record.sample_index, GeneratedTokens())
         assert len(before.token_ids) == record.start, f"row {record.index}: progress does not follow what came before"
         row[record.sample_index] = before.extended(record.new)
+        self._add_open_tokens(record.index, len(record.new.token_ids))
+
+    def _add_open_tokens(self, index: int, count: int) -> None:
+        self.num_open_tokens += count
+        self._open_tokens[index] = self._open_tokens.get(index, 0) + count
 
     def _write_slot(self, index: int, failed: bool, digest: bytes) -> None:
         write_fully(self._digests, (b"\2" if failed else b"\1") + digest, index * _SLOT_BYTES)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+import msgspec
+from msgspec.structs import asdict
 
 from shoal.runtime.engine.stats import EngineStats
+
+from .config import LogFormat
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -79,6 +85,17 @@ def plain_line(now: JobProgress, speed: Rates, engines: Mapping[str, EngineStats
     return line + "".join(f"; {role}: {engine_line(stats)}" for role, stats in engines.items())
 
 
+def progress_facts(now: JobProgress, speed: Rates, engines: Mapping[str, EngineStats]) -> dict[str, Any]:
+    """The same as `plain_line` for programs: counts, rates per second, and the engines' counters by role."""
+    facts = {name: value for name, value in dataclasses.asdict(now).items() if name != "phase"}
+    return {
+        "phase": now.phase,
+        **facts,
+        **dataclasses.asdict(speed),
+        "engines": {role: asdict(stats) for role, stats in engines.items()},
+    }
+
+
 def duration(seconds: float) -> str:
     """Seconds as text: 1:02:05 for 3725."""
     whole = round(seconds)
@@ -89,11 +106,21 @@ def duration(seconds: float) -> str:
 class ProgressReporter:
     """Shows a job's progress on `stream`; `update` limits the rate of display."""
 
-    def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        log_format: LogFormat = "text",
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock`: seconds of any beginning; `wall_clock`: seconds since 1970, for log lines in JSON."""
         self._stream = stream
         self._clock = clock
+        self._wall_clock = wall_clock
         self._live: Live | None = None
-        self._is_terminal = stream.isatty()
+        self._is_json = log_format == "json"
+        self._is_terminal = stream.isatty() and not self._is_json
         self._start: JobProgress | None = None
         self._start_time = 0.0
         self._last_shown = clock()
@@ -120,12 +147,16 @@ class ProgressReporter:
         speed = rates(self._start, now, time_now - self._start_time)
         if self._is_terminal:
             self._show_panel(_panel(now, speed, engines()))
+        elif self._is_json:
+            self._log(progress_facts(now, speed, engines()))
         else:
             self.message(plain_line(now, speed, engines()))
 
     def message(self, text: str) -> None:
         """Print a line, above the panel if there is one."""
-        if self._live is not None:
+        if self._is_json:
+            self._log({"message": text})
+        elif self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._stream, flush=True)
@@ -135,6 +166,10 @@ class ProgressReporter:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def _log(self, facts: Mapping[str, Any]) -> None:
+        line = msgspec.json.encode({"time": round(self._wall_clock(), 3), **facts}).decode()
+        print(line, file=self._stream, flush=True)
 
     def _show_panel(self, panel: Panel) -> None:
         if self._live is None:

@@ -25,6 +25,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.reason = "stopped by a signal"
         self._raise = False
         self._previous: dict[int, Any] = {}
 
@@ -39,6 +40,12 @@ class StopSignal:
     @property
     def exit_code(self) -> ExitCode:
         return ExitCode.INTERRUPTED if self.signum == signal.SIGINT else ExitCode.DRAINED
+
+    def expire(self) -> None:
+        """Stop as SIGTERM does, because the time of the job is over; nothing after a signal."""
+        if self.signum is None:
+            self.signum = signal.SIGTERM
+            self.reason = "the deadline has come"
 
     def check(self) -> None:
         """Raise JobStopped if a signal has arrived."""

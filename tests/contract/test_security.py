@@ -52,7 +52,8 @@ NEVER_NAMED = (
     # templates
     "jinja2 mako "
     # other machines
-    "urllib.request urllib.error urllib.robotparser urllib3 http requests httpx aiohttp ftplib smtplib xmlrpc socketserver wsgiref asyncore websockets "
+    "urllib.request urllib.error urllib.robotparser urllib3 http requests httpx aiohttp ftplib smtplib xmlrpc "
+    "socketserver wsgiref asyncore websockets "
     "huggingface_hub modelscope s3fs gcsfs boto3 botocore smart_open pycurl zmq"
 )
 """Modules and what is in them."""

@@ -85,7 +85,7 @@ class TestTemplates:
 
     @pytest.mark.parametrize("text", ["{", "}", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>5}", "{a", "{0.x}"])
     def test_anything_else_in_braces_is_refused(self, text: str) -> None:
-        with pytest.raises(ValueError, match="^prompt_template: "):
+        with pytest.raises(ValueError, match=r"^prompt_template: "):
             InputArgs(prompt_template=text)
 
     def test_a_system_message_needs_a_user(self) -> None:

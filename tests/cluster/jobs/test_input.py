@@ -234,9 +234,9 @@ def test_damaged_gzip_is_refused(tmp_path: Path, damage: Any) -> None:
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none.jsonl is not a file, a directory or a pattern"):
+    with pytest.raises(ValueError, match=r"none.jsonl is not a file, a directory or a pattern"):
         job_input(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="cannot read the input .*none.jsonl: No such file or directory"):
+    with pytest.raises(ValueError, match=r"cannot read the input .*none.jsonl: No such file or directory"):
         list(read_lines(InputFile(str(tmp_path / "none.jsonl"), 1)))
 
 

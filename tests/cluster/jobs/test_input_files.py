@@ -103,7 +103,7 @@ def test_a_directory_without_inputs_says_what_they_are(tmp_path: Path) -> None:
 
 
 def test_a_scheme_that_nobody_knows(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot read the input ftp://host/a.jsonl"):
+    with pytest.raises(ValueError, match=r"cannot read the input ftp://host/a.jsonl"):
         find_files(["ftp://host/a.jsonl"])
 
 
@@ -151,7 +151,7 @@ class TestZstandard:
     @pytest.mark.parametrize("cut", [5, 100, 5000, -1, -4])
     def test_one_that_is_cut_off_is_damaged(self, tmp_path: Path, cut: int) -> None:
         (tmp_path / "in.jsonl.zst").write_bytes(zstandard.compress(self.text)[:cut])
-        with pytest.raises(ValueError, match="in.jsonl.zst: the compressed data is damaged after line"):
+        with pytest.raises(ValueError, match=r"in.jsonl.zst: the compressed data is damaged after line"):
             list(read_lines(input_file(tmp_path / "in.jsonl.zst")))
 
     def test_what_follows_a_frame_must_be_one(self, tmp_path: Path) -> None:

@@ -405,6 +405,30 @@ def test_a_signal_drains_and_the_job_resumes(tmp_path: Path, signum: int, exit_c
     check_exactly_once(tmp_path / "out", 60)
 
 
+def test_a_deadline_stops_a_job_that_can_be_resumed(tmp_path: Path) -> None:
+    spec = make_spec(write_input(tmp_path / "in.jsonl", 40), tmp_path / "out", drain_grace_s=0.0)
+    now = [0.0]
+    engines = StubEngines(capacity=8, per_poll=4, on_poll=lambda count: now.__setitem__(0, float(count)))
+    with StopSignal() as stop:
+        progress = ProgressReporter(io.StringIO())
+        limited = replace(spec, deadline_s=3.0)
+        result = run_job(limited, lambda: engines, stop=stop, progress=progress, clock=lambda: now[0])
+    assert (result.exit_code, result.message) == (75, "the deadline has come")
+    assert 0 < result.completed < 40
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["state"] == "in_progress"
+    assert run(spec).exit_code == 0
+    check_exactly_once(tmp_path / "out", 40)
+
+
+def test_a_deadline_ends_the_check_of_the_input_too(tmp_path: Path) -> None:
+    spec = make_spec(write_input(tmp_path / "in.jsonl", 40), tmp_path / "out", deadline_s=20.0)
+    now = iter(range(1000))
+    with StopSignal() as stop:
+        progress = ProgressReporter(io.StringIO())
+        result = run_job(spec, must_not_start, stop=stop, progress=progress, clock=lambda: float(next(now)))
+    assert (result.exit_code, result.num_rows) == (75, None)
+
+
 def test_a_signal_ends_a_start_that_takes_long(tmp_path: Path) -> None:
     spec = make_spec(write_input(tmp_path / "in.jsonl", 3), tmp_path / "out")
 

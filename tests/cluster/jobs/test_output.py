@@ -114,14 +114,17 @@ def test_tokens_of_unfinished_rows_are_there_after_a_crash(tmp_path: Path) -> No
     output.save_run(state="in_progress")
     for index, start, end in ((1, 0, 3), (2, 0, 1), (3, 0, 2), (1, 3, 4)):
         output.add_progress(index, progress(index, start, end))
+    assert output.num_open_tokens == 7
     now = 0.2
     output.commit_if_due()
     output.add(row(2))
     output.commit()
+    assert output.num_open_tokens == 6, "row 2 is finished"
     output.add_progress(3, progress(3, 2, 9))  # not committed
+    assert output.num_open_tokens == 13
     output.close()
     output = open_output(tmp_path)
-    assert output.num_begun == (2, 6)
+    assert (output.num_begun, output.num_open_tokens) == ((2, 6), 6)
     # continuation 0 has nothing
     assert output.take_generated(1) == (GeneratedTokens(), tokens(1, 0, 4))
     assert output.take_generated(3) == (GeneratedTokens(), tokens(3, 0, 2))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 
 import pytest
@@ -54,6 +55,33 @@ def test_a_line_for_a_log() -> None:
     )
     checking = JobProgress(phase="checking", num_rows=None, completed=5, failed=1)
     assert plain_line(checking, Rates(0.0, 0.0, None), {}) == "checking: 6/? rows, 1 failed"
+
+
+def test_lines_for_programs() -> None:
+    stream = Terminal()
+    now = 0.0
+    reporter = ProgressReporter(stream, log_format="json", clock=lambda: now, wall_clock=lambda: 1.75e9 + now)
+    reporter.message('ray "1.0 s"')
+    reporter.update(at(38, 1000))
+    now = 10.0
+    reporter.update(at(58, 3000), engines=lambda: {"decode": EngineStats(num_running_seqs=30)})
+    reporter.close()
+    message, progress = map(json.loads, stream.getvalue().splitlines())
+    assert message == {"time": 1.75e9, "message": 'ray "1.0 s"'}
+    assert progress["engines"]["decode"]["num_running_seqs"] == 30
+    assert {name: value for name, value in progress.items() if name != "engines"} == {
+        "time": 1.75e9 + 10,
+        "phase": "answering",
+        "num_rows": 100,
+        "completed": 58,
+        "failed": 2,
+        "in_flight": 7,
+        "num_prompt_tokens": 6000,
+        "num_output_tokens": 3000,
+        "prompt_tokens_per_s": 400.0,
+        "output_tokens_per_s": 200.0,
+        "eta_s": 20.0,
+    }
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3725, "1:02:05"), (360000, "100:00:00")])
