@@ -350,6 +350,7 @@ def _checked_bias(biases: Mapping[Any, Any]) -> dict[int, float]:
 
 
 _WHOLE_NUMBERS = ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs")
+_NO_STOP_TOKENS = ()
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
@@ -360,7 +361,11 @@ def _use_plain_numbers(params: SamplingParams) -> None:
         if type(value) is not int and (number := whole_number(value)) is not None:
             force_setattr(params, name, number)
     for name in _NUMBERS:
-        force_setattr(params, name, plain_number(getattr(params, name)))
+        value = getattr(params, name)
+        if type(value) is not float:
+            force_setattr(params, name, plain_number(value))
+    if params.stop_token_ids is _NO_STOP_TOKENS:
+        return
     if isinstance(params.stop_token_ids, Iterable) and not isinstance(params.stop_token_ids, str):
         ids = [i if (number := whole_number(i)) is None else number for i in params.stop_token_ids]
         force_setattr(params, "stop_token_ids", tuple(ids))

@@ -65,7 +65,7 @@ def validate(
                     job_input,
                     rules,
                     custom_ids,
-                    on_good_row=lambda row: None,
+                    on_good_row=lambda index, payload: None,
                     on_bad_row=on_bad_row,
                     on_row=on_row,
                 )

@@ -16,7 +16,7 @@ from shoal.runtime.plain_numbers import whole_number
 from shoal.runtime.types import Request
 
 from ..openai.errors import ApiError, json_type
-from ..openai.fields import CONVERSATION_FIELDS, SAMPLING_FIELDS, check_fields, shown, without_nulls
+from ..openai.fields import SAMPLING_FIELDS, check_fields, shown, without_nulls
 from ..openai.requests import (
     ENDPOINTS,
     ParsedRequest,
@@ -30,13 +30,9 @@ from ..openai.requests import (
 from .input.bad_row import BadRow, Place
 from .input.columns import PLAIN_COLUMNS, Columns
 from .input.rows import InputRow
+from .row_fields import OPENAI_LINE_FIELDS, PLAIN_FIELDS, PROMPT_FIELDS
 
 MAX_CUSTOM_ID_CHARS = 512
-
-_OPENAI_LINE_FIELDS = ("custom_id", "method", "url", "body")
-_PROMPT_FIELDS = {"prompt", "prompt_token_ids", "messages"}
-_PLAIN_FIELDS = SAMPLING_FIELDS | _PROMPT_FIELDS | CONVERSATION_FIELDS | {"custom_id", "id", "sampling_params"}
-ROW_FIELDS = _PLAIN_FIELDS | set(_OPENAI_LINE_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +90,7 @@ def parse_row(
 
 def read_row(source: InputRow, defaults: RequestDefaults, columns: Columns = PLAIN_COLUMNS) -> BatchRow:
     """Read and check a row whose custom id is known not to be a repeated one; BadRow names the error."""
-    row, kept = source.values(columns, ROW_FIELDS)
+    row, kept = source.values(columns)
     return parse_row(source, row, kept, row_custom_id(source.index, row), defaults)
 
 
@@ -103,7 +99,7 @@ def _is_plain(row: Mapping[str, Any]) -> bool:
 
 
 def _parse_openai(row: Mapping[str, Any], defaults: RequestDefaults) -> ParsedRequest:
-    check_fields(row, _OPENAI_LINE_FIELDS)
+    check_fields(row, OPENAI_LINE_FIELDS)
     if row.get("method", "POST") != "POST":
         raise ApiError("unsupported_method", f"method must be POST, got {shown(row['method'])}", "method")
     url = row.get("url")
@@ -117,7 +113,7 @@ def _parse_openai(row: Mapping[str, Any], defaults: RequestDefaults) -> ParsedRe
 
 
 def _parse_plain(row: Mapping[str, Any], defaults: RequestDefaults) -> ParsedRequest:
-    check_fields(row, _PLAIN_FIELDS)
+    check_fields(row, PLAIN_FIELDS)
     row = without_nulls(row)
     nested = row.get("sampling_params", {})
     if not isinstance(nested, dict):
@@ -127,7 +123,7 @@ def _parse_plain(row: Mapping[str, Any], defaults: RequestDefaults) -> ParsedReq
     values = {name: row[name] for name in SAMPLING_FIELDS & row.keys()}
     if twice := sorted(values.keys() & nested.keys()):
         raise ApiError("invalid_parameter", f"{twice[0]} is given both in the row and in sampling_params", twice[0])
-    if len(given := sorted(_PROMPT_FIELDS & row.keys())) > 1:
+    if len(given := sorted(PROMPT_FIELDS & row.keys())) > 1:
         raise ApiError("invalid_parameter", f"give one of {' and '.join(given)}, not both", given[0])
     values |= nested
     if "messages" in row:

@@ -58,10 +58,10 @@ class RowSpoolWriter:
         self._file = open(self._new, "wb", buffering=_BUFFER_BYTES, opener=_open_private)  # noqa: SIM115
         self._file.write(_MAGIC)
 
-    def add(self, row: BatchRow) -> None:
-        payload = _ENCODER.encode(_payload(row))
-        index = _INDEX.pack(row.index)
-        self._file.write(_HEADER.pack(len(payload), zlib.crc32(payload, zlib.crc32(index))) + index + payload)
+    def add(self, index: int, payload: bytes) -> None:
+        """Add a row as `encode_row` has it."""
+        packed = _INDEX.pack(index)
+        self._file.write(_HEADER.pack(len(payload), zlib.crc32(payload, zlib.crc32(packed))) + packed + payload)
 
     def finish(self) -> None:
         """Make the rows durable and rename the file to its final name."""
@@ -101,16 +101,17 @@ def read_spool(path: Path, skip: Callable[[int], bool]) -> Iterator[BatchRow]:
             if len(payload) != length or zlib.crc32(payload, zlib.crc32(header[_HEADER.size :])) != crc:
                 raise _damaged(path, start)
             if not skip(index):
-                yield _row(index, _DECODER.decode(payload))
+                yield decode_row(index, payload)
 
 
 def _damaged(path: Path, offset: int) -> ValueError:
     return ValueError(f"{path} is damaged at byte {offset}; delete it and run again, then the input is checked again")
 
 
-def _payload(row: BatchRow) -> _Payload:
+def encode_row(row: BatchRow) -> bytes:
+    """A row without its index, as the payload of a record."""
     parsed = row.parsed
-    return _Payload(
+    payload = _Payload(
         place=row.place,
         custom_id=row.custom_id,
         endpoint=ENDPOINTS.index(parsed.endpoint),
@@ -120,9 +121,12 @@ def _payload(row: BatchRow) -> _Payload:
         output_format=parsed.output_format,
         kept=row.kept,
     )
+    return _ENCODER.encode(payload)
 
 
-def _row(index: int, payload: _Payload) -> BatchRow:
+def decode_row(index: int, data: bytes) -> BatchRow:
+    """The row of a payload."""
+    payload = _DECODER.decode(data)
     parsed = ParsedRequest(
         endpoint=ENDPOINTS[payload.endpoint],
         prompt_token_ids=tuple(np.frombuffer(payload.prompt_token_ids, dtype="<u4").tolist()),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..openai.requests import RequestDefaults
+from .check_row import CheckedRow, check_row
 from .input.bad_row import BadRow
 from .input.custom_ids import CustomIdIndex
 from .input.rows import InputRow, JobInput
 from .row_output import FinishedRow, failed_row
-from .rows import ROW_FIELDS, BatchRow, parse_row, row_custom_id
 
 
 @dataclass(slots=True)
@@ -41,11 +41,11 @@ class InputSummary:
             "prompt; they are encoded as text: give messages or token ids instead"
         )
 
-    def count_row(self, row: BatchRow) -> None:
-        self._count_prompt(len(row.parsed.prompt_token_ids))
-        if row.parsed.spelled_token is not None:
+    def count_row(self, row: CheckedRow) -> None:
+        self._count_prompt(row.num_prompt_tokens)
+        if row.spelled_token is not None:
             self.num_spelling_rows += 1
-            self.spelled_token = self.spelled_token or row.parsed.spelled_token
+            self.spelled_token = self.spelled_token or row.spelled_token
 
     def _count_prompt(self, length: int) -> None:
         self.num_prompt_tokens += length
@@ -69,45 +69,48 @@ class InputSummary:
         }
 
 
+Checker = Callable[[JobInput, RequestDefaults], Iterator[tuple[InputRow, CheckedRow]]]
+"""Checks the rows of an input, and returns them in order."""
+
+
+def check_here(job_input: JobInput, defaults: RequestDefaults) -> Iterator[tuple[InputRow, CheckedRow]]:
+    """Check the rows in this process."""
+    for source in job_input.rows():
+        yield source, check_row(source, job_input.columns, defaults)
+
+
 def validate_input(
     job_input: JobInput,
     defaults: RequestDefaults,
     custom_ids: CustomIdIndex,
     *,
-    on_good_row: Callable[[BatchRow], None],
+    on_good_row: Callable[[int, bytes], None],
     on_bad_row: Callable[[FinishedRow, BadRow, InputRow], None],
     on_row: Callable[[InputSummary], None],
+    checker: Checker = check_here,
 ) -> InputSummary:
-    """Check and tokenise every row of an input; `on_row` is called after every row, good or bad."""
+    """Check and tokenise every row of an input; `on_row` is called after every row, good or bad.
+
+    `on_good_row` is called with the index of a row and what the spool has of it.
+    """
     summary = InputSummary()
-    for row in job_input.rows():
-        try:
-            _take_row(row, job_input, defaults, custom_ids, summary, on_good_row)
-        except BadRow as error:
+    for source, checked in checker(job_input, defaults):
+        error = _error(source, checked, job_input, custom_ids)
+        if error is None:
+            on_good_row(source.index, checked.payload)
+            summary.count_row(checked)
+        else:
             summary.count_bad(error.code)
-            on_bad_row(failed_row(row.index, error.custom_id, error, row.place), error, row)
+            on_bad_row(failed_row(source.index, error.custom_id, error, source.place), error, source)
         summary.num_rows += 1
         on_row(summary)
     return summary
 
 
-def _take_row(
-    source: InputRow,
-    job_input: JobInput,
-    defaults: RequestDefaults,
-    custom_ids: CustomIdIndex,
-    summary: InputSummary,
-    on_good_row: Callable[[BatchRow], None],
-) -> None:
-    """Check a row, pass it to `on_good_row` and count it.
-
-    A separate function, so that no row is referenced while the next one is read.
-    """
-    row, kept = source.values(job_input.columns, ROW_FIELDS)
-    custom_id = row_custom_id(source.index, row)
-    if (first := custom_ids.add(custom_id, source.file, source.place.number)) is not None:
+def _error(source: InputRow, checked: CheckedRow, job_input: JobInput, custom_ids: CustomIdIndex) -> BadRow | None:
+    """Why a row is a bad one, which a repeated custom id is before anything else."""
+    custom_id = checked.custom_id
+    if custom_id is not None and (first := custom_ids.add(custom_id, source.file, source.place.number)) is not None:
         message = f"{source.place} repeats the custom_id {custom_id!r} of {job_input.place(*first)}"
-        raise BadRow("duplicate_custom_id", message, custom_id=custom_id)
-    good = parse_row(source, row, kept, custom_id, defaults)
-    on_good_row(good)
-    summary.count_row(good)
+        return BadRow("duplicate_custom_id", message, custom_id=custom_id)
+    return None if checked.error is None else BadRow(*checked.error, custom_id=custom_id)

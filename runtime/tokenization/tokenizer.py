@@ -139,9 +139,11 @@ class Tokenizer:
             special = self.special_id(part.text)
             if special is None:
                 raise ValueError(f"this tokenizer has no token {part.text}, which the prompt needs")
-            ids += [*self.encode(text), special]
-            text = ""
-        return ids + self.encode(text)
+            if text:
+                ids += self.encode(text)
+                text = ""
+            ids.append(special)
+        return ids + self.encode(text) if text else ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Bytes that are no UTF-8 become U+FFFD; ids that have no token are left out.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from ...openai.errors import ApiError
 from ...openai.json_object import parse_object
@@ -15,8 +16,7 @@ from .formats import BYTE_ORDER_MARK, DAMAGED, open_text
 MAX_LINE_BYTES = 8 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class InputLine:
+class InputLine(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=1):
     """A line that is not blank, without its line ending."""
 
     number: int

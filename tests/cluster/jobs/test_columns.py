@@ -17,7 +17,8 @@ from shoal.cluster.jobs.config import InputArgs
 from shoal.cluster.jobs.input.bad_row import BadRow
 from shoal.cluster.jobs.input.columns import PLAIN_COLUMNS, Columns, Template
 from shoal.cluster.jobs.input.custom_ids import CustomIdIndex
-from shoal.cluster.jobs.rows import ROW_FIELDS, BatchRow, read_row
+from shoal.cluster.jobs.rows import BatchRow, read_row
+from shoal.cluster.jobs.spool import decode_row
 from shoal.cluster.jobs.validation import InputSummary, validate_input
 from tests.support.batch_input import first_row, job_input
 from tests.support.stub_job import RULES
@@ -30,7 +31,7 @@ def write_table(path: Path, rows: list[Any], **options: Any) -> Path:
 
 def values_of(path: Path, columns: Columns = PLAIN_COLUMNS) -> list[tuple[dict[str, Any], Any]]:
     """The rows of a file and what their answers repeat."""
-    found = [row.values(columns, ROW_FIELDS) for row in job_input(path).rows()]
+    found = [row.values(columns) for row in job_input(path, columns=columns).rows()]
     return [(row, json.loads(kept) if kept else None) for row, kept in found]
 
 
@@ -43,7 +44,7 @@ def check(path: Path, columns: Columns = PLAIN_COLUMNS) -> tuple[InputSummary, l
         job_input(path, columns=columns),
         RULES,
         ids,
-        on_good_row=good.append,
+        on_good_row=lambda index, payload: good.append(decode_row(index, payload)),
         on_bad_row=lambda row, _error, _source: bad.append(json.loads(row.data)["error"]),
         on_row=lambda _: None,
     )
@@ -99,7 +100,7 @@ TEMPLATED = Columns(prompt=Template("prompt_template", "{q}?"), system=Template(
 class TestLines:
     def test_a_template_makes_a_conversation_and_keeps_the_columns(self) -> None:
         row, kept = first_row(b'{"q": "hi", "style": "short", "id": 7, "n": 3, "sampling_params": {"n": 2}}').values(
-            TEMPLATED, ROW_FIELDS
+            TEMPLATED
         )
         assert row == {
             "messages": [{"role": "system", "content": "short"}, {"role": "user", "content": "hi?"}],
@@ -110,7 +111,7 @@ class TestLines:
 
     def test_without_one_other_columns_are_mistakes_unless_they_are_named(self) -> None:
         line = b'{"prompt": "x", "source": "web", "key": "k"}'
-        row, kept = first_row(line).values(PLAIN_COLUMNS, ROW_FIELDS)
+        row, kept = first_row(line).values(PLAIN_COLUMNS)
         assert (row, kept) == (json.loads(line), b"")
         with pytest.raises(BadRow, match="source is not a known field"):
             read_row(first_row(line), RULES)

@@ -133,7 +133,7 @@ def check_file(
         job_input(path),
         rules,
         ids,
-        on_good_row=lambda row: None,
+        on_good_row=lambda index, payload: None,
         on_bad_row=lambda finished, e, row: found.append((row, e, finished)),
         on_row=lambda _: None,
     )

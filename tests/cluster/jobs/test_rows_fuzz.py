@@ -195,7 +195,7 @@ def check_file(path: Path, data: bytes, rules: RequestDefaults) -> tuple[set[int
         job_input(path),
         rules,
         ids,
-        on_good_row=lambda row: None,
+        on_good_row=lambda index, payload: None,
         on_bad_row=on_bad_row,
         on_row=lambda summary: numbers.append(summary.num_rows),
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.cluster.jobs.input.bad_row import Place
 from shoal.cluster.jobs.rows import BatchRow
-from shoal.cluster.jobs.spool import RowSpoolWriter, read_spool
+from shoal.cluster.jobs.spool import RowSpoolWriter, encode_row, read_spool
 from shoal.cluster.openai.requests import ENDPOINTS, ParsedRequest
 from shoal.runtime.chat.prompt import OutputFormat
 from shoal.runtime.types import SamplingParams
@@ -60,7 +60,7 @@ def batch_row(index: int, parsed: ParsedRequest) -> BatchRow:
 def write(path: Path, rows: list[BatchRow]) -> None:
     writer = RowSpoolWriter(path)
     for row in rows:
-        writer.add(row)
+        writer.add(row.index, encode_row(row))
     assert not path.exists(), "it has its name once it is whole"
     writer.finish()
     writer.discard()
@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "rows.spool"
     (tmp_path / "rows.spool.new").symlink_to("/dev/full")
     writer = RowSpoolWriter(path)
-    writer.add(batch_row(0, example()))
+    writer.add(0, encode_row(batch_row(0, example())))
     with pytest.raises(OSError, match="No space") as error:
         writer.finish()
     assert error.value.errno == errno.ENOSPC
@@ -120,6 +120,6 @@ def test_what_was_left_of_an_earlier_try_is_replaced(tmp_path: Path) -> None:
     path.write_bytes(b"old")
     rows = [batch_row(0, example())]
     writer = RowSpoolWriter(path)
-    writer.add(rows[0])
+    writer.add(0, encode_row(rows[0]))
     writer.finish()
     assert list(read_spool(path, skip=lambda index: False)) == rows
