@@ -78,6 +78,13 @@ def request_defaults(engine: EngineArgs, sampling: Mapping[str, Any], thinking: 
     limits = RequestLimits(
         vocab_size=model.vocab_size, max_model_len=engine.max_model_len or model.max_position_embeddings
     )
+    return defaults_within(limits, engine, sampling, thinking)
+
+
+def defaults_within(
+    limits: RequestLimits, engine: EngineArgs, sampling: Mapping[str, Any], thinking: bool | None
+) -> RequestDefaults:
+    """`request_defaults` where the limits are known: loads the tokenizer, and no torch."""
     prompts = ModelPrompts.from_pretrained(engine.model, engine.chat_format)
     tokenizer = None if prompts is None else prompts.tokenizer
     return RequestDefaults(

@@ -17,6 +17,7 @@ from shoal.runtime.models.families import read_config
 from shoal.runtime.models.weights import tensor_shapes
 
 from ..environment import versions
+from ..jobs.choose_checker import choose_checker
 from ..jobs.config import JobConfig
 from ..jobs.engine_client import EngineClient
 from ..jobs.input.bad_row import BadRow, Place
@@ -131,6 +132,14 @@ def job_spec(config: JobConfig) -> JobSpec:
         error_limit=config.error_limit,
         drain_grace_s=config.drain_grace_s,
         deadline_s=config.deadline_s,
+        checker=choose_checker(
+            config,
+            engine,
+            files,
+            limits=rules.limits,
+            sampling=config.sampling,
+            thinking=config.chat_template_kwargs.thinking,
+        ),
         overwrite=config.overwrite,
         facts=facts,
     )

@@ -11,6 +11,8 @@ from shoal.runtime.generation_config import sampling_notice
 
 from ..engine_args import EngineArgs
 from ..exit_codes import ExitCode
+from ..jobs.check_pool import CheckFailed
+from ..jobs.choose_checker import choose_checker
 from ..jobs.config import InputArgs
 from ..jobs.input.bad_row import BadRow
 from ..jobs.input.custom_ids import CustomIdIndex
@@ -21,6 +23,7 @@ from ..jobs.row_output import FinishedRow
 from ..jobs.stop_signal import JobStopped, StopSignal
 from ..jobs.validation import InputSummary, validate_input
 from ..prompts import request_defaults
+from ..report import EnginesFailed
 
 MAX_SHOWN_BAD_ROWS = 20
 
@@ -68,11 +71,21 @@ def validate(
                     on_good_row=lambda index, payload: None,
                     on_bad_row=on_bad_row,
                     on_row=on_row,
+                    checker=choose_checker(
+                        input_args,
+                        engine,
+                        job_input.files,
+                        limits=rules.limits,
+                        sampling=sampling,
+                        thinking=thinking,
+                    ),
                 )
             finally:
                 custom_ids.close()
     except JobStopped:
         return stop.exit_code
+    except CheckFailed as error:
+        raise EnginesFailed(str(error)) from error
     finally:
         progress.close()
     if num_shown > MAX_SHOWN_BAD_ROWS:

@@ -88,6 +88,15 @@ class InputArgs:
         ),
     ] = None
     limit: Annotated[int | None, Setting("Rows that are read.", ge=1, derived="all")] = None
+    num_check_processes: Annotated[
+        int | None,
+        Setting(
+            "Processes that check and tokenise the rows; 0: none but the job's own.",
+            ge=0,
+            le=256,
+            derived="one per core for large inputs, else 0",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -27,6 +27,7 @@ from ..exit_codes import ExitCode
 from ..metrics.meter import RequestMeter, no_meter
 from ..openai.requests import RequestDefaults
 from ..supervision.fault import FaultJournal
+from .check_pool import CheckFailed
 from .engine_client import EngineClient, stats_by_role
 from .input.bad_row import BadRow
 from .input.custom_ids import CustomIdIndex
@@ -39,7 +40,7 @@ from .row_output import FinishedRow, answered_row
 from .rows import BatchRow
 from .spool import RowSpoolWriter, read_spool
 from .stop_signal import JobStopped, StopSignal
-from .validation import InputSummary, validate_input
+from .validation import Checker, InputSummary, check_here, validate_input
 
 POLL_TIMEOUT_S = 0.1
 RUN_FILE_INTERVAL_S = 5.0
@@ -71,6 +72,7 @@ class JobSpec:
     error_limit: ErrorRule
     drain_grace_s: float = 10.0
     deadline_s: float | None = None
+    checker: Checker = check_here
     overwrite: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Values for run.json that may change between runs: versions, layout."""
@@ -175,7 +177,10 @@ class _Run:
     def run_to_end(self, start_engines: Callable[[], EngineClient]) -> JobResult:
         output = self.output
         if not self.is_checked():
-            self.validate()
+            try:
+                self.validate()
+            except CheckFailed as error:
+                raise EngineFailure(str(error)) from error
         self.num_rows = output.run["input"]["num_rows"]
         if self.too_many_errors():
             return self.give_up()
@@ -245,6 +250,7 @@ class _Run:
                 on_good_row=spool.add,
                 on_bad_row=on_bad_row,
                 on_row=on_row,
+                checker=spec.checker,
             )
             output.commit()
             spool.finish()

@@ -70,7 +70,11 @@ NEVER_CALLED = (
 """Methods, whatever they belong to."""
 NEVER_PASSED = ("allow_pickle", "weights_only", "trust_remote_code", "shell")
 ONLY_IN = {
-    "subprocess": ["kernels/build.py", "parallel/trial_run.py"],  # the compiler, and this Python
+    "subprocess": [
+        "cluster/jobs/check_pool.py",
+        "kernels/build.py",
+        "parallel/trial_run.py",
+    ],  # this Python, and a compiler
     "multiprocessing": ["cluster/commands/demo.py"],  # a child that is killed
     "importlib.import_module": [  # of names that are written there or are ours
         "cluster/commands/doctor.py",

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from shoal.parallel.settings import SettingError
+from shoal.runtime.plain_numbers import whole_number
 
 from .bad_row import BadRow
 
@@ -87,9 +88,10 @@ class Columns:
     def _custom_id(self, values: Mapping[str, Any]) -> dict[str, Any]:
         if self.id is None:
             return {name: values[name] for name in ID_COLUMNS if values.get(name) is not None}
-        if values.get(self.id) is None:
+        value = values.get(self.id)
+        if value is None:
             raise _missing(self.id)
-        return {"custom_id": values[self.id]}
+        return {"custom_id": value if (number := whole_number(value)) is None else str(number)}
 
 
 PLAIN_COLUMNS = Columns()

@@ -118,6 +118,11 @@ class TestLines:
         good = read_row(first_row(line), RULES, Columns(keep=["source", "key"], id="key"))
         assert (good.custom_id, json.loads(good.kept)) == ("k", {"source": "web", "key": "k"})
 
+    @pytest.mark.parametrize(("value", "custom_id"), [("7", "7"), ("8.0", "8"), ('"k"', "k")])
+    def test_ids_may_be_numbers(self, value: str, custom_id: str) -> None:
+        line = f'{{"prompt": "x", "key": {value}}}'.encode()
+        assert read_row(first_row(line), RULES, Columns(id="key")).custom_id == custom_id
+
     def test_an_id_column_that_is_empty_is_a_bad_row(self) -> None:
         with pytest.raises(BadRow, match="the row has no value in the column key"):
             read_row(first_row(b'{"prompt": "x", "key": null}'), RULES, Columns(id="key"))
