@@ -91,7 +91,7 @@ def test_lines(tmp_path: Path, rules: RequestDefaults, num_processes: int) -> No
 def test_long_lines_make_short_chunks(tmp_path: Path) -> None:
     """More data in both directions than pipes hold."""
     path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps({"prompt": [i] * 100_000, "max_tokens": 1}) + "\n" for i in range(40)))
+    path.write_text("".join(json.dumps({"prompt": [i] * 60_000, "max_tokens": 1}) + "\n" for i in range(12)))
     roomy = replace(ENGINE, max_model_len=None)
     rules = request_defaults(roomy, {}, None)
     args = InputArgs(num_check_processes=2)
