@@ -91,6 +91,7 @@ class _Process:
             [sys.executable, "-P", "-m", "shoal.cluster.jobs.check_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            process_group=0,  # Ctrl-C is for the job, which ends it
             env={**os.environ, "PYTHONPATH": search_path, "TOKENIZERS_PARALLELISM": "false"},
         )
         self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()

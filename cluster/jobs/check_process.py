@@ -8,7 +8,6 @@ then      list of InputRow; the answer is a list of CheckedRow of the same lengt
 from __future__ import annotations
 
 import os
-import signal
 import struct
 import sys
 from typing import Any, BinaryIO
@@ -59,7 +58,6 @@ def read_frame(file: BinaryIO) -> bytes | None:
 
 def main() -> None:
     """Answer until the input ends, which it does with the other process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the other process decides
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not be taken for an answer
     first = read_frame(sys.stdin.buffer)

@@ -124,7 +124,7 @@ def test_processes_end_with_whoever_reads(tmp_path: Path, rules: RequestDefaults
     next(answers)
     assert len(children() - before) == 2
     answers.close()  # type: ignore[attr-defined]
-    assert children() == before
+    assert children() <= before
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
@@ -135,17 +135,16 @@ def test_a_process_that_is_killed_is_named(tmp_path: Path, rules: RequestDefault
     os.kill(min(children() - before), signum)
     with pytest.raises(CheckFailed, match=f"a process that checks rows ended with status -{signum:d}"):
         list(answers)
-    assert children() == before
+    assert children() <= before
 
 
 def test_ctrl_c_is_for_the_job(tmp_path: Path, rules: RequestDefaults) -> None:
+    """A terminal sends it to the group of the job."""
     before = children()
-    source = job_input(write_lines(tmp_path / "in.jsonl", 1000))
-    answers = pool(2)(source, rules)
+    answers: Iterator[object] = pool(2)(job_input(write_lines(tmp_path / "in.jsonl", 1000)), rules)
     next(answers)
-    for pid in children() - before:
-        os.kill(pid, signal.SIGINT)
-    assert len(list(answers)) == len(list(source.rows())) - 1
+    assert {os.getpgid(pid) for pid in children() - before} == children() - before
+    answers.close()  # type: ignore[attr-defined]
 
 
 def test_a_job_whose_check_broke_can_be_resumed(tmp_path: Path) -> None:
