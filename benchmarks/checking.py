@@ -11,6 +11,7 @@ of one process that gives the rows to others.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -108,9 +109,9 @@ def main() -> None:
         inputs = write_inputs(directory, args.rows)
         runs: dict[str, Callable[[], int]] = {}
         for kind, path in inputs.items():
-            runs[f"{kind}, read"] = lambda path=path: read(path)  # type: ignore[misc]
+            runs[f"{kind}, read"] = functools.partial(read, path)
             for count in args.processes:
-                runs[f"{kind}, {count} processes"] = lambda path=path, count=count: check(path, count, directory)  # type: ignore[misc]
+                runs[f"{kind}, {count} processes"] = functools.partial(check, path, count, directory)
         rates: dict[str, list[float]] = {label: [] for label in runs}
         for _ in range(args.rounds):
             for label, run in runs.items():

@@ -132,7 +132,10 @@ class _Process:
             raise self._failed() from error
 
     def _failed(self) -> CheckFailed:
-        status = self._process.wait(STOP_TIMEOUT_S)
+        try:
+            status = self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return CheckFailed("a process that checks rows has closed its output")
         return CheckFailed(f"a process that checks rows ended with status {status}")
 
     def _read(self) -> None:

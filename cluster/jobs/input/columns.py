@@ -33,11 +33,6 @@ class Template:
                 raise SettingError(setting, f"{setting}: {{{name}}} is not the name of a column alone")
         self._pieces = [(literal, name) for literal, name, _, _ in pieces]
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns in it."""
-        return [name for _, name in self._pieces if name is not None]
-
     def render(self, values: Mapping[str, Any]) -> str:
         """The text of a row. BadRow for a column that it lacks."""
         return "".join(

@@ -34,6 +34,8 @@ def find_objects(url: str, *, is_input: Callable[[str], bool]) -> list[StoredObj
     pattern, query = _split_query(url)
     wildcard = WILDCARD.search(pattern)
     base = pattern if wildcard is None else pattern[: wildcard.start()].rpartition("/")[0]
+    if SCHEME.match(base) is None:
+        raise ValueError(f"the input {url} has a pattern where the bucket stands; name the bucket")
     file_system, path = _file_system(base + query)
     from pyarrow.fs import FileSelector, FileType
 

@@ -55,7 +55,6 @@ def check(path: Path, columns: Columns = PLAIN_COLUMNS) -> tuple[InputSummary, l
 class TestTemplates:
     def test_text_and_columns(self) -> None:
         template = Template("prompt_template", "What is {a} + {b c}? {{braces}} é")
-        assert template.columns == ["a", "b c"]
         assert template.render({"a": "1", "b c": 2, "d": None}) == "What is 1 + 2? {braces} é"
         assert Template("system_template", "Be brief.").render({}) == "Be brief."
 

@@ -107,6 +107,11 @@ def test_a_scheme_that_nobody_knows(tmp_path: Path) -> None:
         find_files(["ftp://host/a.jsonl"])
 
 
+def test_a_pattern_of_buckets_is_refused() -> None:
+    with pytest.raises(ValueError, match="has a pattern where the bucket stands; name the bucket"):
+        find_files(["s3://*/a.jsonl"])
+
+
 def test_object_stores_need_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.fs", None)
